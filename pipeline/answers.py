@@ -1,0 +1,64 @@
+"""The only reader of model text: the thought, what follows it, the verdict.
+
+The verdict is what stands after the first `</think>`. An unclosed thought, no verdict, or two that disagree are
+unanswered, and so is a verdict that names both answers or quotes the instruction. Nothing that stands inside the
+thought counts. A chat format that pre-fills `<think>` (R1-Distill, tiny) makes a completion begin inside it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A completion taken apart. `thought` is None where there is none, `answer` None where a thought never ends."""
+
+    thought: str | None
+    answer: str | None
+    well_formed: bool  # one thought, opened and closed once, nothing before it
+
+
+def split_thought(completion: str, prefilled: bool) -> Parts:
+    """The thought and the answer of a completion; `prefilled` says whether the prompt already opened the thought."""
+    text = completion if prefilled else completion.lstrip()
+    if not prefilled and OPEN not in text and CLOSE not in text:
+        return Parts(None, text, False)
+    opened = prefilled or text.startswith(OPEN)
+    before, closed, after = text.partition(CLOSE)
+    thought = before if prefilled else before.partition(OPEN)[2]
+    if not closed:
+        return Parts(thought, None, False)
+    tags = text.count(OPEN) + text.count(CLOSE) + prefilled
+    return Parts(thought, after, opened and tags == 2)
+
+
+_MENTION = re.compile(r"\bTherefore\s*:", re.IGNORECASE)
+_VERDICT = re.compile(r"\bTherefore\s*:[\s*_]*(?P<word>yes|no)\b(?![\s*_]*(?:/|\||,?\s*(?:or|and)\b))", re.IGNORECASE)
+_FINAL = re.compile(r"\s*Therefore: (?:Yes|No)\s*")
+
+
+def verdict(completion: str, prefilled: bool) -> str | None:
+    """`Yes`, `No`, or None where the completion does not commit to one of them."""
+    answer = split_thought(completion, prefilled).answer
+    if answer is None:
+        return None
+    words = [match["word"].capitalize() for match in _VERDICT.finditer(answer)]
+    if len(words) != len(_MENTION.findall(answer)) or len(set(words)) != 1:
+        return None
+    return words[0]
+
+
+def is_well_formed(completion: str, prefilled: bool) -> bool:
+    """Whether the completion is one thought that is not empty, then `Therefore: Yes` or `Therefore: No` alone."""
+    parts = split_thought(completion, prefilled)
+    return bool(
+        parts.well_formed
+        and parts.thought
+        and parts.thought.strip()
+        and parts.answer is not None
+        and _FINAL.fullmatch(parts.answer)
+    )

@@ -1,0 +1,203 @@
+"""A finished step on disk: `artifact.json`, written last, and the owner file of a step that is running.
+
+`artifact.json` exists exactly when the step is done. It holds what the step read, the size and sha256 of every
+file it left, its metrics, versions and timings. `own()` lets one process at a time write into a step's folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ArtifactError
+from pipeline.fingerprint import file_sha256
+
+ARTIFACT, OWNER, STEP, PROGRESS, STOP = "artifact.json", "owner.json", "step.json", "progress.json", "stop"
+NOT_PAYLOAD = {ARTIFACT, OWNER, PROGRESS, STOP, "log.txt"}  # of the folder, not of the result
+TRANSIENT = {"checkpoints", "tensorboard"}  # folders that may change or go without hurting the result
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    size: int  # bytes
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The record of a finished step. `payload` is the identity its fingerprint was made of."""
+
+    stage: str
+    recipe: str
+    fingerprint: str
+    payload: dict[str, Any]
+    inputs: dict[str, str]  # role -> folder of the input's step, relative to the runs folder
+    files: dict[str, FileEntry]  # path inside the folder -> what it was when the step ended
+    metrics: dict[str, Any]
+    provenance: dict[str, Any]  # versions, machine, git commit, command, timings
+    folder: Path = field(default=Path(), compare=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write to a temporary name beside it, then rename: a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """The JSON of a file; None where it is missing or half-written."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+
+
+def inventory(folder: Path, *, leave_out: set[str] = NOT_PAYLOAD | TRANSIENT) -> dict[str, FileEntry]:
+    """Every file below `folder` with its size and sha256, top-level names in `leave_out` left out."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if path.is_file() and relative.parts[0] not in leave_out and not path.name.startswith("."):
+            found[relative.as_posix()] = FileEntry(path.stat().st_size, file_sha256(path))
+    return found
+
+
+def commit(artifact: Artifact) -> Artifact:
+    """Record the files of `artifact.folder` and make the step done. The last thing a step does."""
+    record = asdict(artifact)
+    del record["folder"]
+    record["files"] = {name: asdict(entry) for name, entry in inventory(artifact.folder).items()}
+    write_json(artifact.folder / ARTIFACT, record)
+    return open_artifact(artifact.folder)
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the step of this folder has ended well."""
+    return (folder / ARTIFACT).is_file()
+
+
+def open_artifact(folder: Path, *, verify: bool = True, deep: bool = False) -> Artifact:
+    """The artifact of a folder; ArtifactError where it is missing, half-written or no longer what it was.
+
+    `verify` compares the size of every file, `deep` the sha256 too.
+    """
+    record = read_json(folder / ARTIFACT)
+    if record is None:
+        what = "is half-written" if (folder / ARTIFACT).exists() else "does not exist"
+        raise ArtifactError(f"{folder / ARTIFACT} {what}: that step has not ended; run it again")
+    unknown = {f.name for f in fields(Artifact)} - {"folder"} ^ set(record)
+    if unknown:
+        raise ArtifactError(
+            f"{folder / ARTIFACT}: fields {', '.join(sorted(unknown))} are missing or unknown: "
+            "it was written by another version; delete the folder and run again"
+        )
+    record["files"] = {name: FileEntry(**entry) for name, entry in record["files"].items()}
+    artifact = Artifact(**record, folder=folder)
+    problems = []
+    for name, entry in artifact.files.items() if verify else ():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path}: missing")
+        elif path.stat().st_size != entry.size:
+            problems.append(f"{path}: {path.stat().st_size} bytes, recorded as {entry.size}")
+        elif deep and file_sha256(path) != entry.sha256:
+            problems.append(f"{path}: its content is not what was recorded")
+    if problems:
+        raise ArtifactError(*problems, f"{folder} is damaged: delete {folder / ARTIFACT} and run the step again")
+    return artifact
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who is writing into a step's folder."""
+
+    token: str
+    host: str
+    pid: int
+    started: float  # the process's start, in clock ticks since boot: a pid can be given again, this pair cannot
+    since: float  # seconds since the epoch
+    job: str | None  # a Slurm job id
+
+    def __str__(self) -> str:
+        who = f"Slurm job {self.job}" if self.job else f"process {self.pid}"
+        return f"{who} on {self.host} since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(self.since))}"
+
+
+def _process_start(pid: int) -> float:
+    """Start time of a live process in clock ticks since boot; 0 for none (Linux, /proc/PID/stat field 22)."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return 0.0 if state in "ZX" else float(rest[18])
+
+
+def read_owner(folder: Path) -> Owner | None:
+    record = read_json(folder / OWNER)
+    return Owner(**record) if record else None
+
+
+def is_alive(owner: Owner) -> bool:
+    """Whether the owner still runs. On another host that cannot be seen, so it counts as alive."""
+    if owner.host != socket.gethostname():
+        return True
+    return _process_start(owner.pid) == owner.started != 0.0
+
+
+def refuse_if_owned(folder: Path) -> None:
+    """ArtifactError when a live process owns the folder."""
+    owner = read_owner(folder)
+    if owner and is_alive(owner):
+        raise ArtifactError(
+            f"{folder} is being written by {owner}: wait for it (python -m pipeline status), or stop it first; "
+            f"if it is surely gone, delete {folder / OWNER}"
+        )
+
+
+@contextlib.contextmanager
+def own(folder: Path) -> Iterator[Owner]:
+    """Hold the folder's owner file (`O_EXCL`); a dead owner is replaced, a live one is an ArtifactError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pid = os.getpid()
+    job = os.environ.get("SLURM_JOB_ID")
+    token = f"{socket.gethostname()}-{pid}-{time.time_ns()}"
+    owner = Owner(token, socket.gethostname(), pid, _process_start(pid), time.time(), job)
+    path = folder / OWNER
+    temporary = folder / f".{OWNER}.{token}"
+    write_json(temporary, asdict(owner))
+    try:
+        while True:
+            try:
+                os.link(temporary, path)  # as exclusive as O_EXCL, and never seen half-written
+                break
+            except FileExistsError:
+                refuse_if_owned(folder)
+                path.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)
+    try:
+        yield owner
+    finally:
+        if is_owner(folder, owner):
+            path.unlink(missing_ok=True)
+
+
+def is_owner(folder: Path, owner: Owner) -> bool:
+    """Whether the folder is still ours: a zombie of an old attempt finds that it is not, and must not write."""
+    current = read_owner(folder)
+    return current is not None and current.token == owner.token

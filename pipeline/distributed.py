@@ -1,0 +1,61 @@
+"""The processes of one stage: which one this is, how they wait for each other and agree.
+
+Started by torchrun, which sets RANK, WORLD_SIZE and LOCAL_RANK; without it there is one process.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(minutes=30)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(*, deepspeed: bool) -> None:
+    """Join the process group: gloo on a CPU, NCCL on GPUs.
+
+    DeepSpeed has to start it itself before the model is built: on a CPU under ZeRO-3 it otherwise believes that
+    the world is one process.
+    """
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if deepspeed:
+        import deepspeed as ds
+
+        ds.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False)
+    else:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def agree(flag: bool) -> bool:
+    """Rank 0's answer, in every process: a decision that all ranks take at the same step."""
+    if not dist.is_initialized():
+        return flag
+    answer = torch.tensor([int(flag)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.broadcast(answer, src=0)
+    return bool(answer.item())
+
+
+def finish() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

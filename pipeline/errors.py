@@ -1,0 +1,96 @@
+"""The errors of Therefore. Each message says what, where, what was found, what would be right, how to go on.
+
+    PipelineError                  exit code 1: a fault
+    ├── RecipeError                exit code 2: a recipe, cluster or command line that cannot be right
+    ├── PlanError                  exit code 2: nothing can be run as asked
+    ├── ArtifactError              exit code 2: a step's folder or a checkpoint that is not what it should be
+    ├── DataError                  exit code 2: rows that cannot be read
+    ├── MissingDependency          exit code 2: a package or a program that is not installed
+    ├── LaunchError                exit code 1: a process that could not be started, or that failed
+    └── Stopped                    exit code 75: stopped as asked; the same command goes on from here
+
+All problems are reported at once: an error carries a list, one sentence a line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import sys
+from collections.abc import Callable, Iterable
+
+EXIT_FAULT, EXIT_MISTAKE, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 75, 130
+
+
+class PipelineError(Exception):
+    """A list of problems, each one sentence on one line; `str()` joins them."""
+
+    exit_code = EXIT_FAULT
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class RecipeError(PipelineError):
+    exit_code = EXIT_MISTAKE
+
+
+class PlanError(PipelineError):
+    exit_code = EXIT_MISTAKE
+
+
+class ArtifactError(PipelineError):
+    exit_code = EXIT_MISTAKE
+
+
+class DataError(PipelineError):
+    exit_code = EXIT_MISTAKE
+
+
+class MissingDependency(PipelineError):
+    exit_code = EXIT_MISTAKE
+
+
+class LaunchError(PipelineError):
+    pass
+
+
+class Stopped(PipelineError):
+    exit_code = EXIT_STOPPED
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'?` when a known word is close, else the known words."""
+    menu = sorted(known)
+    close = difflib.get_close_matches(word, menu, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(menu) or 'none'}"
+
+
+def explain_os_error(error: OSError) -> str | None:
+    """A sentence for a disk that is full or may not be written; None for anything else."""
+    where = error.filename or "the run's folder"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"no space left to write {where}: free some space or a quota, then run the same command again"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{where} cannot be written ({error.strerror}): choose another place with --runs DIR"
+    return None
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a command line: a user's mistake is printed without a traceback and decides the exit code."""
+    try:
+        code = main() or 0
+    except PipelineError as error:
+        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        code = error.exit_code
+    except OSError as error:
+        sentence = explain_os_error(error)
+        if sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        code = EXIT_FAULT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    sys.exit(code)

@@ -1,0 +1,170 @@
+"""Ask a model every test row, grade the answers, count.
+
+    python -m pipeline.evaluate tiny                             the recipe's models: base, SFT, GRPO
+    python -m pipeline.evaluate --ckpt DIR [--task corr2cause] [--split test] [--limit N]    any checkpoint
+
+Leaves `predictions.jsonl` (one line a row: what was asked, said and judged) and `metrics.json`. An evaluation
+that was interrupted goes on with the rows that have no answer yet.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from pipeline import distributed
+from pipeline.artifact import Artifact, write_json
+from pipeline.checkpoints import leave_if_asked
+from pipeline.errors import DataError
+from pipeline.generation import Sampling, generate
+from pipeline.metrics import baseline_figures, outcome_of, summarize
+from pipeline.modeling import (
+    check_tokenizer,
+    choose_dtype,
+    device,
+    find_checkpoint,
+    load_model,
+    load_tokenizer,
+    prefills_thought,
+    prompt_ids,
+)
+from pipeline.recipe import Recipe
+from pipeline.runtime import Runtime
+from pipeline.stage import main
+from pipeline.tasks.task import Task, example_of, rows, task_of
+from pipeline.training import first_weights, load_rows
+
+
+def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runtime) -> dict[str, Any]:
+    settings = recipe.evaluate
+    distributed.start(deepspeed=False)
+
+    # ---- rows
+    runtime.progress.update(note="reading rows", unit="rows")
+    task = task_of(recipe.task, recipe.seed)
+    tests = {split: test_rows(recipe, task, inputs, split)[: settings.limit] for split in settings.splits}
+
+    # ---- the model
+    runtime.progress.update(note="loading the model")
+    checkpoint = find_checkpoint(runtime.checkpoint) if runtime.checkpoint else first_weights(recipe, inputs)
+    tokenizer = load_tokenizer(checkpoint, recipe.model)
+    model = load_model(checkpoint, recipe.model, dtype=choose_dtype(recipe.model)).to(device())
+    check_tokenizer(tokenizer, model, checkpoint)
+    sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens)
+    prefilled = prefills_thought(tokenizer)
+
+    # ---- ask and grade, one line a row, each line kept as soon as it is there
+    asked = [(split, row) for split, split_rows in tests.items() for row in split_rows]
+    answered = _read_partial(out)
+    left = [(split, row) for split, row in asked if (split, row["id"]) not in answered]
+    distributed.barrier()  # every rank has to see the same rows left before any writes
+    prompts = prompt_ids(tokenizer, [row["prompt"] for _, row in left])
+    total, mine = len(asked), 0
+    runtime.progress.update(state="running", done=len(answered), first=len(answered), total=total, note="")
+    with (out / f"partial-{runtime.rank}-{os.getpid()}.jsonl").open("w", encoding="utf-8") as file:
+        completions = generate(
+            model,
+            tokenizer,
+            prompts,
+            sampling,
+            runtime.cluster.evaluate_batch_size,
+            recipe.seed,
+            rank=runtime.rank,
+            world=runtime.world,
+        )
+        for index, completion in completions:
+            split, row = left[index]
+            verdict = task.grade(example_of(row), completion.text, prefilled)
+            record = {
+                "split": split,
+                "id": row["id"],
+                "prompt_sha256": sha256(json.dumps(prompts[index]).encode()).hexdigest()[:16],
+                "group": row["group"],
+                "tags": row["tags"],
+                "gold": row["gold"],
+                "answer": verdict.answer,
+                "correct": verdict.correct,
+                "answered": verdict.answered and not completion.truncated,
+                "completion": completion.text,
+                "tokens": completion.tokens,
+                "truncated": completion.truncated,
+            }
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+            mine += 1
+            runtime.progress.update(done=min(total, len(answered) + mine * runtime.world))
+            leave_if_asked(runtime)
+    distributed.barrier()
+
+    # ---- count
+    metrics: dict[str, Any] = {}
+    if runtime.rank == 0:
+        done = _read_partial(out)
+        records = [done[split, row["id"]] for split, row in asked]
+        with (out / "predictions.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        metrics = count(records, task, settings.draws, settings.confidence, recipe.seed)
+        write_json(out / "metrics.json", metrics)
+        for path in out.glob("partial-*.jsonl"):
+            path.unlink()
+        main_split = metrics[settings.splits[0]]["all"]
+        shown = {name: main_split[name]["value"] for name in ("f1", "balanced_accuracy", "unanswered")}
+        runtime.progress.update(done=total, figures=shown)
+    return metrics
+
+
+def test_rows(recipe: Recipe, task: Task, inputs: Mapping[str, Artifact], split: str) -> list[dict[str, Any]]:
+    """A split's records: of the preprocess step, or of the task itself where there is none."""
+    if "data" in inputs:
+        known = [path.stem for path in sorted((inputs["data"].folder / "data").glob("*.parquet"))]
+        if split in known:
+            return list(load_rows(inputs["data"], split).to_list())
+    else:
+        splits = task.load()
+        parts = {**splits.tests, "validation": splits.validation}
+        known = list(parts)
+        if split in parts:
+            return list(rows(task, parts[split]))
+    raise DataError(f"evaluate.splits: no rows for split {split!r}; this task has {', '.join(known)}")
+
+
+def count(records: list[dict[str, Any]], task: Task, draws: int, confidence: float, seed: int) -> dict[str, Any]:
+    """Figures with intervals: by split, over all rows and by each of the task's breakdowns; and the baselines."""
+    found: dict[str, Any] = {}
+    for split in dict.fromkeys(record["split"] for record in records):
+        mine = [record for record in records if record["split"] == split]
+        outcomes = [outcome_of(record, task.positive) for record in mine]
+        found[split] = {"all": summarize(outcomes, draws, confidence, seed), "baselines": baseline_figures(outcomes)}
+        for tag in task.breakdowns:
+            values = sorted({record["tags"][tag] for record in mine if tag in (record["tags"] or {})})
+            found[split][tag] = {
+                str(value): summarize(
+                    [o for o, record in zip(outcomes, mine, strict=True) if record["tags"][tag] == value],
+                    draws,
+                    confidence,
+                    seed,
+                )
+                for value in values
+            }
+    return found
+
+
+def _read_partial(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """The answers an earlier attempt has left; a last line that was cut off is asked again."""
+    found = {}
+    for path in sorted(out.glob("partial-*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            found[record["split"], record["id"]] = record
+    return found
+
+
+if __name__ == "__main__":
+    main("evaluate", run)

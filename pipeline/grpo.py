@@ -1,0 +1,101 @@
+"""Reinforcement learning from the task's rewards: group relative policy optimization (Shao et al. 2024).
+
+    python -m pipeline.grpo tiny                    one recipe's GRPO step, under torchrun
+    python -m pipeline.grpo tiny grpo.start=base    from the base model, without SFT ("direct GRPO")
+
+Every reward is computed from one judgement of each completion by the task's `grade`. Leaves the same files as SFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trl import GRPOConfig, GRPOTrainer
+
+from pipeline import distributed
+from pipeline.artifact import Artifact
+from pipeline.errors import RecipeError
+from pipeline.modeling import load_tokenizer, prefills_thought, prompt_lengths
+from pipeline.recipe import Recipe
+from pipeline.rewards.reward import RewardFunction, find_rewards, make_sample
+from pipeline.runtime import Runtime
+from pipeline.stage import main
+from pipeline.tasks.task import Task, example_of, task_of
+from pipeline.training import arguments, first_weights, layout_of, load_rows, require_rows, train, trainable
+
+
+def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runtime) -> dict[str, Any]:
+    settings = recipe.grpo
+    layout, sizes = layout_of(recipe, runtime, "grpo")
+    distributed.start(deepspeed=layout.deepspeed != "none")
+
+    # ---- prompts; what is too long is dropped and counted
+    runtime.progress.update(note="reading prompts")
+    checkpoint = first_weights(recipe, inputs)
+    tokenizer = load_tokenizer(checkpoint, recipe.model)
+    rows = load_rows(inputs["data"], "grpo").remove_columns("completion")
+    lengths = prompt_lengths(tokenizer, rows["prompt"])
+    kept = [k for k, length in enumerate(lengths) if length <= settings.max_prompt_length]
+    require_rows(len(kept), "GRPO prompts", f"grpo.max_prompt_length {settings.max_prompt_length} tokens")
+
+    # ---- rewards
+    task = task_of(recipe.task, recipe.seed)
+    functions, problems = find_rewards(settings.rewards)
+    if problems:
+        raise RecipeError(*problems)
+    stop_ids = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    rewards = [_for_trl(task, name, f, prefills_thought(tokenizer), stop_ids) for name, f in functions.items()]
+
+    # ---- the trainer
+    config = GRPOConfig(
+        **arguments(recipe, settings.optimizer, layout, sizes, out, runtime),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        num_generations=settings.num_generations,
+        num_iterations=settings.num_iterations,
+        max_completion_length=settings.max_completion_length,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        beta=settings.beta,
+        epsilon=settings.epsilon,
+        epsilon_high=settings.epsilon_high,
+        loss_type=settings.loss_type,
+        scale_rewards=settings.scale_rewards,
+        mask_truncated_completions=settings.mask_truncated,
+        reward_weights=[reward.weight for reward in settings.rewards.values()],
+    )
+    runtime.progress.update(note="loading the model")
+    model = trainable(recipe, checkpoint, layout)
+    trainer = GRPOTrainer(
+        model, reward_funcs=rewards, args=config, train_dataset=rows.select(kept), processing_class=tokenizer
+    )
+
+    # ---- train, save
+    metrics = train(trainer, out, runtime)
+    return {**metrics, "prompts": len(kept), "dropped_too_long": len(lengths) - len(kept)}
+
+
+def _for_trl(
+    task: Task, name: str, function: RewardFunction, prefilled: bool, stop_ids: set[int]
+) -> Callable[..., list[float | None]]:
+    """A reward in TRL's shape: lists of completions and of the rows' columns in, a list of rewards out."""
+
+    def reward(
+        completions: list[list[dict[str, str]]], completion_ids: list[list[int]], **columns: Any
+    ) -> list[float | None]:
+        samples = []
+        for k, (completion, ids) in enumerate(zip(completions, completion_ids, strict=True)):
+            row = {key: columns[key][k] for key in ("id", "question", "gold", "group", "tags")}
+            truncated = not ids or ids[-1] not in stop_ids
+            samples.append(make_sample(task, example_of(row), completion[0]["content"], prefilled, truncated))
+        return [function(sample) for sample in samples]
+
+    reward.__name__ = name
+    return reward
+
+
+if __name__ == "__main__":
+    main("grpo", run)

@@ -1,0 +1,222 @@
+"""Run a plan's steps on this machine, one after another, with a progress bar each.
+
+A first Ctrl-C asks the running step to save at its next optimizer step and leave; a second ends it at once. The
+step's processes are a session of their own, so nothing is left behind, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from tqdm import tqdm
+
+from pipeline.artifact import STOP, refuse_if_owned
+from pipeline.errors import LaunchError, PipelineError, Stopped
+from pipeline.launchers.torchrun import command, environment
+from pipeline.plan import Plan, Step, order_of
+from pipeline.progress import Progress, read_progress
+from pipeline.stage import STAGES, write_order
+
+POLL = 0.2  # seconds
+TAIL = 15  # lines of a failed step's log that are shown
+CAN_STOP = ("sft", "grpo", "evaluate")  # stages that save when they are asked to leave
+
+
+def run_plan(plan: Plan) -> list[Step]:
+    """Run what is to run. Returns the steps that ran; raises after the last when any failed.
+
+    A step whose input failed is left out; steps that do not depend on it go on.
+    """
+    todo = plan.to_run
+    for step in todo:
+        refuse_if_owned(step.folder)
+    ran: list[Step] = []
+    failed: dict[str, PipelineError] = {}
+    for number, step in enumerate(todo, 1):
+        broken = [needed.label for needed in step.inputs.values() if needed.label in failed or not needed.done]
+        title = f"[{number}/{len(todo)}] {step.label}"
+        if broken:
+            failed[step.label] = LaunchError(f"{step.label}: left out, its input {broken[0]} failed")
+            tqdm.write(f"{title}  left out: {broken[0]} failed")
+            continue
+        try:
+            run_step(step, plan, title)
+            ran.append(step)
+        except Stopped:
+            raise
+        except PipelineError as error:
+            failed[step.label] = error
+    if failed:
+        first = next(iter(failed.values()))
+        problems = [problem for error in failed.values() for problem in error.problems]
+        raise type(first)(*problems)
+    return ran
+
+
+def run_step(step: Step, plan: Plan, title: str) -> None:
+    """Start a step's processes, show how far they are, and wait for them. Raises what they ended with."""
+    stage = STAGES[step.stage]
+    if stage.processes == "all":
+        check_port()
+    write_order(step.folder, order_of(step, plan.cluster))
+    (step.folder / STOP).unlink(missing_ok=True)
+    started = time.time()
+    log = step.folder / "log.txt"
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            command(stage, step.folder, plan.cluster),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment(stage, plan.cluster),
+            start_new_session=True,
+        )
+        with _stopping(process, step, plan.cluster.stop_grace), _Bar(title) as bar:
+            while process.poll() is None:
+                progress = read_progress(step.folder)
+                if progress and progress.started >= started - 1:
+                    bar.show(progress)
+                time.sleep(POLL)
+            seconds = time.time() - started
+            progress = read_progress(step.folder)
+            mine = progress if progress and progress.started >= started - 1 else None
+            bar.end(mine, seconds, step.done)
+    if not step.done:
+        raise _failure(step, process.returncode, mine, log)
+
+
+def check_port() -> None:
+    """LaunchError where no TCP port is free for the processes to meet at."""
+    try:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+    except OSError as error:
+        raise LaunchError(
+            f"no TCP port of 127.0.0.1 is free for torchrun ({error.strerror}): "
+            "close programs that hold ports, or check that the loopback interface is up"
+        ) from error
+
+
+def _failure(step: Step, code: int, progress: Progress | None, log: Path) -> PipelineError:
+    if progress and progress.state == "stopped":
+        return Stopped(f"{step.label} was stopped and has saved its work; run the same command to go on")
+    again = f"see {log}; after mending it, the same command goes on from here"
+    if progress and progress.state == "failed" and progress.problems:
+        error = LaunchError(*(f"{step.label}: {problem}" for problem in progress.problems), again)
+        error.exit_code = progress.exit_code or error.exit_code
+        return error
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-TAIL:]
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    return LaunchError(f"{step.label} {how}; the end of its log:", *(f"  {line}" for line in lines), again)
+
+
+@contextlib.contextmanager
+def _stopping(process: subprocess.Popen[bytes], step: Step, grace: int) -> Iterator[None]:
+    """Turn Ctrl-C and TERM into an agreed stop, a second one into the end; leave no process behind."""
+    asked = 0
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1 and step.stage in CAN_STOP:
+            (step.folder / STOP).touch()
+            tqdm.write("stopping: it saves at the next step and leaves; Ctrl-C again ends it at once", file=sys.stderr)
+        else:
+            end(process, grace)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        end(process, grace)
+    if asked:
+        raise Stopped(
+            f"{step.label} was stopped; run the same command to go on"
+            if not step.done
+            else "stopped after the step that was running; run the same command to go on"
+        )
+
+
+def end(process: subprocess.Popen[bytes], grace: int) -> None:
+    """End a step's whole session: TERM, then KILL after `grace` seconds."""
+    for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, 5)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return
+        until = time.time() + seconds
+        while time.time() < until:
+            process.poll()
+            try:
+                os.killpg(process.pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.05)
+
+
+class _Bar:
+    """A step's line on the terminal; where there is none, a line every half minute."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: tqdm[None] | None = None
+        self.live = sys.stderr.isatty()
+        self.told = time.time()
+
+    def __enter__(self) -> _Bar:
+        print(f"{self.title} …", file=sys.stderr, flush=True) if not self.live else None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def show(self, progress: Progress) -> None:
+        text = describe(progress)
+        if not self.live:
+            if time.time() - self.told >= 30:
+                self.told = time.time()
+                print(f"  {progress.done}/{progress.total or '?'} {text}", file=sys.stderr, flush=True)
+            return
+        if self.bar is None:
+            self.bar = tqdm(desc=self.title, unit=f" {progress.unit}", leave=False, dynamic_ncols=True)
+        if progress.total and self.bar.total != progress.total:
+            self.bar.reset(total=progress.total)
+            self.bar.initial = progress.first
+        self.bar.n = progress.done
+        self.bar.set_postfix_str(text, refresh=True)
+
+    def end(self, progress: Progress | None, seconds: float, done: bool) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        mark = "done" if done else (progress.state if progress else "failed")
+        text = describe(progress) if progress else ""
+        tqdm.write(f"{self.title}  {mark} in {clock(seconds)}  {text}".rstrip(), file=sys.stderr)
+
+
+def describe(progress: Progress) -> str:
+    """`loss 0.31, ETA 4:10` of a running step; the last figures of one that has ended."""
+    parts = [progress.note] if progress.note else []
+    parts += [f"{name} {value:.4g}" for name, value in progress.figures.items()]
+    if progress.state == "running" and progress.eta is not None:
+        parts.append(f"ETA {clock(progress.eta)}")
+    return ", ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """`0:07`, `12:30`, `3:04:05`"""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,166 @@
+"""Figures and their intervals, from counts: accuracy, balanced accuracy, F1, MCC, unanswered.
+
+Unanswered is never correct: it is a third prediction beside the positive and the negative one. Intervals are
+percentile bootstraps that draw whole groups (all rows of one premise), because rows of a group are not
+independent; the difference of two models is drawn on the same groups for both, so it is paired.
+
+Sources: Gorodkin 2004 (MCC of more than two predictions), Efron & Tibshirani 1993 (bootstrap), Cameron, Gelbach
+& Miller 2008 (few clusters: percentile intervals are then a little too narrow).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+# columns of a count table
+TP, FN, UNANSWERED_POSITIVE, FP, TN, UNANSWERED_NEGATIVE, TOKENS = range(7)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One graded row: what a prediction is reduced to."""
+
+    id: str
+    group: str
+    positive: bool  # whether the gold is the class that F1 counts; for tasks without one: True
+    correct: bool
+    answered: bool
+    tokens: int  # of the completion
+
+
+def outcome_of(record: Mapping[str, Any], positive: str | None) -> Outcome:
+    """A line of predictions.jsonl as what is counted; `positive` is the gold that F1 counts."""
+    return Outcome(
+        record["id"],
+        record["group"],
+        positive is None or record["gold"] == positive,
+        bool(record["correct"]) and record["answered"],
+        record["answered"],
+        record["tokens"],
+    )
+
+
+def count_table(outcomes: Sequence[Outcome], groups: Sequence[str]) -> Array:
+    """Counts by group, shape (groups, 7), columns TP … TOKENS."""
+    table = np.zeros((len(groups), 7))
+    place = {group: i for i, group in enumerate(groups)}
+    for outcome in outcomes:
+        row = table[place[outcome.group]]
+        if not outcome.answered:
+            row[UNANSWERED_POSITIVE if outcome.positive else UNANSWERED_NEGATIVE] += 1
+        elif outcome.positive:
+            row[TP if outcome.correct else FN] += 1
+        else:
+            row[TN if outcome.correct else FP] += 1
+        row[TOKENS] += outcome.tokens
+    return table
+
+
+def _ratio(top: Array, bottom: Array) -> Array:
+    """top / bottom, 0 where there is nothing to divide by."""
+    return np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
+
+
+def figures(counts: Array) -> dict[str, Array]:
+    """Every figure of count tables of shape (…, 7): arrays of shape (…)."""
+    tp, fn, up, fp, tn, un, tokens = np.moveaxis(np.asarray(counts, dtype=float), -1, 0)
+    positives, negatives = tp + fn + up, fp + tn + un
+    n = positives + negatives
+    correct = tp + tn
+    # MCC of a 2 × 3 table: gold yes/no against predicted yes/no/unanswered (Gorodkin's R_K)
+    said_yes, said_no, unanswered = tp + fp, fn + tn, up + un
+    covariance = correct * n - (positives * said_yes + negatives * said_no)
+    spread_gold = n**2 - positives**2 - negatives**2
+    spread_said = n**2 - said_yes**2 - said_no**2 - unanswered**2
+    recall, specificity = _ratio(tp, positives), _ratio(tn, negatives)
+    one_class = (positives == 0) | (negatives == 0)
+    return {
+        "f1": _ratio(2 * tp, 2 * tp + fp + fn + up),
+        "balanced_accuracy": np.where(one_class, _ratio(correct, n), (recall + specificity) / 2),
+        "mcc": _ratio(covariance, np.sqrt(spread_gold * spread_said)),
+        "accuracy": _ratio(correct, n),
+        "precision": _ratio(tp, tp + fp),
+        "recall": recall,
+        "unanswered": _ratio(unanswered, n),
+        "tokens": _ratio(tokens, n),
+        "rows": n,
+    }
+
+
+HEADLINE = ("f1", "balanced_accuracy", "mcc", "accuracy", "unanswered", "tokens")
+LOWER_IS_BETTER = ("unanswered",)
+
+
+def draw_groups(groups: int, draws: int, seed: int) -> Array:
+    """How often each group is drawn in each bootstrap sample: shape (draws, groups), rows sum to `groups`."""
+    generator = np.random.default_rng(seed)
+    return generator.multinomial(groups, np.full(groups, 1 / groups), size=draws).astype(float)
+
+
+def interval(values: Array, confidence: float) -> tuple[float, float]:
+    """The central interval of bootstrap values."""
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def summarize(outcomes: Sequence[Outcome], draws: int, confidence: float, seed: int) -> dict[str, dict[str, float]]:
+    """Each figure as {value, low, high}, with `rows` and `groups` as values."""
+    groups = sorted({outcome.group for outcome in outcomes})
+    if not groups:
+        return {"rows": {"value": 0}, "groups": {"value": 0}}
+    table = count_table(outcomes, groups)
+    point = figures(table.sum(axis=0))
+    drawn = figures(draw_groups(len(groups), draws, seed) @ table)
+    found: dict[str, dict[str, float]] = {}
+    for name, value in point.items():
+        found[name] = {"value": float(value)}
+        if name != "rows":
+            low, high = interval(drawn[name], confidence)
+            found[name] |= {"low": low, "high": high}
+    found["groups"] = {"value": len(groups)}
+    return found
+
+
+def compare(
+    before: Sequence[Outcome], after: Sequence[Outcome], draws: int, confidence: float, seed: int
+) -> dict[str, dict[str, float]]:
+    """The paired difference after − before of each headline figure, on the rows both answered to.
+
+    Raises ValueError when the two were not asked the same rows.
+    """
+    if {o.id for o in before} != {o.id for o in after}:
+        raise ValueError("the two models were not asked the same rows")
+    groups = sorted({outcome.group for outcome in before})
+    drawn = draw_groups(len(groups), draws, seed)
+    tables = [count_table(outcomes, groups) for outcomes in (before, after)]
+    points = [figures(table.sum(axis=0)) for table in tables]
+    samples = [figures(drawn @ table) for table in tables]
+    found = {}
+    for name in HEADLINE:
+        low, high = interval(samples[1][name] - samples[0][name], confidence)
+        found[name] = {"value": float(points[1][name] - points[0][name]), "low": low, "high": high}
+    return found
+
+
+def baseline_figures(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
+    """What needs no model: always the negative answer, always the positive one, a fair coin (in expectation)."""
+    positives = sum(outcome.positive for outcome in outcomes)
+    negatives = len(outcomes) - positives
+    tables = {
+        "always No": [0, positives, 0, 0, negatives, 0, 0],
+        "always Yes": [positives, 0, 0, negatives, 0, 0, 0],
+        "coin": [positives / 2, positives / 2, 0, negatives / 2, negatives / 2, 0, 0],
+    }
+    return {name: _floats(figures(np.array(counts, dtype=float))) for name, counts in tables.items()}
+
+
+def _floats(values: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}

@@ -1,0 +1,346 @@
+"""How a model is loaded, once: tokenizer, chat format, precision, quantization, adapters, checkpoints.
+
+The same code path loads a hub id, a local folder, a step's folder, a Trainer checkpoint and an adapter, for
+training and for evaluation. `make_scratch` makes a small model from nothing, so that the whole pipeline runs
+where no hub can be reached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from pipeline.answers import OPEN
+from pipeline.artifact import ARTIFACT, open_artifact
+from pipeline.errors import ArtifactError, RecipeError
+from pipeline.recipe import Lora, Model, Scratch
+
+TEMPLATES = {"think": Path(__file__).parent / "chat_templates" / "think.jinja"}
+SPECIAL = {"pad_token": "<|pad|>", "eos_token": "<|end|>"}
+ROLES = ["<|user|>", "<|assistant|>", "<|system|>"]
+TAGS = ["<think>", "</think>"]
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+ADAPTER = "adapter_config.json"
+
+
+# ---------------------------------------------------------------- which weights
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights that can be loaded: a full model (`base`), or an adapter on top of one."""
+
+    base: str  # a hub id or a folder
+    adapter: Path | None
+    tokenizer: str  # where its tokenizer is
+
+
+def find_checkpoint(where: str) -> Checkpoint:
+    """What `where` is: a step's folder, a Trainer checkpoint, an adapter, a model folder or a hub id.
+
+    Raises ArtifactError for a folder that is missing, empty or half-written, saying what was found in it.
+    """
+    folder = Path(where)
+    if not folder.exists():
+        if where.count("/") == 1 and not where.startswith((".", "/", "~")) and not folder.parent.exists():
+            return Checkpoint(where, None, where)  # a hub id: owner/name
+        raise ArtifactError(f"checkpoint {where}: no such folder; give a step's folder, a checkpoint or a hub id")
+    if not folder.is_dir():
+        raise ArtifactError(f"checkpoint {where}: a file; give the folder that holds it ({folder.parent})")
+    if (folder / ARTIFACT).exists():
+        open_artifact(folder)
+    elif (folder / "step.json").exists():
+        raise ArtifactError(
+            f"checkpoint {where}: that step has not ended (no {ARTIFACT}); run it again, "
+            f"or give one of its checkpoints: {_names(folder / 'checkpoints') or 'there is none yet'}"
+        )
+    for inside in ("model", "adapter"):  # a step's folder
+        if (folder / inside).is_dir():
+            folder = folder / inside
+            break
+    if (folder / ADAPTER).is_file():
+        return _adapter(folder)
+    if not (folder / "config.json").is_file():
+        raise ArtifactError(
+            f"checkpoint {folder}: neither config.json nor {ADAPTER} in it; it holds {_names(folder) or 'nothing'}"
+        )
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        raise ArtifactError(
+            f"checkpoint {folder}: half-written, config.json without weights ({' or '.join(WEIGHTS[:2])})"
+        )
+    return Checkpoint(str(folder), None, str(folder))
+
+
+def _adapter(folder: Path) -> Checkpoint:
+    from pipeline.artifact import read_json
+
+    base = (read_json(folder / ADAPTER) or {}).get("base_model_name_or_path")
+    if not base:
+        raise ArtifactError(f"checkpoint {folder}: {ADAPTER} is half-written or does not name its base model")
+    if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+        raise ArtifactError(f"checkpoint {folder}: half-written, {ADAPTER} without adapter_model.safetensors")
+    below = find_checkpoint(base if Path(base).is_absolute() or not Path(base).exists() else str(Path(base)))
+    return Checkpoint(below.base, folder, str(folder) if (folder / "tokenizer.json").is_file() else below.tokenizer)
+
+
+def _names(folder: Path) -> str:
+    return ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else ""
+
+
+# ---------------------------------------------------------------- tokenizer and chat format
+
+
+def load_tokenizer(checkpoint: Checkpoint, model: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint with the recipe's chat template; pad differs from eos, padding is left."""
+    with _hub_errors(checkpoint.tokenizer):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer, revision=_revision(checkpoint, model))
+    if model.chat_template:
+        tokenizer.chat_template = read_template(model.chat_template)
+    if not tokenizer.chat_template:
+        raise RecipeError(
+            f"model.chat_template: null, and the tokenizer of {checkpoint.tokenizer} has none; "
+            f"use one of {', '.join(TEMPLATES)} or the path of a .jinja file"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def read_template(name: str) -> str:
+    """A chat template by name or by path."""
+    path = TEMPLATES.get(name, Path(name))
+    if not path.is_file():
+        raise RecipeError(
+            f"model.chat_template: {name!r} is no file and none of {', '.join(TEMPLATES)}; null: the model's own"
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def prefills_thought(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the generation prompt already opens `<think>`, so that a completion begins inside the thought."""
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "?"}], add_generation_prompt=True, tokenize=False
+    )
+    return str(prompt).rstrip().endswith(OPEN)
+
+
+def prompt_lengths(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> list[int]:
+    """Tokens of each conversation with its generation prompt."""
+    return [len(ids) for ids in prompt_ids(tokenizer, prompts)]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> list[list[int]]:
+    """Token ids of each conversation with its generation prompt: what generation begins from, everywhere."""
+    texts = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[Any], completions: list[Any], *, everything: bool
+) -> list[dict[str, list[int]]]:
+    """Tokens and labels of prompt/completion conversations.
+
+    The loss falls on what the model itself will have to write: the tokens of the assistant's turn that come after
+    the generation prompt, its stop token included; -100 elsewhere. `everything` puts it on the prompt too.
+    Raises RecipeError where the chat format writes a prompt differently in training than for generation.
+    """
+    before = prompt_ids(tokenizer, prompts)
+    whole = [list(prompt) + list(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    texts = tokenizer.apply_chat_template(whole, tokenize=False)
+    rows = []
+    for start, ids in zip(before, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
+        if ids[: len(start)] != start:
+            raise RecipeError(
+                "model.chat_template: the generation prompt is not how a training text begins "
+                f"({tokenizer.decode(start)[-60:]!r} against {tokenizer.decode(ids)[:60]!r}…); use a template whose "
+                "assistant turn begins as its generation prompt does"
+            )
+        labels = list(ids) if everything else [-100] * len(start) + list(ids[len(start) :])
+        rows.append({"input_ids": list(ids), "labels": labels})
+    return rows
+
+
+# ---------------------------------------------------------------- precision
+
+
+def device() -> torch.device:
+    """This process's device: its own GPU (LOCAL_RANK) or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def choose_dtype(model: Model) -> torch.dtype:
+    """One precision for training and evaluation: bf16 where the hardware has it, fp16 on older GPUs.
+
+    A GPU's capability is asked, not `is_bf16_supported`, which is true on Turing by emulation.
+    """
+    if model.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[model.dtype]
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
+
+
+def choose_attention(model: Model) -> str:
+    """`auto` is SDPA; FlashAttention has to be asked for."""
+    return "sdpa" if model.attention == "auto" else model.attention
+
+
+# ---------------------------------------------------------------- weights
+
+
+def base_checkpoint(model: Model, data: Path) -> Checkpoint:
+    """The base model: for one from scratch, the weights that preprocess drew; else the hub id or local folder."""
+    if model.scratch:
+        return find_checkpoint(str(data / "model"))
+    return find_checkpoint(model.name) if Path(model.name).exists() else Checkpoint(model.name, None, model.name)
+
+
+def load_model(
+    checkpoint: Checkpoint, model: Model, *, dtype: torch.dtype, train_adapter: bool = False
+) -> PreTrainedModel | PeftModel:
+    """The model of a checkpoint in the recipe's quantization, its adapter loaded unmerged.
+
+    `train_adapter` leaves the adapter's weights trainable, so that GRPO goes on from the SFT adapter.
+    """
+    with _hub_errors(checkpoint.base):
+        base = AutoModelForCausalLM.from_pretrained(
+            checkpoint.base,
+            revision=_revision(checkpoint, model),
+            dtype=dtype,
+            attn_implementation=choose_attention(model),
+            quantization_config=_quantization(model, dtype),
+        )
+    if checkpoint.adapter is None:
+        return base
+    return PeftModel.from_pretrained(base, str(checkpoint.adapter), is_trainable=train_adapter)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """ArtifactError where the tokenizer belongs to another model."""
+    rows = model.get_input_embeddings().num_embeddings
+    listed = model.config.get_text_config().eos_token_id
+    stops = [listed] if isinstance(listed, int) else list(listed or [])
+    problems = []
+    if len(tokenizer) > rows:
+        problems.append(f"it has {len(tokenizer)} tokens, the model embeds {rows}")
+    if stops and tokenizer.eos_token_id not in stops:
+        problems.append(f"its stop token is {tokenizer.eos_token_id} ({tokenizer.eos_token}), the model's {stops}")
+    if problems:
+        raise ArtifactError(
+            f"checkpoint {checkpoint.adapter or checkpoint.base}: the tokenizer in {checkpoint.tokenizer} is of "
+            f"another model: {' and '.join(problems)}; copy the tokenizer files the model was trained with there"
+        )
+
+
+def add_lora(base: PreTrainedModel, lora: Lora, *, keep_dtype: bool) -> PeftModel:
+    """A fresh adapter on a base model. `keep_dtype`: ZeRO-3 needs the adapter in the base's precision."""
+    targets: Any = lora.targets[0] if lora.targets == ("all-linear",) else list(lora.targets)
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    return get_peft_model(base, config, autocast_adapter_dtype=not keep_dtype)
+
+
+def _quantization(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if model.quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if model.quantization == "int8" else None
+
+
+def _revision(checkpoint: Checkpoint, model: Model) -> str | None:
+    return model.revision if checkpoint.base == model.name else None
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Any:
+    """Turn transformers' long stories about a model that cannot be had into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ArtifactError(f"model {name}: cannot be loaded ({first})") from error
+
+
+# ---------------------------------------------------------------- a model from nothing
+
+
+def make_scratch(scratch: Scratch, texts: Iterable[str], template: str, out: Path, seed: int) -> int:
+    """Train a tokenizer on `texts`, draw random weights, save both as an ordinary model folder.
+
+    Returns the number of parameters. Byte-level BPE over words with their leading space, so any text can be
+    read; words that are frequent in the task become one token.
+    """
+    tokenizer = train_tokenizer(texts, scratch.vocabulary)
+    tokenizer.chat_template = read_template(template)
+    tokenizer.model_max_length = scratch.context
+    config = Qwen2Config(
+        vocab_size=-(-len(tokenizer) // 16) * 16,  # matrix sides that are multiples of 16 are faster
+        hidden_size=scratch.hidden_size,
+        num_hidden_layers=scratch.layers,
+        num_attention_heads=scratch.heads,
+        num_key_value_heads=scratch.key_value_heads,
+        intermediate_size=scratch.intermediate_size,
+        max_position_embeddings=scratch.context,
+        rope_parameters={"rope_type": "default", "rope_theta": scratch.rope_theta},
+        initializer_range=scratch.initializer_range,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return int(model.num_parameters())
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most `vocabulary` tokens, the same for the same texts."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[*SPECIAL.values(), *ROLES],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL, additional_special_tokens=ROLES)

@@ -1,0 +1,318 @@
+"""What will run, in which order, and why: the graph of steps of one or several recipes. No torch, no processes.
+
+    plan = make_plan(["tiny"], ["grpo.beta=0.01"])
+    for step in plan.steps: print(step.name, step.fingerprint, explain(step))
+
+A step is a stage of one recipe. Its fingerprint is the hash of what decides its result: the parts of the recipe
+its stage reads, the stage's revision, and the fingerprints of its inputs. Its folder is known before anything runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import ARTIFACT, STEP, is_alive, is_done, read_json, read_owner
+from pipeline.cluster import Cluster, batches, read_cluster
+from pipeline.errors import PlanError, RecipeError, did_you_mean
+from pipeline.fingerprint import describe_drift, file_identity, fingerprint, plain
+from pipeline.recipe import CONFIGS, Recipe, find_yaml, local_files, read, read_typed, recipe_names
+from pipeline.rewards.reward import find_rewards
+from pipeline.stage import STAGES, Order
+from pipeline.tasks.task import make_task, resolved_params, task_of
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of one recipe."""
+
+    name: str  # preprocess, sft, grpo, evaluate-base, evaluate-sft, evaluate-grpo, report
+    stage: str
+    recipe: Recipe
+    payload: dict[str, Any]
+    folder: Path
+    inputs: dict[str, Step] = field(default_factory=dict)
+    checkpoint: str | None = None  # weights that are no step of this plan
+    folders: dict[str, str] = field(default_factory=dict)  # inputs that are no step of this plan
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.payload)
+
+    @property
+    def label(self) -> str:
+        """`tiny/sft`"""
+        return f"{self.folder.parent.name}/{self.name}"
+
+    @property
+    def done(self) -> bool:
+        return is_done(self.folder)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in an order in which each comes after its inputs; `wanted` are those that may be started."""
+
+    steps: tuple[Step, ...]
+    wanted: frozenset[str]  # labels
+    cluster: Cluster
+    runs: Path
+
+    @property
+    def to_run(self) -> list[Step]:
+        return [step for step in self.steps if step.label in self.wanted and not step.done]
+
+
+def make_plan(
+    names: Sequence[str],
+    overrides: Sequence[str] = (),
+    *,
+    cluster: str = "local",
+    stages: Sequence[str] = (),
+    skip_sft: bool = False,
+    runs: Path = RUNS,
+) -> Plan:
+    """The plan for these recipes; RecipeError or PlanError with every problem."""
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown:
+        raise PlanError(*(f"unknown stage {stage!r}; {did_you_mean(stage, STAGES)}" for stage in unknown))
+    if skip_sft:
+        overrides = [*overrides, "grpo.start=base"]
+    recipes, where = _resolve(names, overrides, cluster)
+    steps: list[Step] = []
+    for recipe in recipes:
+        steps += _recipe_steps(recipe, runs)
+    steps.append(_report_step(recipes, steps, runs))
+    chosen = [step for step in steps if not stages or step.stage in stages]
+    missing = _missing_inputs(chosen)
+    if missing:
+        raise PlanError(*missing)
+    return Plan(tuple(steps), frozenset(step.label for step in chosen), where, runs)
+
+
+def _resolve(names: Sequence[str], overrides: Sequence[str], cluster: str) -> tuple[list[Recipe], Cluster]:
+    """Typed recipes and cluster, everything that is wrong with any of them reported at once."""
+    problems: list[str] = []
+    for_cluster = [text.removeprefix("cluster.") for text in overrides if text.startswith("cluster.")]
+    for_recipe = [text for text in overrides if not text.startswith("cluster.")]
+    if processes := os.environ.get("THEREFORE_PROCESSES"):  # torchrun was started by hand
+        for_cluster.append(f"processes={processes}")
+    where = None
+    try:
+        where, found = read_cluster(cluster, for_cluster)
+        problems += found
+    except RecipeError as error:
+        problems += error.problems
+    recipes: list[Recipe] = []
+    for name in dict.fromkeys(names):
+        try:
+            recipe, found = read(name, for_recipe)
+        except RecipeError as error:
+            problems += error.problems
+            continue
+        found = found if recipe is None else _recipe_problems(recipe, where)
+        problems += [f"{name}: {text}" if len(names) > 1 else text for text in found]
+        if recipe is not None and not found:
+            recipes.append(_with_task_params(recipe))
+    if problems or where is None:
+        raise RecipeError(*dict.fromkeys(problems))
+    return recipes, where
+
+
+def _with_task_params(recipe: Recipe) -> Recipe:
+    """The recipe with every setting of its task filled in, so that a changed default is a changed identity."""
+    params = plain(resolved_params(task_of(recipe.task, recipe.seed)))
+    return replace(recipe, task=replace(recipe.task, params=params))
+
+
+def _recipe_problems(recipe: Recipe, cluster: Cluster | None) -> list[str]:
+    """What only the task, the rewards and the cluster together with the recipe can tell."""
+    _, problems = make_task(recipe.task, recipe.seed)
+    _, rewards = find_rewards(recipe.grpo.rewards)
+    problems = [*problems, *rewards]
+    if cluster is not None:
+        problems += batches(cluster, recipe, "sft")[1] + batches(cluster, recipe, "grpo")[1]
+    return problems
+
+
+def _recipe_steps(recipe: Recipe, runs: Path) -> list[Step]:
+    data = _step("preprocess", "preprocess", recipe, {}, runs)
+    steps = [data]
+    trained: dict[str, Step] = {}
+    if recipe.grpo.start == "sft":
+        trained["sft"] = _step("sft", "sft", recipe, {"data": data}, runs)
+        trained["grpo"] = _step("grpo", "grpo", recipe, {"data": data, "model": trained["sft"]}, runs)
+    else:
+        trained["grpo"] = _step("grpo", "grpo", recipe, {"data": data}, runs)
+    steps += trained.values()
+    steps.append(_step("evaluate-base", "evaluate", recipe, {"data": data}, runs))
+    for name, step in trained.items():
+        steps.append(_step(f"evaluate-{name}", "evaluate", recipe, {"data": data, "model": step}, runs))
+    return steps
+
+
+def _report_step(recipes: Sequence[Recipe], steps: Sequence[Step], runs: Path) -> Step:
+    shown = {step.label: step for step in steps if step.stage != "report"}
+    place = "+".join(recipe.name for recipe in recipes)
+    return _step("report", "report", recipes[0], shown, runs, place=place)
+
+
+def _step(
+    name: str, stage: str, recipe: Recipe, inputs: dict[str, Step], runs: Path, *, place: str | None = None
+) -> Step:
+    sections = {path: plain(reduce(getattr, path.split("."), recipe)) for path in STAGES[stage].reads}
+    files = {} if inputs else local_files(recipe)
+    payload = {
+        "stage": stage,
+        "revision": STAGES[stage].revision,
+        "settings": sections,
+        "inputs": {role: step.fingerprint for role, step in inputs.items()},
+        "files": files,
+    }
+    folder = runs / (place or recipe.name) / f"{name}-{fingerprint(payload)}"
+    return Step(name, stage, recipe, payload, folder, inputs)
+
+
+def _missing_inputs(chosen: Sequence[Step]) -> list[str]:
+    """Inputs that are neither done nor among the chosen steps."""
+    labels = {step.label for step in chosen}
+    missing: dict[str, list[str]] = {}
+    for step in chosen:
+        if not step.done:
+            for needed in step.inputs.values():
+                if not needed.done and needed.label not in labels:
+                    missing.setdefault(needed.label, []).append(step.name)
+    return [
+        f"{label} is not done, and {', '.join(users)} need{'s' if len(users) == 1 else ''} it: "
+        f"run it first, or without --stages"
+        for label, users in missing.items()
+    ]
+
+
+def evaluation_plan(
+    checkpoint: str,
+    words: Sequence[str] = (),
+    *,
+    task: str | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    cluster: str = "local",
+    runs: Path = RUNS,
+) -> Plan:
+    """A plan of one step: ask any checkpoint a task's rows.
+
+    The recipe is the one named in `words`, else the one the checkpoint was made with (its step's `step.json`), else
+    the defaults; the rows are those of the checkpoint's own preprocess step where task and split are the same.
+    """
+    names = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
+    overrides += [f"evaluate.limit={limit}"] if limit is not None else []
+    overrides += [f"evaluate.splits=[{split}]"] if split is not None else []
+    made_by = _step_of(Path(checkpoint))
+    values: list[Path | dict[str, Any]]
+    if names:
+        values = [CONFIGS / "base.yaml", find_yaml(names[0], "recipe", CONFIGS, recipe_names())]
+    elif made_by:
+        values = [made_by[1]["recipe"]]
+    else:
+        values = [CONFIGS / "base.yaml", {"model": {"name": checkpoint}}]
+    name = names[0] if names else made_by[1]["recipe"]["name"] if made_by else "base"
+    if task is not None:
+        overrides.append(f"task.name={task}")
+        if made_by and task != made_by[1]["recipe"]["task"]["name"]:
+            values.append({"task": {"source": "auto", "path": None, "params": None}})
+            overrides.append("task.params={}")
+    recipe, problems = read_typed(Recipe, values, overrides, {"name": Path(name).stem})
+    where, found = read_cluster(cluster)
+    if recipe is not None:
+        found = [*found, *make_task(recipe.task, recipe.seed)[1]]
+    if recipe is None or where is None or found:
+        raise RecipeError(*problems, *found)
+    recipe = _with_task_params(recipe)
+    inputs = {}
+    if made_by and not names and plain(recipe.task) == made_by[1]["recipe"]["task"]:
+        data = made_by[1]["inputs"].get("data") or str(made_by[0])
+        if is_done(Path(data)):
+            inputs["data"] = data
+    payload = {
+        "stage": "evaluate",
+        "revision": STAGES["evaluate"].revision,
+        "settings": {path: plain(getattr(recipe, path)) for path in ("seed", "model", "task", "evaluate")},
+        "inputs": {"data": Path(inputs["data"]).name} if inputs else {},
+        "files": _identity(checkpoint),
+    }
+    folder = runs / "evaluations" / f"{Path(checkpoint).name}-{fingerprint(payload)}"
+    step = Step("evaluate-checkpoint", "evaluate", recipe, payload, folder, {}, checkpoint, inputs)
+    return Plan((step,), frozenset([step.label]), where, runs)
+
+
+def _step_of(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The step's folder that a checkpoint lies in, and its order."""
+    for folder in [path, *path.parents][:4]:
+        if record := read_json(folder / STEP):
+            return folder, record
+    return None
+
+
+def _identity(checkpoint: str) -> dict[str, str]:
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return {"checkpoint": checkpoint}
+    kept = [p for p in sorted(folder.rglob("*")) if p.suffix in (".safetensors", ".bin", ".json", ".jinja")]
+    return {p.relative_to(folder).as_posix(): file_identity(p) for p in kept if "global_step" not in str(p)}
+
+
+def order_of(step: Step, cluster: Cluster) -> Order:
+    """What is written into the step's folder before its process starts."""
+    return Order(
+        step.name,
+        step.stage,
+        step.fingerprint,
+        step.payload,
+        step.recipe,
+        cluster,
+        {**{role: str(needed.folder) for role, needed in step.inputs.items()}, **step.folders},
+        step.checkpoint,
+    )
+
+
+def explain(step: Step) -> list[str]:
+    """Why a step will run, or that it will not: one line, or one line a field that differs from the last run."""
+    if step.done:
+        return ["done"]
+    owner = read_owner(step.folder)
+    if owner and is_alive(owner):
+        return [f"running: {owner}"]
+    saved = sorted(step.folder.glob("checkpoints/checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    if saved:
+        return [f"goes on from {saved[-1].name}"]
+    if (step.folder / STEP).exists():
+        return ["begins again: it did not end"]
+    before = _latest(step)
+    if before is None:
+        return ["new"]
+    old = before["payload"]
+    drift = describe_drift(old["settings"], step.payload["settings"])
+    drift += describe_drift(old["files"], step.payload["files"])
+    if old["revision"] != step.payload["revision"]:
+        drift.append(f"the stage's code: revision {old['revision']} -> {step.payload['revision']}")
+    for role, needed in step.inputs.items():
+        was = old["inputs"].get(role)
+        if was != needed.fingerprint:
+            drift.append(f"input {role}: {was or '(new)'} -> {needed.fingerprint}")
+    return drift or ["new"]
+
+
+def _latest(step: Step) -> dict[str, Any] | None:
+    """The record of the newest finished step of the same name."""
+    records = sorted(
+        step.folder.parent.glob(f"{step.name}-*/{ARTIFACT}"), key=lambda path: path.stat().st_mtime, reverse=True
+    )
+    found = (read_json(path) for path in records)
+    return next((record for record in found if record), None)

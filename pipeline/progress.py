@@ -1,0 +1,89 @@
+"""How far a running step is: `progress.json` in its folder, written by rank 0, read by anyone.
+
+The launcher draws its bar from it, `python -m pipeline status` its table, also on another machine or the day
+after. States: starting, running, saving, done, stopped, failed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import PROGRESS, read_json, write_json
+
+MIN_SECONDS = 0.5  # between two writes of a running step
+
+
+@dataclass(frozen=True)
+class Progress:
+    stage: str
+    state: str
+    done: int = 0
+    total: int = 0
+    unit: str = "steps"
+    started: float = 0.0  # seconds since the epoch, of this attempt
+    updated: float = 0.0
+    first: int = 0  # `done` when this attempt began, so that a resumed run's speed is its own
+    figures: dict[str, float] = field(default_factory=dict)  # the last loss, reward, …
+    note: str = ""  # what it is doing, in a few words
+    problems: tuple[str, ...] = ()
+    exit_code: int | None = None
+    attempt: int = 1
+    host: str = ""
+    pid: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return max(0.0, self.updated - self.started)
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds that are left at the speed so far; None before there is one."""
+        steps = self.done - self.first
+        if steps <= 0 or not self.total:
+            return None
+        return self.seconds / steps * max(0, self.total - self.done)
+
+
+def read_progress(folder: Path) -> Progress | None:
+    record = read_json(folder / PROGRESS)
+    if not record:
+        return None
+    return Progress(**{**record, "problems": tuple(record["problems"])})
+
+
+class ProgressFile:
+    """The writer: `update(done=3, figures={"loss": 0.2})`. A folder of None writes nothing (ranks other than 0)."""
+
+    def __init__(self, folder: Path | None, stage: str) -> None:
+        self.folder = folder
+        before = read_progress(folder) if folder else None
+        now = time.time()
+        self.now = Progress(
+            stage,
+            "starting",
+            started=now,
+            updated=now,
+            attempt=before.attempt + 1 if before and before.state != "done" else 1,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+        )
+        self._written = 0.0
+        self._write()
+
+    def update(self, *, figures: dict[str, float] | None = None, force: bool = False, **changes: Any) -> None:
+        """Change fields and write, at most twice a second unless the state changes or `force` is given."""
+        changed_state = changes.get("state", self.now.state) != self.now.state
+        merged = {**self.now.figures, **(figures or {})}
+        self.now = replace(self.now, figures=merged, updated=time.time(), **changes)
+        if changed_state or force or self.now.updated - self._written >= MIN_SECONDS:
+            self._write()
+
+    def _write(self) -> None:
+        if self.folder:
+            write_json(self.folder / PROGRESS, asdict(self.now))
+            self._written = time.time()

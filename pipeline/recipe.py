@@ -1,0 +1,301 @@
+"""A recipe: what is learned, from what, how. Its values live in configs/, its types here.
+
+    recipe, problems = read("tiny", ["grpo.beta=0.01"])
+
+`configs/base.yaml` ← `configs/<name>.yaml` ← `key=value`, merged by OmegaConf, typed by the frozen dataclasses
+below. A recipe is an identity: nothing about where or how wide it runs is in it (that is `cluster.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, TypeVar
+
+from pipeline.errors import RecipeError, did_you_mean
+from pipeline.fingerprint import file_identity
+from pipeline.typed import Check, Count, NonNegative, Positive, Rate, Share, build
+
+CONFIGS = Path("configs")
+
+Even = Annotated[int, Check("a whole number ≥ 2", lambda v: v >= 2)]
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """A model made from nothing: its tokenizer is trained on the task's text, its weights are random."""
+
+    architecture: Literal["qwen2"]
+    vocabulary: Positive  # at most this many tokens
+    hidden_size: Positive
+    layers: Positive
+    heads: Positive
+    key_value_heads: Positive
+    intermediate_size: Positive
+    context: Positive  # tokens
+    rope_theta: Rate
+    initializer_range: Rate
+
+
+@dataclass(frozen=True)
+class Model:
+    """The base model: a hub id with a pinned revision, a local folder, or one made from scratch."""
+
+    name: str
+    revision: str | None
+    scratch: Scratch | None
+    chat_template: str | None  # None: the tokenizer's own; a name of `modeling.TEMPLATES`; or a .jinja file
+    quantization: Literal["none", "nf4", "int8"]
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (Hu et al. 2021). Off means full fine-tuning."""
+
+    enabled: bool
+    r: Positive
+    alpha: Rate
+    dropout: Share
+    targets: tuple[str, ...]  # module names, or ["all-linear"]
+
+
+@dataclass(frozen=True)
+class TaskChoice:
+    """Which task, from where. `params` are the task's own settings, typed by the task's file."""
+
+    name: str
+    source: Literal["auto", "generated", "path", "hub", "sample"]
+    path: str | None
+    revision: str | None
+    bad_rows: Literal["stop", "skip"]
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How weights move: shared by SFT and GRPO."""
+
+    name: str  # one of transformers' `optim` names
+    learning_rate: Rate
+    schedule: str  # one of transformers' `lr_scheduler_type` names
+    schedule_args: dict[str, Any]
+    warmup: NonNegative  # a share of the steps when < 1, else steps
+    weight_decay: NonNegative
+    beta2: Share
+    max_grad_norm: NonNegative
+
+
+@dataclass(frozen=True)
+class Sft:
+    """Supervised fine-tuning on the task's targets."""
+
+    optimizer: Optimizer
+    epochs: Rate
+    max_steps: Positive | None
+    global_batch_size: Positive  # rows in one optimizer step, over all processes
+    max_length: Positive  # tokens of prompt and completion; longer rows are dropped and counted
+    order: Literal["shuffled", "by_length", "curriculum"]
+    loss_on: Literal["assistant", "everything"]
+    packing: bool
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One function of `rewards/`, its weight, and what it is called with."""
+
+    weight: float
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Grpo:
+    """Group relative policy optimization (Shao et al. 2024)."""
+
+    optimizer: Optimizer
+    start: Literal["sft", "base"]
+    rewards: dict[str, Reward]
+    epochs: Rate
+    max_steps: Positive | None
+    global_batch_size: Even  # completions in one optimizer step, over all processes
+    num_generations: Even  # completions of one prompt
+    num_iterations: Positive  # optimizer passes over each completion
+    temperature: Rate
+    top_p: Share
+    top_k: Count  # 0: all
+    max_prompt_length: Positive  # tokens; longer prompts are dropped and counted
+    max_completion_length: Positive
+    beta: NonNegative  # weight of the KL term; 0 keeps no reference model
+    epsilon: Rate
+    epsilon_high: Rate
+    loss_type: str
+    scale_rewards: Literal["group", "batch", "none"]
+    mask_truncated: bool
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """How a model is asked and how its answers are counted."""
+
+    splits: tuple[str, ...]
+    limit: Positive | None  # rows of each split; None: all
+    temperature: NonNegative  # 0: greedy
+    top_p: Share
+    top_k: Count
+    max_new_tokens: Positive
+    draws: Positive  # bootstrap draws
+    confidence: Share
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All of it, resolved. `name` is where it came from and is not part of its identity."""
+
+    name: str
+    seed: Count
+    model: Model
+    lora: Lora
+    task: TaskChoice
+    sft: Sft
+    grpo: Grpo
+    evaluate: Evaluate
+
+    def problems(self) -> list[str]:
+        """Combinations that cannot work, each with what would."""
+        found = []
+        batch, group = self.grpo.global_batch_size, self.grpo.num_generations
+        if batch % group:
+            near = [n for n in range(2, batch + 1) if batch % n == 0]
+            below = [n for n in near if n < group][-1:]
+            above = [n for n in near if n > group][:1]
+            found.append(
+                f"grpo.num_generations: {group} does not divide grpo.global_batch_size {batch}; "
+                f"use {' or '.join(str(n) for n in below + above)}"
+            )
+        if not self.grpo.rewards:
+            found.append("grpo.rewards: empty; list at least one, such as correctness: {weight: 1.0, params: {}}")
+        if self.model.quantization != "none" and not self.lora.enabled:
+            found.append(
+                f"model.quantization: {self.model.quantization!r} weights cannot be trained themselves; "
+                "set lora.enabled=true, or model.quantization=none"
+            )
+        if scratch := self.model.scratch:
+            found.extend(self._scratch_problems(scratch))
+        if self.task.source == "path" and not self.task.path:
+            found.append("task.path: null, but task.source is 'path'; name a .jsonl, .json, .csv or .parquet file")
+        return found
+
+    def _scratch_problems(self, scratch: Scratch) -> list[str]:
+        found = []
+        if scratch.hidden_size % scratch.heads:
+            found.append(f"model.scratch.heads: {scratch.heads} does not divide hidden_size {scratch.hidden_size}")
+        elif scratch.hidden_size // scratch.heads % 2:
+            found.append(
+                f"model.scratch.hidden_size: {scratch.hidden_size} gives heads of odd width, which cannot be rotated"
+            )
+        if scratch.heads % scratch.key_value_heads:
+            found.append(
+                f"model.scratch.key_value_heads: {scratch.key_value_heads} does not divide heads {scratch.heads}"
+            )
+        longest = {
+            "sft.max_length": self.sft.max_length,
+            "grpo.max_prompt_length + grpo.max_completion_length": self.grpo.max_prompt_length
+            + self.grpo.max_completion_length,
+        }
+        for name, tokens in longest.items():
+            if tokens > scratch.context:
+                found.append(f"{name}: {tokens} tokens do not fit model.scratch.context {scratch.context}")
+        if self.model.quantization != "none":
+            found.append("model.quantization: a model from scratch has nothing to quantize; use none")
+        return found
+
+
+class Checked(Protocol):
+    """What knows its own impossible combinations."""
+
+    def problems(self) -> list[str]: ...
+
+
+T = TypeVar("T", bound=Checked)
+
+
+def recipe_names(configs: Path = CONFIGS) -> list[str]:
+    """The recipes that can be named: every configs/*.yaml but base."""
+    return sorted(file.stem for file in configs.glob("*.yaml") if file.stem != "base")
+
+
+def read(name: str, overrides: Sequence[str] = (), configs: Path = CONFIGS) -> tuple[Recipe | None, list[str]]:
+    """A recipe by name or by the path of its YAML file, and everything that is wrong with it."""
+    file = find_yaml(name, "recipe", configs, recipe_names(configs))
+    return read_typed(Recipe, [configs / "base.yaml", file], overrides, {"name": file.stem})
+
+
+def find_yaml(name: str, what: str, folder: Path, known: list[str]) -> Path:
+    """`folder/name.yaml`, or `name` itself where it is the path of a YAML file."""
+    direct = Path(name)
+    if direct.suffix in (".yaml", ".yml"):
+        if direct.is_file():
+            return direct
+        raise RecipeError(f"{what} {name!r}: no such file; {did_you_mean(direct.stem, known)}")
+    file = folder / f"{name}.yaml"
+    if not file.is_file() or name not in known:
+        raise RecipeError(f"unknown {what} {name!r} in {folder}/; {did_you_mean(name, known)}")
+    return file
+
+
+def read_typed(
+    cls: type[T],
+    sources: Sequence[Path | dict[str, Any]],
+    overrides: Sequence[str],
+    extra: dict[str, Any],
+) -> tuple[T | None, list[str]]:
+    """Merge YAML files (or values) and `key=value` overrides, type them as `cls`, and gather every problem."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    problems: list[str] = []
+    layers = []
+    for file in sources:
+        try:
+            layers.append(OmegaConf.create(file) if isinstance(file, dict) else OmegaConf.load(file))
+        except FileNotFoundError:
+            problems.append(f"{file}: no such file; run from the project's root, where configs/ is")
+        except YAMLError as error:
+            problems.append(f"{file}: {' '.join(str(error).split())}")
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not all(key.split(".")):
+            problems.append(f"{override!r}: not an override; write key=value, such as grpo.beta=0.01")
+            continue
+        try:
+            layers.append(OmegaConf.from_dotlist([override]))
+        except YAMLError as error:
+            problems.append(f"{override!r}: the value is not YAML ({' '.join(str(error).split())})")
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True) if layers else {}
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        where = next((source for source in reversed(sources) if isinstance(source, Path)), "the command line")
+        return None, [*problems, f"{where}: {' '.join(str(error).split())}"]
+    result, found = build(cls, {**values, **extra} if isinstance(values, dict) else values)
+    problems += found
+    if result is not None:
+        problems += result.problems()
+    return (None if problems else result), problems
+
+
+def local_files(recipe: Recipe) -> dict[str, str]:
+    """The identity of every local file the recipe names, so that its content enters the identity."""
+    named = {"task.path": recipe.task.path, "model.chat_template": recipe.model.chat_template}
+    found = {}
+    for key, name in named.items():
+        if name and Path(name).is_file():
+            found[key] = file_identity(Path(name))
+    folder = Path(recipe.model.name)
+    if not recipe.model.scratch and folder.is_dir():
+        for file in sorted(folder.iterdir()):
+            if file.is_file():
+                found[f"model.name/{file.name}"] = file_identity(file)
+    return found

@@ -1,0 +1,284 @@
+"""The models side by side, with intervals, paired differences, curves and settings: HTML, Markdown and JSON.
+
+    python -m pipeline.report tiny
+    python -m pipeline report tiny qwen1.5b        several recipes, one report
+
+`report.json` holds every figure; `report.html` (one file, no network) and `report.md` are drawn from it, and
+`summary.txt` is what the command line prints. A claim that one stage is better than another is made only where
+the paired interval of their difference leaves out 0.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from omegaconf import OmegaConf
+
+from pipeline import __version__
+from pipeline.artifact import Artifact, read_json, write_json
+from pipeline.charts import Mark, Series, curves, intervals, number
+from pipeline.metrics import HEADLINE, LOWER_IS_BETTER, compare, outcome_of
+from pipeline.monitor import HISTORY
+from pipeline.recipe import Recipe
+from pipeline.runtime import Runtime
+from pipeline.stage import main, read_order
+from pipeline.tasks.task import Task, task_of
+
+TITLES = {
+    "f1": "F1",
+    "balanced_accuracy": "balanced accuracy",
+    "mcc": "MCC",
+    "accuracy": "accuracy",
+    "precision": "precision",
+    "recall": "recall",
+    "unanswered": "unanswered",
+    "tokens": "mean tokens",
+}
+CURVES = {
+    "sft": {"loss": "SFT loss"},
+    "grpo": {
+        "reward": "GRPO reward",
+        "rewards/correctness/mean": "correctness reward",
+        "rewards/format/mean": "format reward",
+        "completions/mean_length": "completion length (tokens)",
+        "frac_reward_zero_std": "share of groups without spread",
+        "entropy": "entropy (nats a token)",
+    },
+}
+SAMPLES = 3
+
+
+def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runtime) -> dict[str, Any]:
+    runtime.progress.update(state="running", note="counting")
+    task = task_of(recipe.task, recipe.seed)
+    report = gather(inputs, task, recipe)
+    write_json(out / "report.json", report)
+    runtime.progress.update(note="drawing")
+    page = {**report, "charts": draw(report, task), "titles": TITLES, "headline": HEADLINE, "task": task}
+    for name in ("report.html", "report.md", "summary.txt"):
+        (out / name).write_text(render(name, page), encoding="utf-8")
+    return {"claims": report["claims"]}
+
+
+def gather(inputs: Mapping[str, Artifact], task: Task, recipe: Recipe) -> dict[str, Any]:
+    """Every figure of the report, from the artifacts of its steps."""
+    models = [_model(label, artifact) for label, artifact in inputs.items() if artifact.stage.startswith("evaluate-")]
+    models.sort(key=lambda model: (model["recipe"], ("base", "sft", "grpo").index(model["role"])))
+    main_split = recipe.evaluate.splits[0]
+    differences = []
+    for name in dict.fromkeys(model["recipe"] for model in models):
+        mine = [model for model in models if model["recipe"] == name]
+        for before, after in pairwise(mine):
+            differences.append(_difference(before, after, inputs, task, recipe))
+    trained = {label: artifact for label, artifact in inputs.items() if artifact.stage in ("sft", "grpo")}
+    data = {label: artifact for label, artifact in inputs.items() if artifact.stage == "preprocess"}
+    first = next(iter(models), None)
+    return {
+        "title": " and ".join(dict.fromkeys(model["recipe"] for model in models)),
+        "task_title": task.title,
+        "written": time.strftime("%Y-%m-%d %H:%M"),
+        "version": __version__,
+        "splits": list(recipe.evaluate.splits),
+        "main_split": main_split,
+        "confidence": recipe.evaluate.confidence,
+        "models": models,
+        "baselines": first["splits"][main_split]["baselines"] if first else {},
+        "differences": differences,
+        "claims": [claim(difference, main_split) for difference in differences],
+        "published": list(task.published),
+        "breakdowns": list(task.breakdowns),
+        "curves": {label: _history(artifact) for label, artifact in trained.items()},
+        "training": {label: artifact.metrics for label, artifact in trained.items()},
+        "data": {label: artifact.metrics for label, artifact in data.items()},
+        "samples": _samples(models[-1], inputs, task, main_split) if models else [],
+        "steps": {label: _provenance(artifact) for label, artifact in inputs.items()},
+        "settings": {artifact.recipe: _settings(artifact) for artifact in inputs.values()},
+    }
+
+
+def _model(label: str, artifact: Artifact) -> dict[str, Any]:
+    role = artifact.stage.removeprefix("evaluate-")
+    names = {"base": "base", "sft": "SFT", "grpo": "GRPO"}
+    return {
+        "label": label,
+        "recipe": artifact.recipe,
+        "role": role,
+        "name": f"{artifact.recipe} {names[role]}",
+        "splits": artifact.metrics,
+    }
+
+
+def _records(artifact: Artifact) -> list[dict[str, Any]]:
+    lines = (artifact.folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _difference(
+    before: dict[str, Any], after: dict[str, Any], inputs: Mapping[str, Artifact], task: Task, recipe: Recipe
+) -> dict[str, Any]:
+    """The paired difference of two successive stages, by split."""
+    settings = recipe.evaluate
+    old, new = _records(inputs[before["label"]]), _records(inputs[after["label"]])
+    found = {}
+    for split in settings.splits:
+        pair = [[outcome_of(r, task.positive) for r in records if r["split"] == split] for records in (old, new)]
+        found[split] = compare(pair[0], pair[1], settings.draws, settings.confidence, recipe.seed)
+    return {"before": before["name"], "after": after["name"], "role": after["role"], "splits": found}
+
+
+def claim(difference: dict[str, Any], split: str) -> str:
+    """What may be said of two stages: better or worse only where the paired interval leaves out 0."""
+    figure = difference["splits"][split]["f1"]
+    told = f"F1 {figure['value']:+.3f} ({figure['low']:+.3f} … {figure['high']:+.3f})"
+    if figure["low"] > 0:
+        return f"{difference['after']} is better than {difference['before']}: {told}"
+    if figure["high"] < 0:
+        return f"{difference['after']} is worse than {difference['before']}: {told}"
+    return f"no difference shown between {difference['after']} and {difference['before']}: {told}"
+
+
+def _history(artifact: Artifact) -> dict[str, list[list[float]]]:
+    """Curves of a training step: name -> [[step, value], …]."""
+    history = read_json(artifact.folder / HISTORY) or []
+    found = {}
+    for key in CURVES[artifact.stage]:
+        points = [[entry["step"], entry[key]] for entry in history if key in entry]
+        if points:
+            found[key] = points
+    return found
+
+
+def _samples(model: dict[str, Any], inputs: Mapping[str, Artifact], task: Task, split: str) -> list[dict[str, Any]]:
+    """A few answers of the last model: right, wrong and unanswered ones, the shortest questions first."""
+    records = [record for record in _records(inputs[model["label"]]) if record["split"] == split]
+    data = next(a for a in inputs.values() if a.stage == "preprocess" and a.recipe == model["recipe"])
+    import pyarrow.parquet as pq
+
+    questions = {
+        row["id"]: row["question"] for row in pq.read_table(data.folder / "data" / f"{split}.parquet").to_pylist()
+    }
+    kinds = {"right": [], "wrong": [], "unanswered": []}  # type: dict[str, list[dict[str, Any]]]
+    for record in records:
+        kind = "unanswered" if not record["answered"] else "right" if record["correct"] else "wrong"
+        kinds[kind].append({**record, "kind": kind, "question": questions[record["id"]]})
+    shown = []
+    for found in kinds.values():
+        found.sort(key=lambda record: (len(record["question"]), record["id"]))
+        shown += found[:: max(1, len(found) // SAMPLES)][:SAMPLES]
+    return shown
+
+
+def _provenance(artifact: Artifact) -> dict[str, Any]:
+    return {
+        "fingerprint": artifact.fingerprint,
+        "folder": str(artifact.folder),
+        "seconds": artifact.provenance["seconds"],
+        "processes": artifact.provenance["processes"],
+        "cluster": artifact.provenance["cluster"],
+        "versions": artifact.provenance["versions"],
+        "python": artifact.provenance["python"],
+        "machine": artifact.provenance["machine"],
+        "git": artifact.provenance["git"],
+    }
+
+
+def _settings(artifact: Artifact) -> str:
+    """The resolved recipe as YAML."""
+    from pipeline.fingerprint import plain
+
+    return str(OmegaConf.to_yaml(OmegaConf.create(plain(read_order(artifact.folder).recipe))))
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def draw(report: dict[str, Any], task: Task) -> dict[str, Any]:
+    """Every chart of the page, as SVG."""
+    main_split = report["main_split"]
+    charts: dict[str, Any] = {"by": {}, "curves": {}}
+    for metric in ("f1", "balanced_accuracy"):
+        marks = [_mark(m["name"], m["splits"][main_split]["all"][metric], m["role"]) for m in report["models"]]
+        best = max(report["baselines"].items(), key=lambda item: item[1][metric], default=None)
+        lines = [(best[1][metric], best[0])] if best else []
+        charts[metric] = intervals(marks, 0.0, 1.0, lines=lines, title=f"{TITLES[metric]} on {main_split}")
+    marks = [
+        _mark(f"{d['after'].split()[-1]} − {d['before'].split()[-1]}, {split}", d["splits"][split]["f1"], d["role"])
+        for split in report["splits"]
+        for d in report["differences"]
+    ]
+    if marks:
+        low, high = min(0.0, *(m.low for m in marks)), max(0.0, *(m.high for m in marks))
+        charts["differences"] = intervals(
+            marks, low, high, lines=[(0.0, "no difference")], signed=True, title="paired differences of F1"
+        )
+    charts["splits"] = intervals(
+        [
+            _mark(f"{m['name']}, {split}", m["splits"][split]["all"]["balanced_accuracy"], m["role"])
+            for split in report["splits"]
+            for m in report["models"]
+        ],
+        0.0,
+        1.0,
+        lines=[(0.5, "coin")],
+        title="balanced accuracy by test set",
+    )
+    for tag in report["breakdowns"]:
+        values = report["models"][0]["splits"][main_split].get(tag, {}) if report["models"] else {}
+        charts["by"][tag] = intervals(
+            [
+                _mark(f"{value}: {m['name']}", m["splits"][main_split][tag][value]["balanced_accuracy"], m["role"])
+                for value in values
+                for m in report["models"]
+                if m["role"] != "base"
+            ],
+            0.0,
+            1.0,
+            lines=[(0.5, "coin")],
+            title=f"balanced accuracy by {tag}",
+        )
+    for label, history in report["curves"].items():
+        stage = label.partition("/")[2]
+        charts["curves"][label] = [
+            curves([Series(title, tuple((x, y) for x, y in history[key]), stage)], title=title)
+            for key, title in CURVES[stage].items()
+            if key in history
+        ]
+    return charts
+
+
+def _mark(label: str, figure: dict[str, float], role: str) -> Mark:
+    return Mark(label, figure["value"], figure.get("low", figure["value"]), figure.get("high", figure["value"]), role)
+
+
+def render(name: str, page: dict[str, Any]) -> str:
+    """A template of `templates/` with the report's figures."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=StrictUndefined,
+        autoescape=name.endswith(".html"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["figure"] = figure
+    environment.filters["number"] = number
+    environment.globals["lower_is_better"] = LOWER_IS_BETTER
+    return environment.get_template(f"{name}.jinja").render(page)
+
+
+def figure(value: dict[str, float], metric: str) -> str:
+    """`0.812`, or `34` for tokens, or `1.2 %` for a share."""
+    if metric == "tokens":
+        return f"{value['value']:.0f}"
+    if metric == "unanswered":
+        return f"{100 * value['value']:.1f} %"
+    return f"{value['value']:.3f}"
+
+
+if __name__ == "__main__":
+    main("report", run)

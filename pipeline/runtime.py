@@ -1,0 +1,33 @@
+"""Where a stage runs: what the harness gives it beside its recipe and its inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.artifact import STOP, Owner, is_owner
+from pipeline.cluster import Cluster
+from pipeline.errors import ArtifactError
+from pipeline.progress import ProgressFile
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The processes of one stage, its folder, and who may write there."""
+
+    cluster: Cluster
+    progress: ProgressFile
+    rank: int
+    world: int
+    folder: Path
+    owner: Owner | None  # rank 0's hold on the folder
+    checkpoint: str | None  # weights to evaluate that are no step's
+
+    def stop_asked(self) -> bool:
+        """Whether someone asked this step to save and leave (rank 0 looks, all ranks agree elsewhere)."""
+        return (self.folder / STOP).exists()
+
+    def check_still_owner(self) -> None:
+        """ArtifactError when another attempt has taken the folder over: this one must not write any more."""
+        if self.owner and not is_owner(self.folder, self.owner):
+            raise ArtifactError(f"{self.folder} now belongs to another attempt; this one ({self.owner}) ends here")

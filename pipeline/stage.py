@@ -1,0 +1,228 @@
+"""A stage, the table of stages, and the harness every stage process runs in.
+
+    python -m pipeline.sft RECIPE [key=value …]     by hand: becomes `python -m pipeline run --stages sft …`
+    torchrun --nproc_per_node=2 -m pipeline.sft RECIPE …     the same, in the processes torchrun has started
+    torchrun … -m pipeline.sft --step DIR           by a launcher: everything it needs is in DIR/step.json
+
+A stage module defines `run(recipe, inputs, out, runtime) -> metrics`; only the harness calls it. The harness
+holds the owner file, joins the process group, keeps the progress file, and commits the artifact, last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.artifact import (
+    STEP,
+    STOP,
+    Artifact,
+    commit,
+    is_done,
+    open_artifact,
+    own,
+    read_json,
+    write_json,
+)
+from pipeline.cluster import Cluster, process_count
+from pipeline.errors import EXIT_FAULT, ArtifactError, PipelineError, Stopped, explain_os_error, run_main
+from pipeline.fingerprint import plain
+from pipeline.progress import ProgressFile
+from pipeline.recipe import Recipe
+from pipeline.runtime import Runtime
+from pipeline.typed import build
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the table. `reads` are the parts of a recipe that decide its result; `revision` its code."""
+
+    name: str
+    about: str
+    reads: tuple[str, ...]
+    revision: int
+    processes: str  # "one", or "all": under torchrun with every process of the cluster
+
+    @property
+    def module(self) -> str:
+        return f"pipeline.{self.name}"
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "preprocess",
+            "rows, splits and their proof; for a model from scratch also its tokenizer and first weights",
+            ("seed", "model.name", "model.revision", "model.scratch", "model.chat_template", "task"),
+            1,
+            "one",
+        ),
+        Stage("sft", "supervised fine-tuning on the task's targets", ("seed", "model", "lora", "sft"), 1, "all"),
+        Stage("grpo", "reinforcement learning from the task's rewards", ("seed", "model", "lora", "grpo"), 1, "all"),
+        Stage("evaluate", "answers to every test row, graded", ("seed", "model", "evaluate"), 1, "all"),
+        Stage("report", "the models side by side, with intervals and curves", ("seed", "evaluate"), 1, "one"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a stage process is told: `step.json` of its folder. Nothing else decides what it does."""
+
+    name: str  # such as evaluate-grpo
+    stage: str
+    fingerprint: str
+    payload: dict[str, Any]
+    recipe: Recipe
+    cluster: Cluster
+    inputs: dict[str, str]  # role -> folder
+    checkpoint: str | None = None  # weights to evaluate that are no step's
+
+
+def write_order(folder: Path, order: Order) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / STEP, plain(order))
+
+
+def read_order(folder: Path) -> Order:
+    record = read_json(folder / STEP)
+    if record is None:
+        raise ArtifactError(f"{folder / STEP} is missing or half-written: start the step with python -m pipeline run")
+    recipe, problems = build(Recipe, record["recipe"], "recipe")
+    cluster, more = build(Cluster, record["cluster"], "cluster")
+    if recipe is None or cluster is None:
+        raise ArtifactError(
+            *(f"{folder / STEP}: {problem}" for problem in problems + more),
+            "it was written by another version of the project; delete the folder and run again",
+        )
+    return Order(**{**record, "recipe": recipe, "cluster": cluster})
+
+
+class Run(Protocol):
+    def __call__(
+        self, recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runtime
+    ) -> dict[str, Any]: ...
+
+
+def main(stage: str, run: Run) -> None:
+    """The command line of a stage module."""
+    run_main(lambda: _main(stage, run, sys.argv[1:]))
+
+
+def _main(stage: str, run: Run, argv: list[str]) -> int:
+    if argv[:1] == ["--step"] and len(argv) == 2:
+        return _work(Path(argv[1]), run)
+    if "RANK" not in os.environ:  # a stage started by hand names the command line and becomes it
+        asked = ["evaluate"] if "--ckpt" in " ".join(argv) else ["run", "--stages", stage]
+        os.execv(sys.executable, [sys.executable, "-m", "pipeline", *asked, *argv])
+    # torchrun started us: every rank asks for the same plan and finds the same folder
+    command = [sys.executable, "-m", "pipeline", "prepare", "--stages", stage, *argv]
+    environment = {**os.environ, "THEREFORE_PROCESSES": os.environ["WORLD_SIZE"]}
+    prepared = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    if prepared.returncode:
+        return prepared.returncode
+    return _work(Path(prepared.stdout.splitlines()[-1]), run)
+
+
+def _work(folder: Path, run: Run) -> int:
+    order = read_order(folder)
+    if is_done(folder):
+        print(f"{folder} is done; nothing to do")
+        return 0
+    rank = int(os.environ.get("RANK", "0"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    started = time.time()
+    with own(folder) if rank == 0 else contextlib.nullcontext() as owner:
+        progress = ProgressFile(folder if rank == 0 else None, order.name)
+        runtime = Runtime(order.cluster, progress, rank, world, folder, owner, order.checkpoint)
+        try:
+            inputs = {role: open_artifact(Path(where)) for role, where in order.inputs.items()}
+            if rank == 0:
+                (folder / STOP).unlink(missing_ok=True)
+                print(f"{order.name} {order.fingerprint}: {world} processes, {versions()}", flush=True)
+            metrics = run(order.recipe, inputs, folder, runtime)
+            runtime.check_still_owner()
+            if rank == 0:
+                commit(_artifact(order, folder, metrics, started, world))
+                progress.update(state="done", note="")
+        except Stopped as error:
+            progress.update(state="stopped", problems=error.problems, exit_code=error.exit_code)
+            raise
+        except PipelineError as error:
+            progress.update(state="failed", problems=error.problems, exit_code=error.exit_code)
+            raise
+        except OSError as error:
+            with contextlib.suppress(OSError):  # the disk may be full for this too
+                told = explain_os_error(error) or f"OSError: {error}"
+                progress.update(state="failed", problems=(told,), exit_code=EXIT_FAULT)
+            raise
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            progress.update(state="failed", problems=(told,), exit_code=EXIT_FAULT)
+            raise
+    return 0
+
+
+def _artifact(order: Order, folder: Path, metrics: dict[str, Any], started: float, world: int) -> Artifact:
+    ended = time.time()
+    return Artifact(
+        stage=order.name,
+        recipe=order.recipe.name,
+        fingerprint=order.fingerprint,
+        payload=order.payload,
+        inputs=order.inputs,
+        files={},
+        metrics=metrics,
+        provenance={
+            "started": started,
+            "seconds": ended - started,
+            "processes": world,
+            "cluster": order.cluster.name,
+            "versions": versions(),
+            "python": platform.python_version(),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "git": git_commit(),
+        },
+        folder=folder,
+    )
+
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "bitsandbytes")
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of the packages a result depends on, without importing them."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the project, with `+` when files differ from it; None outside a checkout."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], capture_output=True, text=True, timeout=20)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        commit_ = git("rev-parse", "HEAD")
+        return commit_ + ("+" if git("status", "--porcelain") else "") if commit_ else None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def stage_processes(stage: Stage, cluster: Cluster) -> int:
+    """How many processes a stage is started with on one node."""
+    return process_count(cluster) if stage.processes == "all" else 1

@@ -1,0 +1,381 @@
+"""Corr2Cause: does a causal claim follow from a list of correlations and independences? (Jin et al. 2024)
+
+    task: {name: corr2cause, params: {n: [3, 4, 5], letters: permuted, ...}}
+
+`correct` data, generated exactly: every Markov equivalence class on N variables is enumerated, split into
+training, validation and test by canonical class *before* renaming, so that no graph of a test row was ever seen
+under other letters; then every row renames its variables at random. Half of every set is Yes, within each number
+of variables and type of claim, so neither tells the answer. `path` reads rows in the published schema.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from itertools import combinations, permutations
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Annotated, Any, Literal
+
+from pipeline import answers
+from pipeline.errors import DataError
+from pipeline.tasks.corr2cause import text
+from pipeline.tasks.corr2cause.graphs import MAX_N, RELATIONS, EquivalenceClass, classes
+from pipeline.tasks.corr2cause.trace import proof
+from pipeline.tasks.task import Example, Splits, Task, Verdict
+from pipeline.typed import Check, Count, Positive, Share
+
+Size = Annotated[int, Check(f"a whole number from 2 to {MAX_N}", lambda v: 2 <= v <= MAX_N)]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the SFT rows: which numbers of variables, and how many rows."""
+
+    n: tuple[Size, ...]
+    rows: Positive
+
+
+@dataclass(frozen=True)
+class Corr2CauseParams:
+    """`task.params`: which rows, how many, how they are split and told."""
+
+    n: tuple[Size, ...] = (3, 4, 5)  # numbers of variables in the GRPO, validation and test rows
+    letters: Literal["permuted", "alphabet"] = "permuted"  # the first N letters in random order, or any N of 26
+    validation_classes: Share = 0.1  # share of the classes of each N
+    test_classes: Share = 0.2
+    grpo_only_classes: Share = 0.0  # share of the training classes that SFT does not see
+    phases: tuple[Phase, ...] = (Phase((3, 4, 5), 1000),)  # SFT rows in the order of a curriculum
+    trace_share: Share = 1.0  # SFT rows with a proof in the thought; the rest state the verdict at once
+    grpo_rows: Count = 1000
+    validation_rows: Count = 200
+    test_rows: Count = 1000
+    perturbed_rows: Count = 1000  # of the test rows, repeated in each of the two perturbed sets
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A claim about a class, before renaming."""
+
+    mec: EquivalenceClass
+    relation: str
+    i: int
+    j: int
+    label: bool
+
+
+class Corr2Cause(Task):
+    name = "corr2cause"
+    title = "Corr2Cause: causal claims from correlations"
+    Params = Corr2CauseParams
+    sources = ("generated", "path")
+    positive = "Yes"
+    breakdowns = ("n", "relation")
+    published = (
+        {"name": "Random", "f1": 0.204},
+        {"name": "GPT-4", "f1": 0.291},
+        {"name": "Qwen3-32B, direct", "f1": 0.327},
+        {"name": "BART-MNLI, best off the shelf", "f1": 0.334},
+        {"name": "Qwen3-32B with a knowledge-graph step", "f1": 0.483},
+        {"name": "RoBERTa-large-MNLI fine-tuned", "f1": 0.947, "paraphrased": 0.555, "refactored": 0.679},
+        {"name": "Exact solver (the ceiling of its label noise)", "f1": 0.952},
+    )
+
+    params: Corr2CauseParams
+
+    def load(self) -> Splits:
+        if self.source == "path":
+            return self._read(Path(self.choice.path or ""))
+        parts = split_classes(self.params, self.seed)
+        p, sft_parts = self.params, parts["sft"] + parts["both"]
+        sft = []
+        for k, phase in enumerate(p.phases):
+            rng = self._rng(f"sft{k}")
+            for example in self._draw(rng, sft_parts, phase.n, phase.rows, f"sft{k}", traces=p.trace_share):
+                sft.append(replace(example, tags={**example.tags, "phase": k}))
+        grpo = self._draw(self._rng("grpo"), parts["grpo"] + parts["both"], p.n, p.grpo_rows, "grpo")
+        validation = self._draw(
+            self._rng("validation"),
+            parts["validation"],
+            p.n,
+            p.validation_rows,
+            "validation",
+            traces=1.0,
+            distinct=True,
+        )
+        plain, paraphrased, refactored = self._tests(parts["test"])
+        tests = {"test": plain, "paraphrased": paraphrased, "refactored": refactored}
+        return Splits(list(sft), list(grpo), list(validation), tests, _proof_of_split(parts, sft, tests))
+
+    def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
+        said = answers.verdict(completion, prefilled)
+        return Verdict(said == example.gold, said is not None, said)
+
+    def is_well_formed(self, completion: str, prefilled: bool) -> bool:
+        return answers.is_well_formed(completion, prefilled)
+
+    def problems(self) -> list[str]:
+        p, found = self.params, []
+        if p.validation_classes + p.test_classes >= 1:
+            found.append(
+                f"task.params.test_classes: {p.test_classes} and validation_classes {p.validation_classes} "
+                "leave no class for training; their sum must be below 1"
+            )
+        if self.source == "path" and p.trace_share > 0:
+            found.append(
+                f"task.params.trace_share: {p.trace_share}, but rows from a file have no proofs; use trace_share=0"
+            )
+        if not p.phases:
+            found.append("task.params.phases: empty; list at least one, such as {n: [3, 4], rows: 1000}")
+        return found
+
+    def _rng(self, use: str) -> random.Random:
+        return random.Random(f"{self.seed}/{use}")  # a text, so that the stream is the same on every machine
+
+    def _draw(
+        self,
+        rng: random.Random,
+        part: list[EquivalenceClass],
+        sizes: Iterable[int],
+        count: int,
+        prefix: str,
+        *,
+        traces: float = 0.0,
+        distinct: bool = False,
+    ) -> list[Example]:
+        """`count` rows, half Yes within each (N, type); classes are drawn evenly, variables renamed in each row."""
+        cells = balanced_cells(part, sizes)
+        if not cells or not count:
+            return []
+        keys = sorted(cells)
+        weights = [len({slot.mec.id for label in (True, False) for slot in cells[key][label]}) for key in keys]
+        found: dict[str, Example] = {}
+        tries = 0
+        while len(found) < count:
+            key = rng.choices(keys, weights)[0]
+            slot = rng.choice(cells[key][len(found) % 2 == 0])
+            example = self._example(rng, slot, f"{prefix}-{len(found)}", with_trace=rng.random() < traces)
+            identity = example.question if distinct else example.id
+            found.setdefault(identity, example)
+            tries += 1
+            if tries > 100 * count:
+                raise DataError(
+                    f"task.params: only {len(found)} different {prefix} rows can be drawn from the classes of that "
+                    f"split, {count} were asked for; ask for fewer rows or for larger n"
+                )
+        return list(found.values())
+
+    def _example(self, rng: random.Random, slot: Slot, id: str, *, with_trace: bool) -> Example:
+        order = list(range(slot.mec.n))
+        rng.shuffle(order)
+        mec, relation, i, j = slot.mec.renamed(tuple(order)), slot.relation, order[slot.i], order[slot.j]
+        names = sorted(rng.sample(ascii_uppercase, mec.n)) if self.params.letters == "alphabet" else ascii_uppercase
+        names = list(names[: mec.n])
+        if i > j and relation in ("parent", "child", "ancestor", "descendant"):
+            relation, i, j = _INVERSE[relation], j, i  # the published types name the earlier letter first
+        claim = text.hypothesis(relation, names[i], names[j], wording=rng.randrange(2))
+        gold = "Yes" if slot.label else "No"
+        thought = f"\n{proof(mec, names, relation, i, j)}\n" if with_trace else "\n"
+        return Example(
+            id=id,
+            question=text.question(text.premise(mec, names), claim),
+            gold=gold,
+            group=slot.mec.id,
+            tags={
+                "n": mec.n,
+                "relation": relation,
+                "members": len(mec.members),
+                "names": "".join(names),
+                "i": i,
+                "j": j,
+            },
+            target=f"{answers.OPEN}{thought}{answers.CLOSE}\nTherefore: {gold}",
+        )
+
+    def _tests(self, part: list[EquivalenceClass]) -> tuple[list[Example], list[Example], list[Example]]:
+        """The test rows, and the same rows with the claim paraphrased and with A, B, C… called Z, Y, X…"""
+        p = self.params
+        plain = self._draw(self._rng("test"), part, p.n, p.test_rows, "test", distinct=True)
+        paraphrased, refactored = [], []
+        for example in plain[: p.perturbed_rows]:
+            tags, names = example.tags, list(example.tags["names"])
+            premise_text, _, rest = example.question.partition("\nHypothesis: ")
+            claim, _, instruction = rest.partition("\n")
+            i, j = names[tags["i"]], names[tags["j"]]
+            other = text.hypothesis(tags["relation"], i, j, paraphrased=True)
+            paraphrased.append(
+                replace(
+                    example,
+                    id=example.id.replace("test", "paraphrased"),
+                    question=f"{premise_text}\nHypothesis: {other}\n{instruction}",
+                )
+            )
+            renaming = dict(zip(names, text.refactored(names), strict=True))
+            premise_text, claim = _renamed(premise_text, renaming), _renamed(claim, renaming)
+            refactored.append(
+                replace(
+                    example,
+                    id=example.id.replace("test", "refactored"),
+                    question=f"{premise_text}\nHypothesis: {claim}\n{instruction}",
+                    tags={**tags, "names": "".join(renaming[name] for name in names)},
+                )
+            )
+        return plain, paraphrased, refactored
+
+    def _read(self, path: Path) -> Splits:
+        """Rows of the published schema (`input`, `label`) as training and test rows, by premise."""
+        rows, skipped = read_published(path, skip_bad=self.choice.bad_rows == "skip")
+        by_premise: dict[str, list[Example]] = {}
+        for example in rows:
+            by_premise.setdefault(example.group, []).append(example)
+        groups = sorted(by_premise)
+        self._rng("path").shuffle(groups)
+        cut = [round(len(groups) * share) for share in (self.params.test_classes, self.params.validation_classes)]
+        parts = [groups[: cut[0]], groups[cut[0] : sum(cut)], groups[sum(cut) :]]
+        test, validation, train = ([e for g in part for e in by_premise[g]] for part in parts)
+        proof_ = {"rows": len(rows), "skipped": skipped, "premises": [len(part) for part in parts], "overlap": 0}
+        return Splits(train, train, validation, {"test": test}, proof_)
+
+
+_INVERSE = {"parent": "child", "child": "parent", "ancestor": "descendant", "descendant": "ancestor"}
+
+
+def _renamed(words: str, renaming: dict[str, str]) -> str:
+    """Replace variable letters: a capital that stands alone is always a variable in the published wording."""
+    parts = []
+    for k, character in enumerate(words):
+        alone = not (k and words[k - 1].isalpha()) and not words[k + 1 : k + 2].isalpha()
+        parts.append(renaming.get(character, character) if alone else character)
+    return "".join(parts)
+
+
+def split_classes(params: Corr2CauseParams, seed: int) -> dict[str, list[EquivalenceClass]]:
+    """The classes of each part: test, validation, sft (SFT only is empty), grpo (GRPO only), both.
+
+    Drawn for each N by itself. Where only one class of an N has a valid claim (N = 3), it is used for training.
+    """
+    parts: dict[str, list[EquivalenceClass]] = {name: [] for name in ("test", "validation", "sft", "grpo", "both")}
+    sizes = sorted({*params.n, *(n for phase in params.phases for n in phase.n)})
+    for n in sizes:
+        known = list(classes(n))
+        random.Random(f"{seed}/classes/{n}").shuffle(known)
+        fruitful = [mec for mec in known if any(slot.label for slot in slots_of(mec))]
+        if len(fruitful) == 1:
+            known.remove(fruitful[0])
+            known.append(fruitful[0])
+        test, validation = round(len(known) * params.test_classes), round(len(known) * params.validation_classes)
+        training = known[test + validation :]
+        held = round(len(training) * params.grpo_only_classes)
+        parts["test"] += known[:test]
+        parts["validation"] += known[test : test + validation]
+        parts["grpo"] += training[:held]
+        parts["both"] += training[held:]
+    return parts
+
+
+def slots_of(mec: EquivalenceClass) -> Iterator[Slot]:
+    """Every claim about a class: unordered for the symmetric types, one direction for the others' inverses."""
+    for i, j in permutations(range(mec.n), 2):
+        for relation in RELATIONS:
+            if relation in ("child", "descendant") or (relation in ("collider", "confounder") and i > j):
+                continue
+            yield Slot(mec, relation, i, j, mec.entails(relation, i, j))
+
+
+def balanced_cells(
+    part: Iterable[EquivalenceClass], sizes: Iterable[int]
+) -> dict[tuple[int, str], dict[bool, list[Slot]]]:
+    """Claims by (N, type) and label, of the cells that have both labels."""
+    wanted, cells = set(sizes), {}  # type: ignore[var-annotated]
+    for mec in part:
+        if mec.n in wanted:
+            for slot in slots_of(mec):
+                cells.setdefault((mec.n, slot.relation), {True: [], False: []})[slot.label].append(slot)
+    return {key: cell for key, cell in cells.items() if cell[True] and cell[False]}
+
+
+def _proof_of_split(
+    parts: dict[str, list[EquivalenceClass]], sft: list[Example], tests: dict[str, list[Example]]
+) -> dict[str, Any]:
+    """Which canonical classes are where, and that no two parts share one."""
+    ids = {name: sorted({mec.id for mec in part}) for name, part in parts.items()}
+    overlap = sum(len(set(a) & set(b)) for a, b in combinations(ids.values(), 2))
+    trained = {example.group for example in sft}
+    tested = {example.group for rows in tests.values() for example in rows}
+    if overlap or trained & tested:
+        raise AssertionError(f"classes in two splits: {sorted(trained & tested)}")
+    return {"overlap": overlap, "classes": ids, "tested": len(tested)}
+
+
+def read_published(path: Path, *, skip_bad: bool) -> tuple[list[Example], list[str]]:
+    """Rows of a .csv, .json or .jsonl file with `input` and `label`; DataError names each bad one by its line."""
+    if not path.is_file():
+        raise DataError(f"task.path: {path} does not exist; give a .csv, .json or .jsonl file")
+    rows, problems = [], []
+    for line, row in _lines(path):
+        problem = row if isinstance(row, str) else _problem(row)
+        if problem:
+            problems.append(f"{path}:{line}: {problem}")
+            continue
+        premise, _, claim = str(row["input"]).partition("\n")  # type: ignore[index]
+        premise, claim = premise.removeprefix("Premise: "), claim.removeprefix("Hypothesis: ")
+        group = sha256(premise.encode()).hexdigest()[:10]
+        label = str(row["label"]).strip()  # type: ignore[index]
+        gold = "Yes" if label == "1" else "No"
+        tags = {"n": premise.count(",") and int(premise.split("closed system of ")[1].split()[0])}
+        target = f"{answers.OPEN}\n{answers.CLOSE}\nTherefore: {gold}"
+        rows.append(Example(f"{path.stem}-{line}", text.question(premise, claim), gold, group, tags, target))
+    if problems and not skip_bad:
+        shown = problems if len(problems) <= 20 else [*problems[:20], f"… and {len(problems) - 20} more bad rows"]
+        raise DataError(*shown, "mend them, or leave them out with task.bad_rows=skip (they are counted)")
+    if not rows:
+        raise DataError(f"{path}: no rows")
+    return rows, problems
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """(line, row) for each row; a text in place of a row says why it cannot be read."""
+    with path.open(encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            reader = csv.DictReader(file)
+            for row in reader:
+                yield reader.line_num, row
+        elif path.suffix == ".jsonl":
+            for line, content in enumerate(file, 1):
+                if content.strip():
+                    yield line, _json(content)
+        elif path.suffix == ".json":
+            content = _json(file.read())
+            if not isinstance(content, list):
+                yield 1, content if isinstance(content, str) else "not a list of rows"
+                return
+            yield from enumerate(content, 1)
+        else:
+            raise DataError(f"{path}: a {path.suffix or 'nameless'} file; give .csv, .json or .jsonl")
+
+
+def _json(content: str) -> Any:
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        return f"not JSON ({error.msg} at character {error.pos + 1})"
+
+
+def _problem(row: Any) -> str | None:
+    if not isinstance(row, dict):
+        return "not a mapping with input and label"
+    if missing := [name for name in ("input", "label") if row.get(name) in (None, "")]:
+        return f"no {' and no '.join(missing)}"
+    if str(row["label"]).strip() not in ("0", "1"):
+        return f"label {row['label']!r} is neither 0 nor 1"
+    words = str(row["input"])
+    if not words.startswith("Premise: ") or "\nHypothesis: " not in words or "closed system of " not in words:
+        return 'input is not "Premise: …" and, on the next line, "Hypothesis: …"'
+    return None
+
+
+TASK = Corr2Cause

@@ -1,0 +1,158 @@
+"""What SFT and GRPO share: rows, first weights, the arguments of a trainer, the loop that resumes and stops.
+
+Everything here translates the typed recipe and cluster to transformers' Trainer, in one place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, Trainer
+
+from pipeline import distributed
+from pipeline.artifact import Artifact
+from pipeline.checkpoints import SaveAndStop, newest_good
+from pipeline.cluster import DEEPSPEED, Batches, TrainingStage, batches
+from pipeline.errors import DataError, LaunchError, RecipeError, Stopped
+from pipeline.modeling import Checkpoint, add_lora, base_checkpoint, choose_dtype, find_checkpoint, load_model
+from pipeline.monitor import Watch, write_history
+from pipeline.recipe import Optimizer, Recipe
+from pipeline.runtime import Runtime
+
+
+def load_rows(data: Artifact, split: str) -> Dataset:
+    """A split of the preprocess step: `data/<split>.parquet`."""
+    path = data.folder / "data" / f"{split}.parquet"
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: the task has no rows for this stage; leave it out with --stages")
+    return Dataset(pq.read_table(path))
+
+
+def first_weights(recipe: Recipe, inputs: Mapping[str, Artifact]) -> Checkpoint:
+    """Where training starts: the step before it, else the base model."""
+    if "model" in inputs:
+        return find_checkpoint(str(inputs["model"].folder))
+    return base_checkpoint(recipe.model, inputs["data"].folder)
+
+
+def trainable(recipe: Recipe, checkpoint: Checkpoint, layout: TrainingStage) -> PreTrainedModel | PeftModel:
+    """The model to train: an adapter that is there is trained on, LoRA gets a fresh one, else all weights.
+
+    Weights that are themselves trained are held in float32 (DeepSpeed and autocast compute in the lower precision).
+    """
+    full = not recipe.lora.enabled and checkpoint.adapter is None
+    model = load_model(
+        checkpoint, recipe.model, dtype=torch.float32 if full else choose_dtype(recipe.model), train_adapter=True
+    )
+    if recipe.lora.enabled and checkpoint.adapter is None:
+        plain_weights = recipe.model.quantization == "none"
+        model = add_lora(model, recipe.lora, keep_dtype=plain_weights and zero_stage(layout) == 3)
+    model.config.use_cache = False
+    return model
+
+
+def zero_stage(layout: TrainingStage) -> int:
+    """The ZeRO stage of a DeepSpeed file; 0 without one."""
+    if layout.deepspeed == "none":
+        return 0
+    settings = json.loads((DEEPSPEED / f"{layout.deepspeed}.json").read_text(encoding="utf-8"))
+    return int(settings["zero_optimization"]["stage"])
+
+
+def layout_of(recipe: Recipe, runtime: Runtime, stage: str) -> tuple[TrainingStage, Batches]:
+    """The stage's layout and batches for the processes that really run."""
+    layout = runtime.cluster.sft if stage == "sft" else runtime.cluster.grpo
+    sizes, problems = batches(runtime.cluster, recipe, "sft" if stage == "sft" else "grpo", runtime.world)
+    if sizes is None:
+        raise RecipeError(*problems)
+    return layout, sizes
+
+
+def arguments(
+    recipe: Recipe, optimizer: Optimizer, layout: TrainingStage, sizes: Batches, out: Path, runtime: Runtime
+) -> dict[str, Any]:
+    """The arguments that SFTConfig and GRPOConfig share."""
+    cluster, dtype = runtime.cluster, choose_dtype(recipe.model)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "tensorboard")
+    return {
+        "output_dir": str(out / "checkpoints"),
+        "per_device_train_batch_size": sizes.per_device,
+        "gradient_accumulation_steps": sizes.accumulation,
+        "optim": optimizer.name,
+        "learning_rate": optimizer.learning_rate,
+        "lr_scheduler_type": optimizer.schedule,
+        "lr_scheduler_kwargs": optimizer.schedule_args or None,
+        "warmup_steps": optimizer.warmup,
+        "weight_decay": optimizer.weight_decay,
+        "adam_beta2": optimizer.beta2,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "gradient_checkpointing": layout.gradient_checkpointing,
+        "deepspeed": None if layout.deepspeed == "none" else str(DEEPSPEED / f"{layout.deepspeed}.json"),
+        "save_strategy": "steps",
+        "save_steps": cluster.save_steps,
+        "save_total_limit": cluster.keep_checkpoints,
+        "logging_steps": cluster.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "report_to": list(cluster.loggers) or "none",
+        "disable_tqdm": True,
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "ddp_timeout": int(distributed.TIMEOUT.total_seconds()),
+    }
+
+
+def train(trainer: Trainer, out: Path, runtime: Runtime) -> dict[str, Any]:
+    """Resume from the newest checkpoint that verifies, train, save the result. Returns the stage's metrics.
+
+    Raises Stopped after an agreed stop, its work saved.
+    """
+    stopper, watch = SaveAndStop(runtime), Watch(runtime)
+    trainer.add_callback(stopper)
+    trainer.add_callback(watch)
+    resume, passed = newest_good(out / "checkpoints")
+    if runtime.rank == 0:
+        for sentence in passed:
+            print(sentence, flush=True)
+        print(f"goes on from {resume.name}" if resume else "begins at step 0", flush=True)
+    result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if runtime.rank == 0:
+        write_history(trainer.state.log_history, out)
+    if watch.broken:
+        raise LaunchError(
+            f"training broke down: {watch.broken}; lower the learning rate, raise the warm-up, "
+            "or compute with model.dtype=float32"
+        )
+    if stopper.stopped:
+        raise Stopped(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved")
+    runtime.progress.update(state="saving", note="saving the model")
+    save(trainer, out)
+    steps = {"steps": trainer.state.global_step, "epochs": trainer.state.epoch, "train_loss": result.training_loss}
+    return {**steps, "resumed_from": resume.name if resume else None, "passed_over": passed}
+
+
+def save(trainer: Trainer, out: Path) -> None:
+    """`adapter/` for LoRA, `model/` for all weights, with the tokenizer; every rank takes part."""
+    adapter = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
+    folder = out / ("adapter" if adapter else "model")
+    trainer.save_model(str(folder))
+    (folder / "training_args.bin").unlink(missing_ok=True)
+    distributed.barrier()
+
+
+def require_rows(kept: int, what: str, limit: str) -> None:
+    """DataError where every row was too long."""
+    if not kept:
+        raise DataError(f"all {what} are longer than {limit}: raise it, or use a task with shorter prompts")

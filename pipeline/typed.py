@@ -1,0 +1,147 @@
+"""From plain YAML values to frozen dataclasses, with every problem found at once.
+
+`build(Recipe, values)` checks names, types and the `Check` of each annotated field, and returns the typed object
+with the list of what is wrong, each as `sft.learning_rate: 'fast' is not a number > 0`. The dataclass is the
+schema: no other list of keys exists. Values are never guessed: a missing key is a problem, not a default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pipeline.errors import did_you_mean
+
+T = TypeVar("T")
+MISSING = object()
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a value must be, in words and as a test: `Annotated[int, Check("a whole number > 0", ...)]`."""
+
+    words: str
+    test: Callable[[Any], bool]
+
+
+Count = Annotated[int, Check("a whole number ≥ 0", lambda v: v >= 0)]
+Positive = Annotated[int, Check("a whole number ≥ 1", lambda v: v >= 1)]
+Rate = Annotated[float, Check("a number > 0", lambda v: v > 0)]
+NonNegative = Annotated[float, Check("a number ≥ 0", lambda v: v >= 0)]
+Share = Annotated[float, Check("a number from 0 to 1", lambda v: 0 <= v <= 1)]
+
+
+def build(cls: type[T], values: Any, path: str = "") -> tuple[T | None, list[str]]:
+    """The typed object, or None where something is wrong, and the problems, each with its full path."""
+    problems: list[str] = []
+    result = _value(cls, values, path, problems)
+    return (None if problems else result), problems
+
+
+def _value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin is Annotated:
+        return _checked(args[0], args[1:], value, path, problems)
+    if origin in (typing.Union, types.UnionType):
+        return _union(args, value, path, problems)
+    if origin is Literal:
+        if value in args and type(value) in {type(arg) for arg in args}:
+            return value
+        problems.append(f"{path}: {_shown(value)} is not one of its values; {_menu(value, args)}")
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_value(args[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value))
+        problems.append(f"{path}: {_shown(value)} is not a list; write [{value}]")
+    elif origin is dict:
+        if isinstance(value, Mapping):
+            return {str(key): _value(args[1], item, f"{path}.{key}", problems) for key, item in value.items()}
+        problems.append(f"{path}: {_shown(value)} is not a mapping of names to values")
+    elif dataclasses.is_dataclass(kind):
+        return _dataclass(typing.cast(type, kind), value, path, problems)
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    else:
+        problems.append(f"{path}: {_shown(value)} is not {_NAMES.get(kind, kind.__name__)}")
+    return None
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+
+
+def _checked(kind: Any, checks: tuple[Any, ...], value: Any, path: str, problems: list[str]) -> Any:
+    before = len(problems)
+    result = _value(kind, value, path, problems)
+    for check in checks:
+        if len(problems) > before or not check.test(result):
+            del problems[before:]
+            problems.append(f"{path}: {_shown(value)} is not {check.words}")
+            return None
+    return result
+
+
+def _union(kinds: tuple[Any, ...], value: Any, path: str, problems: list[str]) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    others = [kind for kind in kinds if kind is not type(None)]
+    found: list[list[str]] = []
+    for kind in others:
+        tried: list[str] = []
+        result = _value(kind, value, path, tried)
+        if not tried:
+            return result
+        found.append(tried)
+    if len(others) == 1:  # X | None: the problems of X say it best
+        problems.extend(found[0])
+    else:
+        problems.append(" or ".join(dict.fromkeys(text for tried in found for text in tried)))
+    return None
+
+
+def _dataclass(cls: type, value: Any, path: str, problems: list[str]) -> Any:
+    if not isinstance(value, Mapping):
+        problems.append(f"{path or 'the file'}: {_shown(value)} is not a mapping of settings")
+        return None
+    hints = typing.get_type_hints(cls, include_extras=True)
+    names = [field.name for field in dataclasses.fields(cls)]
+    before = len(problems)
+    for key in value:
+        if key not in names:
+            problems.append(f"{_join(path, str(key))}: unknown setting; {did_you_mean(str(key), names)}")
+    found = {}
+    for name in names:
+        if name in value:
+            found[name] = _value(hints[name], value[name], _join(path, name), problems)
+        elif (default := _default(cls, name)) is not MISSING:
+            found[name] = default
+        else:
+            problems.append(f"{_join(path, name)}: missing")
+    return None if len(problems) > before else cls(**found)
+
+
+def _default(cls: type, name: str) -> Any:
+    field = next(f for f in dataclasses.fields(cls) if f.name == name)
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return MISSING
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else repr(value)
+
+
+def _menu(value: Any, options: tuple[Any, ...]) -> str:
+    return did_you_mean(str(value), [str(option) for option in options])

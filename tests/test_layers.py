@@ -1,0 +1,95 @@
+"""The house plan: imports go down only, heavy packages stay on their floors, the light commands stay light."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {
+    **dict.fromkeys(("errors", "typed", "fingerprint"), 0),
+    **dict.fromkeys(("recipe", "cluster", "artifact", "progress", "runtime"), 1),
+    **dict.fromkeys(("tasks", "rewards", "answers", "metrics", "charts"), 2),
+    **dict.fromkeys(("modeling", "generation", "distributed", "checkpoints", "monitor", "training"), 3),
+    "stage": 4,
+    **dict.fromkeys(("preprocess", "sft", "grpo", "evaluate", "report"), 5),
+    "plan": 6,
+    "launchers": 7,
+    "__main__": 8,
+}
+HEAVY = {"torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "bitsandbytes", "pandas"}
+
+
+def imports_of(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules() -> list[Path]:
+    return [path for path in sorted((ROOT / "pipeline").rglob("*.py")) if path != ROOT / "pipeline" / "__init__.py"]
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT / "pipeline").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down_only(path: Path) -> None:
+    here = FLOORS[room(path)]
+    for name in imports_of(path):
+        parts = name.split(".")
+        if parts[0] == "pipeline" and len(parts) > 1 and parts[1] in FLOORS:
+            there = FLOORS[parts[1]]
+            beside = there == here and here < 5  # stages, launchers and the command line do not know their like
+            assert there < here or parts[1] == room(path) or beside, (
+                f"{path.relative_to(ROOT)} (floor {here}) imports pipeline.{parts[1]} (floor {there})"
+            )
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_heavy_packages_stay_on_their_floors(path: Path) -> None:
+    if FLOORS[room(path)] not in (3, 5):
+        found = {name.split(".")[0] for name in imports_of(path)} & HEAVY
+        assert not found, f"{path.relative_to(ROOT)} imports {', '.join(sorted(found))}"
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["plan", "tiny"], ["list"], ["status"]], ids=lambda argv: argv[0])
+def test_light_commands_import_nothing_heavy(argv: list[str]) -> None:
+    code = (
+        "import sys, json, io, contextlib\n"
+        "from pipeline.__main__ import command\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        f"    command({argv!r})\n"
+        "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not set(json.loads(done.stdout)) & (HEAVY | {"numpy", "pyarrow", "jinja2", "tqdm"} - {"tqdm"})
+
+
+def test_the_folder_deepspeed_holds_json_only() -> None:
+    """An __init__.py in it would hide the package; a wheel with it would write into the package."""
+    assert {path.suffix for path in (ROOT / "deepspeed").iterdir()} == {".json"}
+    assert 'include = ["pipeline*"]' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert not (ROOT / "tests" / "__init__.py").exists()
+
+
+def test_scripts_are_one_verb_of_fifteen_lines() -> None:
+    for script in (ROOT / "scripts").iterdir():
+        if script.is_file():
+            assert len(script.read_text(encoding="utf-8").splitlines()) <= 15, script.name
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    for path in (ROOT / "pipeline").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if path.stat().st_size:
+            assert ast.get_docstring(tree), f"{path.relative_to(ROOT)} has no docstring"
