@@ -1,8 +1,9 @@
 """The only reader of model text: the thought, what follows it, the verdict.
 
 The verdict is what stands after the first `</think>`. An unclosed thought, no verdict, or two that disagree are
-unanswered, and so is a verdict that names both answers or quotes the instruction. Nothing that stands inside the
-thought counts. A chat format that pre-fills `<think>` (R1-Distill, tiny) makes a completion begin inside it.
+unanswered, and so is a verdict that names both answers, quotes the instruction or stands in a second thought. Nothing
+that stands inside the thought counts. A chat format that pre-fills `<think>` (R1-Distill, tiny) makes a completion
+begin inside it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _FINAL = re.compile(r"\s*Therefore: (?:Yes|No)\s*")
 def verdict(completion: str, prefilled: bool) -> str | None:
     """`Yes`, `No`, or None where the completion does not commit to one of them."""
     answer = split_thought(completion, prefilled).answer
-    if answer is None:
+    if answer is None or OPEN in answer or CLOSE in answer:
         return None
     words = [match["word"].capitalize() for match in _VERDICT.finditer(answer)]
     if len(words) != len(_MENTION.findall(answer)) or len(set(words)) != 1:

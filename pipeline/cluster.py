@@ -70,7 +70,7 @@ def read_cluster(name: str, overrides: Sequence[str] = ()) -> tuple[Cluster | No
     """A cluster by name or by the path of its YAML file, and everything that is wrong with it."""
     file = find_yaml(name, "cluster", CLUSTERS, cluster_names())
     files = list(dict.fromkeys([CLUSTERS / "local.yaml", file]))
-    cluster, problems = read_typed(Cluster, files, overrides, {"name": file.stem}, lambda cluster: cluster.problems())
+    cluster, problems = read_typed(Cluster, files, overrides, {"name": file.stem})
     return cluster, [f"cluster.{text}" if not text.startswith(("cluster.", "'")) else text for text in problems]
 
 
@@ -134,10 +134,10 @@ def batches(
     else:
         per_device = layout.per_device_batch_size
     if share % per_device:
-        near = sorted(divisors, key=lambda n: abs(n - per_device))[:2]
+        near = [n for n in divisors if n < per_device][-1:] + [n for n in divisors if n > per_device][:1]
         return None, [
             f"cluster.{stage}.per_device_batch_size: {per_device} does not divide the {share} rows "
             f"that each of {processes} processes has of {stage}.global_batch_size {wanted}; "
-            f"use {' or '.join(str(n) for n in sorted(near))}"
+            f"use {' or '.join(str(n) for n in near)}"
         ]
     return Batches(processes, per_device, share // per_device), []

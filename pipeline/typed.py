@@ -98,10 +98,10 @@ def _union(kinds: tuple[Any, ...], value: Any, path: str, problems: list[str]) -
         if not tried:
             return result
         found.append(tried)
-    if len(others) == 1:  # X | None: the problems of X say it best
-        problems.extend(found[0])
-    else:
-        problems.append(" or ".join(dict.fromkeys(text for tried in found for text in tried)))
+    problems.extend(found[0])  # the first kind says it best; words that may stand instead are named after it
+    words = [word for kind in others[1:] for word in typing.get_args(kind) if isinstance(word, str)]
+    if words:
+        problems[-1] += f", nor is it {' or '.join(words)}"
     return None
 
 

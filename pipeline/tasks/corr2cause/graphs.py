@@ -21,7 +21,7 @@ from itertools import combinations, permutations
 Dag = tuple[int, ...]  # dag[i] is the bitmask of the children of node i
 Edge = tuple[int, int]
 
-MAX_N = 6
+MAX_N = 5
 RELATIONS = ("parent", "child", "ancestor", "descendant", "collider", "confounder")
 
 

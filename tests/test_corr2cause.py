@@ -1,0 +1,394 @@
+"""Corr2Cause: counts, d-separation, relations, words and splits, against the published figures and networkx."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from itertools import combinations, permutations
+from pathlib import Path
+
+import networkx as nx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.answers import verdict
+from pipeline.errors import DataError
+from pipeline.recipe import TaskChoice
+from pipeline.tasks.corr2cause import Corr2Cause, text
+from pipeline.tasks.corr2cause.graphs import (
+    RELATIONS,
+    Dag,
+    EquivalenceClass,
+    bits,
+    classes,
+    d_separated,
+    dag_of,
+    holds,
+    is_acyclic,
+    pattern_of,
+    v_structures,
+)
+from pipeline.tasks.corr2cause.trace import proof
+from pipeline.tasks.task import Splits, task_of
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SMALL = {"phases": [{"n": [3, 4, 5], "rows": 300}], "grpo_rows": 100, "validation_rows": 60, "test_rows": 300}
+
+
+def make_task(seed: int = 0, **params: object) -> Corr2Cause:
+    task = task_of(TaskChoice("corr2cause", "auto", None, None, "stop", {**SMALL, **params}), seed)
+    assert isinstance(task, Corr2Cause)
+    return task
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    return make_task().load()
+
+
+@st.composite
+def dags(draw: st.DrawFn, most: int = 6) -> Dag:
+    n = draw(st.integers(2, most))
+    order = draw(st.permutations(range(n)))
+    pairs = list(combinations(range(n), 2))
+    chosen = draw(st.lists(st.sampled_from(pairs), unique=True))
+    return dag_of(n, [(order[i], order[j]) for i, j in chosen])
+
+
+# ---------------------------------------------------------------- graphs
+
+
+@pytest.mark.parametrize(("n", "count", "positive"), [(2, 2, 0), (3, 5, 3), (4, 20, 57), (5, 142, 1248)])
+def test_the_counts_of_classes_and_positive_rows(n: int, count: int, positive: int) -> None:
+    """CORR2CAUSE's table: one class per isomorphism class, unordered pairs × 6 types, in the published semantics."""
+    found = classes(n)
+    assert len(found) == len({mec.id for mec in found}) == count
+    labels = [mec.entails(r, i, j) for mec in found for i, j in combinations(range(n), 2) for r in RELATIONS]
+    assert len(labels) == count * n * (n - 1) // 2 * 6
+    assert sum(labels) == positive
+
+
+@pytest.mark.parametrize(("n", "labelled"), [(2, 2), (3, 11), (4, 185), (5, 8782)])
+def test_the_orbits_add_up_to_the_known_labelled_counts(n: int, labelled: int) -> None:
+    total = 0
+    for mec in classes(n):
+        total += len({mec.pattern.renamed(order).code for order in permutations(range(n))})
+    assert total == labelled
+
+
+@given(dags(), st.data())
+@settings(max_examples=200)
+def test_d_separation_is_that_of_networkx(dag: Dag, data: st.DataObject) -> None:
+    i, j = data.draw(st.sampled_from(list(combinations(range(len(dag)), 2))))
+    rest = [k for k in range(len(dag)) if k not in (i, j)]
+    given_ = set(data.draw(st.lists(st.sampled_from(rest), unique=True))) if rest else set()
+    graph = nx.DiGraph([(a, b) for a in range(len(dag)) for b in bits(dag[a])])
+    graph.add_nodes_from(range(len(dag)))
+    assert d_separated(dag, i, j, sum(1 << k for k in given_)) == nx.is_d_separator(graph, {i}, {j}, given_)
+
+
+@given(dags())
+@settings(max_examples=100)
+def test_a_class_has_exactly_the_dags_with_its_skeleton_and_v_structures(dag: Dag) -> None:
+    mec = EquivalenceClass(pattern_of(dag))
+    assert dag in mec.members
+    links = {(min(i, j), max(i, j)) for i in range(len(dag)) for j in bits(dag[i])}
+    for member in mec.members:
+        assert is_acyclic(member)
+        assert v_structures(member) == v_structures(dag)
+        assert {(min(i, j), max(i, j)) for i in range(len(dag)) for j in bits(member[i])} == links
+        assert pattern_of(member) == mec.pattern
+
+
+@pytest.mark.parametrize("n", [3, 4, 5])
+def test_the_arrows_of_a_pattern_are_those_all_members_share(n: int) -> None:
+    for mec in classes(n):
+        shared = {(i, j) for i, j in permutations(range(n), 2) if all(dag[i] >> j & 1 for dag in mec.members)}
+        assert shared == mec.pattern.arrows
+
+
+@given(dags(5), st.data())
+@settings(max_examples=100)
+def test_labels_and_independences_do_not_depend_on_names(dag: Dag, data: st.DataObject) -> None:
+    mec = EquivalenceClass(pattern_of(dag))
+    order = tuple(data.draw(st.permutations(range(mec.n))))
+    renamed, fresh = mec.renamed(order), EquivalenceClass(mec.pattern.renamed(order))
+    assert renamed.independences == fresh.independences
+    assert set(renamed.members) == set(fresh.members)
+    assert renamed.id == fresh.pattern.canonical_code().__format__("x").join([f"{mec.n}-", ""])
+    for relation in RELATIONS:
+        for i, j in permutations(range(mec.n), 2):
+            assert mec.entails(relation, i, j) == renamed.entails(relation, order[i], order[j])
+
+
+def test_the_relations_of_one_graph() -> None:
+    chain = dag_of(4, [(0, 1), (1, 2), (0, 3), (2, 3)])  # A → B → C, A → D ← C
+    assert holds(chain, "parent", 0, 1)
+    assert holds(chain, "child", 1, 0)
+    assert holds(chain, "ancestor", 0, 2)
+    assert not holds(chain, "ancestor", 0, 1)
+    assert holds(chain, "ancestor", 0, 3)  # also beside a direct arrow
+    assert holds(chain, "descendant", 2, 0)
+    assert holds(chain, "collider", 0, 2)
+    assert not holds(chain, "confounder", 0, 2)
+    assert holds(chain, "confounder", 1, 3)
+    with pytest.raises(ValueError, match="known: parent"):
+        holds(chain, "cousin", 0, 1)
+
+
+# ---------------------------------------------------------------- words
+
+
+def published() -> list[dict[str, str]]:
+    rows: list[dict[str, str]] = json.loads((FIXTURES / "corr2cause_published.json").read_text(encoding="utf-8"))
+    return rows
+
+
+@pytest.mark.parametrize("row", published(), ids=lambda row: row["label"] + row["input"][-30:])
+def test_premises_and_claims_are_worded_as_published(row: dict[str, str]) -> None:
+    """Our words for the class of a published premise are that premise, letter for letter."""
+    premise, claim = row["input"].removeprefix("Premise: ").split("\nHypothesis: ")
+    names = premise.split("variables, ")[1].split(". All")[0].replace(" and ", ", ").split(", ")
+    apart = {
+        (names.index(a), names.index(b))
+        for a, b in re.findall(r"([A-Z]) is independent of ([A-Z])\.", premise)
+        + re.findall(r"([A-Z]) and ([A-Z]) are independent", premise)
+    }
+    linked = set(combinations(range(len(names)), 2)) - apart
+    found = [
+        EquivalenceClass(mec.pattern.renamed(order))
+        for mec in classes(len(names))
+        for order in permutations(range(len(names)))
+        if {(min(e), max(e)) for e in mec.pattern.renamed(order).arrows} | mec.pattern.renamed(order).lines == linked
+    ]
+    assert premise in {text.premise(mec, names) for mec in found}
+    wordings = {
+        words.format(i=i, j=j) for options in text.PUBLISHED.values() for words in options for i in names for j in names
+    }
+    assert claim in wordings
+
+
+def test_every_type_has_a_paraphrase_in_other_words() -> None:
+    assert set(text.PARAPHRASED) == set(text.PUBLISHED) == set(RELATIONS)
+    for relation in RELATIONS:
+        assert not set(text.PARAPHRASED[relation]) & set(text.PUBLISHED[relation])
+
+
+def test_refactored_letters() -> None:
+    assert text.refactored(["A", "B", "E"]) == ["Z", "Y", "V"]
+    assert text.series(["A"]) == "A"
+    assert text.series(["A", "B", "C"]) == "A, B and C"
+
+
+# ---------------------------------------------------------------- proofs
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_every_proof_ends_in_the_label_and_says_only_what_holds(n: int) -> None:
+    """All claims about all classes: the last line decides; pairs, arrows, cases and members are checked."""
+    names = "ABCDE"[:n]
+    for mec in classes(n):
+        apart = {(i, j) for i, j, _ in mec.independences}
+        for relation in RELATIONS:
+            for i, j in permutations(range(n), 2):
+                lines = proof(mec, names, relation, i, j).splitlines()
+                assert lines[-1].startswith("Holds" if mec.entails(relation, i, j) else "Fails")
+                pairs = lines[0].removeprefix("Pairs: ").rstrip(".").split(". ")
+                told = {(names.index(w[0]), names.index(w[2])) for w in pairs if " apart" in w}
+                assert told == apart
+                for words in lines:
+                    if words.startswith(("Case:", "Member:")):
+                        arrows = [(names.index(a), names.index(b)) for a, b in re.findall(r"(\w) -> (\w)", words)]
+                        fits = [d for d in mec.members if all(d[a] >> b & 1 for a, b in arrows)]
+                        assert fits
+                        if words.startswith("Member:"):
+                            assert len(fits) == 1
+                            assert not holds(fits[0], *_plain(relation, i, j))
+
+
+def _plain(relation: str, i: int, j: int) -> tuple[str, int, int]:
+    return relation, i, j
+
+
+@pytest.mark.parametrize("n", [4, 5])
+def test_cases_cover_every_member(n: int) -> None:
+    names = "ABCDE"[:n]
+    for mec in classes(n):
+        for relation in ("ancestor", "collider", "confounder"):
+            for i, j in permutations(range(n), 2):
+                cases = [w for w in proof(mec, names, relation, i, j).splitlines() if w.startswith("Case:")]
+                if cases:
+                    covered = set()
+                    for words in cases:
+                        arrows = [(names.index(a), names.index(b)) for a, b in re.findall(r"(\w) -> (\w)", words)]
+                        covered |= {d for d in mec.members if all(d[a] >> b & 1 for a, b in arrows)}
+                    assert covered == set(mec.members)
+
+
+def test_a_proof_in_full() -> None:
+    """The chain A — B — C and the collider A → B ← C, as a model reads them."""
+    chain, collider = (EquivalenceClass(pattern_of(dag_of(3, e))) for e in ([(0, 1), (1, 2)], [(0, 1), (2, 1)]))
+    assert proof(chain, "ABC", "parent", 0, 1) == (FIXTURES / "proof_chain.txt").read_text(encoding="utf-8").rstrip(
+        "\n"
+    )
+    assert proof(collider, "ABC", "collider", 0, 2) == (FIXTURES / "proof_collider.txt").read_text(
+        encoding="utf-8"
+    ).rstrip("\n")
+
+
+# ---------------------------------------------------------------- rows and splits
+
+
+def test_no_canonical_class_is_in_two_splits(splits: Splits) -> None:
+    groups = {
+        "sft": {e.group for e in splits.sft},
+        "grpo": {e.group for e in splits.grpo},
+        "validation": {e.group for e in splits.validation},
+        "test": {e.group for rows in splits.tests.values() for e in rows},
+    }
+    for one, other in (("sft", "test"), ("grpo", "test"), ("validation", "test"), ("sft", "validation")):
+        assert not groups[one] & groups[other]
+    assert splits.proof["overlap"] == 0
+    listed = splits.proof["classes"]
+    assert sum(len(ids) for ids in listed.values()) == 5 + 20 + 142
+    assert groups["test"] <= set(listed["test"])
+
+
+def test_neither_size_nor_type_tells_the_label(splits: Splits) -> None:
+    rows = splits.tests["test"]
+    assert Counter(e.gold for e in rows)["Yes"] == len(rows) // 2
+    counts: Counter[tuple[object, ...]] = Counter()
+    for e in make_task(test_rows=3000, perturbed_rows=0).load().tests["test"]:
+        kind = {"child": "parent", "descendant": "ancestor"}.get(e.tags["relation"], e.tags["relation"])
+        counts[e.tags["n"], kind, e.gold] += 1
+    for n, kind in {(n, kind) for n, kind, _ in counts}:
+        yes, no = counts[n, kind, "Yes"], counts[n, kind, "No"]
+        assert yes
+        assert no
+        if yes + no > 200:
+            assert 0.4 < yes / (yes + no) < 0.6
+
+
+def test_letter_order_tells_nothing_beyond_the_type() -> None:
+    """In the published set every "later causes earlier" claim is negative; renaming takes that away."""
+    rows = make_task(test_rows=3000, perturbed_rows=0).load().tests["test"]
+    for relation in ("child", "descendant"):
+        mine = [e.gold == "Yes" for e in rows if e.tags["relation"] == relation]
+        assert 0.4 < sum(mine) / len(mine) < 0.6
+
+
+def test_every_label_is_the_solvers(splits: Splits) -> None:
+    by_id = {mec.id: mec for n in (3, 4, 5) for mec in classes(n)}
+    for example in [*splits.sft, *splits.tests["test"]][:300]:
+        mec = by_id[example.group]
+        names = list(example.tags["names"])
+        premise = example.question.split("\n")[0].removeprefix("Premise: ")
+        matches = [
+            renamed
+            for order in permutations(range(mec.n))
+            if text.premise(renamed := mec.renamed(order), names) == premise
+        ]
+        assert matches
+        entailed = matches[0].entails(example.tags["relation"], example.tags["i"], example.tags["j"])
+        assert example.gold == ("Yes" if entailed else "No")
+
+
+def test_perturbed_rows_are_test_rows_in_other_words(splits: Splits) -> None:
+    plain = {e.id: e for e in splits.tests["test"]}
+    for name in ("paraphrased", "refactored"):
+        for example in splits.tests[name]:
+            origin = plain[example.id.replace(name, "test")]
+            assert (example.gold, example.group) == (origin.gold, origin.group)
+            premise, claim, _ = example.question.split("\n")
+            old_premise, old_claim, _ = origin.question.split("\n")
+            assert claim != old_claim
+            assert (premise == old_premise) == (name == "paraphrased")
+            if name == "refactored":
+                assert not set(re.findall(r"\b([A-E])\b", example.question))
+
+
+def test_targets_are_graded_correct(splits: Splits) -> None:
+    task = make_task()
+    for example in splits.sft:
+        completion = example.target.removeprefix("<think>")
+        assert verdict(completion, prefilled=True) == example.gold
+        assert task.grade(example, completion, True).correct
+
+
+def test_label_targets_state_the_verdict_at_once() -> None:
+    rows = make_task(trace_share=0.0).load().sft
+    assert {e.target for e in rows} == {f"<think>\n</think>\nTherefore: {gold}" for gold in ("Yes", "No")}
+
+
+def test_phases_come_in_their_order() -> None:
+    rows = make_task(phases=[{"n": [3], "rows": 20}, {"n": [5], "rows": 30}]).load().sft
+    assert [e.tags["n"] for e in rows] == [3] * 20 + [5] * 30
+    assert [e.tags["phase"] for e in rows] == [0] * 20 + [1] * 30
+
+
+def test_the_same_seed_gives_the_same_rows_and_another_seed_others() -> None:
+    assert make_task(seed=3).load() == make_task(seed=3).load()
+    assert make_task(seed=3).load().sft != make_task(seed=4).load().sft
+
+
+def test_grpo_may_have_classes_of_its_own() -> None:
+    found = make_task(grpo_only_classes=0.5).load()
+    assert {e.group for e in found.grpo} - {e.group for e in found.sft}
+    assert found.proof["classes"]["grpo"]
+
+
+# ---------------------------------------------------------------- rows from a file
+
+OPENING = (
+    "Suppose there is a closed system of 2 variables, A and B. All the statistical relations among these 2 variables"
+)
+GOOD = {
+    "input": f"Premise: {OPENING} are as follows: A correlates with B.\nHypothesis: A directly causes B.",
+    "label": 0,
+}
+
+
+def from_file(path: Path, bad_rows: str = "stop") -> Splits:
+    choice = TaskChoice("corr2cause", "path", str(path), None, bad_rows, {"trace_share": 0.0})  # type: ignore[arg-type]
+    return task_of(choice, 0).load()
+
+
+def test_rows_of_the_published_schema_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(GOOD) for _ in range(3)), encoding="utf-8")
+    found = from_file(file)
+    rows = [*found.sft, *found.validation, *found.tests["test"]]
+    assert [e.gold for e in rows] == ["No"] * 3
+    assert len({e.group for e in rows}) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("{not json", "not JSON (Expecting property name enclosed in double quotes at character 2)"),
+        (json.dumps({"input": GOOD["input"]}), "no label"),
+        (json.dumps({**GOOD, "label": "maybe"}), "label 'maybe' is neither 0 nor 1"),
+        (json.dumps({**GOOD, "input": "A causes B"}), 'input is not "Premise: …"'),
+        ("[1]", "not a mapping with input and label"),
+    ],
+)
+def test_a_broken_line_is_named_by_file_and_line(tmp_path: Path, line: str, told: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{json.dumps(GOOD)}\n{line}\n{json.dumps(GOOD)}\n", encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        from_file(file)
+    assert f"{file}:2: {told}" in str(caught.value)
+    assert "task.bad_rows=skip" in str(caught.value)
+    assert from_file(file, "skip").proof["skipped"] == [caught.value.problems[0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("none.csv", "does not exist"), ("rows.xlsx", "give .csv, .json or .jsonl")]
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, told: str) -> None:
+    if name != "none.csv":
+        (tmp_path / name).write_text("x")
+    with pytest.raises(DataError, match=re.escape(told)):
+        from_file(tmp_path / name)

@@ -1,0 +1,130 @@
+"""metrics: figures against their definitions, intervals by whole groups, differences that are paired."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.metrics import (
+    HEADLINE,
+    Outcome,
+    baseline_figures,
+    compare,
+    count_table,
+    draw_groups,
+    figures,
+    outcome_of,
+    summarize,
+)
+
+
+def outcomes(rows: list[tuple[bool, bool, bool]], groups: int = 5) -> list[Outcome]:
+    return [Outcome(str(k), f"g{k % groups}", p, c and a, a, 10 + k) for k, (p, c, a) in enumerate(rows)]
+
+
+rows = st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=60)
+
+
+@given(rows)
+def test_figures_are_their_definitions(cells: list[tuple[bool, bool, bool]]) -> None:
+    data = outcomes(cells)
+    found = {k: float(v) for k, v in figures(count_table(data, sorted({o.group for o in data})).sum(axis=0)).items()}
+    n = len(data)
+    tp = sum(o.positive and o.correct for o in data)
+    fp = sum(not o.positive and o.answered and not o.correct for o in data)
+    positives = sum(o.positive for o in data)
+    tn = sum(not o.positive and o.correct for o in data)
+    assert found["accuracy"] == pytest.approx(sum(o.correct for o in data) / n)
+    assert found["unanswered"] == pytest.approx(sum(not o.answered for o in data) / n)
+    assert found["tokens"] == pytest.approx(sum(o.tokens for o in data) / n)
+    if tp:
+        precision, recall = tp / (tp + fp), tp / positives
+        assert found["f1"] == pytest.approx(2 * precision * recall / (precision + recall))
+    else:
+        assert found["f1"] == 0
+    if 0 < positives < n:
+        assert found["balanced_accuracy"] == pytest.approx((tp / positives + tn / (n - positives)) / 2)
+    assert -1 <= found["mcc"] <= 1
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=60))
+def test_mcc_is_the_correlation_where_all_is_answered(cells: list[tuple[bool, bool]]) -> None:
+    data = outcomes([(p, c, True) for p, c in cells])
+    gold = np.array([o.positive for o in data], dtype=float)
+    said = np.array([o.positive == o.correct for o in data], dtype=float)
+    found = float(figures(count_table(data, sorted({o.group for o in data})).sum(axis=0))["mcc"])
+    if gold.std() and said.std():
+        assert found == pytest.approx(float(np.corrcoef(gold, said)[0, 1]))
+    else:
+        assert found == 0
+
+
+def test_unanswered_is_never_correct() -> None:
+    record = {"id": "1", "group": "g", "gold": "Yes", "correct": True, "answered": False, "tokens": 3}
+    assert not outcome_of(record, "Yes").correct
+
+
+def test_the_baselines_know_nothing() -> None:
+    data = outcomes([(k % 2 == 0, True, True) for k in range(100)])
+    found = baseline_figures(data)
+    assert found["always No"]["f1"] == 0
+    assert found["always No"]["accuracy"] == 0.5
+    assert found["always Yes"]["f1"] == pytest.approx(2 / 3)
+    assert {found[name]["balanced_accuracy"] for name in found} == {0.5}
+    assert {found[name]["mcc"] for name in found} == {0.0}
+
+
+def test_intervals_widen_when_rows_of_a_group_agree() -> None:
+    """200 rows in 10 groups that are right or wrong together tell as much as 10 rows."""
+    clustered = [Outcome(str(k), f"g{k % 10}", True, k % 10 < 5, True, 1) for k in range(200)]
+    independent = [Outcome(str(k), str(k), True, k % 10 < 5, True, 1) for k in range(200)]
+    wide = summarize(clustered, 2000, 0.95, 0)["accuracy"]
+    narrow = summarize(independent, 2000, 0.95, 0)["accuracy"]
+    assert wide["value"] == narrow["value"] == 0.5
+    expected = 1.96 * math.sqrt(0.25 / 10)
+    assert (wide["high"] - wide["low"]) / 2 == pytest.approx(expected, rel=0.15)
+    assert (narrow["high"] - narrow["low"]) / 2 == pytest.approx(expected / math.sqrt(20), rel=0.2)
+
+
+def test_a_paired_difference_is_tighter_than_two_intervals_suggest() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.random(400) < 0.6
+    better = base | (rng.random(400) < 0.1)
+    before, after = (
+        [Outcome(str(k), f"g{k % 40}", k % 2 == 0, bool(right), True, 1) for k, right in enumerate(rights)]
+        for rights in (base, better)
+    )
+    found = compare(before, after, 2000, 0.95, 0)["accuracy"]
+    assert found["value"] == pytest.approx(better.mean() - base.mean())
+    assert found["low"] > 0
+    overlap = summarize(before, 2000, 0.95, 0)["accuracy"]["high"] - summarize(after, 2000, 0.95, 0)["accuracy"]["low"]
+    assert overlap > 0  # apart, the two intervals overlap
+
+
+def test_models_that_were_asked_different_rows_cannot_be_compared() -> None:
+    with pytest.raises(ValueError, match="same rows"):
+        compare(outcomes([(True, True, True)] * 3), outcomes([(True, True, True)] * 4), 10, 0.95, 0)
+
+
+@given(rows, st.integers(0, 5))
+def test_the_same_seed_gives_the_same_intervals_that_hold_the_value_of_equal_models(
+    cells: list[tuple[bool, bool, bool]], seed: int
+) -> None:
+    data = outcomes(cells)
+    assert summarize(data, 50, 0.9, seed) == summarize(data, 50, 0.9, seed)
+    for name in HEADLINE:
+        assert compare(data, data, 50, 0.9, seed)[name] == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_every_bootstrap_sample_has_as_many_groups() -> None:
+    drawn = draw_groups(7, 100, 1)
+    assert drawn.shape == (100, 7)
+    assert set(drawn.sum(axis=1)) == {7.0}
+
+
+def test_no_rows_are_no_figures() -> None:
+    assert summarize([], 10, 0.95, 0)["rows"] == {"value": 0}

@@ -1,0 +1,69 @@
+"""Rewards: what they pay, and that no known exploit pays."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.recipe import Reward, TaskChoice, read, recipe_names
+from pipeline.rewards.audit import audit, exploits
+from pipeline.rewards.reward import Sample, find_rewards, make_sample, reward_names
+from pipeline.tasks.task import Example, Task, Verdict, task_of
+
+EXAMPLE = Example("1", "Premise: A correlates with B.\nHypothesis: A directly causes B.", "Yes", "g")
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return task_of(TaskChoice("corr2cause", "auto", None, None, "stop", {}), 0)
+
+
+def sample(task: Task, completion: str, *, truncated: bool = False) -> Sample:
+    return make_sample(task, EXAMPLE, completion, True, truncated)
+
+
+def pay(name: str, given: Sample) -> float | None:
+    found, problems = find_rewards({name: Reward(1.0, {})})
+    assert problems == []
+    return found[name](given)
+
+
+def test_every_reward_is_a_function_of_its_files_name() -> None:
+    assert reward_names() == ["correctness", "format"]
+    found, problems = find_rewards({name: Reward(1.0, {}) for name in reward_names()})
+    assert set(found) == set(reward_names())
+    assert problems == []
+
+
+def test_correctness_is_the_tasks_verdict(task: Task) -> None:
+    assert pay("correctness", sample(task, "x</think>Therefore: Yes")) == 1
+    assert pay("correctness", sample(task, "x</think>Therefore: No")) == 0
+    assert pay("correctness", sample(task, "Therefore: Yes")) == 0
+    unverifiable = Sample(EXAMPLE, "", True, False, Verdict(None, True, None), True)
+    assert pay("correctness", unverifiable) is None
+
+
+def test_format_is_the_tasks_form(task: Task) -> None:
+    assert pay("format", sample(task, "x\n</think>\nTherefore: No")) == 1
+    assert pay("format", sample(task, "x\n</think>\nTherefore: No, I think")) == 0
+    assert pay("format", sample(task, "x\n</think>\nTherefore: No", truncated=True)) == 0
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_no_known_exploit_pays_under_any_recipe(name: str) -> None:
+    recipe, _ = read(name)
+    assert recipe is not None
+    task = task_of(recipe.task, recipe.seed)
+    rewards, _ = find_rewards(recipe.grpo.rewards)
+    weights = {key: reward.weight for key, reward in recipe.grpo.rewards.items()}
+    for gold in ("Yes", "No"):
+        example = Example("1", EXAMPLE.question, gold, "g")
+        assert audit(task, rewards, weights, example) == []
+
+
+def test_the_audit_finds_a_reward_that_can_be_hacked(task: Task) -> None:
+    """First-substring matching is the mistake of others: the audit has to see it."""
+    hackable = {"substring": lambda s: float(f"Therefore: {s.example.gold}" in s.completion)}
+    found = audit(task, hackable, {"substring": 1.0}, EXAMPLE)
+    assert any(text.startswith("both verdicts") for text in found)
+    assert any(text.startswith("verdict in the thought") for text in found)
+    assert len(exploits(EXAMPLE)) >= 14
