@@ -163,7 +163,7 @@ def test_premises_and_claims_are_worded_as_published(row: dict[str, str]) -> Non
         for order in permutations(range(len(names)))
         if {(min(e), max(e)) for e in mec.pattern.renamed(order).arrows} | mec.pattern.renamed(order).lines == linked
     ]
-    assert premise in {text.premise(mec, names) for mec in found}
+    assert premise in {text.premise(names, *text.relations(mec)) for mec in found}
     wordings = {
         words.format(i=i, j=j) for options in text.PUBLISHED.values() for words in options for i in names for j in names
     }
@@ -288,7 +288,7 @@ def test_every_label_is_the_solvers(splits: Splits) -> None:
         matches = [
             renamed
             for order in permutations(range(mec.n))
-            if text.premise(renamed := mec.renamed(order), names) == premise
+            if text.premise(names, *text.relations(renamed := mec.renamed(order))) == premise
         ]
         assert matches
         entailed = matches[0].entails(example.tags["relation"], example.tags["i"], example.tags["j"])
@@ -331,6 +331,25 @@ def test_phases_come_in_their_order() -> None:
 def test_the_same_seed_gives_the_same_rows_and_another_seed_others() -> None:
     assert make_task(seed=3).load() == make_task(seed=3).load()
     assert make_task(seed=3).load().sft != make_task(seed=4).load().sft
+
+
+def test_a_shuffled_premise_says_the_same_in_another_order_and_its_proof_cites_what_it_says_first() -> None:
+    plain, shuffled = (
+        make_task(phases=[{"n": [4, 5], "rows": 40, "shuffled": share}]).load().sft for share in (0.0, 1.0)
+    )
+    assert all(e.question.split("follows: ")[1] for e in shuffled)
+    moved = 0
+    for example in shuffled:
+        premise = example.question.split("\n")[0]
+        statements = [s for s in re.split(r"(?<=\.) (?:However, )?", premise.split("follows: ")[1]) if s]
+        correlations = [s for s in statements if "correlates" in s]
+        moved += correlations != sorted(correlations)
+        for a, b, cited in re.findall(r"(\w) (\w) apart given ([\w ]+)\.", example.target):
+            mine = [s for s in statements if re.match(rf"{a} (is independent of|and) {b}\b", s)]
+            first = re.findall(r"given (.*)\.", mine[0])
+            assert cited == (" ".join(re.findall(r"[A-Z]", first[0])) if first else "nothing")
+    assert moved > 30
+    assert Counter(e.gold for e in plain) == Counter(e.gold for e in shuffled)
 
 
 def test_grpo_may_have_classes_of_its_own() -> None:

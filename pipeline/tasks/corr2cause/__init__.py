@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -38,6 +39,7 @@ class Phase:
 
     n: tuple[Size, ...]
     rows: Positive
+    shuffled: Share = 0.0  # share whose premise tells its statements in random order: no short cut by position
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Corr2CauseParams:
     test_classes: Share = 0.2
     grpo_only_classes: Share = 0.0  # share of the training classes that SFT does not see
     phases: tuple[Phase, ...] = (Phase((3, 4, 5), 1000),)  # SFT rows in the order of a curriculum
+    instruction: str = text.INSTRUCTION  # the last line of the question; "" for none
     trace_share: Share = 1.0  # SFT rows with a proof in the thought; the rest state the verdict at once
     grpo_rows: Count = 1000
     validation_rows: Count = 200
@@ -66,6 +69,21 @@ class Slot:
     i: int
     j: int
     label: bool
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A row before it is put into words: a renamed class, a claim about it, and the names."""
+
+    mec: EquivalenceClass
+    relation: str
+    i: int
+    j: int
+    label: bool
+    names: tuple[str, ...]
+    wording: int
+    with_trace: bool
+    shuffle: float | None  # the seed of the order in which the premise is told; None: as published
 
 
 class Corr2Cause(Task):
@@ -94,22 +112,29 @@ class Corr2Cause(Task):
         p, sft_parts = self.params, parts["sft"] + parts["both"]
         sft = []
         for k, phase in enumerate(p.phases):
-            rng = self._rng(f"sft{k}")
-            for example in self._draw(rng, sft_parts, phase.n, phase.rows, f"sft{k}", traces=p.trace_share):
+            draws = self._draw(f"sft{k}", sft_parts, phase.n, phase.rows, traces=p.trace_share, shuffled=phase.shuffled)
+            for row, draw in enumerate(draws):
+                example = self._example(draw, f"sft{k}-{row}")
                 sft.append(replace(example, tags={**example.tags, "phase": k}))
-        grpo = self._draw(self._rng("grpo"), parts["grpo"] + parts["both"], p.n, p.grpo_rows, "grpo")
-        validation = self._draw(
-            self._rng("validation"),
-            parts["validation"],
-            p.n,
-            p.validation_rows,
-            "validation",
-            traces=1.0,
-            distinct=True,
+        grpo = self._draw("grpo", parts["grpo"] + parts["both"], p.n, p.grpo_rows)
+        validation = self._draw("validation", parts["validation"], p.n, p.validation_rows, traces=1.0, distinct=True)
+        test = self._draw("test", parts["test"], p.n, p.test_rows, distinct=True)
+        perturbed = list(enumerate(test[: p.perturbed_rows]))
+        tests = {
+            "test": [self._example(draw, f"test-{k}") for k, draw in enumerate(test)],
+            "paraphrased": [self._example(draw, f"paraphrased-{k}", paraphrased=True) for k, draw in perturbed],
+            "refactored": [
+                self._example(replace(draw, names=tuple(text.refactored(draw.names))), f"refactored-{k}")
+                for k, draw in perturbed
+            ],
+        }
+        return Splits(
+            sft,
+            [self._example(draw, f"grpo-{k}") for k, draw in enumerate(grpo)],
+            [self._example(draw, f"validation-{k}") for k, draw in enumerate(validation)],
+            tests,
+            _proof_of_split(parts, sft, tests),
         )
-        plain, paraphrased, refactored = self._tests(parts["test"])
-        tests = {"test": plain, "paraphrased": paraphrased, "refactored": refactored}
-        return Splits(list(sft), list(grpo), list(validation), tests, _proof_of_split(parts, sft, tests))
 
     def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
         said = answers.verdict(completion, prefilled)
@@ -133,107 +158,87 @@ class Corr2Cause(Task):
             found.append("task.params.phases: empty; list at least one, such as {n: [3, 4], rows: 1000}")
         return found
 
-    def _rng(self, use: str) -> random.Random:
-        return random.Random(f"{self.seed}/{use}")  # a text, so that the stream is the same on every machine
-
     def _draw(
         self,
-        rng: random.Random,
+        use: str,
         part: list[EquivalenceClass],
         sizes: Iterable[int],
         count: int,
-        prefix: str,
         *,
         traces: float = 0.0,
+        shuffled: float = 0.0,
         distinct: bool = False,
-    ) -> list[Example]:
+    ) -> list[Draw]:
         """`count` rows, half Yes within each (N, type); classes are drawn evenly, variables renamed in each row."""
+        rng = random.Random(f"{self.seed}/{use}")  # a text, so that the stream is the same on every machine
         cells = balanced_cells(part, sizes)
         if not cells or not count:
             return []
         keys = sorted(cells)
         weights = [len({slot.mec.id for label in (True, False) for slot in cells[key][label]}) for key in keys]
-        found: dict[str, Example] = {}
-        tries = 0
-        while len(found) < count:
+        found: dict[object, Draw] = {}
+        for _ in range(100 * count):
             key = rng.choices(keys, weights)[0]
             slot = rng.choice(cells[key][len(found) % 2 == 0])
-            example = self._example(rng, slot, f"{prefix}-{len(found)}", with_trace=rng.random() < traces)
-            identity = example.question if distinct else example.id
-            found.setdefault(identity, example)
-            tries += 1
-            if tries > 100 * count:
-                raise DataError(
-                    f"task.params: only {len(found)} different {prefix} rows can be drawn from the classes of that "
-                    f"split, {count} were asked for; ask for fewer rows or for larger n"
-                )
-        return list(found.values())
-
-    def _example(self, rng: random.Random, slot: Slot, id: str, *, with_trace: bool) -> Example:
-        order = list(range(slot.mec.n))
-        rng.shuffle(order)
-        mec, relation, i, j = slot.mec.renamed(tuple(order)), slot.relation, order[slot.i], order[slot.j]
-        names = sorted(rng.sample(ascii_uppercase, mec.n)) if self.params.letters == "alphabet" else ascii_uppercase
-        names = list(names[: mec.n])
-        if i > j and relation in ("parent", "child", "ancestor", "descendant"):
-            relation, i, j = _INVERSE[relation], j, i  # the published types name the earlier letter first
-        claim = text.hypothesis(relation, names[i], names[j], wording=rng.randrange(2))
-        gold = "Yes" if slot.label else "No"
-        thought = f"\n{proof(mec, names, relation, i, j)}\n" if with_trace else "\n"
-        return Example(
-            id=id,
-            question=text.question(text.premise(mec, names), claim),
-            gold=gold,
-            group=slot.mec.id,
-            tags={
-                "n": mec.n,
-                "relation": relation,
-                "members": len(mec.members),
-                "names": "".join(names),
-                "i": i,
-                "j": j,
-            },
-            target=f"{answers.OPEN}{thought}{answers.CLOSE}\nTherefore: {gold}",
+            draw = self._rename(rng, slot, with_trace=rng.random() < traces, shuffle=rng.random() < shuffled)
+            asked = (draw.mec.pattern.code, draw.relation, draw.i, draw.j, draw.names, draw.wording)
+            found.setdefault(asked if distinct else len(found), draw)
+            if len(found) == count:
+                return list(found.values())
+        raise DataError(
+            f"task.params: only {len(found)} different {use} rows can be drawn from the classes of that split, "
+            f"{count} were asked for; ask for fewer rows or for larger n"
         )
 
-    def _tests(self, part: list[EquivalenceClass]) -> tuple[list[Example], list[Example], list[Example]]:
-        """The test rows, and the same rows with the claim paraphrased and with A, B, C… called Z, Y, X…"""
-        p = self.params
-        plain = self._draw(self._rng("test"), part, p.n, p.test_rows, "test", distinct=True)
-        paraphrased, refactored = [], []
-        for example in plain[: p.perturbed_rows]:
-            tags, names = example.tags, list(example.tags["names"])
-            premise_text, _, rest = example.question.partition("\nHypothesis: ")
-            claim, _, instruction = rest.partition("\n")
-            i, j = names[tags["i"]], names[tags["j"]]
-            other = text.hypothesis(tags["relation"], i, j, paraphrased=True)
-            paraphrased.append(
-                replace(
-                    example,
-                    id=example.id.replace("test", "paraphrased"),
-                    question=f"{premise_text}\nHypothesis: {other}\n{instruction}",
-                )
-            )
-            renaming = dict(zip(names, text.refactored(names), strict=True))
-            premise_text, claim = _renamed(premise_text, renaming), _renamed(claim, renaming)
-            refactored.append(
-                replace(
-                    example,
-                    id=example.id.replace("test", "refactored"),
-                    question=f"{premise_text}\nHypothesis: {claim}\n{instruction}",
-                    tags={**tags, "names": "".join(renaming[name] for name in names)},
-                )
-            )
-        return plain, paraphrased, refactored
+    def _rename(self, rng: random.Random, slot: Slot, *, with_trace: bool, shuffle: bool) -> Draw:
+        n = slot.mec.n
+        order = rng.sample(range(n), n)
+        mec, relation, i, j = slot.mec.renamed(tuple(order)), slot.relation, order[slot.i], order[slot.j]
+        if i > j and relation in _INVERSE:
+            relation, i, j = _INVERSE[relation], j, i  # the published types name the earlier letter first
+        elif relation not in _INVERSE and rng.random() < 0.5:
+            i, j = j, i  # the symmetric types name either first
+        names = ascii_uppercase[:n] if self.params.letters == "permuted" else sorted(rng.sample(ascii_uppercase, n))
+        seed = rng.random() if shuffle else None
+        return Draw(mec, relation, i, j, slot.label, tuple(names), rng.randrange(2), with_trace, seed)
+
+    def _example(self, draw: Draw, id: str, *, paraphrased: bool = False) -> Example:
+        names, mec = draw.names, draw.mec
+        dependent, independent = text.relations(mec)
+        if draw.shuffle is not None:
+            rng = random.Random(draw.shuffle)
+            rng.shuffle(dependent)
+            rng.shuffle(independent)
+        claim = text.hypothesis(
+            draw.relation, names[draw.i], names[draw.j], wording=draw.wording, paraphrased=paraphrased
+        )
+        gold, thought = "Yes" if draw.label else "No", ""
+        if draw.with_trace:
+            thought = proof(mec, names, draw.relation, draw.i, draw.j, independent) + "\n"
+        return Example(
+            id=id,
+            question=text.question(text.premise(names, dependent, independent), claim, self.params.instruction),
+            gold=gold,
+            group=mec.id,
+            tags={
+                "n": mec.n,
+                "relation": draw.relation,
+                "members": len(mec.members),
+                "names": "".join(names),
+                "i": draw.i,
+                "j": draw.j,
+            },
+            target=f"{answers.OPEN}\n{thought}{answers.CLOSE}\nTherefore: {gold}",
+        )
 
     def _read(self, path: Path) -> Splits:
         """Rows of the published schema (`input`, `label`) as training and test rows, by premise."""
-        rows, skipped = read_published(path, skip_bad=self.choice.bad_rows == "skip")
+        rows, skipped = read_published(path, self.params.instruction, skip_bad=self.choice.bad_rows == "skip")
         by_premise: dict[str, list[Example]] = {}
         for example in rows:
             by_premise.setdefault(example.group, []).append(example)
         groups = sorted(by_premise)
-        self._rng("path").shuffle(groups)
+        random.Random(f"{self.seed}/path").shuffle(groups)
         cut = [round(len(groups) * share) for share in (self.params.test_classes, self.params.validation_classes)]
         parts = [groups[: cut[0]], groups[cut[0] : sum(cut)], groups[sum(cut) :]]
         test, validation, train = ([e for g in part for e in by_premise[g]] for part in parts)
@@ -242,15 +247,6 @@ class Corr2Cause(Task):
 
 
 _INVERSE = {"parent": "child", "child": "parent", "ancestor": "descendant", "descendant": "ancestor"}
-
-
-def _renamed(words: str, renaming: dict[str, str]) -> str:
-    """Replace variable letters: a capital that stands alone is always a variable in the published wording."""
-    parts = []
-    for k, character in enumerate(words):
-        alone = not (k and words[k - 1].isalpha()) and not words[k + 1 : k + 2].isalpha()
-        parts.append(renaming.get(character, character) if alone else character)
-    return "".join(parts)
 
 
 def split_classes(params: Corr2CauseParams, seed: int) -> dict[str, list[EquivalenceClass]]:
@@ -311,7 +307,7 @@ def _proof_of_split(
     return {"overlap": overlap, "classes": ids, "tested": len(tested)}
 
 
-def read_published(path: Path, *, skip_bad: bool) -> tuple[list[Example], list[str]]:
+def read_published(path: Path, instruction: str, *, skip_bad: bool) -> tuple[list[Example], list[str]]:
     """Rows of a .csv, .json or .jsonl file with `input` and `label`; DataError names each bad one by its line."""
     if not path.is_file():
         raise DataError(f"task.path: {path} does not exist; give a .csv, .json or .jsonl file")
@@ -326,9 +322,11 @@ def read_published(path: Path, *, skip_bad: bool) -> tuple[list[Example], list[s
         group = sha256(premise.encode()).hexdigest()[:10]
         label = str(row["label"]).strip()  # type: ignore[index]
         gold = "Yes" if label == "1" else "No"
-        tags = {"n": premise.count(",") and int(premise.split("closed system of ")[1].split()[0])}
+        tags = {"n": int(premise.split("closed system of ")[1].split()[0])}
         target = f"{answers.OPEN}\n{answers.CLOSE}\nTherefore: {gold}"
-        rows.append(Example(f"{path.stem}-{line}", text.question(premise, claim), gold, group, tags, target))
+        rows.append(
+            Example(f"{path.stem}-{line}", text.question(premise, claim, instruction), gold, group, tags, target)
+        )
     if problems and not skip_bad:
         shown = problems if len(problems) <= 20 else [*problems[:20], f"… and {len(problems) - 20} more bad rows"]
         raise DataError(*shown, "mend them, or leave them out with task.bad_rows=skip (they are counted)")
@@ -373,7 +371,7 @@ def _problem(row: Any) -> str | None:
     if str(row["label"]).strip() not in ("0", "1"):
         return f"label {row['label']!r} is neither 0 nor 1"
     words = str(row["input"])
-    if not words.startswith("Premise: ") or "\nHypothesis: " not in words or "closed system of " not in words:
+    if not re.match(r"Premise: .*closed system of \d+ .*\nHypothesis: ", words):
         return 'input is not "Premise: …" and, on the next line, "Hypothesis: …"'
     return None
 

@@ -20,6 +20,7 @@ from itertools import combinations, permutations
 
 Dag = tuple[int, ...]  # dag[i] is the bitmask of the children of node i
 Edge = tuple[int, int]
+Independence = tuple[int, int, tuple[int, ...]]  # i, j (i < j) and the nodes given
 
 MAX_N = 5
 RELATIONS = ("parent", "child", "ancestor", "descendant", "collider", "confounder")
@@ -262,7 +263,7 @@ class EquivalenceClass:
         return members_of(self.pattern)
 
     @cached_property
-    def independences(self) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+    def independences(self) -> tuple[Independence, ...]:
         """Every (i, j, given) with i < j that holds, sorted as published: by i, j, then the set's letters."""
         dag = self.members[0]
         found = []

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from string import ascii_uppercase
 
-from pipeline.tasks.corr2cause.graphs import EquivalenceClass
+from pipeline.tasks.corr2cause.graphs import EquivalenceClass, Independence
 
 # The two indirect wordings are used interchangeably in the published set.
 PUBLISHED = {
@@ -39,24 +39,27 @@ def series(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def premise(mec: EquivalenceClass, names: Sequence[str]) -> str:
-    """Every correlation and every independence of a class, its nodes called by `names` in order."""
-    independences = mec.independences
+def relations(mec: EquivalenceClass) -> tuple[list[tuple[int, int]], list[Independence]]:
+    """The dependent pairs and the independences of a class, in the published order."""
+    independences = list(mec.independences)
     apart = {(i, j) for i, j, given in independences if not given}
-    dependent = [
-        f"{names[i]} correlates with {names[j]}." for i, j in combinations(range(mec.n), 2) if (i, j) not in apart
-    ]
-    independent = [
+    return [pair for pair in combinations(range(mec.n), 2) if pair not in apart], independences
+
+
+def premise(names: Sequence[str], dependent: Sequence[tuple[int, int]], independent: Sequence[Independence]) -> str:
+    """Every correlation and every independence, the nodes called by `names`, told in the order given."""
+    correlated = [f"{names[i]} correlates with {names[j]}." for i, j in dependent]
+    separate = [
         f"{names[i]} and {names[j]} are independent given {series([names[k] for k in given])}."
         if given
         else f"{names[i]} is independent of {names[j]}."
-        for i, j, given in independences
+        for i, j, given in independent
     ]
     opening = (
-        f"Suppose there is a closed system of {mec.n} variables, {series(names)}. All the statistical relations "
-        f"among these {mec.n} variables are as follows: "
+        f"Suppose there is a closed system of {len(names)} variables, {series(names)}. All the statistical relations "
+        f"among these {len(names)} variables are as follows: "
     )
-    return opening + " However, ".join(" ".join(part) for part in (dependent, independent) if part)
+    return opening + " However, ".join(" ".join(part) for part in (correlated, separate) if part)
 
 
 def hypothesis(relation: str, i: str, j: str, *, wording: int = 0, paraphrased: bool = False) -> str:
@@ -70,6 +73,8 @@ def refactored(names: Sequence[str]) -> list[str]:
     return [ascii_uppercase[-1 - ascii_uppercase.index(name)] for name in names]
 
 
-def question(premise_text: str, hypothesis_text: str) -> str:
+def question(premise_text: str, hypothesis_text: str, instruction: str) -> str:
     """The whole user message."""
-    return f"Premise: {premise_text}\nHypothesis: {hypothesis_text}\n{INSTRUCTION}"
+    return "\n".join(
+        [f"Premise: {premise_text}", f"Hypothesis: {hypothesis_text}", *([instruction] if instruction else [])]
+    )

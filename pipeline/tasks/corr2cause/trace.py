@@ -26,6 +26,7 @@ from pipeline.tasks.corr2cause.graphs import (
     Dag,
     Edge,
     EquivalenceClass,
+    Independence,
     Pattern,
     bits,
     dag_of,
@@ -41,16 +42,27 @@ from pipeline.tasks.corr2cause.graphs import (
 _TURNED = {"child": "parent", "descendant": "ancestor"}
 
 
-def proof(mec: EquivalenceClass, names: Sequence[str], relation: str, i: int, j: int) -> str:
-    """The thought, without its tags: the steps above as lines. The verdict follows from the last line."""
+def proof(
+    mec: EquivalenceClass,
+    names: Sequence[str],
+    relation: str,
+    i: int,
+    j: int,
+    told: Sequence[Independence] | None = None,
+) -> str:
+    """The thought, without its tags: the steps above as lines. The verdict follows from the last line.
+
+    `told` are the independences in the order of the premise: the first of each pair is cited.
+    """
     if relation in _TURNED:
         relation, i, j = _TURNED[relation], j, i
-    return "\n".join([*_steps(mec, names), _claim(names, relation, i, j), *_decision(mec, names, relation, i, j)])
+    told = mec.independences if told is None else told
+    return "\n".join([*_steps(mec, names, told), _claim(names, relation, i, j), *_decision(mec, names, relation, i, j)])
 
 
-def _steps(mec: EquivalenceClass, names: Sequence[str]) -> list[str]:
+def _steps(mec: EquivalenceClass, names: Sequence[str], told: Sequence[Independence]) -> list[str]:
     graph, nodes = mec.pattern, range(mec.n)
-    given = {(a, b): cut for a, b, cut in reversed(mec.independences)}  # the first that the premise lists
+    given = {(a, b): cut for a, b, cut in reversed(told)}  # the first that the premise lists
     pairs = []
     for a, b in combinations(nodes, 2):
         if (a, b) in given:
@@ -64,8 +76,8 @@ def _steps(mec: EquivalenceClass, names: Sequence[str]) -> list[str]:
     between = []
     for (a, b), cut in sorted(given.items()):
         shared = [k for k in nodes if graph.adjacent(a, k) and graph.adjacent(b, k)]
-        told = " ".join(f"{names[k]} {'passes' if k in cut else 'collides'}" for k in shared)
-        between.append(f"{names[a]} {names[b]}: {told or 'none'}")
+        between += [f"{names[a]} {names[k]} {names[b]} {'passes' if k in cut else 'collides'}" for k in shared]
+        between += [] if shared else [f"{names[a]} {names[b]} none"]
     current = _with_colliders(graph)
     arrows = _edges(current, names)
     forced = []
@@ -79,11 +91,8 @@ def _steps(mec: EquivalenceClass, names: Sequence[str]) -> list[str]:
         _line("Between:", between),
         _line("Arrows:", arrows),
         _line("Forced:", forced),
-        *([_line("Graph:", _edges(graph, names))] if VARIANT == "both" or forced else []),
+        _line("Graph:", _edges(graph, names)),
     ]
-
-
-VARIANT = "both"
 
 
 def _edges(graph: Pattern, names: Sequence[str]) -> list[str]:

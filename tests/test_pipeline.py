@@ -1,0 +1,345 @@
+"""The pipeline as a user runs it: real training under torchrun and DeepSpeed, on a model of a few thousand weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import NANO, ROOT, only, run_cli
+
+from pipeline.artifact import open_artifact, read_json, read_owner
+from pipeline.checkpoints import damage
+from pipeline.progress import read_progress
+
+
+def sub_run(runs: Path, *overrides: str, stages: str = "sft", timeout: float = 300) -> None:
+    done = run_cli("run", "tiny", *NANO, *overrides, "--stages", stages, "--runs", str(runs), timeout=timeout)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def with_data(nano: Path, tmp_path: Path) -> Path:
+    """A runs folder in which preprocess is done."""
+    runs = tmp_path / "runs"
+    done = only(nano, "tiny/preprocess-*")
+    shutil.copytree(done, runs / "tiny" / done.name)
+    return runs
+
+
+@pytest.fixture
+def with_sft(with_data: Path, nano: Path) -> Path:
+    """A runs folder in which preprocess and SFT are done."""
+    done = only(nano, "tiny/sft-*")
+    shutil.copytree(done, with_data / "tiny" / done.name)
+    return with_data
+
+
+# ---------------------------------------------------------------- the whole run
+
+
+def test_every_step_leaves_a_verified_artifact(nano: Path) -> None:
+    folders = {path.name.rpartition("-")[0] for path in nano.glob("tiny/*")}
+    assert folders == {"preprocess", "sft", "grpo", "evaluate-base", "evaluate-sft", "evaluate-grpo", "report"}
+    for folder in nano.glob("tiny/*"):
+        artifact = open_artifact(folder, deep=True)
+        assert artifact.provenance["versions"]["trl"]
+        assert read_owner(folder) is None
+        progress = read_progress(folder)
+        assert progress is not None
+        assert progress.state == "done"
+
+
+def test_the_end_of_a_run_says_where_everything_is_and_what_to_type_next(nano: Path) -> None:
+    told = (nano / "stdout.txt").read_text()
+    for words in (
+        "tiny SFT",
+        "always No",
+        "report.html",
+        str(only(nano, "tiny/grpo-*")),
+        "next:\n  python -m pipeline",
+    ):
+        assert words in told
+
+
+def test_a_second_run_starts_nothing(nano: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in nano.rglob("*")}
+    done = run_cli("run", "tiny", *NANO, "--runs", str(nano))
+    assert done.returncode == 0
+    assert "everything is done already" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in nano.rglob("*")} == before
+
+
+def test_data_are_records_that_datasets_reads(nano: Path) -> None:
+    from datasets import load_dataset
+
+    folder = only(nano, "tiny/preprocess-*")
+    rows = load_dataset("parquet", data_files=str(folder / "data" / "sft.parquet"), cache_dir=str(nano / "cache"))[
+        "train"
+    ]
+    assert len(rows) == 96
+    assert rows[0]["prompt"][0]["role"] == "user"
+    assert rows[0]["completion"][0]["content"].startswith("<think>\n")
+    assert {"id", "gold", "group", "tags"} <= set(rows.column_names)
+    proof = read_json(folder / "splits.json")
+    assert proof["overlap"] == 0
+    assert not set(proof["classes"]["test"]) & set(rows["group"])
+
+
+def test_training_leaves_a_model_curves_and_tensorboard_logs(nano: Path) -> None:
+    for stage, steps in (("sft", 6), ("grpo", 2)):
+        folder = only(nano, f"tiny/{stage}-*")
+        assert (folder / "model" / "model.safetensors").is_file()
+        assert list((folder / "tensorboard").glob("events.*"))
+        history = read_json(folder / "history.json")
+        assert max(entry["step"] for entry in history) == steps
+        assert open_artifact(folder).metrics["steps"] == steps
+    names = {key for entry in read_json(only(nano, "tiny/grpo-*") / "history.json") for key in entry}
+    assert {"reward", "rewards/correctness/mean", "rewards/format/mean", "completions/mean_length"} <= names
+
+
+def test_grpo_goes_on_from_the_weights_of_sft(nano: Path) -> None:
+    from safetensors.torch import load_file
+
+    sft, grpo, base = (
+        load_file(only(nano, pattern) / "model" / "model.safetensors")
+        for pattern in ("tiny/sft-*", "tiny/grpo-*", "tiny/preprocess-*")
+    )
+    name = "model.layers.0.mlp.down_proj.weight"
+    moved = (sft[name].float() - base[name].float()).abs().max()
+    assert moved > 0
+    assert (grpo[name].float() - sft[name].float()).abs().max() < moved
+
+
+def test_predictions_are_one_line_a_row(nano: Path) -> None:
+    folder = only(nano, "tiny/evaluate-sft-*")
+    records = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len(records) == 12 + 6 + 6
+    assert {"id", "prompt_sha256", "gold", "answer", "correct", "completion", "tokens", "truncated"} <= set(records[0])
+    metrics = read_json(folder / "metrics.json")
+    assert metrics["test"]["all"]["rows"]["value"] == 12
+    assert set(metrics) == {"test", "paraphrased", "refactored"}
+    assert not list(folder.glob("partial-*"))
+    by_split: dict[str, set[str]] = {}
+    for record in records:
+        by_split.setdefault(record["id"].split("-")[1], set()).add(record["prompt_sha256"])
+    assert all(len(hashes) == 3 for key, hashes in by_split.items() if int(key) < 6)  # the three sets ask differently
+
+
+def test_the_report_is_three_files_and_needs_no_network(nano: Path) -> None:
+    folder = only(nano, "tiny/report-*")
+    page = (folder / "report.html").read_text()
+    for word in ("http://", "https://", "<script", "<link", "url("):
+        assert word not in page
+    for word in (
+        "balanced accuracy",
+        "always No",
+        "RoBERTa",
+        "<svg",
+        "completion length",
+        "relation",
+        "Settings of tiny",
+    ):
+        assert word in page
+    assert (folder / "report.md").read_text().startswith("# tiny: Corr2Cause")
+    report = read_json(folder / "report.json")
+    assert [model["role"] for model in report["models"]] == ["base", "sft", "grpo"]
+    assert [d["after"] for d in report["differences"]] == ["tiny SFT", "tiny GRPO"]
+    assert report["curves"]["tiny/sft"]["loss"]
+
+
+def test_status_and_list(nano: Path) -> None:
+    told = run_cli("status", "--runs", str(nano)).stdout
+    assert told.count("\n") >= 7
+    assert all(line.startswith("done") for line in told.splitlines())
+    table = json.loads(run_cli("status", "--json", "--runs", str(nano)).stdout)
+    assert {row["state"] for row in table} == {"done"}
+    assert "tiny" in run_cli("list").stdout
+
+
+# ---------------------------------------------------------------- the same again
+
+
+def test_the_same_seed_gives_the_same_data_and_the_same_model(nano: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    sub_run(runs, stages="preprocess,sft")
+    for pattern in ("tiny/preprocess-*/data/*.parquet", "tiny/preprocess-*/model/*", "tiny/sft-*/model/*"):
+        first, second = ({p.relative_to(r): p.read_bytes() for p in r.glob(pattern)} for r in (nano, runs))
+        assert first == second
+        assert first
+
+
+def test_another_seed_gives_other_rows(nano: Path, tmp_path: Path) -> None:
+    sub_run(tmp_path, "seed=1", stages="preprocess")
+    one, other = (pq.read_table(only(r, "tiny/preprocess-*") / "data" / "test.parquet") for r in (nano, tmp_path))
+    assert one["question"] != other["question"]
+
+
+# ---------------------------------------------------------------- layouts
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [
+        ("sft", ["cluster.sft.deepspeed=zero3"]),
+        ("sft", ["cluster.sft.deepspeed=none", "sft.loss_on=assistant", "sft.packing=true", "sft.order=shuffled"]),
+        ("grpo", ["cluster.grpo.deepspeed=zero2", "grpo.beta=0.1"]),
+    ],
+    ids=["sft under zero3", "sft under ddp, assistant only, packed", "grpo under zero2, with a reference"],
+)
+def test_both_stages_train_under_every_layout(with_sft: Path, stage: str, overrides: list[str]) -> None:
+    if stage == "sft":
+        shutil.rmtree(only(with_sft, "tiny/sft-*"))
+    sub_run(with_sft, *overrides, stages=stage)
+    artifact = open_artifact(only(with_sft, f"tiny/{stage}-*"))
+    assert artifact.metrics["steps"] == (6 if stage == "sft" else 2)
+    assert artifact.provenance["processes"] == 2
+
+
+def test_an_adapter_is_trained_by_sft_and_trained_on_by_grpo(with_data: Path) -> None:
+    """LoRA under ZeRO-2, then ZeRO-3: the same adapter, not a second one, and any of it can be evaluated."""
+    lora = ["lora.enabled=true", "lora.r=4", "lora.targets=[all-linear]", "grpo.beta=0.1"]
+    sub_run(with_data, *lora, stages="sft,grpo")
+    sft, grpo = (only(with_data, f"tiny/{stage}-*") for stage in ("sft", "grpo"))
+    for folder in (sft, grpo):
+        assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+        assert not (folder / "model").exists()
+        config = read_json(folder / "adapter" / "adapter_config.json")
+        assert config["r"] == 4
+        assert "preprocess" in config["base_model_name_or_path"]
+    first = next(entry for entry in read_json(grpo / "history.json") if "kl" in entry)
+    assert abs(first["kl"]) < 1e-3  # the reference is the SFT policy, so there is no distance at the first step
+    done = run_cli("evaluate", "--ckpt", str(grpo / "adapter"), "--limit", "2", "--runs", str(with_data))
+    assert done.returncode == 0, done.stderr
+
+
+def test_direct_grpo_starts_from_the_base_model(with_data: Path) -> None:
+    done = run_cli("run", "tiny", *NANO, "--skip-sft", "--stages", "grpo", "--runs", str(with_data))
+    assert done.returncode == 0, done.stderr
+    assert "model" not in open_artifact(only(with_data, "tiny/grpo-*")).inputs
+    assert not list(with_data.glob("tiny/sft-*"))
+
+
+def test_torchrun_by_hand(with_data: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = ["-m", "pipeline.sft", "tiny", *NANO, "--runs", str(with_data)]
+    done = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert open_artifact(only(with_data, "tiny/sft-*")).provenance["processes"] == 2
+
+
+def test_a_stage_by_hand_and_alone(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipeline.preprocess", "tiny", *NANO, "--runs", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [path.name.split("-")[0] for path in tmp_path.glob("tiny/*")] == ["preprocess"]
+
+
+# ---------------------------------------------------------------- any checkpoint
+
+
+@pytest.mark.parametrize(
+    "what", ["sft-*", "sft-*/checkpoints/checkpoint-6", "grpo-*/checkpoints/checkpoint-2", "grpo-*/model"]
+)
+def test_any_checkpoint_can_be_evaluated(nano: Path, tmp_path: Path, what: str) -> None:
+    checkpoint = only(nano, f"tiny/{what}")
+    done = run_cli("evaluate", "--ckpt", str(checkpoint), "--split", "test", "--limit", "4", "--runs", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    folder = only(tmp_path, "evaluations/*")
+    records = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len(records) == 4
+    if what in ("sft-*", "sft-*/checkpoints/checkpoint-6"):  # the same weights give the same answers
+        whole = only(nano, "tiny/evaluate-sft-*") / "predictions.jsonl"
+        known = {r["id"]: r["completion"] for r in map(json.loads, whole.read_text().splitlines())}
+        assert [known[r["id"]] for r in records] == [r["completion"] for r in records]
+
+
+def test_a_plain_model_folder_is_asked_the_tasks_own_rows(nano: Path, tmp_path: Path) -> None:
+    """No step, no recipe: the task generates its rows."""
+    shutil.copytree(only(nano, "tiny/sft-*") / "model", tmp_path / "plain")
+    words = ["--task", "corr2cause", "--limit", "3", "evaluate.max_new_tokens=8", "evaluate.splits=[validation]"]
+    done = run_cli("evaluate", "--ckpt", str(tmp_path / "plain"), *words, "--runs", str(tmp_path / "runs"))
+    assert done.returncode == 0, done.stderr
+    assert "validation: 3 rows" in done.stdout
+
+
+# ---------------------------------------------------------------- never lose work
+
+
+LONG = ["sft.max_steps=400", "task.params.phases=[{n: [3, 4], rows: 3200}]"]
+
+
+def start_long(runs: Path, *overrides: str) -> subprocess.Popen[str]:
+    """A SFT step of many short steps; returns when it has saved a checkpoint."""
+    words = ["run", "tiny", *NANO, *LONG, *overrides, "--stages", "preprocess,sft", "--runs", str(runs)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    until = time.time() + 240
+    while not list(runs.glob("tiny/sft-*/checkpoints/*/manifest.json")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.time() < until
+        time.sleep(0.2)
+    return process
+
+
+def test_a_killed_stage_goes_on_from_its_newest_good_checkpoint(tmp_path: Path) -> None:
+    """SIGKILL of every process, the newest checkpoint damaged: the same command goes on from the one before."""
+    process = start_long(tmp_path, "cluster.save_steps=10", "cluster.keep_checkpoints=3")
+    folder = only(tmp_path, "tiny/sft-*")
+    while len(list(folder.glob("checkpoints/*/manifest.json"))) < 2:
+        time.sleep(0.1)
+    process.kill()
+    owner = read_owner(folder)
+    assert owner is not None
+    os.killpg(os.getpgid(owner.pid), signal.SIGKILL)
+    process.communicate()
+    time.sleep(0.5)
+    assert '"lost"' in run_cli("status", "--json", "--runs", str(tmp_path)).stdout
+    saved = sorted(folder.glob("checkpoints/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    newest = [path for path in saved if (path / "manifest.json").exists()][-1]
+    next(newest.glob("global_step*/*optim*")).write_bytes(b"cut")
+    assert damage(newest) is not None
+    sub_run(tmp_path, *LONG, "cluster.save_steps=10", stages="sft")
+    metrics = open_artifact(folder).metrics
+    assert metrics["steps"] == 400
+    assert metrics["resumed_from"] in {path.name for path in saved if path != newest}
+    assert any(newest.name in sentence for sentence in metrics["passed_over"])
+
+
+def test_ctrl_c_saves_leaves_nothing_running_and_the_next_command_goes_on(tmp_path: Path) -> None:
+    process = start_long(tmp_path, "cluster.save_steps=50")
+    folder = only(tmp_path, "tiny/sft-*")
+    owner = read_owner(folder)
+    assert owner is not None
+    second = run_cli("run", "tiny", *NANO, *LONG, "--stages", "sft", "--runs", str(tmp_path))
+    assert second.returncode == 2  # two runs of one step: the second says who owns it
+    assert f"is being written by process {owner.pid} on {owner.host}" in second.stderr
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=120)[0]
+    assert process.returncode == 75, told
+    assert "stopping: it saves at the next step and leaves" in told
+    assert "run the same command to go on" in told
+    assert read_owner(folder) is None
+    with pytest.raises(ProcessLookupError):
+        os.kill(owner.pid, 0)
+    progress = read_progress(folder)
+    assert progress is not None
+    assert progress.state == "stopped"
+    assert 0 < progress.done < 400
+    assert damage(folder / "checkpoints" / f"checkpoint-{progress.done}") is None  # no step was lost
+    sub_run(tmp_path, *LONG, "cluster.save_steps=50", stages="sft")
+    metrics = open_artifact(folder).metrics
+    assert metrics["resumed_from"] == f"checkpoint-{progress.done}"
+    assert metrics["steps"] == 400
