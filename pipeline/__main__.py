@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,7 +112,7 @@ def run_command(args: argparse.Namespace) -> int:
     else:
         print(f"{len(plan.to_run)} of {len(plan.wanted)} steps to run, under {plan.runs}/", file=sys.stderr)
         run_plan(plan)
-    _show_end(plan)
+    _show_end(plan, _typed(args))
     return 0
 
 
@@ -146,7 +147,16 @@ def prepare_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show_end(plan: Plan) -> None:
+def _typed(args: argparse.Namespace) -> str:
+    """The run that was asked for, to be typed again: every word but --stages and --dry-run."""
+    words = list(args.words)
+    words += ["--skip-sft"] if args.skip_sft else []
+    words += ["--cluster", args.cluster] if args.cluster != "local" else []
+    words += ["--runs", str(args.runs)] if args.runs != RUNS else []
+    return shlex.join(["python", "-m", "pipeline", "run", *words])
+
+
+def _show_end(plan: Plan, typed: str) -> None:
     """Where everything is, the headline numbers, and what to type next."""
     done = {step.name: step for step in plan.steps if step.done}
     report = next((step for step in plan.steps if step.stage == "report" and step.done), None)
@@ -157,16 +167,15 @@ def _show_end(plan: Plan) -> None:
     for step in plan.steps:
         if step.done and step.stage in ("sft", "grpo"):
             print(f"{step.label:<9} {step.folder}")
-    names = " ".join(dict.fromkeys(step.recipe.name for step in plan.steps))
     last = done.get("grpo") or done.get("sft")
     print("\nnext:")
     if last:
         print(f"  python -m pipeline evaluate --ckpt {last.folder} --split validation")
     left = [step for step in plan.steps if not step.done]
     if left:
-        print(f"  python -m pipeline run {names}      ({len(left)} steps are left)")
+        print(f"  {typed}      ({len(left)} steps are left)")
     else:
-        print(f"  python -m pipeline run {names} grpo.beta=0.01      one setting changed; only what depends on it runs")
+        print(f"  {typed} grpo.beta=0.01      one setting changed; only what depends on it runs")
 
 
 def status_command(args: argparse.Namespace) -> int:

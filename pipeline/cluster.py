@@ -119,8 +119,13 @@ def batches(
 ) -> tuple[Batches | None, list[str]]:
     """The layout of one training stage, or what does not divide and the nearest values that do."""
     processes = processes or process_count(cluster)
-    wanted = (recipe.sft if stage == "sft" else recipe.grpo).global_batch_size
-    layout = cluster.sft if stage == "sft" else cluster.grpo
+    settings = recipe.sft if stage == "sft" else recipe.grpo
+    wanted, layout = settings.global_batch_size, cluster.sft if stage == "sft" else cluster.grpo
+    if settings.optimizer.name == "muon" and layout.deepspeed == "none":
+        return None, [
+            f"{stage}.optimizer.name: 'muon' is DeepSpeed's, but cluster.{stage}.deepspeed is 'none'; "
+            "use zero2, or an optimizer such as adamw_torch"
+        ]
     if wanted % processes:
         lower, upper = wanted // processes * processes, -(-wanted // processes) * processes
         return None, [

@@ -25,7 +25,9 @@ class Watch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        self.progress.update(state="running", done=state.global_step, first=state.global_step, total=state.max_steps)
+        self.progress.update(
+            state="running", done=state.global_step, first=state.global_step, total=state.max_steps, note=""
+        )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.progress.update(done=state.global_step)

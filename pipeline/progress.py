@@ -27,7 +27,8 @@ class Progress:
     unit: str = "steps"
     started: float = 0.0  # seconds since the epoch, of this attempt
     updated: float = 0.0
-    first: int = 0  # `done` when this attempt began, so that a resumed run's speed is its own
+    first: int = 0  # `done` when the work of this attempt began, so that a resumed run's speed is its own
+    since: float = 0.0  # when that was
     figures: dict[str, float] = field(default_factory=dict)  # the last loss, reward, …
     note: str = ""  # what it is doing, in a few words
     problems: tuple[str, ...] = ()
@@ -46,7 +47,7 @@ class Progress:
         steps = self.done - self.first
         if steps <= 0 or not self.total:
             return None
-        return self.seconds / steps * max(0, self.total - self.done)
+        return (self.updated - (self.since or self.started)) / steps * max(0, self.total - self.done)
 
 
 def read_progress(folder: Path) -> Progress | None:
@@ -78,6 +79,8 @@ class ProgressFile:
     def update(self, *, figures: dict[str, float] | None = None, force: bool = False, **changes: Any) -> None:
         """Change fields and write, at most twice a second unless the state changes or `force` is given."""
         changed_state = changes.get("state", self.now.state) != self.now.state
+        if "first" in changes:
+            changes["since"] = time.time()
         merged = {**self.now.figures, **(figures or {})}
         self.now = replace(self.now, figures=merged, updated=time.time(), **changes)
         if changed_state or force or self.now.updated - self._written >= MIN_SECONDS:

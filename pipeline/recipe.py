@@ -78,8 +78,9 @@ class TaskChoice:
 class Optimizer:
     """How weights move: shared by SFT and GRPO."""
 
-    name: str  # one of transformers' `optim` names
+    name: str  # one of transformers' `optim` names, or muon (Jordan et al. 2024) by DeepSpeed
     learning_rate: Rate
+    muon_learning_rate: Rate  # muon: of the hidden matrices; everything else moves by AdamW at learning_rate
     schedule: str  # one of transformers' `lr_scheduler_type` names
     schedule_args: dict[str, Any]
     warmup: NonNegative  # a share of the steps when < 1, else steps
@@ -174,6 +175,12 @@ class Recipe:
                 f"grpo.num_generations: {group} does not divide grpo.global_batch_size {batch}; "
                 f"use {' or '.join(str(n) for n in below + above)}"
             )
+        for stage, optimizer in (("sft", self.sft.optimizer), ("grpo", self.grpo.optimizer)):
+            if optimizer.name == "muon" and optimizer.max_grad_norm:
+                found.append(
+                    f"{stage}.optimizer.max_grad_norm: {optimizer.max_grad_norm:g} would shrink every step of muon, "
+                    "whose gradients are orthogonal matrices of a far larger norm; use 0"
+                )
         if not self.grpo.rewards:
             found.append("grpo.rewards: empty; list at least one, such as correctness: {weight: 1.0, params: {}}")
         if self.model.quantization != "none" and not self.lora.enabled:

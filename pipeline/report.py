@@ -5,7 +5,7 @@
 
 `report.json` holds every figure; `report.html` (one file, no network) and `report.md` are drawn from it, and
 `summary.txt` is what the command line prints. A claim that one stage is better than another is made only where
-the paired interval of their difference leaves out 0.
+the paired intervals of their difference, in F1 and in balanced accuracy, both leave out 0.
 """
 
 from __future__ import annotations
@@ -133,12 +133,18 @@ def _difference(
 
 
 def claim(difference: dict[str, Any], split: str) -> str:
-    """What may be said of two stages: better or worse only where the paired interval leaves out 0."""
-    figure = difference["splits"][split]["f1"]
-    told = f"F1 {figure['value']:+.3f} ({figure['low']:+.3f} … {figure['high']:+.3f})"
-    if figure["low"] > 0:
+    """What may be said of two stages: better or worse only where both paired intervals leave out 0.
+
+    F1 alone would do for a task that is rarely Yes; where half the rows are, always saying Yes has F1 0.667.
+    """
+    figures = [difference["splits"][split][name] for name in ("f1", "balanced_accuracy")]
+    told = ", ".join(
+        f"{name} {f['value']:+.3f} ({f['low']:+.3f} … {f['high']:+.3f})"
+        for name, f in zip(("F1", "balanced accuracy"), figures, strict=True)
+    )
+    if all(figure["low"] > 0 for figure in figures):
         return f"{difference['after']} is better than {difference['before']}: {told}"
-    if figure["high"] < 0:
+    if all(figure["high"] < 0 for figure in figures):
         return f"{difference['after']} is worse than {difference['before']}: {told}"
     return f"no difference shown between {difference['after']} and {difference['before']}: {told}"
 

@@ -61,10 +61,29 @@ def trainable(recipe: Recipe, checkpoint: Checkpoint, layout: TrainingStage) -> 
 
 def zero_stage(layout: TrainingStage) -> int:
     """The ZeRO stage of a DeepSpeed file; 0 without one."""
+    settings = read_deepspeed(layout)
+    return int(settings["zero_optimization"]["stage"]) if settings else 0
+
+
+def read_deepspeed(layout: TrainingStage) -> dict[str, Any] | None:
+    """The stage's DeepSpeed file."""
     if layout.deepspeed == "none":
-        return 0
-    settings = json.loads((DEEPSPEED / f"{layout.deepspeed}.json").read_text(encoding="utf-8"))
-    return int(settings["zero_optimization"]["stage"])
+        return None
+    return dict(json.loads((DEEPSPEED / f"{layout.deepspeed}.json").read_text(encoding="utf-8")))
+
+
+def deepspeed_settings(optimizer: Optimizer, layout: TrainingStage) -> dict[str, Any] | None:
+    """The stage's DeepSpeed file, with the optimizer where it is DeepSpeed's own.
+
+    Muon orthogonalizes the update of each hidden matrix; in units of AdamW's step its learning rate is larger
+    by 1 / (0.2 · √(longer side)).
+    """
+    settings = read_deepspeed(layout)
+    if settings and optimizer.name == "muon":
+        rates = {"muon_lr": optimizer.muon_learning_rate, "adam_lr": optimizer.learning_rate}
+        kept = {"lr": "auto", "betas": "auto", "weight_decay": "auto", "momentum": 0.95, "ns_method": "standard"}
+        settings["optimizer"] = {"type": "Muon", "params": {**kept, **rates}}
+    return settings
 
 
 def layout_of(recipe: Recipe, runtime: Runtime, stage: str) -> tuple[TrainingStage, Batches]:
@@ -86,7 +105,7 @@ def arguments(
         "output_dir": str(out / "checkpoints"),
         "per_device_train_batch_size": sizes.per_device,
         "gradient_accumulation_steps": sizes.accumulation,
-        "optim": optimizer.name,
+        "optim": "adamw_torch" if optimizer.name == "muon" else optimizer.name,
         "learning_rate": optimizer.learning_rate,
         "lr_scheduler_type": optimizer.schedule,
         "lr_scheduler_kwargs": optimizer.schedule_args or None,
@@ -99,7 +118,7 @@ def arguments(
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "gradient_checkpointing": layout.gradient_checkpointing,
-        "deepspeed": None if layout.deepspeed == "none" else str(DEEPSPEED / f"{layout.deepspeed}.json"),
+        "deepspeed": deepspeed_settings(optimizer, layout),
         "save_strategy": "steps",
         "save_steps": cluster.save_steps,
         "save_total_limit": cluster.keep_checkpoints,

@@ -200,16 +200,23 @@ def test_every_proof_ends_in_the_label_and_says_only_what_holds(n: int) -> None:
                 assert told == apart
                 for words in lines:
                     if words.startswith(("Case:", "Member:")):
-                        arrows = [(names.index(a), names.index(b)) for a, b in re.findall(r"(\w) -> (\w)", words)]
+                        arrows = arrows_in(words)
                         fits = [d for d in mec.members if all(d[a] >> b & 1 for a, b in arrows)]
                         assert fits
                         if words.startswith("Member:"):
                             assert len(fits) == 1
-                            assert not holds(fits[0], *_plain(relation, i, j))
+                            assert not holds(fits[0], relation, i, j)
+                # the marks are the class's own: first what the colliders show, at last every shared arrow
+                colliders = {arrow for a, c, b in mec.pattern.v_structures for arrow in ((a, c), (b, c))}
+                assert set(arrows_in(lines[2])) == set(arrows_in(lines[3])) == colliders
+                assert set(arrows_in(lines[5])) == mec.pattern.arrows
+                assert set(arrows_in(lines[3] + lines[4])) == mec.pattern.arrows
 
 
-def _plain(relation: str, i: int, j: int) -> tuple[str, int, int]:
-    return relation, i, j
+def arrows_in(words: str) -> list[tuple[int, int]]:
+    """The arrows (tail, head) that a line of a proof names."""
+    found = re.findall(r"([A-E]) ([A-E]) (->|<-)", words)
+    return [tuple("ABCDE".index(x) for x in ((a, b) if mark == "->" else (b, a))) for a, b, mark in found]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("n", [4, 5])
@@ -222,20 +229,24 @@ def test_cases_cover_every_member(n: int) -> None:
                 if cases:
                     covered = set()
                     for words in cases:
-                        arrows = [(names.index(a), names.index(b)) for a, b in re.findall(r"(\w) -> (\w)", words)]
+                        arrows = arrows_in(words)
                         covered |= {d for d in mec.members if all(d[a] >> b & 1 for a, b in arrows)}
                     assert covered == set(mec.members)
 
 
-def test_a_proof_in_full() -> None:
-    """The chain A — B — C and the collider A → B ← C, as a model reads them."""
-    chain, collider = (EquivalenceClass(pattern_of(dag_of(3, e))) for e in ([(0, 1), (1, 2)], [(0, 1), (2, 1)]))
-    assert proof(chain, "ABC", "parent", 0, 1) == (FIXTURES / "proof_chain.txt").read_text(encoding="utf-8").rstrip(
-        "\n"
-    )
-    assert proof(collider, "ABC", "collider", 0, 2) == (FIXTURES / "proof_collider.txt").read_text(
-        encoding="utf-8"
-    ).rstrip("\n")
+@pytest.mark.parametrize(
+    ("fixture", "arrows", "claim"),
+    [
+        ("proof_chain", [(0, 1), (1, 2)], ("parent", 0, 1)),
+        ("proof_collider", [(0, 1), (2, 1)], ("collider", 0, 2)),
+        ("proof_member", [(0, 3), (2, 3), (0, 1), (1, 2), (3, 4)], ("confounder", 0, 3)),
+    ],
+)
+def test_a_proof_in_full(fixture: str, arrows: list[tuple[int, int]], claim: tuple[str, int, int]) -> None:
+    """A chain, a collider and a claim that only one member of a class refutes, as a model reads them."""
+    n = 1 + max(max(arrow) for arrow in arrows)
+    mec = EquivalenceClass(pattern_of(dag_of(n, arrows)))
+    assert proof(mec, "ABCDE"[:n], *claim) + "\n" == (FIXTURES / f"{fixture}.txt").read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------- rows and splits
@@ -318,7 +329,7 @@ def test_targets_are_graded_correct(splits: Splits) -> None:
 
 
 def test_label_targets_state_the_verdict_at_once() -> None:
-    rows = make_task(trace_share=0.0).load().sft
+    rows = make_task(phases=[{"n": [3, 4], "rows": 60, "traces": 0.0}]).load().sft
     assert {e.target for e in rows} == {f"<think>\n</think>\nTherefore: {gold}" for gold in ("Yes", "No")}
 
 
@@ -370,7 +381,7 @@ GOOD = {
 
 
 def from_file(path: Path, bad_rows: str = "stop") -> Splits:
-    choice = TaskChoice("corr2cause", "path", str(path), None, bad_rows, {"trace_share": 0.0})  # type: ignore[arg-type]
+    choice = TaskChoice("corr2cause", "path", str(path), None, bad_rows, {})  # type: ignore[arg-type]
     return task_of(choice, 0).load()
 
 

@@ -135,7 +135,7 @@ def test_the_order_of_a_step_is_all_its_process_needs(tmp_path: Path) -> None:
 
 def test_the_content_of_a_local_file_enters_the_identity(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    overrides = ["task.source=path", f"task.path={rows}", "task.params.trace_share=0"]
+    overrides = ["task.source=path", f"task.path={rows}"]
     rows.write_text("a")
     before = make_plan(["tiny"], overrides, runs=tmp_path).steps[0].fingerprint
     assert make_plan(["tiny"], overrides, runs=tmp_path).steps[0].fingerprint == before

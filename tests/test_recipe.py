@@ -142,3 +142,8 @@ def test_a_global_batch_is_the_product_of_its_parts(size: int, processes: int) -
     assert problems == []
     assert layout is not None
     assert layout.processes * layout.per_device * layout.accumulation == size
+
+
+def test_muon_is_not_clipped() -> None:
+    _, problems = read("tiny", ["sft.optimizer.max_grad_norm=1.0"])
+    assert any("sft.optimizer.max_grad_norm: 1 would shrink every step of muon" in text for text in problems)

@@ -5,7 +5,8 @@
 `correct` data, generated exactly: every Markov equivalence class on N variables is enumerated, split into
 training, validation and test by canonical class *before* renaming, so that no graph of a test row was ever seen
 under other letters; then every row renames its variables at random. Half of every set is Yes, within each number
-of variables and type of claim, so neither tells the answer. `path` reads rows in the published schema.
+of variables and type of claim, so neither tells the answer. `path` reads rows in the published schema, which have
+no proofs: their targets are verdicts.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Phase:
 
     n: tuple[Size, ...]
     rows: Positive
+    traces: Share = 1.0  # share whose target is a proof in the thought; the others state the verdict at once
     shuffled: Share = 0.0  # share whose premise tells its statements in random order: no short cut by position
 
 
@@ -53,7 +55,6 @@ class Corr2CauseParams:
     grpo_only_classes: Share = 0.0  # share of the training classes that SFT does not see
     phases: tuple[Phase, ...] = (Phase((3, 4, 5), 1000),)  # SFT rows in the order of a curriculum
     instruction: str = text.INSTRUCTION  # the last line of the question; "" for none
-    trace_share: Share = 1.0  # SFT rows with a proof in the thought; the rest state the verdict at once
     grpo_rows: Count = 1000
     validation_rows: Count = 200
     test_rows: Count = 1000
@@ -112,7 +113,7 @@ class Corr2Cause(Task):
         p, sft_parts = self.params, parts["sft"] + parts["both"]
         sft = []
         for k, phase in enumerate(p.phases):
-            draws = self._draw(f"sft{k}", sft_parts, phase.n, phase.rows, traces=p.trace_share, shuffled=phase.shuffled)
+            draws = self._draw(f"sft{k}", sft_parts, phase.n, phase.rows, traces=phase.traces, shuffled=phase.shuffled)
             for row, draw in enumerate(draws):
                 example = self._example(draw, f"sft{k}-{row}")
                 sft.append(replace(example, tags={**example.tags, "phase": k}))
@@ -149,10 +150,6 @@ class Corr2Cause(Task):
             found.append(
                 f"task.params.test_classes: {p.test_classes} and validation_classes {p.validation_classes} "
                 "leave no class for training; their sum must be below 1"
-            )
-        if self.source == "path" and p.trace_share > 0:
-            found.append(
-                f"task.params.trace_share: {p.trace_share}, but rows from a file have no proofs; use trace_share=0"
             )
         if not p.phases:
             found.append("task.params.phases: empty; list at least one, such as {n: [3, 4], rows: 1000}")

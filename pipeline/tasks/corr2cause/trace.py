@@ -4,13 +4,18 @@ Each line is one step that can be checked from the lines before it and the premi
 
     Pairs       every pair is linked, or apart with a separating set that the premise states (two look-ups)
     Neighbours  the links of each variable
-    Colliders   a -> c <- b where a, b are apart, both linked to c, and c is not in their separating set
+    Between     for each pair that is apart, every variable linked to both: `A B D passes` where D is in their
+                separating set; else `A B D collides`, with the arrows into D that this shows
+    Arrows      every link with what has been shown: A to B is `A B ->`, B to A is `A B <-`, nothing yet is `A B --`
     Forced      arrows by Meek's rules, each with the variable the rule argues from
-    Graph       every link: an arrow that all members share (->), or a line that can turn (-)
+    Graph       every link: an arrow that all members share, or a line that can turn (`--`)
     Claim       what the hypothesis says
     From / To   children (parents) lists, followed from the claim's variables
     Holds, Fails, Case, Member    the decision, on the shared arrows where they decide it, else by cases that
                 cover all members (yes) or by one member in which the claim fails (no)
+
+A link always names the earlier letter first and then its mark, so that what is known of a pair can be found by its
+two letters: a model that writes left to right settles which pair before what is true of it.
 
 Sources: Verma & Pearl 1990, Meek 1995.
 """
@@ -76,14 +81,16 @@ def _steps(mec: EquivalenceClass, names: Sequence[str], told: Sequence[Independe
     between = []
     for (a, b), cut in sorted(given.items()):
         shared = [k for k in nodes if graph.adjacent(a, k) and graph.adjacent(b, k)]
-        between += [f"{names[a]} {names[k]} {names[b]} {'passes' if k in cut else 'collides'}" for k in shared]
+        for k in shared:
+            legs = f"collides: {_arrow(names, a, k)}, {_arrow(names, b, k)}"
+            between.append(f"{names[a]} {names[b]} {names[k]} {'passes' if k in cut else legs}")
         between += [] if shared else [f"{names[a]} {names[b]} none"]
     current = _with_colliders(graph)
     arrows = _edges(current, names)
     forced = []
     while found := meek_step(current):
         (tail, head), _, because = found
-        forced.append(f"{names[tail]} -> {names[head]} by {names[because]}")
+        forced.append(f"{_arrow(names, tail, head)} by {names[because]}")
         current = oriented(current, (tail, head))
     return [
         _line("Pairs:", pairs),
@@ -95,16 +102,15 @@ def _steps(mec: EquivalenceClass, names: Sequence[str], told: Sequence[Independe
     ]
 
 
+def _arrow(names: Sequence[str], tail: int, head: int) -> str:
+    """`A C ->` from A to C, `A C <-` from C to A: the earlier letter first."""
+    return f"{names[tail]} {names[head]} ->" if tail < head else f"{names[head]} {names[tail]} <-"
+
+
 def _edges(graph: Pattern, names: Sequence[str]) -> list[str]:
-    edges = []
-    for a, b in combinations(range(graph.n), 2):
-        if (a, b) in graph.arrows:
-            edges.append(f"{names[a]} -> {names[b]}")
-        elif (b, a) in graph.arrows:
-            edges.append(f"{names[b]} -> {names[a]}")
-        elif (a, b) in graph.lines:
-            edges.append(f"{names[a]} - {names[b]}")
-    return edges
+    lines = [(edge, f"{names[edge[0]]} {names[edge[1]]} --") for edge in graph.lines]
+    arrows = [((min(edge), max(edge)), _arrow(names, *edge)) for edge in graph.arrows]
+    return [words for _, words in sorted(lines + arrows)]
 
 
 def _line(title: str, items: list[str]) -> str:
@@ -132,9 +138,9 @@ def _decision(mec: EquivalenceClass, names: Sequence[str], relation: str, i: int
     graph = mec.pattern
     if relation == "parent":
         if (i, j) in graph.arrows:
-            return [f"Holds: {names[i]} -> {names[j]}."]
+            return [f"Holds: {_arrow(names, i, j)}."]
         if (j, i) in graph.arrows:
-            return [f"Fails: {names[j]} -> {names[i]}."]
+            return [f"Fails: {_arrow(names, j, i)}."]
         return [f"Fails: {names[i]} {names[j]} {'can turn' if graph.adjacent(i, j) else 'apart'}."]
     shared = dag_of(mec.n, tuple(graph.arrows))
     lines = _follow(names, shared, relation, i, j)
@@ -145,15 +151,15 @@ def _decision(mec: EquivalenceClass, names: Sequence[str], relation: str, i: int
     if mec.entails(relation, i, j):
         for case in _cases(graph, mec.members, relation, i, j):
             arrows = _shared(case, mec.n)
-            told = sorted(arrow for arrow in _arrows(arrows) if arrow not in graph.arrows)
-            lines.append(_line("Case:", [f"{names[a]} -> {names[b]}" for a, b in told]))
+            told = sorted((arrow for arrow in _arrows(arrows) if arrow not in graph.arrows), key=sorted)
+            lines.append(_line("Case:", [_arrow(names, a, b) for a, b in told]))
             lines.append(f"Holds: {_witness(names, arrows, relation, i, j)}.")
         return lines
     # the plainest counterexample: the fewest arrows to follow
     failing = [dag for dag in mec.members if not holds(dag, relation, i, j)]
     member = min(failing, key=lambda dag: (_size(dag, relation, i, j), dag))
-    told = sorted(arrow for arrow in _arrows(member) if arrow not in graph.arrows)
-    lines.append(_line("Member:", [f"{names[a]} -> {names[b]}" for a, b in told]))
+    told = sorted((arrow for arrow in _arrows(member) if arrow not in graph.arrows), key=sorted)
+    lines.append(_line("Member:", [_arrow(names, a, b) for a, b in told]))
     return [*lines, *_follow(names, member, relation, i, j), "Fails: there."]
 
 
