@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import difflib
 import errno
+import shutil
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 EXIT_FAULT, EXIT_MISTAKE, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 75, 130
 
@@ -67,12 +69,20 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(menu) or 'none'}"
 
 
-def explain_os_error(error: OSError) -> str | None:
-    """A sentence for a disk that is full or may not be written; None for anything else."""
-    where = error.filename or "the run's folder"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+NEARLY_FULL = 1 << 20  # bytes
+
+
+def explain_disk(error: Exception, folder: Path | None = None) -> str | None:
+    """A sentence for a disk that is full or may not be written; None for anything else.
+
+    Libraries that write weights raise errors of their own for a full disk, so the disk of `folder` is asked too.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    where = (error.filename if isinstance(error, OSError) else None) or folder or "the run's folder"
+    full = folder is not None and folder.exists() and shutil.disk_usage(folder).free < NEARLY_FULL
+    if full or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"no space left to write {where}: free some space or a quota, then run the same command again"
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+    if isinstance(error, OSError) and number in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"{where} cannot be written ({error.strerror}): choose another place with --runs DIR"
     return None
 
@@ -85,7 +95,7 @@ def run_main(main: Callable[[], int | None]) -> None:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         code = error.exit_code
     except OSError as error:
-        sentence = explain_os_error(error)
+        sentence = explain_disk(error)
         if sentence is None:
             raise
         print(f"error: {sentence}", file=sys.stderr)

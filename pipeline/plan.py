@@ -23,7 +23,7 @@ from pipeline.fingerprint import describe_drift, file_identity, fingerprint, pla
 from pipeline.recipe import CONFIGS, Recipe, find_yaml, local_files, read, read_typed, recipe_names
 from pipeline.rewards.reward import find_rewards
 from pipeline.stage import STAGES, Order
-from pipeline.tasks.task import make_task, resolved_params, task_of
+from pipeline.tasks.task import make_task, resolved_params, split_problems, task_of
 
 RUNS = Path("runs")
 
@@ -133,12 +133,17 @@ def _with_task_params(recipe: Recipe) -> Recipe:
 
 def _recipe_problems(recipe: Recipe, cluster: Cluster | None) -> list[str]:
     """What only the task, the rewards and the cluster together with the recipe can tell."""
-    _, problems = make_task(recipe.task, recipe.seed)
+    problems = _task_problems(recipe)
     _, rewards = find_rewards(recipe.grpo.rewards)
     problems = [*problems, *rewards]
     if cluster is not None:
         problems += batches(cluster, recipe, "sft")[1] + batches(cluster, recipe, "grpo")[1]
     return problems
+
+
+def _task_problems(recipe: Recipe) -> list[str]:
+    task, problems = make_task(recipe.task, recipe.seed)
+    return problems if task is None else split_problems(task, recipe.evaluate.splits)
 
 
 def _recipe_steps(recipe: Recipe, runs: Path) -> list[Step]:
@@ -231,7 +236,7 @@ def evaluation_plan(
     recipe, problems = read_typed(Recipe, values, overrides, {"name": Path(name).stem})
     where, found = read_cluster(cluster)
     if recipe is not None:
-        found = [*found, *make_task(recipe.task, recipe.seed)[1]]
+        found = [*found, *_task_problems(recipe)]
     if recipe is None or where is None or found:
         raise RecipeError(*problems, *found)
     recipe = _with_task_params(recipe)

@@ -34,7 +34,7 @@ from pipeline.artifact import (
     write_json,
 )
 from pipeline.cluster import Cluster, process_count
-from pipeline.errors import EXIT_FAULT, ArtifactError, PipelineError, Stopped, explain_os_error, run_main
+from pipeline.errors import EXIT_FAULT, ArtifactError, PipelineError, Stopped, explain_disk, run_main
 from pipeline.fingerprint import plain
 from pipeline.progress import ProgressFile
 from pipeline.recipe import Recipe
@@ -161,14 +161,10 @@ def _work(folder: Path, run: Run) -> int:
         except PipelineError as error:
             progress.update(state="failed", problems=error.problems, exit_code=error.exit_code)
             raise
-        except OSError as error:
-            with contextlib.suppress(OSError):  # the disk may be full for this too
-                told = explain_os_error(error) or f"OSError: {error}"
-                progress.update(state="failed", problems=(told,), exit_code=EXIT_FAULT)
-            raise
         except Exception as error:
-            told = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            progress.update(state="failed", problems=(told,), exit_code=EXIT_FAULT)
+            told = explain_disk(error, folder) or f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            with contextlib.suppress(OSError):  # the disk may be full for this too
+                progress.update(state="failed", problems=(told,), exit_code=EXIT_FAULT)
             raise
     return 0
 

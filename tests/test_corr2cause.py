@@ -195,7 +195,7 @@ def test_every_proof_ends_in_the_label_and_says_only_what_holds(n: int) -> None:
             for i, j in permutations(range(n), 2):
                 lines = proof(mec, names, relation, i, j).splitlines()
                 assert lines[-1].startswith("Holds" if mec.entails(relation, i, j) else "Fails")
-                pairs = lines[0].removeprefix("Pairs: ").rstrip(".").split(". ")
+                pairs = lines[1].removeprefix("Pairs: ").rstrip(".").split(". ")
                 told = {(names.index(w[0]), names.index(w[2])) for w in pairs if " apart" in w}
                 assert told == apart
                 for words in lines:
@@ -208,9 +208,9 @@ def test_every_proof_ends_in_the_label_and_says_only_what_holds(n: int) -> None:
                             assert not holds(fits[0], relation, i, j)
                 # the marks are the class's own: first what the colliders show, at last every shared arrow
                 colliders = {arrow for a, c, b in mec.pattern.v_structures for arrow in ((a, c), (b, c))}
-                assert set(arrows_in(lines[2])) == set(arrows_in(lines[3])) == colliders
-                assert set(arrows_in(lines[5])) == mec.pattern.arrows
-                assert set(arrows_in(lines[3] + lines[4])) == mec.pattern.arrows
+                assert set(arrows_in(lines[3])) == set(arrows_in(lines[4])) == colliders
+                assert set(arrows_in(lines[6])) == mec.pattern.arrows
+                assert set(arrows_in(lines[4] + lines[5])) == mec.pattern.arrows
 
 
 def arrows_in(words: str) -> list[tuple[int, int]]:

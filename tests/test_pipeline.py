@@ -184,12 +184,14 @@ def test_another_seed_gives_other_rows(nano: Path, tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- layouts
 
+ADAMW = ["sft.optimizer.name=adamw_torch"]
+
 
 @pytest.mark.parametrize(
     ("stage", "overrides"),
     [
-        ("sft", ["cluster.sft.deepspeed=zero3"]),
-        ("sft", ["cluster.sft.deepspeed=none", "sft.loss_on=assistant", "sft.packing=true", "sft.order=shuffled"]),
+        ("sft", [*ADAMW, "cluster.sft.deepspeed=zero3"]),
+        ("sft", [*ADAMW, "cluster.sft.deepspeed=none", "sft.loss_on=assistant", "sft.packing=true", "sft.order=shuffled"]),
         ("grpo", ["cluster.grpo.deepspeed=zero2", "grpo.beta=0.1"]),
     ],
     ids=["sft under zero3", "sft under ddp, assistant only, packed", "grpo under zero2, with a reference"],
@@ -205,7 +207,7 @@ def test_both_stages_train_under_every_layout(with_sft: Path, stage: str, overri
 
 def test_an_adapter_is_trained_by_sft_and_trained_on_by_grpo(with_data: Path) -> None:
     """LoRA under ZeRO-2, then ZeRO-3: the same adapter, not a second one, and any of it can be evaluated."""
-    lora = ["lora.enabled=true", "lora.r=4", "lora.targets=[all-linear]", "grpo.beta=0.1"]
+    lora = [*ADAMW, "lora.enabled=true", "lora.r=4", "lora.targets=[all-linear]", "grpo.beta=0.1"]
     sub_run(with_data, *lora, stages="sft,grpo")
     sft, grpo = (only(with_data, f"tiny/{stage}-*") for stage in ("sft", "grpo"))
     for folder in (sft, grpo):

@@ -62,7 +62,7 @@ def test_a_second_run_starts_nothing(tmp_path: Path) -> None:
         ("task.params.test_rows=10", ALL),
         ("seed=1", ALL),
         ("cluster.processes=1", []),
-        ("cluster.sft.deepspeed=none", []),
+        ("cluster.grpo.deepspeed=none", []),
         ("grpo.rewards.format.weight=0.1", ["grpo", "evaluate-grpo", "report"]),
         ("grpo.beta=0", []),
     ],
@@ -135,7 +135,7 @@ def test_the_order_of_a_step_is_all_its_process_needs(tmp_path: Path) -> None:
 
 def test_the_content_of_a_local_file_enters_the_identity(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    overrides = ["task.source=path", f"task.path={rows}"]
+    overrides = ["task.source=path", f"task.path={rows}", "evaluate.splits=[test]"]
     rows.write_text("a")
     before = make_plan(["tiny"], overrides, runs=tmp_path).steps[0].fingerprint
     assert make_plan(["tiny"], overrides, runs=tmp_path).steps[0].fingerprint == before

@@ -94,14 +94,14 @@ def run_step(step: Step, plan: Plan, title: str) -> None:
         raise _failure(step, process.returncode, mine, log)
 
 
-def check_port() -> None:
+def check_port(host: str = "127.0.0.1") -> None:
     """LaunchError where no TCP port is free for the processes to meet at."""
     try:
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind((host, 0))
     except OSError as error:
         raise LaunchError(
-            f"no TCP port of 127.0.0.1 is free for torchrun ({error.strerror}): "
+            f"no TCP port of {host} is free for torchrun ({error.strerror}): "
             "close programs that hold ports, or check that the loopback interface is up"
         ) from error
 

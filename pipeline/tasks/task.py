@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -91,6 +91,10 @@ class Task(ABC):
         """Settings that cannot work together."""
         return []
 
+    def split_names(self) -> list[str]:
+        """The splits that an evaluation may ask for: those of `load().tests`, and validation."""
+        return ["test", "validation"]
+
 
 def task_names() -> list[str]:
     """Every module of this folder but this one."""
@@ -112,6 +116,16 @@ def make_task(choice: TaskChoice, seed: int) -> tuple[Task | None, list[str]]:
     task = cls(choice, params, seed)
     found = task.problems()
     return (None if found else task), found
+
+
+def split_problems(task: Task, asked: Sequence[str]) -> list[str]:
+    """What an evaluation asks for and the task does not have."""
+    known = task.split_names()
+    return [
+        f"evaluate.splits: {task.name} with source {task.source!r} has no split {name!r}; {did_you_mean(name, known)}"
+        for name in asked
+        if name not in known
+    ]
 
 
 def task_of(choice: TaskChoice, seed: int) -> Task:

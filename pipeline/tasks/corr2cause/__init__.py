@@ -50,6 +50,7 @@ class Corr2CauseParams:
 
     n: tuple[Size, ...] = (3, 4, 5)  # numbers of variables in the GRPO, validation and test rows
     letters: Literal["permuted", "alphabet"] = "permuted"  # the first N letters in random order, or any N of 26
+    max_independences: Positive | None = None  # leaves classes out, of all sets alike, whose premises are longer
     validation_classes: Share = 0.1  # share of the classes of each N
     test_classes: Share = 0.2
     grpo_only_classes: Share = 0.0  # share of the training classes that SFT does not see
@@ -155,6 +156,10 @@ class Corr2Cause(Task):
             found.append("task.params.phases: empty; list at least one, such as {n: [3, 4], rows: 1000}")
         return found
 
+    def split_names(self) -> list[str]:
+        perturbed = ["paraphrased", "refactored"] if self.source == "generated" else []
+        return ["test", *perturbed, "validation"]
+
     def _draw(
         self,
         use: str,
@@ -254,7 +259,7 @@ def split_classes(params: Corr2CauseParams, seed: int) -> dict[str, list[Equival
     parts: dict[str, list[EquivalenceClass]] = {name: [] for name in ("test", "validation", "sft", "grpo", "both")}
     sizes = sorted({*params.n, *(n for phase in params.phases for n in phase.n)})
     for n in sizes:
-        known = list(classes(n))
+        known = [mec for mec in classes(n) if len(mec.independences) <= (params.max_independences or 1 << 30)]
         random.Random(f"{seed}/classes/{n}").shuffle(known)
         fruitful = [mec for mec in known if any(slot.label for slot in slots_of(mec))]
         if len(fruitful) == 1:

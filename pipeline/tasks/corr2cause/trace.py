@@ -2,6 +2,7 @@
 
 Each line is one step that can be checked from the lines before it and the premise:
 
+    Claim       what the hypothesis says, in two words and two letters
     Pairs       every pair is linked, or apart with a separating set that the premise states (two look-ups)
     Neighbours  the links of each variable
     Between     for each pair that is apart, every variable linked to both: `A B D passes` where D is in their
@@ -9,7 +10,7 @@ Each line is one step that can be checked from the lines before it and the premi
     Arrows      every link with what has been shown: A to B is `A B ->`, B to A is `A B <-`, nothing yet is `A B --`
     Forced      arrows by Meek's rules, each with the variable the rule argues from
     Graph       every link: an arrow that all members share, or a line that can turn (`--`)
-    Claim       what the hypothesis says
+    Claim       once more, where it is needed
     From / To   children (parents) lists, followed from the claim's variables
     Holds, Fails, Case, Member    the decision, on the shared arrows where they decide it, else by cases that
                 cover all members (yes) or by one member in which the claim fails (no)
@@ -62,7 +63,8 @@ def proof(
     if relation in _TURNED:
         relation, i, j = _TURNED[relation], j, i
     told = mec.independences if told is None else told
-    return "\n".join([*_steps(mec, names, told), _claim(names, relation, i, j), *_decision(mec, names, relation, i, j)])
+    claim = _claim(names, relation, i, j)
+    return "\n".join([claim, *_steps(mec, names, told), claim, *_decision(mec, names, relation, i, j)])
 
 
 def _steps(mec: EquivalenceClass, names: Sequence[str], told: Sequence[Independence]) -> list[str]:
