@@ -2,6 +2,7 @@
 
 `artifact.json` exists exactly when the step is done. It holds what the step read, the size and sha256 of every
 file it left, its metrics, versions and timings. `own()` lets one process at a time write into a step's folder.
+`find_checkpoint()` says which weights a folder holds, without loading them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from pipeline.fingerprint import file_sha256
 ARTIFACT, OWNER, STEP, PROGRESS, STOP = "artifact.json", "owner.json", "step.json", "progress.json", "stop"
 NOT_PAYLOAD = {ARTIFACT, OWNER, PROGRESS, STOP, "log.txt"}  # of the folder, not of the result
 TRANSIENT = {"checkpoints", "tensorboard"}  # folders that may change or go without hurting the result
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -201,3 +204,65 @@ def is_owner(folder: Path, owner: Owner) -> bool:
     """Whether the folder is still ours: a zombie of an old attempt finds that it is not, and must not write."""
     current = read_owner(folder)
     return current is not None and current.token == owner.token
+
+
+# ---------------------------------------------------------------- which weights
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights that can be loaded: a full model (`base`), or an adapter on top of one."""
+
+    base: str  # a hub id or a folder
+    adapter: Path | None
+    tokenizer: str  # where its tokenizer is
+
+
+def find_checkpoint(where: str) -> Checkpoint:
+    """What `where` is: a step's folder, a Trainer checkpoint, an adapter, a model folder or a hub id.
+
+    Raises ArtifactError for a folder that is missing, empty or half-written, saying what was found in it.
+    """
+    folder = Path(where)
+    if not folder.exists():
+        if where.count("/") == 1 and not where.startswith((".", "/", "~")) and not folder.parent.exists():
+            return Checkpoint(where, None, where)  # a hub id: owner/name
+        raise ArtifactError(f"checkpoint {where}: no such folder; give a step's folder, a checkpoint or a hub id")
+    if not folder.is_dir():
+        raise ArtifactError(f"checkpoint {where}: a file; give the folder that holds it ({folder.parent})")
+    if (folder / ARTIFACT).exists():
+        open_artifact(folder)
+    elif (folder / STEP).exists():
+        raise ArtifactError(
+            f"checkpoint {where}: that step has not ended (no {ARTIFACT}); run it again, "
+            f"or give one of its checkpoints: {_names(folder / 'checkpoints') or 'there is none yet'}"
+        )
+    for inside in ("model", "adapter"):  # a step's folder
+        if (folder / inside).is_dir():
+            folder = folder / inside
+            break
+    if (folder / ADAPTER).is_file():
+        return _adapter(folder)
+    if not (folder / "config.json").is_file():
+        raise ArtifactError(
+            f"checkpoint {folder}: neither config.json nor {ADAPTER} in it; it holds {_names(folder) or 'nothing'}"
+        )
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        raise ArtifactError(
+            f"checkpoint {folder}: half-written, config.json without weights ({' or '.join(WEIGHTS[:2])})"
+        )
+    return Checkpoint(str(folder), None, str(folder))
+
+
+def _adapter(folder: Path) -> Checkpoint:
+    base = (read_json(folder / ADAPTER) or {}).get("base_model_name_or_path")
+    if not base:
+        raise ArtifactError(f"checkpoint {folder}: {ADAPTER} is half-written or does not name its base model")
+    if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+        raise ArtifactError(f"checkpoint {folder}: half-written, {ADAPTER} without adapter_model.safetensors")
+    below = find_checkpoint(base if Path(base).is_absolute() or not Path(base).exists() else str(Path(base)))
+    return Checkpoint(below.base, folder, str(folder) if (folder / "tokenizer.json").is_file() else below.tokenizer)
+
+
+def _names(folder: Path) -> str:
+    return ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else ""

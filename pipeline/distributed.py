@@ -6,6 +6,8 @@ Started by torchrun, which sets RANK, WORLD_SIZE and LOCAL_RANK; without it ther
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from datetime import timedelta
 
 import torch
@@ -36,9 +38,31 @@ def start(*, deepspeed: bool) -> None:
     if deepspeed:
         import deepspeed as ds
 
+        if backend == "gloo":
+            build_operator()
         ds.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False)
     else:
         dist.init_process_group(backend, timeout=TIMEOUT)
+
+
+def build_operator() -> None:
+    """Have DeepSpeed's shared-memory operator built (once, under a minute), or say why gloo does its work.
+
+    DeepSpeed itself would fail without a C++ compiler; the operator only makes the exchange between processes faster.
+    """
+    from deepspeed.ops import __compatible_ops__
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    builder = ShareMemCommBuilder()
+    try:
+        builder.load(verbose=False)
+    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+        __compatible_ops__[builder.NAME] = False
+        if rank() == 0:
+            compiler = os.environ.get("CXX", "c++")
+            why = str(error).strip().splitlines()[0] if shutil.which(compiler) else f"no C++ compiler ({compiler})"
+            print(f"DeepSpeed's shared-memory operator cannot be built: {why}; gloo is used instead, which is slower. ")
+            print("to build it, install g++ and Python's headers (Debian: apt install g++ python3-dev)", flush=True)
 
 
 def barrier() -> None:

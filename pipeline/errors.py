@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -69,6 +70,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(menu) or 'none'}"
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NEARLY_FULL = 1 << 20  # bytes
 
 
@@ -79,10 +81,10 @@ def explain_disk(error: Exception, folder: Path | None = None) -> str | None:
     """
     number = error.errno if isinstance(error, OSError) else None
     where = (error.filename if isinstance(error, OSError) else None) or folder or "the run's folder"
-    full = folder is not None and folder.exists() and shutil.disk_usage(folder).free < NEARLY_FULL
-    if full or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    told = any(os.strerror(code) in str(error) for code in FULL)
+    if told or number in FULL or (folder and folder.exists() and shutil.disk_usage(folder).free < NEARLY_FULL):
         return f"no space left to write {where}: free some space or a quota, then run the same command again"
-    if isinstance(error, OSError) and number in (errno.EROFS, errno.EACCES, errno.EPERM):
+    if isinstance(error, OSError) and number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
         return f"{where} cannot be written ({error.strerror}): choose another place with --runs DIR"
     return None
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import distributed
-from pipeline.artifact import Artifact, write_json
+from pipeline.artifact import Artifact, find_checkpoint, write_json
 from pipeline.checkpoints import leave_if_asked
 from pipeline.errors import DataError
 from pipeline.generation import Sampling, generate
@@ -26,7 +26,6 @@ from pipeline.modeling import (
     check_tokenizer,
     choose_dtype,
     device,
-    find_checkpoint,
     load_model,
     load_tokenizer,
     prefills_thought,

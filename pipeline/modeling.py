@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from transformers import (
 )
 
 from pipeline.answers import OPEN
-from pipeline.artifact import ARTIFACT, open_artifact
+from pipeline.artifact import Checkpoint, find_checkpoint
 from pipeline.errors import ArtifactError, RecipeError
 from pipeline.recipe import Lora, Model, Scratch
 
@@ -36,72 +35,6 @@ TEMPLATES = {"think": Path(__file__).parent / "chat_templates" / "think.jinja"}
 SPECIAL = {"pad_token": "<|pad|>", "eos_token": "<|end|>"}
 ROLES = ["<|user|>", "<|assistant|>", "<|system|>"]
 TAGS = ["<think>", "</think>"]
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-ADAPTER = "adapter_config.json"
-
-
-# ---------------------------------------------------------------- which weights
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Weights that can be loaded: a full model (`base`), or an adapter on top of one."""
-
-    base: str  # a hub id or a folder
-    adapter: Path | None
-    tokenizer: str  # where its tokenizer is
-
-
-def find_checkpoint(where: str) -> Checkpoint:
-    """What `where` is: a step's folder, a Trainer checkpoint, an adapter, a model folder or a hub id.
-
-    Raises ArtifactError for a folder that is missing, empty or half-written, saying what was found in it.
-    """
-    folder = Path(where)
-    if not folder.exists():
-        if where.count("/") == 1 and not where.startswith((".", "/", "~")) and not folder.parent.exists():
-            return Checkpoint(where, None, where)  # a hub id: owner/name
-        raise ArtifactError(f"checkpoint {where}: no such folder; give a step's folder, a checkpoint or a hub id")
-    if not folder.is_dir():
-        raise ArtifactError(f"checkpoint {where}: a file; give the folder that holds it ({folder.parent})")
-    if (folder / ARTIFACT).exists():
-        open_artifact(folder)
-    elif (folder / "step.json").exists():
-        raise ArtifactError(
-            f"checkpoint {where}: that step has not ended (no {ARTIFACT}); run it again, "
-            f"or give one of its checkpoints: {_names(folder / 'checkpoints') or 'there is none yet'}"
-        )
-    for inside in ("model", "adapter"):  # a step's folder
-        if (folder / inside).is_dir():
-            folder = folder / inside
-            break
-    if (folder / ADAPTER).is_file():
-        return _adapter(folder)
-    if not (folder / "config.json").is_file():
-        raise ArtifactError(
-            f"checkpoint {folder}: neither config.json nor {ADAPTER} in it; it holds {_names(folder) or 'nothing'}"
-        )
-    if not any((folder / name).is_file() for name in WEIGHTS):
-        raise ArtifactError(
-            f"checkpoint {folder}: half-written, config.json without weights ({' or '.join(WEIGHTS[:2])})"
-        )
-    return Checkpoint(str(folder), None, str(folder))
-
-
-def _adapter(folder: Path) -> Checkpoint:
-    from pipeline.artifact import read_json
-
-    base = (read_json(folder / ADAPTER) or {}).get("base_model_name_or_path")
-    if not base:
-        raise ArtifactError(f"checkpoint {folder}: {ADAPTER} is half-written or does not name its base model")
-    if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
-        raise ArtifactError(f"checkpoint {folder}: half-written, {ADAPTER} without adapter_model.safetensors")
-    below = find_checkpoint(base if Path(base).is_absolute() or not Path(base).exists() else str(Path(base)))
-    return Checkpoint(below.base, folder, str(folder) if (folder / "tokenizer.json").is_file() else below.tokenizer)
-
-
-def _names(folder: Path) -> str:
-    return ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else ""
 
 
 # ---------------------------------------------------------------- tokenizer and chat format

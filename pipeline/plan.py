@@ -16,7 +16,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import ARTIFACT, STEP, is_alive, is_done, read_json, read_owner
+from pipeline.artifact import ARTIFACT, STEP, find_checkpoint, is_alive, is_done, read_json, read_owner
 from pipeline.cluster import Cluster, batches, read_cluster
 from pipeline.errors import PlanError, RecipeError, did_you_mean
 from pipeline.fingerprint import describe_drift, file_identity, fingerprint, plain
@@ -99,8 +99,7 @@ def make_plan(
 def _resolve(names: Sequence[str], overrides: Sequence[str], cluster: str) -> tuple[list[Recipe], Cluster]:
     """Typed recipes and cluster, everything that is wrong with any of them reported at once."""
     problems: list[str] = []
-    for_cluster = [text.removeprefix("cluster.") for text in overrides if text.startswith("cluster.")]
-    for_recipe = [text for text in overrides if not text.startswith("cluster.")]
+    for_recipe, for_cluster = _of_recipe_and_cluster(overrides)
     if processes := os.environ.get("THEREFORE_PROCESSES"):  # torchrun was started by hand
         for_cluster.append(f"processes={processes}")
     where = None
@@ -123,6 +122,12 @@ def _resolve(names: Sequence[str], overrides: Sequence[str], cluster: str) -> tu
     if problems or where is None:
         raise RecipeError(*dict.fromkeys(problems))
     return recipes, where
+
+
+def _of_recipe_and_cluster(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides of the recipe, and those of the cluster (`cluster.sft.deepspeed=none`)."""
+    for_cluster = [text.removeprefix("cluster.") for text in overrides if text.startswith("cluster.")]
+    return [text for text in overrides if not text.startswith("cluster.")], for_cluster
 
 
 def _with_task_params(recipe: Recipe) -> Recipe:
@@ -216,7 +221,8 @@ def evaluation_plan(
     the defaults; the rows are those of the checkpoint's own preprocess step where task and split are the same.
     """
     names = [word for word in words if "=" not in word]
-    overrides = [word for word in words if "=" in word]
+    find_checkpoint(checkpoint)  # what cannot be loaded is told before anything is started
+    overrides, for_cluster = _of_recipe_and_cluster([word for word in words if "=" in word])
     overrides += [f"evaluate.limit={limit}"] if limit is not None else []
     overrides += [f"evaluate.splits=[{split}]"] if split is not None else []
     made_by = _step_of(Path(checkpoint))
@@ -234,7 +240,7 @@ def evaluation_plan(
             values.append({"task": {"source": "auto", "path": None, "params": None}})
             overrides.append("task.params={}")
     recipe, problems = read_typed(Recipe, values, overrides, {"name": Path(name).stem})
-    where, found = read_cluster(cluster)
+    where, found = read_cluster(cluster, for_cluster)
     if recipe is not None:
         found = [*found, *_task_problems(recipe)]
     if recipe is None or where is None or found:

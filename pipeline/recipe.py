@@ -82,7 +82,7 @@ class Optimizer:
     learning_rate: Rate
     muon_learning_rate: Rate  # muon: of the hidden matrices; everything else moves by AdamW at learning_rate
     schedule: str  # one of transformers' `lr_scheduler_type` names
-    schedule_args: dict[str, Any]
+    schedule_args: dict[str, Any] | None
     warmup: NonNegative  # a share of the steps when < 1, else steps
     weight_decay: NonNegative
     beta2: Share

@@ -18,11 +18,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
 from pipeline import distributed
-from pipeline.artifact import Artifact
+from pipeline.artifact import Artifact, Checkpoint, find_checkpoint
 from pipeline.checkpoints import SaveAndStop, newest_good
 from pipeline.cluster import DEEPSPEED, Batches, TrainingStage, batches
 from pipeline.errors import DataError, LaunchError, RecipeError, Stopped
-from pipeline.modeling import Checkpoint, add_lora, base_checkpoint, choose_dtype, find_checkpoint, load_model
+from pipeline.modeling import add_lora, base_checkpoint, choose_dtype, load_model
 from pipeline.monitor import Watch, write_history
 from pipeline.recipe import Optimizer, Recipe
 from pipeline.runtime import Runtime
@@ -108,7 +108,7 @@ def arguments(
         "optim": "adamw_torch" if optimizer.name == "muon" else optimizer.name,
         "learning_rate": optimizer.learning_rate,
         "lr_scheduler_type": optimizer.schedule,
-        "lr_scheduler_kwargs": optimizer.schedule_args or None,
+        "lr_scheduler_kwargs": optimizer.schedule_args,
         "warmup_steps": optimizer.warmup,
         "weight_decay": optimizer.weight_decay,
         "adam_beta2": optimizer.beta2,

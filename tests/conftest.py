@@ -1,72 +1,23 @@
-"""What the tests share: the command line as a user types it, and one small run of the whole pipeline."""
+"""Fixtures: the project's root, and one small run of the whole pipeline."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+from running import NANO, ROOT, run_cli
 
-ROOT = Path(__file__).parent.parent
-
-# the tiny recipe, smaller still: every stage runs for real in seconds and learns nothing
-NANO = [
-    "task.params.n=[3]",
-    "task.params.letters=permuted",
-    "task.params.validation_classes=0",
-    "task.params.test_classes=0.2",
-    "task.params.phases=[{n: [3, 4], rows: 96}]",
-    "task.params.grpo_rows=32",
-    "task.params.validation_rows=0",
-    "task.params.test_rows=12",
-    "task.params.perturbed_rows=6",
-    "model.scratch.hidden_size=32",
-    "model.scratch.layers=1",
-    "model.scratch.heads=2",
-    "model.scratch.key_value_heads=2",
-    "model.scratch.intermediate_size=64",
-    "sft.max_steps=6",
-    "sft.global_batch_size=8",
-    "sft.optimizer.schedule=linear",
-    "sft.optimizer.schedule_args={}",
-    "grpo.max_steps=2",
-    "grpo.global_batch_size=8",
-    "grpo.num_generations=4",
-    "grpo.max_completion_length=12",
-    "evaluate.max_new_tokens=12",
-    "evaluate.draws=200",
-    "cluster.processes=2",
-    "cluster.save_steps=2",
-    "cluster.logging_steps=1",
-]
-
-Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+# the same examples in every run, and no clock: the machines are shared
+settings.register_profile("therefore", deadline=None, derandomize=True)
+settings.load_profile("therefore")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def at_the_root() -> None:
     """Recipes and DeepSpeed files are found from the project's root, as a user has them."""
     os.chdir(ROOT)
-
-
-def run_cli(*words: str, env: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """`python -m pipeline …`, its output captured."""
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, **(env or {})},
-    )
-
-
-@pytest.fixture(scope="session")
-def cli() -> Cli:
-    return run_cli
 
 
 @pytest.fixture(scope="session")
@@ -77,10 +28,3 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr + "".join(p.read_text() for p in runs.glob("*/*/log.txt"))
     (runs / "stdout.txt").write_text(done.stdout)
     return runs
-
-
-def only(runs: Path, pattern: str) -> Path:
-    """The one folder that matches."""
-    found = sorted(runs.glob(pattern))
-    assert len(found) == 1, f"{pattern}: {found}"
-    return found[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -12,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import NANO, ROOT, only, run_cli
+from running import NANO, ROOT, only, run_cli
 
 from pipeline.artifact import is_done
 from pipeline.errors import LaunchError
@@ -30,14 +31,14 @@ from pipeline.progress import read_progress
         (["plan", "tiny", "sft.optimizer.learning_rate=fast"], "sft.optimizer.learning_rate: 'fast' is"),
         (["plan", "tiny", "--stages", "stf"], "unknown stage 'stf'; did you mean 'sft'?"),
         (["plan", "tiny", "evaluate.splits=[tests]"], "has no split 'tests'; did you mean 'test'?"),
-        (["plan", "tiny", "task.name=corr2effect"], "unknown task 'corr2effect'; did you mean 'corr2cause'?"),
+        (["plan", "tiny", "task.name=corr2caus"], "unknown task 'corr2caus'; did you mean 'corr2cause'?"),
         (["plan", "tiny", "--cluster", "locall"], "unknown cluster 'locall'"),
         (["plan", "tiny", "cluster.sft.deepspeed=zero9"], "cluster.sft.deepspeed: 'zero9' is no file of deepspeed/"),
         (["plan", "tiny", "cluster.sft.deepspeed=none"], "'muon' is DeepSpeed's"),
         (["plan", "tiny", "--verbose"], "unknown option or word '--verbose'"),
         (["status", "tinny"], "nothing has run"),
         (["evaluate", "--ckpt", "no/such/folder"], "checkpoint no/such/folder: no such folder"),
-        (["evaluate", "tiny", "--ckpt", "tests", "--task", "corr2effect"], "unknown task 'corr2effect'"),
+        (["evaluate", "tiny", "--ckpt", "tests", "--task", "corr2caus"], "unknown task 'corr2caus'"),
         (["evaluate", "tiny", "--ckpt", "tests", "--split", "tst"], "has no split 'tst'; did you mean 'test'?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -88,12 +89,12 @@ def test_a_step_that_has_not_ended_is_no_checkpoint(nano: Path, tmp_path: Path) 
 
 def test_broken_lines_of_a_data_file_are_all_named(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"input": "Premise: p\\nHypothesis: h", "label": 1}\n{"input": "Premise\n{"label": 0}\n')
+    good = json.dumps({"input": "Premise: Suppose there is a closed system of 2 variables.\nHypothesis: h", "label": 1})
+    rows.write_text(good + '\n{"input": "Premise\n{"label": 0}\n')
     words = ["tiny", *NANO, "task.source=path", f"task.path={rows}", "evaluate.splits=[test]", "--stages", "preprocess"]
     done = run_cli("run", *words, "--runs", str(tmp_path / "runs"))
     assert done.returncode == 2, done.stderr
-    for line in (2, 3):
-        assert f"{rows}:{line}: " in done.stderr
+    assert [f"{rows}:{line}: " in done.stderr for line in (1, 2, 3)] == [False, True, True]
     assert "Traceback" not in done.stderr
 
 
@@ -160,8 +161,8 @@ def test_without_a_compiler_training_still_works(nano: Path, tmp_path: Path) -> 
     for name in ("sh", "bash", "env", "uname", "git", "ldconfig", "which"):
         if found := shutil.which(name):
             (programs / name).symlink_to(found)
-    env = {"PATH": str(programs), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "CXX": ""}
-    assert not any(shutil.which(name, path=str(programs)) for name in ("c++", "g++", "gcc", "clang++", "ninja"))
+    env = {"PATH": str(programs), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    assert not any(shutil.which(name, path=str(programs)) for name in ("c++", "g++", "gcc", "clang++"))
     done = run_cli("run", "tiny", *NANO, "--stages", "sft", "--runs", str(tmp_path), env=env)
     assert done.returncode == 0, done.stderr
     assert "no C++ compiler" in (only(tmp_path, "tiny/sft-*") / "log.txt").read_text()

@@ -10,14 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pipeline.artifact import Checkpoint, find_checkpoint
 from pipeline.errors import ArtifactError, RecipeError
 from pipeline.modeling import (
-    Checkpoint,
     add_lora,
     check_tokenizer,
     choose_dtype,
     encode_rows,
-    find_checkpoint,
     load_model,
     load_tokenizer,
     make_scratch,

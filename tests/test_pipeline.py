@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import NANO, ROOT, only, run_cli
+from running import NANO, ROOT, only, run_cli
 
 from pipeline.artifact import open_artifact, read_json, read_owner
 from pipeline.checkpoints import damage
@@ -185,13 +185,17 @@ def test_another_seed_gives_other_rows(nano: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- layouts
 
 ADAMW = ["sft.optimizer.name=adamw_torch"]
+PLAIN = ["sft.loss_on=assistant", "sft.packing=true", "sft.order=shuffled"]
 
 
 @pytest.mark.parametrize(
     ("stage", "overrides"),
     [
         ("sft", [*ADAMW, "cluster.sft.deepspeed=zero3"]),
-        ("sft", [*ADAMW, "cluster.sft.deepspeed=none", "sft.loss_on=assistant", "sft.packing=true", "sft.order=shuffled"]),
+        (
+            "sft",
+            [*ADAMW, "cluster.sft.deepspeed=none", "sft.loss_on=assistant", "sft.packing=true", "sft.order=shuffled"],
+        ),
         ("grpo", ["cluster.grpo.deepspeed=zero2", "grpo.beta=0.1"]),
     ],
     ids=["sft under zero3", "sft under ddp, assistant only, packed", "grpo under zero2, with a reference"],

@@ -58,7 +58,9 @@ def run_plan(plan: Plan) -> list[Step]:
     if failed:
         first = next(iter(failed.values()))
         problems = [problem for error in failed.values() for problem in error.problems]
-        raise type(first)(*problems)
+        together = type(first)(*problems)
+        together.exit_code = first.exit_code  # a user's mistake that only the step's process could see is still one
+        raise together
     return ran
 
 

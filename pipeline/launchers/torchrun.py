@@ -24,6 +24,8 @@ def environment(stage: Stage, cluster: Cluster) -> dict[str, str]:
     count = stage_processes(stage, cluster)
     threads = cluster.threads if cluster.threads != "auto" else max(1, core_count() // count)
     settings = {
+        # DeepSpeed looks for ninja there, also where the virtual environment is not active
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",

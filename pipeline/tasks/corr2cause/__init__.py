@@ -174,8 +174,14 @@ class Corr2Cause(Task):
         """`count` rows, half Yes within each (N, type); classes are drawn evenly, variables renamed in each row."""
         rng = random.Random(f"{self.seed}/{use}")  # a text, so that the stream is the same on every machine
         cells = balanced_cells(part, sizes)
-        if not cells or not count:
+        if not count:
             return []
+        if not cells:
+            raise DataError(
+                f"task.params: {count} {use} rows were asked for, but no type of claim has both answers among the "
+                f"{len(part)} classes of that split; use larger n or a larger share of classes (N = 3 has one class "
+                "with a valid claim, which is used for training)"
+            )
         keys = sorted(cells)
         weights = [len({slot.mec.id for label in (True, False) for slot in cells[key][label]}) for key in keys]
         found: dict[object, Draw] = {}

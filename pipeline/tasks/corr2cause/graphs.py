@@ -183,20 +183,24 @@ def v_structures(dag: Dag) -> frozenset[tuple[int, int, int]]:
 
 def meek_step(pattern: Pattern) -> tuple[Edge, str, int] | None:
     """The first arrow that Meek's rules R1–R3 force next, with the rule and the node it argues from."""
+    return next((found for line in sorted(pattern.lines) if (found := meek(pattern, line))), None)
+
+
+def meek(pattern: Pattern, line: Edge) -> tuple[Edge, str, int] | None:
+    """The arrow that Meek's rules R1–R3 make of this line, with the rule and the node it argues from."""
     arrows, lines, n = pattern.arrows, pattern.lines, pattern.n
-    for low, high in sorted(lines):
-        for tail, head in ((low, high), (high, low)):
-            for k in range(n):
-                if k in (tail, head):
-                    continue
-                if (k, tail) in arrows and not pattern.adjacent(k, head):
-                    return (tail, head), "R1", k
-                if (tail, k) in arrows and (k, head) in arrows:
-                    return (tail, head), "R2", k
-            middle = [k for k in range(n) if (k, head) in arrows and (min(k, tail), max(k, tail)) in lines]
-            for k, m in combinations(middle, 2):
-                if not pattern.adjacent(k, m):
-                    return (tail, head), "R3", k
+    for tail, head in (line, line[::-1]):
+        for k in range(n):
+            if k in (tail, head):
+                continue
+            if (k, tail) in arrows and not pattern.adjacent(k, head):
+                return (tail, head), "R1", k
+            if (tail, k) in arrows and (k, head) in arrows:
+                return (tail, head), "R2", k
+        middle = [k for k in range(n) if (k, head) in arrows and (min(k, tail), max(k, tail)) in lines]
+        for k, m in combinations(middle, 2):
+            if not pattern.adjacent(k, m):
+                return (tail, head), "R3", k
     return None
 
 

@@ -5,12 +5,14 @@ Each line is one step that can be checked from the lines before it and the premi
     Claim       what the hypothesis says, in two words and two letters
     Pairs       every pair is linked, or apart with a separating set that the premise states (two look-ups)
     Neighbours  the links of each variable
-    Between     for each pair that is apart, every variable linked to both: `A B D passes` where D is in their
-                separating set; else `A B D collides`, with the arrows into D that this shows
+    Between     for each pair that is apart, every variable linked to both: it `passes` where it is in their
+                separating set, else it `collides`, with the two arrows into it that this shows
     Arrows      every link with what has been shown: A to B is `A B ->`, B to A is `A B <-`, nothing yet is `A B --`
-    Forced      arrows by Meek's rules, each with the variable the rule argues from
+    Forced      what Meek's rules make of each open link, in rounds until nothing changes: `A B: C into apart: ->` (C
+                has an arrow into A and is apart from B, so by R1 A has an arrow into B)
     Graph       every link: an arrow that all members share, or a line that can turn (`--`)
     Claim       once more, where it is needed
+    Link        what is known of the pair, where the claim is of a direct cause
     From / To   children (parents) lists, followed from the claim's variables
     Holds, Fails, Case, Member    the decision, on the shared arrows where they decide it, else by cases that
                 cover all members (yes) or by one member in which the claim fails (no)
@@ -30,14 +32,13 @@ from operator import and_
 
 from pipeline.tasks.corr2cause.graphs import (
     Dag,
-    Edge,
     EquivalenceClass,
     Independence,
     Pattern,
     bits,
     dag_of,
     holds,
-    meek_step,
+    meek,
     meetings,
     oriented,
     reachable,
@@ -82,31 +83,62 @@ def _steps(mec: EquivalenceClass, names: Sequence[str], told: Sequence[Independe
     ]
     between = []
     for (a, b), cut in sorted(given.items()):
-        shared = [k for k in nodes if graph.adjacent(a, k) and graph.adjacent(b, k)]
-        for k in shared:
-            legs = f"collides: {_arrow(names, a, k)}, {_arrow(names, b, k)}"
-            between.append(f"{names[a]} {names[b]} {names[k]} {'passes' if k in cut else legs}")
-        between += [] if shared else [f"{names[a]} {names[b]} none"]
+        shared = [
+            f"{names[k]} passes" if k in cut else f"{names[k]} collides {_arrow(names, a, k)} {_arrow(names, b, k)}"
+            for k in nodes
+            if graph.adjacent(a, k) and graph.adjacent(b, k)
+        ]
+        apart = " ".join(names[k] for k in cut) or "nothing"
+        between.append(f"{names[a]} {names[b]} given {apart}: {', '.join(shared) or 'none'}")
     current = _with_colliders(graph)
     arrows = _edges(current, names)
-    forced = []
-    while found := meek_step(current):
-        (tail, head), _, because = found
-        forced.append(f"{_arrow(names, tail, head)} by {names[because]}")
-        current = oriented(current, (tail, head))
     return [
         _line("Pairs:", pairs),
         _line("Neighbours:", near),
         _line("Between:", between),
         _line("Arrows:", arrows),
-        _line("Forced:", forced),
+        *_forced(current, names),
         _line("Graph:", _edges(graph, names)),
     ]
 
 
+def _forced(current: Pattern, names: Sequence[str]) -> list[str]:
+    """Rounds through the open links, in order, until a round changes nothing or no link is open.
+
+    Before its mark each link names every variable that has an arrow at one of its ends, and what it is to both: the
+    rules are read off from there.
+    """
+    rounds = []
+    changed = bool(current.arrows)  # the rules argue from arrows
+    while changed and current.lines:
+        changed, items = False, []
+        for line in sorted(current.lines):
+            others = {k: [_seen(current, k, end) for end in line] for k in range(current.n) if k not in line}
+            told = [f"{names[k]} {' '.join(ends)}" for k, ends in others.items() if {"into", "from"} & set(ends)]
+            mark = "--"
+            if found := meek(current, line):
+                mark, current, changed = _mark(*found[0]), oriented(current, found[0]), True
+            items.append(f"{names[line[0]]} {names[line[1]]}: {', '.join(told) or 'none'}: {mark}")
+        rounds.append(_line("Forced:", items))
+    return rounds or [_line("Forced:", [])]
+
+
+def _seen(graph: Pattern, k: int, end: int) -> str:
+    """What a variable is to one end of a link: an arrow into it, an arrow from it, an open link, or apart."""
+    if (k, end) in graph.arrows:
+        return "into"
+    if (end, k) in graph.arrows:
+        return "from"
+    return "open" if graph.adjacent(k, end) else "apart"
+
+
+def _mark(tail: int, head: int) -> str:
+    return "->" if tail < head else "<-"
+
+
 def _arrow(names: Sequence[str], tail: int, head: int) -> str:
     """`A C ->` from A to C, `A C <-` from C to A: the earlier letter first."""
-    return f"{names[tail]} {names[head]} ->" if tail < head else f"{names[head]} {names[tail]} <-"
+    return f"{names[min(tail, head)]} {names[max(tail, head)]} {_mark(tail, head)}"
 
 
 def _edges(graph: Pattern, names: Sequence[str]) -> list[str]:
@@ -139,11 +171,9 @@ def _claim(names: Sequence[str], relation: str, i: int, j: int) -> str:
 def _decision(mec: EquivalenceClass, names: Sequence[str], relation: str, i: int, j: int) -> list[str]:
     graph = mec.pattern
     if relation == "parent":
-        if (i, j) in graph.arrows:
-            return [f"Holds: {_arrow(names, i, j)}."]
-        if (j, i) in graph.arrows:
-            return [f"Fails: {_arrow(names, j, i)}."]
-        return [f"Fails: {names[i]} {names[j]} {'can turn' if graph.adjacent(i, j) else 'apart'}."]
+        start, end = (j, i) if (j, i) in graph.arrows else (i, j)
+        verdict = "Holds: shared." if (i, j) in graph.arrows else "Fails: not shared."
+        return [f"Link: {names[start]} {_seen(graph, start, end)} {names[end]}.", verdict]
     shared = dag_of(mec.n, tuple(graph.arrows))
     lines = _follow(names, shared, relation, i, j)
     if holds(shared, relation, i, j):
@@ -153,20 +183,20 @@ def _decision(mec: EquivalenceClass, names: Sequence[str], relation: str, i: int
     if mec.entails(relation, i, j):
         for case in _cases(graph, mec.members, relation, i, j):
             arrows = _shared(case, mec.n)
-            told = sorted((arrow for arrow in _arrows(arrows) if arrow not in graph.arrows), key=sorted)
-            lines.append(_line("Case:", [_arrow(names, a, b) for a, b in told]))
+            lines.append(_line("Case:", _turned(names, graph, arrows)))
             lines.append(f"Holds: {_witness(names, arrows, relation, i, j)}.")
         return lines
     # the plainest counterexample: the fewest arrows to follow
     failing = [dag for dag in mec.members if not holds(dag, relation, i, j)]
     member = min(failing, key=lambda dag: (_size(dag, relation, i, j), dag))
-    told = sorted((arrow for arrow in _arrows(member) if arrow not in graph.arrows), key=sorted)
-    lines.append(_line("Member:", [_arrow(names, a, b) for a, b in told]))
+    lines.append(_line("Member:", _turned(names, graph, member)))
     return [*lines, *_follow(names, member, relation, i, j), "Fails: there."]
 
 
-def _arrows(dag: Dag) -> list[Edge]:
-    return [(a, b) for a in range(len(dag)) for b in bits(dag[a])]
+def _turned(names: Sequence[str], graph: Pattern, dag: Dag) -> list[str]:
+    """The arrows of a DAG that are lines of the graph, in the order of their links."""
+    arrows = [(a, b) for a in range(len(dag)) for b in bits(dag[a]) if (a, b) not in graph.arrows]
+    return [_arrow(names, *arrow) for arrow in sorted(arrows, key=sorted)]
 
 
 def _turning(graph: Pattern) -> Dag:
