@@ -34,7 +34,8 @@ class Series:
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Round numbers that cover low … high."""
-    span = (high - low) or abs(high) or 1.0
+    scale = max(abs(low), abs(high), 1e-9)
+    span = high - low if high - low > 1e-9 * scale else scale
     raw = span / wanted
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw)

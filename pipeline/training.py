@@ -80,9 +80,17 @@ def deepspeed_settings(optimizer: Optimizer, layout: TrainingStage) -> dict[str,
     """
     settings = read_deepspeed(layout)
     if settings and optimizer.name == "muon":
-        rates = {"muon_lr": optimizer.muon_learning_rate, "adam_lr": optimizer.learning_rate}
-        kept = {"lr": "auto", "betas": "auto", "weight_decay": "auto", "momentum": 0.95, "ns_method": "standard"}
-        settings["optimizer"] = {"type": "Muon", "params": {**kept, **rates}}
+        params = {
+            "lr": "auto",
+            "muon_lr": optimizer.muon_learning_rate,
+            "adam_lr": optimizer.learning_rate,
+            "betas": "auto",
+            "momentum": 0.95,
+            "weight_decay": "auto",
+            "ns_method": "standard",
+            "torch_adam": True,  # DeepSpeed's own would have to be compiled
+        }
+        settings["optimizer"] = {"type": "Muon", "params": params}
     return settings
 
 

@@ -38,8 +38,8 @@ from pipeline.progress import read_progress
         (["plan", "tiny", "--verbose"], "unknown option or word '--verbose'"),
         (["status", "tinny"], "nothing has run"),
         (["evaluate", "--ckpt", "no/such/folder"], "checkpoint no/such/folder: no such folder"),
-        (["evaluate", "tiny", "--ckpt", "tests", "--task", "corr2caus"], "unknown task 'corr2caus'"),
-        (["evaluate", "tiny", "--ckpt", "tests", "--split", "tst"], "has no split 'tst'; did you mean 'test'?"),
+        (["evaluate", "tiny", "--ckpt", "owner/name", "--task", "corr2caus"], "unknown task 'corr2caus'"),
+        (["evaluate", "tiny", "--ckpt", "owner/name", "--split", "tst"], "has no split 'tst'; did you mean 'test'?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

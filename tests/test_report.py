@@ -1,0 +1,88 @@
+"""The report's texts, from known answers: golden files, and claims that the intervals allow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.metrics import HEADLINE, Outcome, baseline_figures, compare, summarize
+from pipeline.report import TITLES, claim, figure, render
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def outcomes(right: int, unanswered: int = 0) -> list[Outcome]:
+    """40 rows of 10 groups, half positive; the first `right` are correct, the last `unanswered` have no answer."""
+    return [Outcome(f"row-{k}", f"g{k % 10}", k % 2 == 0, k < right, k < 40 - unanswered, 100 + k) for k in range(40)]
+
+
+@pytest.fixture
+def page() -> dict[str, Any]:
+    stages = {"base": outcomes(0, 40), "sft": outcomes(24, 2), "grpo": outcomes(36)}
+    names = {"base": "tiny base", "sft": "tiny SFT", "grpo": "tiny GRPO"}
+    models = [
+        {"name": names[role], "role": role, "splits": {"test": {"all": summarize(rows, 200, 0.95, 0)}}}
+        for role, rows in stages.items()
+    ]
+    differences = [
+        {
+            "before": names[before],
+            "after": names[after],
+            "role": after,
+            "splits": {"test": compare(stages[before], stages[after], 200, 0.95, 0)},
+        }
+        for before, after in (("base", "sft"), ("sft", "grpo"))
+    ]
+    return {
+        "title": "tiny",
+        "task_title": "Corr2Cause",
+        "models": models,
+        "main_split": "test",
+        "splits": ["test"],
+        "confidence": 0.95,
+        "differences": differences,
+        "claims": [claim(difference, "test") for difference in differences],
+        "baselines": baseline_figures(stages["sft"]),
+        "breakdowns": [],
+        "published": [{"name": "GPT-4", "f1": 0.291}],
+        "steps": {},
+        "settings": {"tiny": "seed: 0"},
+        "headline": HEADLINE,
+        "titles": TITLES,
+    }
+
+
+@pytest.mark.parametrize("name", ["summary.txt", "report.md"])
+def test_the_texts_in_full(page: dict[str, Any], name: str) -> None:
+    assert render(name, page) == (FIXTURES / name).read_text(encoding="utf-8")
+
+
+def difference(f1: tuple[float, float], balanced: tuple[float, float]) -> dict[str, Any]:
+    def interval(low: float, high: float) -> dict[str, float]:
+        return {"value": (low + high) / 2, "low": low, "high": high}
+
+    figures = {"f1": interval(*f1), "balanced_accuracy": interval(*balanced)}
+    return {"before": "SFT", "after": "GRPO", "splits": {"test": figures}}
+
+
+@pytest.mark.parametrize(
+    ("f1", "balanced", "told"),
+    [
+        ((0.01, 0.1), (0.01, 0.1), "GRPO is better than SFT"),
+        ((-0.2, -0.1), (-0.2, -0.1), "GRPO is worse than SFT"),
+        ((-0.01, 0.1), (0.01, 0.1), "no difference shown"),
+        ((0.01, 0.1), (-0.01, 0.1), "no difference shown"),  # it says Yes more often, which F1 alone would praise
+        ((0.01, 0.1), (-0.2, -0.1), "no difference shown"),
+        ((0.0, 0.1), (0.0, 0.1), "no difference shown"),
+    ],
+)
+def test_a_claim_needs_both_intervals(f1: tuple[float, float], balanced: tuple[float, float], told: str) -> None:
+    assert claim(difference(f1, balanced), "test").startswith(told)
+
+
+def test_figures_are_told_in_their_units() -> None:
+    assert figure({"value": 0.81234}, "f1") == "0.812"
+    assert figure({"value": 0.012}, "unanswered") == "1.2 %"
+    assert figure({"value": 233.6}, "tokens") == "234"
