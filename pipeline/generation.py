@@ -3,15 +3,25 @@
     for index, completion in generate(model, tokenizer, prompts, sampling, batch_size=64): ...
 
 Prompts are asked in batches of like length, so little is padded and each batch ends when its longest answer does.
+Every prompt draws from a random stream of its own, so batches, processes and interruptions do not change an answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 
 @dataclass(frozen=True)
@@ -37,23 +47,47 @@ def batches_of(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
+class Draw(LogitsProcessor):
+    """Sampling as a greedy choice: the largest of log-probability plus Gumbel noise (Gumbel 1954; Maddison 2014).
+
+    Each row of the batch has its own generator, which `model.generate`'s sampling cannot have.
+    """
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[int], device: torch.device) -> None:
+        self.warpers: list[Any] = [TemperatureLogitsWarper(sampling.temperature)]
+        if sampling.top_k:
+            self.warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(sampling.top_p))
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores of shape (rows, vocabulary) with what may not be drawn at -inf, and noise on the rest."""
+        for warper in self.warpers:
+            scores = warper(input_ids, scores)
+        noise = torch.stack([torch.rand(scores.shape[1], generator=g, device=g.device) for g in self.generators])
+        return scores - torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))
+
+
 @torch.inference_mode()
 def generate_batch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], sampling: Sampling
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    seeds: Sequence[int],
 ) -> list[Completion]:
-    """One completion for each prompt (token ids, generation prompt included)."""
-    sample = sampling.temperature > 0
+    """One completion for each prompt (token ids, generation prompt included), drawn with its seed."""
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
-        do_sample=sample,
-        temperature=sampling.temperature if sample else None,
-        top_p=sampling.top_p if sample else None,
-        top_k=(sampling.top_k or None) if sample else None,
+        do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=stop_ids(model, tokenizer),
     )
     padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
-    output = model.generate(**padded, generation_config=config)[:, padded["input_ids"].shape[1] :]
+    draw = LogitsProcessorList([Draw(sampling, seeds, model.device)] if sampling.temperature else [])
+    output = model.generate(**padded, generation_config=config, logits_processor=draw)
+    output = output[:, padded["input_ids"].shape[1] :]
     stops = set(stop_ids(model, tokenizer))
     return [_completion(ids, tokenizer, stops) for ids in output.tolist()]
 
@@ -85,11 +119,16 @@ def generate(
 ) -> Iterator[tuple[int, Completion]]:
     """(index, completion) for each prompt that falls to this rank, batch by batch.
 
-    Sampling is seeded by batch, so an interrupted run that goes on draws what it would have drawn.
+    A prompt's random stream is seeded by `seed` and its own tokens.
     """
     model.eval()
     for number, batch in enumerate(batches_of([len(prompt) for prompt in prompts], batch_size)):
         if number % world == rank:
-            torch.manual_seed(seed + number)
-            completions = generate_batch(model, tokenizer, [prompts[k] for k in batch], sampling)
+            asked = [prompts[k] for k in batch]
+            completions = generate_batch(model, tokenizer, asked, sampling, [seed_of(seed, ids) for ids in asked])
             yield from zip(batch, completions, strict=True)
+
+
+def seed_of(seed: int, prompt: Sequence[int]) -> int:
+    """A seed of 63 bits from the recipe's seed and a prompt's tokens."""
+    return int.from_bytes(sha256(f"{seed}/{list(prompt)}".encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,63 @@
+"""Sampling that belongs to the prompt: right in distribution, and the same in any batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.artifact import find_checkpoint
+from pipeline.generation import Draw, Sampling, batches_of, generate, seed_of
+from pipeline.modeling import load_model, load_tokenizer, make_scratch
+from pipeline.recipe import read
+
+SCORES = torch.tensor([[2.0, 1.0, 0.0, -1.0, -3.0]])
+
+
+def drawn(sampling: Sampling, rows: int) -> torch.Tensor:
+    draw = Draw(sampling, [seed_of(0, [k]) for k in range(rows)], torch.device("cpu"))
+    choices = draw(torch.zeros(rows, 1, dtype=torch.long), SCORES.repeat(rows, 1)).argmax(-1)
+    return torch.bincount(choices, minlength=5) / rows
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_are_drawn_as_often_as_softmax_says(temperature: float) -> None:
+    wanted = torch.softmax(SCORES[0] / temperature, 0)
+    error = (wanted * (1 - wanted) / 20_000).sqrt()
+    assert ((drawn(Sampling(temperature, 1.0, 0, 1), 20_000) - wanted).abs() < 5 * error + 1e-6).all()
+
+
+def test_what_top_k_and_top_p_leave_out_is_never_drawn() -> None:
+    assert (drawn(Sampling(1.0, 1.0, 2, 1), 2000) > 0).tolist() == [True, True, False, False, False]
+    assert (drawn(Sampling(1.0, 0.6, 0, 1), 2000) > 0).tolist() == [True, False, False, False, False]
+
+
+def test_batches_hold_every_prompt_once_and_like_lengths() -> None:
+    lengths = [5, 1, 4, 4, 2, 9]
+    found = batches_of(lengths, 4)
+    assert sorted(k for batch in found for k in batch) == list(range(6))
+    assert [[lengths[k] for k in batch] for batch in found] == [[9, 5, 4, 4], [2, 1]]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_an_answer_does_not_depend_on_its_batch(tmp_path: Path, temperature: float) -> None:
+    recipe, _ = read("tiny", ["model.scratch.hidden_size=32", "model.scratch.layers=1", "seed=3"])
+    assert recipe is not None
+    assert recipe.model.scratch is not None
+    make_scratch(recipe.model.scratch, ["A correlates with B. Therefore: Yes"] * 20, "think", tmp_path, 3)
+    checkpoint = find_checkpoint(str(tmp_path))
+    tokenizer = load_tokenizer(checkpoint, recipe.model)
+    model = load_model(checkpoint, recipe.model, dtype=torch.float32)
+    prompts = [tokenizer(text)["input_ids"] for text in ("A", "A correlates", "B. Therefore: Yes", "with B", "Yes A")]
+    sampling = Sampling(temperature, 0.95, 0, 12)
+
+    def answers(prompts: list[list[int]], batch: int, seed: int = 0) -> dict[int, str]:
+        return {k: c.text for k, c in generate(model, tokenizer, prompts, sampling, batch, seed)}
+
+    together = answers(prompts, 5)
+    assert answers(prompts, 2) == together
+    assert answers(prompts[3:4], 1)[0] == together[3]
+    ranks = [dict(generate(model, tokenizer, prompts, sampling, 2, 0, rank=rank, world=2)) for rank in (0, 1)]
+    assert {k: c.text for found in ranks for k, c in found.items()} == together
+    assert (answers(prompts, 5, seed=1) == together) is (temperature == 0.0)
