@@ -83,6 +83,8 @@ def generate_batch(
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=stop_ids(model, tokenizer),
+        cache_implementation=cache_for(model.device),
+        disable_compile=True,
     )
     padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
     draw = LogitsProcessorList([Draw(sampling, seeds, model.device)] if sampling.temperature else [])
@@ -90,6 +92,11 @@ def generate_batch(
     output = output[:, padded["input_ids"].shape[1] :]
     stops = set(stop_ids(model, tokenizer))
     return [_completion(ids, tokenizer, stops) for ids in output.tolist()]
+
+
+def cache_for(device: torch.device) -> str | None:
+    """On a CPU keys and values are written in place: a cache that grows is copied at every token, most of the time."""
+    return "static" if device.type == "cpu" else None
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -17,7 +17,8 @@ from trl import GRPOConfig, GRPOTrainer
 from pipeline import distributed
 from pipeline.artifact import Artifact
 from pipeline.errors import RecipeError
-from pipeline.modeling import load_tokenizer, prefills_thought, prompt_lengths
+from pipeline.generation import cache_for
+from pipeline.modeling import device, load_tokenizer, prefills_thought, prompt_lengths
 from pipeline.recipe import Recipe
 from pipeline.rewards.reward import RewardFunction, find_rewards, make_sample
 from pipeline.runtime import Runtime
@@ -65,6 +66,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         loss_type=settings.loss_type,
         scale_rewards=settings.scale_rewards,
         mask_truncated_completions=settings.mask_truncated,
+        cache_implementation=cache_for(device()),
+        generation_kwargs={"disable_compile": True},
         reward_weights=[reward.weight for reward in settings.rewards.values()],
     )
     runtime.progress.update(note="loading the model")

@@ -87,12 +87,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> list[l
 
 
 def encode_rows(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[Any], completions: list[Any], *, everything: bool
+    tokenizer: PreTrainedTokenizerBase, prompts: list[Any], completions: list[Any]
 ) -> list[dict[str, list[int]]]:
     """Tokens and labels of prompt/completion conversations.
 
     The loss falls on what the model itself will have to write: the tokens of the assistant's turn that come after
-    the generation prompt, its stop token included; -100 elsewhere. `everything` puts it on the prompt too.
+    the generation prompt, its stop token included; -100 elsewhere.
     Raises RecipeError where the chat format writes a prompt differently in training than for generation.
     """
     before = prompt_ids(tokenizer, prompts)
@@ -106,8 +106,7 @@ def encode_rows(
                 f"({tokenizer.decode(start)[-60:]!r} against {tokenizer.decode(ids)[:60]!r}…); use a template whose "
                 "assistant turn begins as its generation prompt does"
             )
-        labels = list(ids) if everything else [-100] * len(start) + list(ids[len(start) :])
-        rows.append({"input_ids": list(ids), "labels": labels})
+        rows.append({"input_ids": list(ids), "labels": [-100] * len(start) + list(ids[len(start) :])})
     return rows
 
 

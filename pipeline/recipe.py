@@ -99,7 +99,7 @@ class Sft:
     global_batch_size: Positive  # rows in one optimizer step, over all processes
     max_length: Positive  # tokens of prompt and completion; longer rows are dropped and counted
     order: Literal["shuffled", "by_length", "curriculum"]
-    loss_on: Literal["assistant", "everything"]
+    prompt_loss: Share  # of the rows, the first in their order: the loss falls on their prompts too
     packing: bool
 
 

@@ -37,7 +37,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     checkpoint = first_weights(recipe, inputs)
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     rows = load_rows(inputs["data"], "sft")
-    encoded = encode_rows(tokenizer, rows["prompt"], rows["completion"], everything=settings.loss_on == "everything")
+    encoded = encode_rows(tokenizer, rows["prompt"], rows["completion"])
     kept = [k for k, row in enumerate(encoded) if len(row["input_ids"]) <= settings.max_length]
     require_rows(len(kept), "SFT rows", f"sft.max_length {settings.max_length} tokens")
     if settings.order != "shuffled":
@@ -45,7 +45,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         kept = in_order(
             kept, phases, [len(row["input_ids"]) for row in encoded], settings.global_batch_size, recipe.seed
         )
-    dataset = Dataset.from_list([encoded[k] for k in kept])
+    dataset = Dataset.from_list(learn_prompts([encoded[k] for k in kept], settings.prompt_loss))
 
     # ---- the trainer
     config = SFTConfig(
@@ -54,6 +54,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         max_steps=settings.max_steps or -1,
         max_length=settings.max_length,
         packing=settings.packing,
+        dataset_kwargs={"skip_prepare_dataset": not settings.packing},  # the rows are tokens already
         train_sampling_strategy="random" if settings.order == "shuffled" else "sequential",
     )
     runtime.progress.update(note="loading the model")
@@ -83,6 +84,15 @@ def in_order(rows: list[int], phases: list[int], lengths: list[int], batch: int,
             rng.shuffle(groups)
             ordered += [k for group in groups + short for k in group]
     return ordered
+
+
+def learn_prompts(rows: list[dict[str, list[int]]], share: float) -> list[dict[str, list[int]]]:
+    """Put the loss on every token of the first `share` of the rows.
+
+    Weights that were drawn at random learn what words go together from prompts; once they have, prompts are noise.
+    """
+    first = round(share * len(rows))
+    return [{**row, "labels": row["input_ids"]} for row in rows[:first]] + rows[first:]
 
 
 if __name__ == "__main__":

@@ -55,19 +55,17 @@ def test_the_generation_prompt_opens_the_thought_and_begins_every_training_text(
     prompt = tokenizer.decode(prompt_ids(tokenizer, [PROMPT])[0])
     assert prompt == "<|user|>A correlates with B.<|assistant|><think>\n"
     assert prefills_thought(tokenizer)
-    row = encode_rows(tokenizer, [PROMPT], [COMPLETION], everything=False)[0]
+    row = encode_rows(tokenizer, [PROMPT], [COMPLETION])[0]
     assert tokenizer.decode(row["input_ids"]) == prompt + "A B linked.\n</think>\nTherefore: No<|end|>"
 
 
 def test_the_loss_falls_on_what_the_model_writes_itself(folder: Path) -> None:
     tokenizer = load_tokenizer(find_checkpoint(str(folder)), MODEL)
-    row = encode_rows(tokenizer, [PROMPT], [COMPLETION], everything=False)[0]
+    row = encode_rows(tokenizer, [PROMPT], [COMPLETION])[0]
     learned = [token for token in row["labels"] if token != -100]
     assert tokenizer.decode(learned) == "A B linked.\n</think>\nTherefore: No<|end|>"
     assert row["labels"][-1] == tokenizer.eos_token_id  # it learns to stop
     assert row["labels"][: -len(learned)] == [-100] * (len(row["labels"]) - len(learned))
-    whole = encode_rows(tokenizer, [PROMPT], [COMPLETION], everything=True)[0]
-    assert whole["labels"] == whole["input_ids"]
 
 
 def test_a_template_that_writes_the_prompt_otherwise_is_refused(folder: Path) -> None:
@@ -77,7 +75,7 @@ def test_a_template_that_writes_the_prompt_otherwise_is_refused(folder: Path) ->
         "{% if add_generation_prompt %}assistant:<think>hm{% endif %}"
     )
     with pytest.raises(RecipeError, match=r"model\.chat_template: the generation prompt is not how"):
-        encode_rows(tokenizer, [PROMPT], [COMPLETION], everything=False)
+        encode_rows(tokenizer, [PROMPT], [COMPLETION])
 
 
 def test_any_text_can_be_read_and_frequent_words_are_one_token() -> None:

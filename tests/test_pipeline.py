@@ -185,17 +185,14 @@ def test_another_seed_gives_other_rows(nano: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- layouts
 
 ADAMW = ["sft.optimizer.name=adamw_torch"]
-PLAIN = ["sft.loss_on=assistant", "sft.packing=true", "sft.order=shuffled"]
+PLAIN = ["sft.prompt_loss=0", "sft.packing=true", "sft.order=shuffled"]
 
 
 @pytest.mark.parametrize(
     ("stage", "overrides"),
     [
         ("sft", [*ADAMW, "cluster.sft.deepspeed=zero3"]),
-        (
-            "sft",
-            [*ADAMW, "cluster.sft.deepspeed=none", "sft.loss_on=assistant", "sft.packing=true", "sft.order=shuffled"],
-        ),
+        ("sft", [*ADAMW, "cluster.sft.deepspeed=none", *PLAIN]),
         ("grpo", ["cluster.grpo.deepspeed=zero2", "grpo.beta=0.1"]),
     ],
     ids=["sft under zero3", "sft under ddp, assistant only, packed", "grpo under zero2, with a reference"],

@@ -1,0 +1,34 @@
+"""The order and the labels of SFT rows."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.sft import in_order, learn_prompts
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 50)), min_size=1, max_size=120), st.integers(1, 5))
+@settings(max_examples=200)
+def test_rows_come_by_phase_each_once_and_batches_are_of_like_length(rows: list[tuple[int, int]], batch: int) -> None:
+    phases, lengths = [phase for phase, _ in rows], [length for _, length in rows]
+    found = in_order(list(range(len(rows))), phases, lengths, batch, seed=0)
+    assert sorted(found) == list(range(len(rows)))
+    assert [phases[k] for k in found] == sorted(phases)
+    assert found == in_order(list(range(len(rows))), phases, lengths, batch, seed=0)
+
+
+def test_batches_are_of_like_length_in_a_random_order() -> None:
+    lengths = [1 + (7 * k) % 64 for k in range(64)]
+    found = in_order(list(range(64)), [0] * 64, lengths, 4, seed=0)
+    batches = [[lengths[k] for k in found[start : start + 4]] for start in range(0, 64, 4)]
+    assert all(max(batch) - min(batch) == 3 for batch in batches)
+    assert batches != sorted(batches)
+    assert found != in_order(list(range(64)), [0] * 64, lengths, 4, seed=1)
+
+
+def test_the_first_rows_learn_their_prompts_too() -> None:
+    rows = [{"input_ids": [1, 2, 3], "labels": [-100, -100, 3]} for _ in range(4)]
+    labels = [row["labels"] for row in learn_prompts(rows, 0.5)]
+    assert labels == [[1, 2, 3], [1, 2, 3], [-100, -100, 3], [-100, -100, 3]]
+    assert learn_prompts(rows, 0.0) == rows
