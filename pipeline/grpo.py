@@ -67,7 +67,6 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         scale_rewards=settings.scale_rewards,
         mask_truncated_completions=settings.mask_truncated,
         cache_implementation=cache_for(device()),
-        generation_kwargs={"disable_compile": True},
         reward_weights=[reward.weight for reward in settings.rewards.values()],
     )
     runtime.progress.update(note="loading the model")

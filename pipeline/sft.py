@@ -42,9 +42,9 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     require_rows(len(kept), "SFT rows", f"sft.max_length {settings.max_length} tokens")
     if settings.order != "shuffled":
         phases = [tags.get("phase", 0) if settings.order == "curriculum" else 0 for tags in rows["tags"]]
-        kept = in_order(
-            kept, phases, [len(row["input_ids"]) for row in encoded], settings.global_batch_size, recipe.seed
-        )
+        # like prompts, not like answers: rows of short answers, alone in their batches, would weigh many times more
+        prompts = [row["labels"].count(-100) for row in encoded]
+        kept = in_order(kept, phases, prompts, settings.global_batch_size, recipe.seed)
     dataset = Dataset.from_list(learn_prompts([encoded[k] for k in kept], settings.prompt_loss))
 
     # ---- the trainer
