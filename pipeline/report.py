@@ -87,6 +87,7 @@ def gather(inputs: Mapping[str, Artifact], task: Task, recipe: Recipe) -> dict[s
         "splits": list(recipe.evaluate.splits),
         "main_split": main_split,
         "confidence": recipe.evaluate.confidence,
+        "seed": recipe.seed,
         "models": models,
         "baselines": first["splits"][main_split]["baselines"] if first else {},
         "differences": differences,

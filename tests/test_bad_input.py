@@ -16,7 +16,7 @@ import pytest
 from running import NANO, ROOT, only, run_cli
 
 from pipeline.artifact import is_done
-from pipeline.errors import LaunchError
+from pipeline.errors import LaunchError, explain_disk
 from pipeline.launchers.local import check_port
 from pipeline.progress import read_progress
 
@@ -98,13 +98,24 @@ def test_broken_lines_of_a_data_file_are_all_named(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
-    """A file stands where the folder should be: root could write into a folder that is only marked read-only."""
-    (tmp_path / "runs").write_text("")
-    done = run_cli("run", "tiny", *NANO, "--runs", str(tmp_path / "runs"))
+@pytest.mark.parametrize("where", ["/sys/runs", "file"])
+def test_a_folder_that_may_not_be_written(tmp_path: Path, where: str) -> None:
+    """Root too may not write into /sys, nor where a file stands; a folder marked read-only would not stop it."""
+    (tmp_path / "file").write_text("")
+    done = run_cli("run", "tiny", *NANO, "--runs", str(tmp_path / where))
     assert done.returncode == 1
-    assert re.search(r"error: .*runs.*cannot be written .*: choose another place with --runs DIR", done.stderr)
+    assert re.search(rf"error: .*{where}.*cannot be written .*: choose another place with --runs DIR", done.stderr)
     assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_is_told_whoever_notices_it(tmp_path: Path) -> None:
+    """Python raises OSError, torch and safetensors errors of their own that quote the system's words."""
+    with Path("/dev/full").open("w") as full, pytest.raises(OSError, match="No space left") as caught:
+        full.write("x" * 100_000)
+    assert "no space left to write" in str(explain_disk(caught.value, tmp_path))
+    quoted = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert "no space left to write" in str(explain_disk(quoted, tmp_path))
+    assert explain_disk(RuntimeError("shapes do not match"), tmp_path) is None
 
 
 def test_a_full_disk_loses_nothing(nano: Path, tmp_path: Path) -> None:

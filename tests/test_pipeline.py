@@ -167,10 +167,15 @@ def test_status_and_list(nano: Path) -> None:
 # ---------------------------------------------------------------- the same again
 
 
-def test_the_same_seed_gives_the_same_data_and_the_same_model(nano: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_data_models_and_metrics(nano: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    sub_run(runs, stages="preprocess,sft")
-    for pattern in ("tiny/preprocess-*/data/*.parquet", "tiny/preprocess-*/model/*", "tiny/sft-*/model/*"):
+    sub_run(runs, stages="preprocess,sft,grpo,evaluate")
+    for pattern in (
+        "tiny/preprocess-*/data/*.parquet",
+        "tiny/*/model/*",
+        "tiny/evaluate-*/metrics.json",
+        "tiny/evaluate-*/predictions.jsonl",
+    ):
         first, second = ({p.relative_to(r): p.read_bytes() for p in r.glob(pattern)} for r in (nano, runs))
         assert first == second
         assert first
@@ -268,7 +273,10 @@ def test_a_plain_model_folder_is_asked_the_tasks_own_rows(nano: Path, tmp_path: 
     """No step, no recipe: the task generates its rows."""
     shutil.copytree(only(nano, "tiny/sft-*") / "model", tmp_path / "plain")
     words = ["--task", "corr2cause", "--limit", "3", "evaluate.max_new_tokens=8", "evaluate.splits=[validation]"]
-    done = run_cli("evaluate", "--ckpt", str(tmp_path / "plain"), *words, "--runs", str(tmp_path / "runs"))
+    command = [sys.executable, "-m", "pipeline.evaluate", "--ckpt", str(tmp_path / "plain"), *words]
+    done = subprocess.run(
+        [*command, "--runs", str(tmp_path / "runs")], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert "validation: 3 rows" in done.stdout
 

@@ -42,6 +42,7 @@ def page() -> dict[str, Any]:
         "main_split": "test",
         "splits": ["test"],
         "confidence": 0.95,
+        "seed": 0,
         "differences": differences,
         "claims": [claim(difference, "test") for difference in differences],
         "baselines": baseline_figures(stages["sft"]),
