@@ -48,6 +48,19 @@ class Artifact:
     folder: Path = field(default=Path(), compare=False)
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file; a last line that was cut off is left out.
+
+    Only a newline ends a record: `str.splitlines` would also cut at the U+2028 or U+0085 that a model may write.
+    """
+    records = []
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for line in file:
+            if line.endswith("\n"):
+                records.append(json.loads(line))
+    return records
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write to a temporary name beside it, then rename: a reader never sees half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

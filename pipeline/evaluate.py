@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import distributed
-from pipeline.artifact import Artifact, find_checkpoint, write_json
+from pipeline.artifact import Artifact, find_checkpoint, read_lines, write_json
 from pipeline.checkpoints import leave_if_asked
 from pipeline.errors import DataError
 from pipeline.generation import Sampling, generate
@@ -156,11 +156,7 @@ def _read_partial(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """The answers an earlier attempt has left; a last line that was cut off is asked again."""
     found = {}
     for path in sorted(out.glob("partial-*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
+        for record in read_lines(path):
             found[record["split"], record["id"]] = record
     return found
 

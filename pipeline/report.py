@@ -10,7 +10,6 @@ the paired intervals of their difference, in F1 and in balanced accuracy, both l
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from itertools import pairwise
@@ -21,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import OmegaConf
 
 from pipeline import __version__
-from pipeline.artifact import Artifact, read_json, write_json
+from pipeline.artifact import Artifact, read_json, read_lines, write_json
 from pipeline.charts import Mark, Series, curves, intervals, number
 from pipeline.metrics import HEADLINE, LOWER_IS_BETTER, compare, outcome_of
 from pipeline.monitor import HISTORY
@@ -116,8 +115,7 @@ def _model(label: str, artifact: Artifact) -> dict[str, Any]:
 
 
 def _records(artifact: Artifact) -> list[dict[str, Any]]:
-    lines = (artifact.folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return read_lines(artifact.folder / "predictions.jsonl")
 
 
 def _difference(

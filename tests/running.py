@@ -12,7 +12,6 @@ ROOT = Path(__file__).parent.parent
 # the tiny recipe, smaller still: every stage runs for real in seconds and learns nothing
 NANO = [
     "task.params.n=[4]",
-    "task.params.max_independences=null",
     "task.params.validation_classes=0",
     "task.params.test_classes=0.4",
     "task.params.phases=[{n: [3, 4], rows: 96}]",

@@ -22,6 +22,7 @@ from pipeline.artifact import (
     open_artifact,
     own,
     read_json,
+    read_lines,
     read_owner,
     write_json,
 )
@@ -129,3 +130,11 @@ def test_the_owner_file_of_a_successor_is_left_alone(tmp_path: Path) -> None:
         write_json(tmp_path / OWNER, {**read_json(tmp_path / OWNER), "token": "successor"})
         assert not is_owner(tmp_path, owner)
     assert (tmp_path / OWNER).exists()
+
+
+def test_records_are_read_by_line_whatever_a_model_writes(tmp_path: Path) -> None:
+    """U+2028, U+0085 and their like end a line for `str.splitlines`, not for JSON; a cut last line is left out."""
+    records = [{"text": f"a{mark}b"} for mark in "\u2028\u2029\x85\x0b\x0c\r\n"]
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    (tmp_path / "records.jsonl").write_bytes((lines + '{"text": "cu').encode())
+    assert read_lines(tmp_path / "records.jsonl") == records

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from running import NANO, ROOT, only, run_cli
 
-from pipeline.artifact import open_artifact, read_json, read_owner
+from pipeline.artifact import open_artifact, read_json, read_lines, read_owner
 from pipeline.checkpoints import damage
 from pipeline.progress import read_progress
 
@@ -120,7 +120,7 @@ def test_grpo_goes_on_from_the_weights_of_sft(nano: Path) -> None:
 
 def test_predictions_are_one_line_a_row(nano: Path) -> None:
     folder = only(nano, "tiny/evaluate-sft-*")
-    records = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    records = read_lines(folder / "predictions.jsonl")
     assert len(records) == 12 + 6 + 6
     assert {"id", "prompt_sha256", "gold", "answer", "correct", "completion", "tokens", "truncated"} <= set(records[0])
     metrics = read_json(folder / "metrics.json")
@@ -261,11 +261,11 @@ def test_any_checkpoint_can_be_evaluated(nano: Path, tmp_path: Path, what: str) 
     done = run_cli("evaluate", "--ckpt", str(checkpoint), "--split", "test", "--limit", "4", "--runs", str(tmp_path))
     assert done.returncode == 0, done.stderr
     folder = only(tmp_path, "evaluations/*")
-    records = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    records = read_lines(folder / "predictions.jsonl")
     assert len(records) == 4
     if what in ("sft-*", "sft-*/checkpoints/checkpoint-6"):  # the same weights give the same answers
         whole = only(nano, "tiny/evaluate-sft-*") / "predictions.jsonl"
-        known = {r["id"]: r["completion"] for r in map(json.loads, whole.read_text().splitlines())}
+        known = {r["id"]: r["completion"] for r in read_lines(whole)}
         assert [known[r["id"]] for r in records] == [r["completion"] for r in records]
 
 
