@@ -50,8 +50,9 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     rewards = [_for_trl(task, name, f, prefills_thought(tokenizer), stop_ids) for name, f in functions.items()]
 
     # ---- the trainer
+    shared = arguments(recipe, settings.optimizer, layout, sizes, out, runtime)
     config = GRPOConfig(
-        **arguments(recipe, settings.optimizer, layout, sizes, out, runtime),
+        **{**shared, "logging_steps": 1},  # a step takes seconds or minutes, and there are few
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         num_generations=settings.num_generations,
