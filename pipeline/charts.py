@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH = 480
+WIDTH = 510
 ROW = 26
 
 
@@ -61,7 +61,7 @@ def intervals(
     """One row a mark: a dot with its interval. `lines` are vertical references (value, label)."""
     grid = ticks(low, high)
     low, high = min(low, grid[0]), max(high, grid[-1])
-    left, right, top = 160, 60, 24
+    left, right, top = 190, 72, 24
     inner = WIDTH - left - right
     height = top + ROW * len(marks) + 30
 
