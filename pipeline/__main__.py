@@ -1,8 +1,11 @@
 """The command line: python -m pipeline run tiny, or `therefore run tiny`.
 
-run       run what is not done yet, then print where everything is
+run       run what is not done yet, here or on Slurm
 plan      what would run, and why, field by field
-status    how far each step is
+status    how far each step is, here and on Slurm
+logs      what a step has printed; -f goes on
+cancel    end what waits or runs; what is done stays
+fetch     download a recipe's model to the local cache, for nodes without internet
 list      recipes, tasks, rewards, stages, clusters
 evaluate  any checkpoint: a step's folder, a Trainer checkpoint, an adapter, a model folder, a hub id
 """
@@ -11,16 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline import __version__
-from pipeline.artifact import is_alive, open_artifact, read_owner
-from pipeline.errors import PlanError, RecipeError, did_you_mean, run_main
+from pipeline import __version__, slurm, status
+from pipeline.artifact import open_artifact
+from pipeline.errors import EXIT_INTERRUPTED, PlanError, RecipeError, run_main
 from pipeline.plan import RUNS, Plan, Step, evaluation_plan, explain, make_plan, order_of
-from pipeline.progress import read_progress
 from pipeline.recipe import recipe_names
 from pipeline.stage import STAGES, write_order
 
@@ -28,6 +31,8 @@ EPILOG = """examples:
   python -m pipeline run tiny                              everything, from rows to report
   python -m pipeline run tiny grpo.beta=0.01               the same with one setting changed: SFT is not run again
   python -m pipeline run tiny --skip-sft                   GRPO from the base model
+  python -m pipeline run tiny --launcher slurm             the same as a chain of Slurm jobs
+  python -m pipeline status --watch                        how far they are
   python -m pipeline plan tiny                             what would run, and why
   python -m pipeline evaluate --ckpt runs/tiny/grpo-…      any checkpoint
 """
@@ -69,40 +74,81 @@ def parser() -> argparse.ArgumentParser:
     for name, run, about in (
         ("run", run_command, "run what is not done yet"),
         ("plan", plan_command, "what would run, and why"),
-        ("prepare", prepare_command, "write one step's order and print its folder (torchrun by hand calls this)"),
+        ("prepare", prepare_command, "write orders and print the folders (torchrun by hand and batch scripts do)"),
     ):
         sub = add(name, run, about)
-        sub.add_argument("words", nargs="+", metavar="RECIPE|key=value", help="recipes of configs/, and overrides")
-        sub.add_argument("--cluster", default="local", help="a file of configs/clusters/ (default: local)")
+        words = "*" if name == "prepare" else "+"  # prepare --ckpt needs none
+        sub.add_argument("words", nargs=words, metavar="RECIPE|key=value", help="recipes of configs/, and overrides")
+        where(sub)
         sub.add_argument("--stages", default="", metavar="A,B", help=f"only these: {', '.join(STAGES)}")
         sub.add_argument("--skip-sft", action="store_true", help="GRPO from the base model (grpo.start=base)")
         if name == "run":
-            sub.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
-    sub = add("status", status_command, "how far each step is")
+            sub.add_argument(
+                "--dry-run", action="store_true", help="print the plan, or the batch scripts, and start nothing"
+            )
+        if name == "prepare":
+            evaluation(sub, required=False)
+    sub = add("status", status_command, "how far each step is, here and on Slurm")
     sub.add_argument("recipes", nargs="*", metavar="RECIPE", help="only these (default: all that have run)")
+    sub.add_argument("--watch", action="store_true", help="again every 2 seconds, until nothing is under way")
+    sub.add_argument("--all", action="store_true", help="older steps of the same name too")
     sub.add_argument("--json", action="store_true", help="for scripts")
+    sub = add("logs", logs_command, "what a step has printed")
+    sub.add_argument("step", metavar="STEP", help="grpo, tiny/grpo, its folder, or its job's id")
+    sub.add_argument("-f", "--follow", action="store_true", help="go on until the step ends")
+    sub = add("cancel", cancel_command, "end what waits or runs; what is done stays, and what runs may save")
+    sub.add_argument("names", nargs="*", metavar="RECIPE|STEP", help="only these (default: everything)")
+    sub.add_argument("--yes", action="store_true", help="do not ask")
+    sub = add("fetch", fetch_command, "download a recipe's model to the local cache, for nodes without internet")
+    sub.add_argument("words", nargs="+", metavar="RECIPE|key=value", help="recipes of configs/, and overrides")
+    where(sub)
     add("list", list_command, "recipes, tasks, rewards, stages, clusters")
     sub = add("evaluate", evaluate_command, "ask any checkpoint a task's rows")
-    sub.add_argument("--ckpt", required=True, help="a step's folder, a checkpoint, an adapter, a model, a hub id")
     sub.add_argument("words", nargs="*", metavar="RECIPE|key=value", help="default: what the checkpoint was made with")
-    sub.add_argument("--task", help="a task by name (default: the recipe's)")
-    sub.add_argument("--split", help="one split (default: the recipe's)")
-    sub.add_argument("--limit", type=int, help="rows of each split")
-    sub.add_argument("--cluster", default="local", help="a file of configs/clusters/ (default: local)")
+    evaluation(sub, required=True)
+    where(sub)
     return top
 
 
-def _plan(args: argparse.Namespace) -> Plan:
+def where(sub: argparse.ArgumentParser) -> None:
+    """Where it runs: the options of every command that makes a plan."""
+    sub.add_argument("--cluster", help="a file of configs/clusters/ (default: local, or slurm with such a launcher)")
+    sub.add_argument("--launcher", choices=["local", "slurm", "submitit"], help="the same as cluster.launcher=…")
+    sub.add_argument("--nodes", type=int, metavar="N", help="of a training stage or an evaluation: cluster.nodes=N")
+
+
+def evaluation(sub: argparse.ArgumentParser, *, required: bool) -> None:
+    """What is evaluated."""
+    about = "a step's folder, a checkpoint, an adapter, a model, a hub id"
+    sub.add_argument("--ckpt", required=required, help=about if required else argparse.SUPPRESS)
+    sub.add_argument("--task", help="a task by name (default: the recipe's)" if required else argparse.SUPPRESS)
+    sub.add_argument("--split", help="one split (default: the recipe's)" if required else argparse.SUPPRESS)
+    sub.add_argument("--limit", type=int, help="rows of each split" if required else argparse.SUPPRESS)
+
+
+def cluster_of(args: argparse.Namespace) -> tuple[str, list[str]]:
+    """The cluster that the options name, and what they change in it."""
+    name = args.cluster or ("slurm" if args.launcher in ("slurm", "submitit") else "local")
+    changes = [f"cluster.launcher={args.launcher}"] * bool(args.launcher)
+    return name, changes + [f"cluster.nodes={args.nodes}"] * (args.nodes is not None)
+
+
+def _plan(args: argparse.Namespace, changes: Sequence[str] = ()) -> Plan:
+    """The plan that the words and options ask for; `changes` are overrides that theirs come after."""
     names = [word for word in args.words if "=" not in word]
     overrides = [word for word in args.words if "=" in word]
     if not names:
         raise RecipeError(f"no recipe; name one or more of {', '.join(recipe_names())}")
     stages = [stage for stage in args.stages.split(",") if stage]
-    return make_plan(names, overrides, cluster=args.cluster, stages=stages, skip_sft=args.skip_sft, runs=args.runs)
+    cluster, more = cluster_of(args)
+    overrides = [*changes, *more, *overrides]
+    return make_plan(names, overrides, cluster=cluster, stages=stages, skip_sft=args.skip_sft, runs=args.runs)
 
 
 def run_command(args: argparse.Namespace) -> int:
     plan = _plan(args)
+    if plan.cluster.launcher != "local":
+        return submit_command(args, plan)
     if args.dry_run:
         return _show_plan(plan)
     from pipeline.launchers.local import run_plan
@@ -113,6 +159,39 @@ def run_command(args: argparse.Namespace) -> int:
         print(f"{len(plan.to_run)} of {len(plan.wanted)} steps to run, under {plan.runs}/", file=sys.stderr)
         run_plan(plan)
     _show_end(plan, _typed(args))
+    return 0
+
+
+def submit_command(args: argparse.Namespace, plan: Plan) -> int:
+    """Hand the plan to Slurm, say what was done, and leave."""
+    from pipeline.fetch import not_fetched
+    from pipeline.launchers import slurm as chain
+    from pipeline.launchers import submitit
+
+    if not plan.to_run:
+        print("everything is done already; nothing to submit")
+        if hasattr(args, "stages"):
+            _show_end(plan, _typed(args))
+        else:
+            _show_metrics(plan.steps[0])
+        return 0
+    if problems := not_fetched([step.recipe for step in plan.to_run], plan.cluster):
+        raise PlanError(*problems)
+    submit = submitit.submit if plan.cluster.launcher == "submitit" else chain.sbatch
+    if args.dry_run:
+        print(chain.show_dry_run(chain.run_plan(plan, dry_run=True), plan))
+        return 0
+    submissions = chain.run_plan(plan, submit)
+    print(chain.show(submissions))
+    new = sum(one.new for one in submissions)
+    names = " ".join(dict.fromkeys(step.folder.parent.name for step in plan.to_run))
+    runs = f" --runs {shlex.quote(str(args.runs))}" if args.runs != RUNS else ""
+    print(
+        f"\n{new} jobs submitted" + (f", {len(submissions) - new} were there before" if new < len(submissions) else "")
+    )
+    print(f"\nnext:\n  python -m pipeline status {names}{runs} --watch")
+    print(f"  python -m pipeline logs {submissions[0].step.label}{runs} -f")
+    print(f"  python -m pipeline cancel {names}{runs}      ends what waits or runs; the run command goes on later")
     return 0
 
 
@@ -135,23 +214,56 @@ def _show_plan(plan: Plan) -> int:
 
 
 def prepare_command(args: argparse.Namespace) -> int:
-    """For a stage that torchrun started by hand: its order, in its folder. Every rank may call it."""
-    plan = _plan(args)
+    """Write the orders of one stage's steps and print their folders: for torchrun by hand, and for a batch script.
+
+    In a Slurm job the job's own nodes and GPUs count, whatever the cluster's file says; and a job that starts again
+    goes on with what it has resolved at first, even if the YAML has changed since.
+    """
+    job = slurm.this_job() if "RANK" not in os.environ else None
+    kept = args.runs / ".jobs" / f"{job}.txt"
+    if job and os.environ.get("SLURM_RESTART_COUNT") and kept.is_file():
+        print(kept.read_text(encoding="utf-8"), end="")
+        return 0
+    changes = _of_this_job() if job else []
+    if args.ckpt:
+        plan = _evaluation_plan(args, changes)
+    else:
+        plan = _plan(args, changes)
+        missing = plan.missing()
+        if missing:
+            raise PlanError(*missing)
     steps = [step for step in plan.steps if step.label in plan.wanted]
-    if len(steps) != 1:
+    if len(steps) != 1 and not job:
         which = ", ".join(step.label for step in steps)
         raise PlanError(f"torchrun runs one step, but {len(steps)} are asked for ({which}); use python -m pipeline run")
-    if not steps[0].done:
-        write_order(steps[0].folder, order_of(steps[0], plan.cluster))
-    print(steps[0].folder)
+    todo = [step for step in steps if not step.done]
+    if job:
+        slurm.claim([step.folder for step in todo], job)
+    for step in todo:
+        write_order(step.folder, order_of(step, plan.cluster))
+    told = "".join(f"{step.folder}\n" for step in (todo if job else steps))
+    if job:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(told, encoding="utf-8")
+        print("\n".join(f"{step.label}: done already" for step in steps if step.done), file=sys.stderr)
+    print(told, end="")
     return 0
+
+
+def _of_this_job() -> list[str]:
+    """The nodes, GPUs and cores that Slurm has given this job, as overrides of the cluster."""
+    given = {"nodes": "SLURM_JOB_NUM_NODES", "gpus": "SLURM_GPUS_ON_NODE", "slurm.cpus": "SLURM_CPUS_PER_TASK"}
+    found = {key: os.environ.get(name) for key, name in given.items()}
+    return [f"cluster.{key}={value or 0}" for key, value in found.items() if value or key == "gpus"]
 
 
 def _typed(args: argparse.Namespace) -> str:
     """The run that was asked for, to be typed again: every word but --stages and --dry-run."""
     words = list(args.words)
     words += ["--skip-sft"] if args.skip_sft else []
-    words += ["--cluster", args.cluster] if args.cluster != "local" else []
+    words += ["--launcher", args.launcher] if args.launcher else []
+    words += ["--cluster", args.cluster] if args.cluster else []
+    words += ["--nodes", str(args.nodes)] if args.nodes else []
     words += ["--runs", str(args.runs)] if args.runs != RUNS else []
     return shlex.join(["python", "-m", "pipeline", "run", *words])
 
@@ -179,49 +291,68 @@ def _show_end(plan: Plan, typed: str) -> None:
 
 
 def status_command(args: argparse.Namespace) -> int:
-    from pipeline.launchers.local import clock, describe
+    def read() -> tuple[list[status.Row], list[str]]:
+        return status.table(args.runs, args.recipes, everything=args.all)
 
-    unknown = [name for name in args.recipes if not (args.runs / name).is_dir()]
-    if unknown:
-        there = [path.name for path in args.runs.glob("*") if path.is_dir()]
-        raise PlanError(*(f"{args.runs}/{name}: nothing has run; {did_you_mean(name, there)}" for name in unknown))
-    table = []
-    for folder in sorted(path.parent for path in args.runs.glob("*/*/step.json")):
-        if args.recipes and folder.parent.name not in args.recipes:
-            continue
-        progress = read_progress(folder)
-        owner = read_owner(folder)
-        state = progress.state if progress else "waiting"
-        if state in ("starting", "running", "saving") and not (owner and is_alive(owner)):
-            state = "lost"  # its process is gone without a word: the same command goes on from its checkpoint
-        table.append(
-            {
-                "step": f"{folder.parent.name}/{folder.name}",
-                "state": state,
-                "done": progress.done if progress else 0,
-                "total": progress.total if progress else 0,
-                "seconds": round(progress.seconds) if progress else 0,
-                "attempt": progress.attempt if progress else 0,
-                "what": describe(progress) if progress else "",
-                "problems": list(progress.problems) if progress else [],
-                "owner": str(owner) if owner else None,
-                "updated": progress.updated if progress else None,
-            }
-        )
-    table.sort(key=lambda row: (str(row["step"]).partition("/")[0], row["updated"] or 0))
+    rows, troubles = read()
     if args.json:
-        print(json.dumps(table, indent=1))
-        return 0
-    if not table:
+        print(json.dumps([status.as_record(row) for row in rows], indent=1))
+    elif not rows:
         print(f"nothing has run under {args.runs}/; begin with python -m pipeline run tiny")
+    elif args.watch:
+        for text in status.watch(read):
+            print(text, flush=True)
+    else:
+        print(status.show(rows, troubles))
+    reports = [row for row in rows if row.state == "done" and row.step.partition("/")[2].startswith("report-")]
+    if not args.json and reports and not any(row.live for row in rows):
+        print("\n" + "\n".join(f"report: {row.folder}/report.html" for row in reports))
+    return 0
+
+
+def logs_command(args: argparse.Namespace) -> int:
+    rows, _ = status.table(args.runs)
+    row = status.find_step(rows, args.step)
+
+    def going() -> bool:
+        now, _ = status.table(args.runs, [Path(row.folder).parent.name])
+        return any(other.live for other in now if other.folder == row.folder)
+
+    print(f"{row.step}: {row.state}; {row.log}", file=sys.stderr)
+    for text in status.follow(Path(row.log), going if args.follow else None):
+        print(text, end="", flush=True)
+    return 0
+
+
+def cancel_command(args: argparse.Namespace) -> int:
+    rows, troubles = status.table(args.runs)
+    recipes = {row.step.partition("/")[0] for row in rows}
+    chosen = [row for row in rows if not args.names or row.step.partition("/")[0] in args.names]
+    chosen += [status.find_step(rows, name) for name in args.names if name not in recipes]
+    going = {row.step: row for row in chosen if row.live}
+    if troubles:
+        raise PlanError(*troubles)
+    if not going:
+        print("nothing is under way; nothing to cancel")
         return 0
-    width = max(len(str(row["step"])) for row in table)
-    for row in table:
-        progress_text = f"{row['done']}/{row['total']}" if row["total"] else ""
-        seconds = clock(float(str(row["seconds"])))
-        print(f"{row['state']:<9} {row['step']:<{width}} {progress_text:>13} {seconds:>8}  {row['what']}".rstrip())
-        for problem in row["problems"]:  # type: ignore[attr-defined]
-            print(f"{'':<10}{problem}")
+    print(status.show(list(going.values())))
+    if not args.yes:
+        if not sys.stdin.isatty():
+            raise PlanError(f"{len(going)} steps would be ended; say --yes")
+        if input(f"end these {len(going)} steps? what is done stays [y/N] ").strip().lower() not in ("y", "yes"):
+            print("nothing was ended")
+            return EXIT_INTERRUPTED
+    print("\n".join(status.cancel(going.values())))
+    return 0
+
+
+def fetch_command(args: argparse.Namespace) -> int:
+    from pipeline.fetch import fetch
+
+    args.stages, args.skip_sft = "", False
+    plan = _plan(args)
+    for line in fetch([step.recipe for step in plan.steps], plan.cluster):
+        print(line)
     return 0
 
 
@@ -257,20 +388,27 @@ def list_command(args: argparse.Namespace) -> int:
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
+    plan = _evaluation_plan(args)
+    if plan.cluster.launcher != "local":
+        return submit_command(args, plan)
     from pipeline.launchers.local import run_plan
 
-    plan = evaluation_plan(
-        args.ckpt,
-        args.words,
-        task=args.task,
-        split=args.split,
-        limit=args.limit,
-        cluster=args.cluster,
-        runs=args.runs,
-    )
     run_plan(plan)
     _show_metrics(plan.steps[0])
     return 0
+
+
+def _evaluation_plan(args: argparse.Namespace, changes: Sequence[str] = ()) -> Plan:
+    cluster, more = cluster_of(args)
+    return evaluation_plan(
+        args.ckpt,
+        [*changes, *more, *args.words],
+        task=args.task,
+        split=args.split,
+        limit=args.limit,
+        cluster=cluster,
+        runs=args.runs,
+    )
 
 
 def _show_metrics(step: Step) -> None:

@@ -8,7 +8,6 @@ file it left, its metrics, versions and timings. `own()` lets one process at a t
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import time
@@ -17,12 +16,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from pipeline import slurm
 from pipeline.errors import ArtifactError
+from pipeline.files import read_json, write_json
 from pipeline.fingerprint import file_sha256
 
 ARTIFACT, OWNER, STEP, PROGRESS, STOP = "artifact.json", "owner.json", "step.json", "progress.json", "stop"
-NOT_PAYLOAD = {ARTIFACT, OWNER, PROGRESS, STOP, "log.txt"}  # of the folder, not of the result
-TRANSIENT = {"checkpoints", "tensorboard"}  # folders that may change or go without hurting the result
+LOG, SCRIPT = "log.txt", "job.slurm"
+NOT_PAYLOAD = {ARTIFACT, OWNER, PROGRESS, STOP, LOG, SCRIPT, slurm.JOB}  # of the folder, not of the result
+TRANSIENT = {"checkpoints", "tensorboard", "submitit"}  # folders that may change or go without hurting the result
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 ADAPTER = "adapter_config.json"
 
@@ -46,41 +48,6 @@ class Artifact:
     metrics: dict[str, Any]
     provenance: dict[str, Any]  # versions, machine, git commit, command, timings
     folder: Path = field(default=Path(), compare=False)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file; a last line that was cut off is left out.
-
-    Only a newline ends a record: `str.splitlines` would also cut at the U+2028 or U+0085 that a model may write.
-    """
-    records = []
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for line in file:
-            if line.endswith("\n"):
-                records.append(json.loads(line))
-    return records
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write to a temporary name beside it, then rename: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> Any:
-    """The JSON of a file; None where it is missing or half-written."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
-        return None
 
 
 def inventory(folder: Path, *, leave_out: set[str] = NOT_PAYLOAD | TRANSIENT) -> dict[str, FileEntry]:
@@ -169,10 +136,16 @@ def read_owner(folder: Path) -> Owner | None:
 
 
 def is_alive(owner: Owner) -> bool:
-    """Whether the owner still runs. On another host that cannot be seen, so it counts as alive."""
-    if owner.host != socket.gethostname():
-        return True
-    return _process_start(owner.pid) == owner.started != 0.0
+    """Whether the owner still runs.
+
+    An owner of this very Slurm job is an earlier attempt of it: gone with its node, or a zombie that must not write
+    any more. On another host Slurm is asked; an owner that nobody can be asked about counts as alive.
+    """
+    if owner.job and owner.job == slurm.this_job():
+        return False
+    if owner.host == socket.gethostname():
+        return _process_start(owner.pid) == owner.started != 0.0
+    return slurm.is_live(owner.job) is not False if owner.job else True
 
 
 def refuse_if_owned(folder: Path) -> None:
@@ -190,9 +163,8 @@ def own(folder: Path) -> Iterator[Owner]:
     """Hold the folder's owner file (`O_EXCL`); a dead owner is replaced, a live one is an ArtifactError."""
     folder.mkdir(parents=True, exist_ok=True)
     pid = os.getpid()
-    job = os.environ.get("SLURM_JOB_ID")
     token = f"{socket.gethostname()}-{pid}-{time.time_ns()}"
-    owner = Owner(token, socket.gethostname(), pid, _process_start(pid), time.time(), job)
+    owner = Owner(token, socket.gethostname(), pid, _process_start(pid), time.time(), slurm.this_job())
     path = folder / OWNER
     temporary = folder / f".{OWNER}.{token}"
     write_json(temporary, asdict(owner))

@@ -12,8 +12,9 @@ from pathlib import Path
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline import distributed
-from pipeline.artifact import FileEntry, inventory, read_json, write_json
+from pipeline.artifact import FileEntry, inventory
 from pipeline.errors import Stopped
+from pipeline.files import read_json, write_json
 from pipeline.fingerprint import file_sha256
 from pipeline.runtime import Runtime
 
@@ -65,6 +66,7 @@ class SaveAndStop(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> TrainerControl:
+        self.runtime.check_still_owner()  # before anything is written: a zombie of an old attempt ends here
         if distributed.agree(self.runtime.stop_asked()) and state.global_step < state.max_steps:
             self.stopped = True
             control.should_save = True
@@ -74,12 +76,12 @@ class SaveAndStop(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         distributed.barrier()  # every rank writes its own shards
         if self.runtime.rank == 0:
-            self.runtime.check_still_owner()
             write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         distributed.barrier()
 
 
 def leave_if_asked(runtime: Runtime) -> None:
     """Stopped, for a stage whose ranks do not wait for each other and that keeps its work as it goes."""
+    runtime.check_still_owner()
     if runtime.stop_asked():
         raise Stopped(f"stopped at {runtime.progress.now.done} of {runtime.progress.now.total}, kept")

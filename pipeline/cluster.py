@@ -1,6 +1,6 @@
-"""Where a plan runs and how wide: processes, threads, per-device sizes, ZeRO, checkpoints, loggers.
+"""Where a plan runs and how wide: launcher, nodes, processes, per-device sizes, ZeRO, what a job asks Slurm for.
 
-    cluster, problems = read_cluster("local", ["sft.deepspeed=none"])
+    cluster, problems = read_cluster("slurm", ["sft.deepspeed=none", "slurm.partition=gpu"])
 
 `configs/clusters/local.yaml` ← `configs/clusters/<name>.yaml` ← the command line's `cluster.key=value`. Nothing
 here is ever part of a result's identity: the same recipe on another cluster is the same step.
@@ -9,16 +9,63 @@ here is ever part of a result's identity: the same recipe on another cluster is 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pipeline.recipe import CONFIGS, Recipe, find_yaml, read_typed
-from pipeline.typed import Positive
+from pipeline.typed import Check, Count, Positive
 
 CLUSTERS = CONFIGS / "clusters"
 DEEPSPEED = Path("deepspeed")
+
+
+TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)|(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?")
+
+
+def minutes(time: str) -> int:
+    """`12h`, `1d6h`, `90m`, `12:00:00`, `1-06:00:00` in minutes, rounded up; 0 where it is none of them."""
+    found = TIME.fullmatch(time)
+    if not found:
+        return 0
+    day, hour, minute, second, *short = (int(part or 0) for part in found.groups())
+    return (day + short[0]) * 1440 + (hour + short[1]) * 60 + minute + short[2] + (second > 0)
+
+
+A_TIME = "a time such as 12h, 90m or, in quotes, '12:00:00' (without them YAML reads a number)"
+Time = Annotated[str, Check(A_TIME, lambda v: minutes(v) > 0)]
+
+
+@dataclass(frozen=True)
+class Times:
+    """How long each stage's job may run before it has to save and queue again."""
+
+    preprocess: Time
+    sft: Time
+    grpo: Time
+    evaluate: Time
+    report: Time
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """What a job asks Slurm for; null leaves it to the site."""
+
+    partition: str | None
+    account: str | None
+    qos: str | None
+    constraint: str | None
+    gpu_type: str | None
+    cpus: Positive  # of each node, shared by its processes
+    memory: str | None  # of each node, such as 64G
+    time: Times
+    save_before: Positive  # seconds before the limit at which the step is asked to save
+    options: tuple[str, ...]  # further options of sbatch, such as --exclude=node7
+    modules: tuple[str, ...]  # loaded on the node before Python starts
+    environment: dict[str, str]  # variables of the job
+    venv: str | None  # its virtual environment; null: the one that submits
 
 
 @dataclass(frozen=True)
@@ -33,8 +80,10 @@ class TrainingStage:
 @dataclass(frozen=True)
 class Cluster:
     name: str
-    launcher: Literal["local"]
-    processes: Positive | Literal["auto"]  # per node; auto: one a GPU, on a CPU one a core, two at most
+    launcher: Literal["local", "slurm", "submitit"]
+    nodes: Positive  # of a training stage or an evaluation
+    gpus: Count | Literal["auto"]  # of each node; auto: those of this machine
+    processes: Positive | Literal["auto"]  # of each node; auto: one a GPU, on a CPU one a core, two at most
     threads: Positive | Literal["auto"]  # per process; auto: cores ÷ processes
     sft: TrainingStage
     grpo: TrainingStage
@@ -44,10 +93,25 @@ class Cluster:
     logging_steps: Positive
     loggers: tuple[Literal["tensorboard"], ...]
     stop_grace: Positive  # seconds a process has to end after it was asked to
+    slurm: Slurm
 
     def problems(self) -> list[str]:
         """What cannot be, before any recipe is looked at."""
         found = []
+        if self.launcher == "local" and self.nodes > 1:
+            found.append(f"cluster.nodes: {self.nodes}, but the launcher local starts one; use --launcher slurm, or 1")
+        if self.launcher != "local" and self.gpus == "auto":
+            found.append(
+                "cluster.gpus: 'auto' counts the GPUs of this machine, but jobs run on others; give the number per node"
+            )
+        if self.slurm.gpu_type and self.gpus == 0:
+            found.append(f"cluster.slurm.gpu_type: {self.slurm.gpu_type!r}, but cluster.gpus is 0; give a number")
+        shortest = min(minutes(time) for time in vars(self.slurm.time).values())
+        if self.launcher != "local" and self.slurm.save_before >= shortest * 60:
+            found.append(
+                f"cluster.slurm.save_before: {self.slurm.save_before} seconds, but the shortest time of a stage is "
+                f"{shortest} min; use less"
+            )
         known = deepspeed_names()
         for name, stage in (("sft", self.sft), ("grpo", self.grpo)):
             if stage.deepspeed not in known:
@@ -75,31 +139,32 @@ def read_cluster(name: str, overrides: Sequence[str] = ()) -> tuple[Cluster | No
 
 
 def gpu_count() -> int:
-    """The GPUs this process may use, without importing torch."""
+    """The GPUs this process may use, without importing torch; none where no driver has made a device."""
+    devices = [p for p in Path("/dev").glob("nvidia[0-9]*") if p.name.removeprefix("nvidia").isdigit()]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
-    return len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name.removeprefix("nvidia").isdigit()])
+    if visible is None or not devices:
+        return len(devices)
+    return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
 
 
 def core_count() -> int:
-    """The cores this process may use."""
-    granted = os.environ.get("SLURM_CPUS_PER_TASK")
-    return int(granted) if granted and granted.isdigit() else len(os.sched_getaffinity(0))
+    """The cores this process may use: those it is bound to, and no more than Slurm has granted."""
+    granted = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    bound = len(os.sched_getaffinity(0))
+    return min(int(granted), bound) if granted.isdigit() else bound
+
+
+def thread_count(cluster: Cluster, processes: int) -> int:
+    """Threads of each process of a node: together no more than the cores, or everything becomes many times slower."""
+    return cluster.threads if cluster.threads != "auto" else max(1, core_count() // processes)
 
 
 def process_count(cluster: Cluster) -> int:
     """Training processes on one node."""
     if cluster.processes != "auto":
         return cluster.processes
-    return gpu_count() or min(2, core_count())
-
-
-def thread_count(cluster: Cluster) -> int:
-    """Threads of each process: together no more than the cores, or everything becomes many times slower."""
-    if cluster.threads != "auto":
-        return cluster.threads
-    return max(1, core_count() // process_count(cluster))
+    gpus = gpu_count() if cluster.gpus == "auto" else cluster.gpus
+    return gpus or min(2, core_count() if cluster.launcher == "local" else cluster.slurm.cpus)
 
 
 @dataclass(frozen=True)
@@ -118,7 +183,7 @@ def batches(
     cluster: Cluster, recipe: Recipe, stage: Literal["sft", "grpo"], processes: int | None = None
 ) -> tuple[Batches | None, list[str]]:
     """The layout of one training stage, or what does not divide and the nearest values that do."""
-    processes = processes or process_count(cluster)
+    processes = processes or cluster.nodes * process_count(cluster)
     settings = recipe.sft if stage == "sft" else recipe.grpo
     wanted, layout = settings.global_batch_size, cluster.sft if stage == "sft" else cluster.grpo
     if settings.optimizer.name == "muon" and layout.deepspeed == "none":
@@ -130,7 +195,7 @@ def batches(
         lower, upper = wanted // processes * processes, -(-wanted // processes) * processes
         return None, [
             f"{stage}.global_batch_size: {wanted} cannot be shared by {processes} processes; "
-            f"use {' or '.join(str(n) for n in (lower, upper) if n)}, or cluster.processes=1"
+            f"use {' or '.join(str(n) for n in (lower, upper) if n)}, or other numbers of cluster.nodes and processes"
         ]
     share = wanted // processes
     divisors = [n for n in range(1, share + 1) if share % n == 0]

@@ -1,6 +1,9 @@
 """The processes of one stage: which one this is, how they wait for each other and agree.
 
-Started by torchrun, which sets RANK, WORLD_SIZE and LOCAL_RANK; without it there is one process.
+    python -m pipeline.distributed --nproc-per-node=2 -m pipeline.sft --step DIR
+
+is torchrun, but ends with the exit code of the process that failed first, and leaves the traceback to that process.
+torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; without it there is one process.
 """
 
 from __future__ import annotations
@@ -8,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from datetime import timedelta
 
 import torch
@@ -83,3 +87,20 @@ def agree(flag: bool) -> bool:
 def finish() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def torchrun(argv: list[str]) -> int:
+    """Run torchrun. Returns 0, or the code of the first process that failed (128 + n where signal n ended it)."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    try:
+        main(argv)
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(torchrun(sys.argv[1:]))

@@ -10,16 +10,17 @@ that was interrupted goes on with the rows that have no answer yet.
 from __future__ import annotations
 
 import json
-import os
+import time
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from pipeline import distributed
-from pipeline.artifact import Artifact, find_checkpoint, read_lines, write_json
+from pipeline.artifact import Artifact, find_checkpoint
 from pipeline.checkpoints import leave_if_asked
 from pipeline.errors import DataError
+from pipeline.files import read_lines, write_json
 from pipeline.generation import Sampling, generate
 from pipeline.metrics import baseline_figures, outcome_of, summarize
 from pipeline.modeling import (
@@ -64,7 +65,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     prompts = prompt_ids(tokenizer, [row["prompt"] for _, row in left])
     total, mine = len(asked), 0
     runtime.progress.update(state="running", done=len(answered), first=len(answered), total=total, note="")
-    with (out / f"partial-{runtime.rank}-{os.getpid()}.jsonl").open("w", encoding="utf-8") as file:
+    with (out / f"partial-{runtime.rank}-{time.time_ns()}.jsonl").open("w", encoding="utf-8") as file:
         completions = generate(
             model,
             tokenizer,

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pipeline.artifact import write_json
+from pipeline.files import write_json
 from pipeline.runtime import Runtime
 
 HISTORY = "history.json"

@@ -10,15 +10,16 @@ its stage reads, the stage's revision, and the fingerprints of its inputs. Its f
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import ARTIFACT, STEP, find_checkpoint, is_alive, is_done, read_json, read_owner
+from pipeline.artifact import ARTIFACT, STEP, find_checkpoint, is_alive, is_done, read_owner
 from pipeline.cluster import Cluster, batches, read_cluster
 from pipeline.errors import PlanError, RecipeError, did_you_mean
+from pipeline.files import read_json
 from pipeline.fingerprint import describe_drift, file_identity, fingerprint, plain
 from pipeline.recipe import CONFIGS, Recipe, find_yaml, local_files, read, read_typed, recipe_names
 from pipeline.rewards.reward import find_rewards
@@ -68,6 +69,22 @@ class Plan:
     def to_run(self) -> list[Step]:
         return [step for step in self.steps if step.label in self.wanted and not step.done]
 
+    def missing(self, coming: Iterable[str] = ()) -> list[str]:
+        """Inputs that are neither done, nor to be run, nor on their way already (`coming`), as sentences."""
+        coming = set(coming)
+        there = self.wanted | coming
+        users: dict[str, list[str]] = {}
+        for step in self.to_run:
+            if step.label not in coming:
+                for needed in step.inputs.values():
+                    if not needed.done and needed.label not in there:
+                        users.setdefault(needed.label, []).append(step.name)
+        return [
+            f"{label} is not done, and {', '.join(names)} need{'s' if len(names) == 1 else ''} it: "
+            f"run it first, or without --stages"
+            for label, names in users.items()
+        ]
+
 
 def make_plan(
     names: Sequence[str],
@@ -78,7 +95,11 @@ def make_plan(
     skip_sft: bool = False,
     runs: Path = RUNS,
 ) -> Plan:
-    """The plan for these recipes; RecipeError or PlanError with every problem."""
+    """The plan for these recipes; RecipeError or PlanError with every problem.
+
+    Inputs that are missing are an error here for the local launcher; on Slurm they may be on their way, and the
+    launcher asks.
+    """
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
         raise PlanError(*(f"unknown stage {stage!r}; {did_you_mean(stage, STAGES)}" for stage in unknown))
@@ -90,10 +111,10 @@ def make_plan(
         steps += _recipe_steps(recipe, runs)
     steps.append(_report_step(recipes, steps, runs))
     chosen = [step for step in steps if not stages or step.stage in stages]
-    missing = _missing_inputs(chosen)
-    if missing:
+    plan = Plan(tuple(steps), frozenset(step.label for step in chosen), where, runs)
+    if where.launcher == "local" and (missing := plan.missing()):
         raise PlanError(*missing)
-    return Plan(tuple(steps), frozenset(step.label for step in chosen), where, runs)
+    return plan
 
 
 def _resolve(names: Sequence[str], overrides: Sequence[str], cluster: str) -> tuple[list[Recipe], Cluster]:
@@ -187,22 +208,6 @@ def _step(
     }
     folder = runs / (place or recipe.name) / f"{name}-{fingerprint(payload)}"
     return Step(name, stage, recipe, payload, folder, inputs)
-
-
-def _missing_inputs(chosen: Sequence[Step]) -> list[str]:
-    """Inputs that are neither done nor among the chosen steps."""
-    labels = {step.label for step in chosen}
-    missing: dict[str, list[str]] = {}
-    for step in chosen:
-        if not step.done:
-            for needed in step.inputs.values():
-                if not needed.done and needed.label not in labels:
-                    missing.setdefault(needed.label, []).append(step.name)
-    return [
-        f"{label} is not done, and {', '.join(users)} need{'s' if len(users) == 1 else ''} it: "
-        f"run it first, or without --stages"
-        for label, users in missing.items()
-    ]
 
 
 def evaluation_plan(

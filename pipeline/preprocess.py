@@ -15,8 +15,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.artifact import Artifact, write_json
+from pipeline.artifact import Artifact
 from pipeline.errors import DataError
+from pipeline.files import write_json
 from pipeline.recipe import Recipe
 from pipeline.runtime import Runtime
 from pipeline.stage import main

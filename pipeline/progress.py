@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import PROGRESS, read_json, write_json
+from pipeline.artifact import PROGRESS
+from pipeline.files import read_json, write_json
 
 MIN_SECONDS = 0.5  # between two writes of a running step
 
@@ -90,3 +91,19 @@ class ProgressFile:
         if self.folder:
             write_json(self.folder / PROGRESS, asdict(self.now))
             self._written = time.time()
+
+
+def describe(progress: Progress) -> str:
+    """`loss 0.31, ETA 4:10` of a running step; the last figures of one that has ended."""
+    parts = [progress.note] if progress.note else []
+    parts += [f"{name} {value:.4g}" for name, value in progress.figures.items()]
+    if progress.state == "running" and progress.eta is not None:
+        parts.append(f"ETA {clock(progress.eta)}")
+    return ", ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """`0:07`, `12:30`, `3:04:05`"""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

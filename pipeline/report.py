@@ -20,8 +20,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import OmegaConf
 
 from pipeline import __version__
-from pipeline.artifact import Artifact, read_json, read_lines, write_json
+from pipeline.artifact import Artifact
 from pipeline.charts import Mark, Series, curves, intervals, number
+from pipeline.files import read_json, read_lines, write_json
 from pipeline.metrics import HEADLINE, LOWER_IS_BETTER, compare, outcome_of
 from pipeline.monitor import HISTORY
 from pipeline.recipe import Recipe
@@ -234,13 +235,15 @@ def draw(report: dict[str, Any], task: Task) -> dict[str, Any]:
         title="balanced accuracy by test set",
     )
     for tag in report["breakdowns"]:
-        values = report["models"][0]["splits"][main_split].get(tag, {}) if report["models"] else {}
+        # recipes may be asked different rows, so a kind of row may be missing from some models
+        by = {m["name"]: m["splits"][main_split].get(tag, {}) for m in report["models"]}
+        values = sorted({value for figures in by.values() for value in figures})
         charts["by"][tag] = intervals(
             [
-                _mark(f"{value}: {m['name']}", m["splits"][main_split][tag][value]["balanced_accuracy"], m["role"])
+                _mark(f"{value}: {m['name']}", by[m["name"]][value]["balanced_accuracy"], m["role"])
                 for value in values
                 for m in report["models"]
-                if m["role"] != "base"
+                if m["role"] != "base" and value in by[m["name"]]
             ],
             0.0,
             1.0,

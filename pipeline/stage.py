@@ -22,19 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.artifact import (
-    STEP,
-    STOP,
-    Artifact,
-    commit,
-    is_done,
-    open_artifact,
-    own,
-    read_json,
-    write_json,
-)
+from pipeline.artifact import STEP, STOP, Artifact, commit, is_done, open_artifact, own
 from pipeline.cluster import Cluster, process_count
 from pipeline.errors import EXIT_FAULT, ArtifactError, PipelineError, Stopped, explain_disk, run_main
+from pipeline.files import read_json, write_json
 from pipeline.fingerprint import plain
 from pipeline.progress import ProgressFile
 from pipeline.recipe import Recipe
@@ -90,7 +81,9 @@ class Order:
 
 
 def write_order(folder: Path, order: Order) -> None:
+    """Tell the process that will run in `folder` what to do; an earlier request to stop is over."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / STOP).unlink(missing_ok=True)
     write_json(folder / STEP, plain(order))
 
 
@@ -148,7 +141,6 @@ def _work(folder: Path, run: Run) -> int:
         try:
             inputs = {role: open_artifact(Path(where)) for role, where in order.inputs.items()}
             if rank == 0:
-                (folder / STOP).unlink(missing_ok=True)
                 print(f"{order.name} {order.fingerprint}: {world} processes, {versions()}", flush=True)
             metrics = run(order.recipe, inputs, folder, runtime)
             runtime.check_still_owner()

@@ -21,12 +21,10 @@ from pipeline.artifact import (
     is_owner,
     open_artifact,
     own,
-    read_json,
-    read_lines,
     read_owner,
-    write_json,
 )
 from pipeline.errors import ArtifactError
+from pipeline.files import read_json, read_lines, write_json
 
 
 def made(folder: Path) -> Artifact:

@@ -13,13 +13,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    **dict.fromkeys(("errors", "typed", "fingerprint"), 0),
-    **dict.fromkeys(("recipe", "cluster", "artifact", "progress", "runtime"), 1),
+    **dict.fromkeys(("errors", "typed", "fingerprint", "files"), 0),
+    **dict.fromkeys(("recipe", "cluster", "slurm", "artifact", "progress", "runtime"), 1),
     **dict.fromkeys(("tasks", "rewards", "answers", "metrics", "charts"), 2),
     **dict.fromkeys(("modeling", "generation", "distributed", "checkpoints", "monitor", "training"), 3),
     "stage": 4,
     **dict.fromkeys(("preprocess", "sft", "grpo", "evaluate", "report"), 5),
-    "plan": 6,
+    **dict.fromkeys(("plan", "status", "fetch"), 6),
     "launchers": 7,
     "__main__": 8,
 }
@@ -62,7 +62,10 @@ def test_heavy_packages_stay_on_their_floors(path: Path) -> None:
         assert not found, f"{path.relative_to(ROOT)} imports {', '.join(sorted(found))}"
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["plan", "tiny"], ["list"], ["status"]], ids=lambda argv: argv[0])
+LIGHT = [["--help"], ["plan", "tiny"], ["list"], ["status"], ["run", "tiny", "--launcher", "slurm", "--dry-run"]]
+
+
+@pytest.mark.parametrize("argv", LIGHT, ids=lambda argv: argv[0])
 def test_light_commands_import_nothing_heavy(argv: list[str]) -> None:
     code = (
         "import sys, json, io, contextlib\n"

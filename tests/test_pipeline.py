@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from running import NANO, ROOT, only, run_cli
 
-from pipeline.artifact import open_artifact, read_json, read_lines, read_owner
+from pipeline.artifact import open_artifact, read_owner
 from pipeline.checkpoints import damage
+from pipeline.files import read_json, read_lines
 from pipeline.progress import read_progress
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -122,13 +123,16 @@ def test_a_recipe_that_is_no_yaml_is_told_with_its_line(tmp_path: Path) -> None:
 
 
 def test_threads_fit_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("pipeline.cluster.gpu_count", lambda: 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
     cluster, _ = read_cluster("local")
     assert cluster is not None
-    assert (process_count(cluster), thread_count(cluster)) == (2, 4)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    assert (process_count(cluster), thread_count(cluster)) == (4, 2)
+    assert (process_count(cluster), thread_count(cluster, 2)) == (2, 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})  # bound to fewer than were granted
+    assert thread_count(cluster, 2) == 1
+    monkeypatch.setattr("pipeline.cluster.gpu_count", lambda: 4)
+    assert process_count(cluster) == 4
 
 
 @pytest.mark.parametrize("size", [2, 8, 12, 64, 96])

@@ -20,10 +20,11 @@ from types import FrameType
 from tqdm import tqdm
 
 from pipeline.artifact import STOP, refuse_if_owned
-from pipeline.errors import LaunchError, PipelineError, Stopped
+from pipeline.errors import LaunchError, PipelineError, PlanError, Stopped
 from pipeline.launchers.torchrun import command, environment
 from pipeline.plan import Plan, Step, order_of
-from pipeline.progress import Progress, read_progress
+from pipeline.progress import Progress, clock, describe, read_progress
+from pipeline.slurm import JOB, live_jobs
 from pipeline.stage import STAGES, write_order
 
 POLL = 0.2  # seconds
@@ -39,6 +40,10 @@ def run_plan(plan: Plan) -> list[Step]:
     todo = plan.to_run
     for step in todo:
         refuse_if_owned(step.folder)
+    queued = live_jobs(step.folder for step in todo)
+    if queued:
+        told = [f"{folder} is with Slurm, as job {job.id} ({job.state})" for folder, job in queued.items()]
+        raise PlanError(*told, "wait for it (python -m pipeline status), or end it with python -m pipeline cancel")
     ran: list[Step] = []
     failed: dict[str, PipelineError] = {}
     for number, step in enumerate(todo, 1):
@@ -70,7 +75,7 @@ def run_step(step: Step, plan: Plan, title: str) -> None:
     if stage.processes == "all":
         check_port()
     write_order(step.folder, order_of(step, plan.cluster))
-    (step.folder / STOP).unlink(missing_ok=True)
+    (step.folder / JOB).unlink(missing_ok=True)  # of an earlier attempt on Slurm
     started = time.time()
     log = step.folder / "log.txt"
     with log.open("ab") as file:
@@ -206,19 +211,3 @@ class _Bar:
         mark = "done" if done else (progress.state if progress else "failed")
         text = describe(progress) if progress else ""
         tqdm.write(f"{self.title}  {mark} in {clock(seconds)}  {text}".rstrip(), file=sys.stderr)
-
-
-def describe(progress: Progress) -> str:
-    """`loss 0.31, ETA 4:10` of a running step; the last figures of one that has ended."""
-    parts = [progress.note] if progress.note else []
-    parts += [f"{name} {value:.4g}" for name, value in progress.figures.items()]
-    if progress.state == "running" and progress.eta is not None:
-        parts.append(f"ETA {clock(progress.eta)}")
-    return ", ".join(parts)
-
-
-def clock(seconds: float) -> str:
-    """`0:07`, `12:30`, `3:04:05`"""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,32 +1,77 @@
-"""The command and the environment of a stage's processes: one way to start them, with one process and with many."""
+"""The processes of a stage on one node: their command, their environment, and how a job's node starts them.
+
+    python -m pipeline.launchers.torchrun --step DIR      on every node of a Slurm job, by srun: for one and for many
+
+The nodes meet at the job's first host, at a port that follows from the job's id. TERM, USR1 and USR2 are not the end
+of a run but the wish that it saves and leaves: whichever node receives one writes the stop file, and the training
+processes, which Slurm may have signalled too, ignore them. Ends with the code of the stage: 0, 75 after a stop, 2, 1.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cluster import Cluster, core_count, gpu_count
-from pipeline.stage import Stage, stage_processes
+from pipeline.artifact import STOP, is_done
+from pipeline.cluster import Cluster, gpu_count, thread_count
+from pipeline.errors import EXIT_FAULT, EXIT_STOPPED, PlanError, run_main
+from pipeline.progress import read_progress
+from pipeline.slurm import hosts, this_job
+from pipeline.stage import STAGES, Stage, read_order, stage_processes
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+PORTS = range(15_000, 30_000)  # below those that the system hands out itself
+SHUTDOWN = 10  # seconds that torchrun gives the other processes when one has failed
 
 
-def command(stage: Stage, folder: Path, cluster: Cluster) -> list[str]:
-    """The argv that runs a stage in its folder on this machine. The port is torchrun's own choice, so no two clash."""
+@dataclass(frozen=True)
+class Meeting:
+    """Where the nodes of a job meet."""
+
+    nodes: int
+    host: str
+    port: int
+    id: str
+
+
+def meeting() -> Meeting | None:
+    """The meeting point of the Slurm job this runs in; None outside of one."""
+    job = this_job()
+    if job is None:
+        return None
+    nodes = hosts(os.environ["SLURM_JOB_NODELIST"])
+    return Meeting(len(nodes), nodes[0], port_of(job), job)
+
+
+def port_of(job: str) -> int:
+    """A port for a job: jobs that follow each other, and so may share a node, have different ones."""
+    return PORTS[int(job) % len(PORTS)]
+
+
+def command(stage: Stage, folder: Path, cluster: Cluster, at: Meeting | None = None) -> list[str]:
+    """The argv that runs a stage's processes of this node. Outside of a job the port is torchrun's own choice."""
     work = ["-m", stage.module, "--step", str(folder)]
     if stage.processes == "one":
         return [sys.executable, *work]
+    where = ["--standalone"]
+    if at:
+        where = [f"--nnodes={at.nodes}", f"--rdzv-id={at.id}", "--rdzv-backend=c10d"]
+        where += [f"--rdzv-endpoint={at.host}:{at.port}", "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT"]
     count = stage_processes(stage, cluster)
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", *work]
+    return [sys.executable, "-m", "pipeline.distributed", *where, f"--nproc-per-node={count}", *work]
 
 
 def environment(stage: Stage, cluster: Cluster) -> dict[str, str]:
     """The parent's environment with threads that fit the cores: oversubscription costs a factor of fifty."""
-    count = stage_processes(stage, cluster)
-    threads = cluster.threads if cluster.threads != "auto" else max(1, core_count() // count)
     settings = {
         # DeepSpeed looks for ninja there, also where the virtual environment is not active
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(thread_count(cluster, stage_processes(stage, cluster))),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
         "PYTHONHASHSEED": "0",
@@ -38,3 +83,43 @@ def environment(stage: Stage, cluster: Cluster) -> dict[str, str]:
         # compiling costs a CPU a minute and a C++ compiler for what eager mode does in milliseconds
         settings |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
     return {**os.environ, **settings}
+
+
+def run_on_node(folder: Path) -> int:
+    """Run a step's processes of this node to their end. Returns the step's exit code."""
+    order = read_order(folder)
+    stage, started = STAGES[order.stage], time.time()
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: (folder / STOP).touch())
+    process = subprocess.Popen(
+        command(stage, folder, order.cluster, meeting()),
+        env={**environment(stage, order.cluster), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN)},
+        preexec_fn=ignore_stop_signals,
+    )
+    return exit_code(folder, process.wait(), started)
+
+
+def ignore_stop_signals() -> None:
+    """Slurm signals every process of a step; only the launcher shall act. What is ignored stays so over exec."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def exit_code(folder: Path, code: int, started: float) -> int:
+    """The step's own code: what this attempt's progress file says, whichever process ended first and how."""
+    if is_done(folder):
+        return 0
+    progress = read_progress(folder)
+    if progress and progress.updated >= started and progress.state in ("stopped", "failed"):
+        return EXIT_STOPPED if progress.state == "stopped" else progress.exit_code or EXIT_FAULT
+    return code if code > 0 else EXIT_FAULT
+
+
+def main(argv: list[str]) -> int:
+    if argv[:1] != ["--step"] or len(argv) != 2:
+        raise PlanError("usage: python -m pipeline.launchers.torchrun --step DIR, the folder of a step")
+    return run_on_node(Path(argv[1]))
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(sys.argv[1:]))

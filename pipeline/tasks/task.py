@@ -60,6 +60,7 @@ class Task(ABC):
     title: ClassVar[str]
     Params: ClassVar[type]
     sources: ClassVar[tuple[str, ...]]  # what `task.source` may be; the first is `auto`
+    hub: ClassVar[str | None] = None  # the data set of source `hub`
     positive: ClassVar[str | None]  # the gold that F1 and recall count, None for tasks without one
     breakdowns: ClassVar[tuple[str, ...]] = ()  # tags by which the report splits its figures
     published: ClassVar[tuple[dict[str, Any], ...]] = ()  # scores to stand beside: name, test, f1, …

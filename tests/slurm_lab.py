@@ -1,0 +1,108 @@
+"""What the tests on the real cluster share: nodes that lose power, jobs to wait for, steps to look at."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from running import NANO, only, run_cli
+
+YAML = """\
+launcher: slurm
+gpus: 2
+threads: 1
+slurm:
+  cpus: 2
+  memory: 2G
+  time: {preprocess: 10m, sft: 10m, grpo: 10m, evaluate: 10m, report: 10m}
+  save_before: 30
+"""
+
+
+@dataclass(frozen=True)
+class Lab:
+    """The running cluster."""
+
+    folder: Path
+    scripts: Path
+
+    def node(self, what: str, name: str) -> None:
+        """`up` or `crash` a node: crash is a power loss, every process of it gone at once."""
+        with (self.folder / "nodes.log").open("a") as log:
+            env = {**os.environ, "LAB": str(self.folder)}
+            subprocess.run(
+                ["bash", str(self.scripts / "node.sh"), what, name], env=env, stdout=log, stderr=log, check=True
+            )
+
+    @property
+    def yaml(self) -> Path:
+        """The cluster as configs/clusters/ would have it."""
+        path = self.folder / "lab.yaml"
+        path.write_text(YAML)
+        return path
+
+
+def slurm(*command: str) -> str:
+    """A command of Slurm's, its output."""
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def submit(lab: Lab, runs: Path, *words: str, recipes: tuple[str, ...] = ("tiny",), launcher: str = "slurm") -> str:
+    """`python -m pipeline run tiny … --launcher slurm`; returns what it printed."""
+    options = ["--cluster", str(lab.yaml), "--launcher", launcher, "--runs", str(runs)]
+    done = run_cli("run", *recipes, *NANO, *words, *options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rows(runs: Path) -> dict[str, dict[str, Any]]:
+    """`status --json`, by step without its fingerprint."""
+    done = run_cli("status", "--json", "--runs", str(runs))
+    assert done.returncode == 0, done.stderr
+    return {row["step"].rpartition("-")[0]: row for row in json.loads(done.stdout)}
+
+
+def wait_until(condition: Callable[[], object], runs: Path, what: str, seconds: float = 400) -> None:
+    """Wait for a condition; where it does not come, show how the steps stand and what they have printed."""
+    until = time.time() + seconds
+    while not condition():
+        if time.time() > until:
+            logs = "".join(f"== {p}\n{p.read_text(errors='replace')[-1500:]}" for p in runs.glob("*/*/**/*log*"))
+            raise AssertionError(f"no {what} in {seconds} s\n{run_cli('status', '--runs', str(runs)).stdout}\n{logs}")
+        time.sleep(0.3)
+
+
+def wait_for_end(runs: Path, seconds: float = 400) -> dict[str, dict[str, Any]]:
+    """Wait until nothing is under way, then return the rows."""
+    live = ("queued", "starting", "running", "saving", "ending")
+    wait_until(lambda: not any(row["state"] in live for row in rows(runs).values()), runs, "end of the chain", seconds)
+    return rows(runs)
+
+
+def copy_steps(source: Path, runs: Path, *names: str) -> None:
+    """Put finished steps of another run in place, so that a test begins where it is about."""
+    for name in names:
+        folder = only(source, f"tiny/{name}-*")
+        shutil.copytree(folder, runs / "tiny" / folder.name)
+
+
+def jobs_of(runs: Path) -> dict[str, str]:
+    """The job's id of each step that has one."""
+    found = {}
+    for path in runs.glob("*/*/job.json"):
+        name = f"{path.parent.parent.name}/{path.parent.name.rpartition('-')[0]}"
+        if job := json.loads(path.read_text())["id"]:
+            found[name] = job
+    return found
+
+
+def is_running(runs: Path, step: str) -> bool:
+    """Whether a step's own processes are at work: they hold its owner file."""
+    return bool(list(runs.glob(f"tiny/{step}-*/owner.json")))
