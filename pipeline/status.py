@@ -250,8 +250,9 @@ def find_step(rows: Sequence[Row], name: str) -> Row:
     short = [row for row in rows if row.step.partition("/")[2].rpartition("-")[0] == wanted]
     found = full or label or short
     if not found:
-        known = [_label(row) for row in rows]
-        raise PlanError(f"{name!r}: no such step; {did_you_mean(name, known)}")
+        known = {_label(row) for row in rows}
+        close = did_you_mean(name, known if "/" in name else {label.partition("/")[2] for label in known})
+        raise PlanError(f"{name!r}: no such step; {close}")
     if len(found) > 1:
         raise PlanError(f"{name!r}: which one? {', '.join(row.step for row in found)}")
     return found[0]

@@ -159,7 +159,9 @@ def test_the_report_is_three_files_and_needs_no_network(nano: Path) -> None:
 def test_status_and_list(nano: Path) -> None:
     told = run_cli("status", "--runs", str(nano)).stdout
     assert told.count("\n") >= 7
-    assert all(line.startswith("done") for line in told.splitlines())
+    assert told.startswith("state")
+    assert [line.split()[0] for line in told.splitlines()[1:8]] == ["done"] * 7
+    assert f"report: {only(nano, 'tiny/report-*')}/report.html" in told
     table = json.loads(run_cli("status", "--json", "--runs", str(nano)).stdout)
     assert {row["state"] for row in table} == {"done"}
     assert "tiny" in run_cli("list").stdout
