@@ -9,18 +9,17 @@ is queued: `not_fetched`.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cluster import Cluster
 from pipeline.errors import LaunchError
-from pipeline.files import read_json
 from pipeline.recipe import Recipe
 from pipeline.tasks.task import task_of
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,6 @@ def repositories(recipe: Recipe) -> list[Repository]:
 
 def fetch(recipes: Iterable[Recipe], cluster: Cluster) -> Iterator[str]:
     """Download what is not there yet, with a progress bar; a line for each repository."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     for name, needed in _needed(recipes).items():
@@ -53,13 +51,7 @@ def fetch(recipes: Iterable[Recipe], cluster: Cluster) -> Iterator[str]:
             yield f"{name}: nothing to download; its model and its rows are made here"
         for one in needed:
             try:
-                folder = snapshot_download(
-                    one.name,
-                    repo_type=one.kind,
-                    revision=one.revision,
-                    cache_dir=_cache(cluster),
-                    allow_patterns=MODEL_FILES if one.kind == "model" else None,
-                )
+                folder = _snapshot(one, cluster, local=False)
             except RepositoryNotFoundError as error:
                 raise LaunchError(
                     f"{one.kind} {one.name}: the hub does not know it, or it wants a login (hf auth login)"
@@ -93,26 +85,32 @@ def _needed(recipes: Iterable[Recipe]) -> dict[str, list[Repository]]:
 
 
 def _missing(one: Repository, cluster: Cluster) -> str | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    """What the cache lacks of a repository, in the hub library's words; None where it is whole."""
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
     try:
-        folder = Path(
-            snapshot_download(
-                one.name,
-                repo_type=one.kind,
-                revision=one.revision,
-                cache_dir=_cache(cluster),
-                local_files_only=True,
-            )
-        )
+        _snapshot(one, cluster, local=True)
+    except IncompleteSnapshotError as error:
+        return re.sub(r"^.*?is incomplete: |\. Outgoing.*$", "", " ".join(str(error).split()))
     except LocalEntryNotFoundError:
         return f"no revision {one.revision}" if one.revision else "nothing of it"
-    if one.kind == "dataset":
-        return None
-    shards = set((read_json(folder / WEIGHTS[1]) or {}).get("weight_map", {}).values()) or {WEIGHTS[0]}
-    lacking = [name for name in ("config.json", *sorted(shards)) if not (folder / name).is_file()]
-    return f"{', '.join(lacking[:3])} missing" if lacking else None
+    return None
+
+
+def _snapshot(one: Repository, cluster: Cluster, *, local: bool) -> str:
+    from huggingface_hub import snapshot_download
+
+    wanted = MODEL_FILES if one.kind == "model" else None
+    return str(
+        snapshot_download(
+            one.name,
+            repo_type=one.kind,
+            revision=one.revision,
+            cache_dir=_cache(cluster),
+            allow_patterns=wanted,
+            local_files_only=local,
+        )
+    )
 
 
 def _cache(cluster: Cluster) -> str | None:

@@ -232,7 +232,11 @@ def watch(read: Callable[[], tuple[list[Row], list[str]]], seconds: float = 2.0)
     while True:
         rows, troubles = read()
         going = sum(row.live for row in rows)
-        foot = f"{going} steps under way; Ctrl-C leaves them running" if going else "nothing is under way"
+        foot = (
+            f"{going} step{'s' * (going > 1)} under way; Ctrl-C leaves what runs running"
+            if going
+            else "nothing is under way"
+        )
         yield f"{clear}{show(rows, troubles)}\n\n{time.strftime('%H:%M:%S')}  {foot}"
         if not going:
             return

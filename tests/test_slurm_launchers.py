@@ -533,6 +533,19 @@ def test_only_the_newest_step_of_a_name_is_shown(tmp_path: Path, fake: Path) -> 
     assert len(status.table(tmp_path / "runs", everything=True)[0]) == 2
 
 
+def test_status_watches_until_nothing_is_under_way(tmp_path: Path, fake: Path) -> None:
+    found = run_plan(plan_of(tmp_path, stages=("preprocess",)))
+    texts = []
+    for text in status.watch(lambda: status.table(tmp_path / "runs"), seconds=0.01):
+        texts.append(text)
+        change(fake, found[0].job, state="CANCELLED")
+    assert "queued" in texts[0]
+    assert "1 step under way; Ctrl-C leaves what runs running" in texts[0]
+    assert "cancelled" in texts[-1]
+    assert "nothing is under way" in texts[-1]
+    assert "\x1b" not in texts[0]  # no terminal
+
+
 def test_a_log_is_followed_to_its_end(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     answers = iter([True, True, False])

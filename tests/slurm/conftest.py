@@ -39,7 +39,8 @@ def lab() -> Iterator[Lab]:
     """The cluster; SLURM_CONF points at it as long as the tests run."""
     why = install()
     folder = Path(tempfile.mkdtemp(prefix="lab-"))  # a short path: munge's socket has to fit in 108 letters
-    env = {**os.environ, "LAB": str(folder)}
+    # below the ports that the system hands out, and not those of a cluster of another test run
+    env = {**os.environ, "LAB": str(folder), "PORT": str(20_000 + os.getpid() % 400 * 20)}
     if why is None:
         with (folder / "start.log").open("w") as log:  # a file: the daemons keep what they inherit open
             started = subprocess.run(["bash", str(SCRIPTS / "start.sh")], env=env, stdout=log, stderr=log)

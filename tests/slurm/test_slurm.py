@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -35,9 +36,12 @@ def chain(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     other = folder / "other.yaml"
     other.write_text(Path("configs/tiny.yaml").read_text().replace("seed: 1", "seed: 2"))
     runs = folder / "runs"
-    told = submit(lab, runs, recipes=("tiny", str(other)))
+    text = other.read_text()
+    told = submit(lab, runs, "cluster.gpus=1", recipes=("tiny", str(other)))  # two jobs fit on a node
     assert "13 jobs submitted" in told
+    other.write_text("no: [recipe")  # the jobs start from step.json, whatever becomes of the YAML
     wait_for_end(runs)
+    other.write_text(text)
     wait_until(lambda: not slurm("squeue", "--noheader"), runs, "empty queue", 60)  # the last job's epilogue
     return runs
 
@@ -76,20 +80,27 @@ def test_the_chain_has_the_results_of_the_local_launcher(chain: Path, nano: Path
 
 
 def test_steps_that_do_not_wait_for_each_other_run_side_by_side(chain: Path) -> None:
-    """A step begins when what it needs is done, not when the step before it in the list is."""
+    """A step begins when what it needs is done, not when the step before it in the list is; also on one node."""
     jobs = jobs_of(chain)
-    lines = slurm("sacct", "-X", "-n", "-P", "-j", ",".join(jobs.values()), "-o", "jobid,start,end").splitlines()
-    times = {job: (start, end) for job, start, end in (line.split("|") for line in lines)}
+    lines = slurm(
+        "sacct", "-X", "-n", "-P", "-j", ",".join(jobs.values()), "-o", "jobid,start,end,nodelist"
+    ).splitlines()
     name = {job: name for name, job in jobs.items()}
-    spans = {name[job]: span for job, span in times.items()}
-    assert len(spans) == 13
-    assert any(
-        spans[f"{recipe}/evaluate-base"][0] < spans[f"{recipe}/sft"][1] for recipe in ("tiny", "other")
-    )  # neither needs the other
+    ran = {name[job]: (start, end, node) for job, start, end, node in (line.split("|") for line in lines)}
+    assert len(ran) == 13
     for recipe in ("tiny", "other"):
-        assert spans[f"{recipe}/preprocess"][1] <= spans[f"{recipe}/sft"][0]
-        assert spans[f"{recipe}/sft"][1] <= spans[f"{recipe}/grpo"][0]
-    assert max(end for _, end in spans.values()) == spans["tiny+other/report"][1]
+        assert ran[f"{recipe}/preprocess"][1] <= ran[f"{recipe}/sft"][0]
+        assert ran[f"{recipe}/sft"][1] <= ran[f"{recipe}/grpo"][0]
+        assert ran[f"{recipe}/evaluate-base"][0] < ran[f"{recipe}/sft"][1]  # neither needs the other
+    assert max(end for _, end, _ in ran.values()) == ran["tiny+other/report"][1]
+    wide = [span for step, span in ran.items() if "preprocess" not in step and "report" not in step]
+    together = [
+        (one, other)
+        for one in wide
+        for other in wide
+        if one is not other and one[2] == other[2] and one[0] < other[1] and other[0] < one[1]
+    ]
+    assert together  # torchrun twice on one node, at different ports
 
 
 def test_an_unchanged_second_submission_submits_nothing(chain: Path, lab: Lab) -> None:
@@ -106,6 +117,22 @@ def test_only_what_a_setting_changes_is_submitted(chain: Path, lab: Lab, runs: P
     told = submit(lab, runs, "grpo.beta=0.1", LATER)
     assert [line.split()[0] for line in told.splitlines()[:3]] == ["tiny/grpo", "tiny/evaluate-grpo", "tiny/report"]
     assert "3 jobs submitted" in told
+
+
+def test_submission_and_status_are_quick(chain: Path, lab: Lab, runs: Path) -> None:
+    """Promised: seven jobs in less than 3 s, the table in less than 1 s; the median of three."""
+    took: dict[str, list[float]] = {"submit": [], "status": []}
+    for attempt in range(3):
+        for what, action in (
+            ("submit", lambda folder: submit(lab, folder, LATER)),
+            ("status", lambda folder: run_cli("status", "--runs", str(folder))),
+        ):
+            started = time.perf_counter()
+            action(runs.with_name(f"runs-{attempt}"))
+            took[what].append(time.perf_counter() - started)
+        slurm("scancel", *jobs_of(runs.with_name(f"runs-{attempt}")).values())
+    assert sorted(took["submit"])[1] < 3
+    assert sorted(took["status"])[1] < 1
 
 
 def test_status_is_the_same_without_accounting(chain: Path, tmp_path: Path) -> None:
@@ -137,6 +164,8 @@ def test_submitit_runs_the_same_chain_and_requeues_in_its_own_way(lab: Lab, runs
     assert only(runs, f"tiny/{one}").read_bytes() == only(nano, f"tiny/{one}").read_bytes()
     log = Path(found["tiny/sft"]["log"])
     assert "goes on from checkpoint-" in log.read_text()
+    pickled = pickle.loads(next(only(runs, "tiny/sft-*").glob("submitit/*_submitted.pkl")).read_bytes())
+    assert vars(pickled.function) == {"folder": str(only(runs, "tiny/sft-*"))}  # a name, and no closure
 
 
 # ---------------------------------------------------------------- what fails

@@ -1,8 +1,9 @@
 #!/bin/bash
-# Throw-away multi-node Slurm on one host, as root, no systemd.   [LAB=dir] [N=4] [GPUS=2] [DBD=1] ./start.sh; . $LAB/env.sh
+# A throw-away Slurm of several nodes on one host, as root, no systemd: LAB=dir [PORT=26800] [N=4] [GPUS=2] start.sh
+# then  . $LAB/env.sh  and Slurm's commands find it. PORT … PORT+19 are its own, so several can run beside each other.
 # needs: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge [slurmdbd mariadb-server]
 set -euo pipefail
-LAB=${LAB:-$PWD/.slurm-lab} N=${N:-4} GPUS=${GPUS:-2} CPUS=${CPUS:-8} DBD=${DBD:-1} H=$(hostname -s) E=$LAB/etc
+LAB=${LAB:-$PWD/.slurm-lab} N=${N:-4} GPUS=${GPUS:-2} CPUS=${CPUS:-8} DBD=${DBD:-1} PORT=${PORT:-26800} H=$(hostname -s) E=$LAB/etc
 export PATH=$PATH:/usr/sbin:/sbin
 mkdir -p "$LAB"/{state,log,pid,dev,munge,etc,spool}; chmod 755 "$LAB" "$LAB/munge"
 wait_for() { local t=$((SECONDS+30)); until timeout 10 "$@" &>/dev/null; do ((SECONDS<t)) || { echo "timeout: $*" >&2; exit 1; }; sleep 0.1; done; }
@@ -10,7 +11,7 @@ for g in $(seq 0 $((GPUS-1))); do [ -e "$LAB/dev/nvidia$g" ] || mknod "$LAB/dev/
 cat >"$E/slurm.conf" <<C
 ClusterName=lab
 SlurmctldHost=$H(127.0.0.1)
-SlurmctldPort=26817
+SlurmctldPort=$((PORT+17))
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -42,14 +43,14 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal   # preemption sends the job's own --signal (needs GraceTime>0)
 SchedulerParameters=sched_min_interval=0,batch_sched_delay=0,sched_interval=1,bf_interval=1
-NodeName=node[1-$N] NodeAddr=127.0.0.1 Port=[27001-$((27000+N))] CPUs=$CPUS RealMemory=128000 Gres=gpu:$GPUS
+NodeName=node[1-$N] NodeAddr=127.0.0.1 Port=[$((PORT+1))-$((PORT+N))] CPUs=$CPUS RealMemory=128000 Gres=gpu:$GPUS
 PartitionName=main Nodes=ALL Default=YES DefaultTime=10 MaxTime=INFINITE PriorityTier=1 GraceTime=20
 PartitionName=urgent Nodes=ALL PriorityTier=10
 C
 [ "$DBD" = 1 ] && cat >>"$E/slurm.conf" <<C
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
-AccountingStoragePort=26819
+AccountingStoragePort=$((PORT+19))
 AccountingStoragePass=$LAB/munge/munge.socket
 AccountingStorageTRES=gres/gpu
 C
@@ -61,7 +62,7 @@ munged --force --num-threads=10 --key-file="$LAB/munge/key" --socket="$LAB/munge
        --log-file="$LAB/log/munged.log" --seed-file="$LAB/munge/seed"
 if [ "$DBD" = 1 ]; then
   [ -d "$LAB/mysql" ] || mariadb-install-db --no-defaults --user=root --datadir="$LAB/mysql" --auth-root-authentication-method=normal --skip-test-db &>"$LAB/log/install-db.log"
-  setsid mariadbd --no-defaults --user=root --datadir="$LAB/mysql" --socket="$LAB/mysql.sock" --port=26306 --bind-address=127.0.0.1 \
+  setsid mariadbd --no-defaults --user=root --datadir="$LAB/mysql" --socket="$LAB/mysql.sock" --port=$((PORT+18)) --bind-address=127.0.0.1 \
     --pid-file="$LAB/pid/mariadbd.pid" --innodb-lock-wait-timeout=900 --innodb-flush-log-at-trx-commit=0 </dev/null &>"$LAB/log/mariadbd.log" &
   wait_for mariadb --no-defaults -S "$LAB/mysql.sock" -e 'select 1'
   mariadb --no-defaults -S "$LAB/mysql.sock" -e "create user if not exists slurm@localhost identified by 'slurm'; grant all on slurm_acct_db.* to slurm@localhost"
@@ -70,19 +71,19 @@ AuthType=auth/munge
 AuthInfo=socket=$LAB/munge/munge.socket
 DbdHost=$H
 DbdAddr=127.0.0.1
-DbdPort=26819
+DbdPort=$((PORT+19))
 SlurmUser=root
 StorageType=accounting_storage/mysql
 StorageHost=127.0.0.1
-StoragePort=26306
+StoragePort=$((PORT+18))
 StorageUser=slurm
 StoragePass=slurm
 LogFile=$LAB/log/slurmdbd.log
 PidFile=$LAB/pid/slurmdbd.pid
 C
   )
-  slurmdbd; wait_for bash -c '</dev/tcp/127.0.0.1/26819'
+  slurmdbd; wait_for bash -c '</dev/tcp/127.0.0.1/$((PORT+19))'
 fi
-slurmctld -c; wait_for bash -c '</dev/tcp/127.0.0.1/26817'
+slurmctld -c; wait_for bash -c '</dev/tcp/127.0.0.1/$((PORT+17))'
 for i in $(seq $N); do "$(dirname "$0")/node.sh" up node$i; done
 wait_for bash -c "[ \$(sinfo -h -p main -N -t idle -o %n | wc -l) = $N ]"
