@@ -338,6 +338,23 @@ def test_a_refusal_in_the_middle_is_told_and_the_next_command_completes(
     assert [one.new for one in found] == [False, True, True, True, True, True, True]
 
 
+def test_a_controller_that_takes_no_job_is_no_mistake_of_the_user(
+    tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer may have been lost after Slurm took the job: the token will tell, and only one job comes of it."""
+    monkeypatch.setenv("REFUSE", "Batch job submission failed: Unable to contact slurm controller (connect failure)")
+    with pytest.raises(LaunchError, match="tiny/preprocess: Slurm cannot be reached") as caught:
+        run_plan(plan_of(tmp_path))
+    assert caught.value.exit_code == 1
+    monkeypatch.delenv("REFUSE")
+    record = slurm.read_job(plan_of(tmp_path).steps[0].folder)
+    assert record is not None
+    assert record.id is None
+    (fake / "jobs.json").write_text(json.dumps({"41": {"state": "PENDING", "reason": "", "comment": record.token}}))
+    found = run_plan(plan_of(tmp_path))
+    assert [one.job for one in found if not one.new] == ["41"]
+
+
 def test_without_sbatch_nothing_is_written(tmp_path: Path) -> None:
     path = tmp_path / "bin"
     path.mkdir()

@@ -242,6 +242,9 @@ def sbatch_line(path: Path, after: Sequence[str], token: str) -> list[str]:
 
 
 def refused(step: Step, plan: Plan, reason: str) -> LaunchError:
+    """What Slurm said against a job; a user's mistake, unless Slurm itself could not be reached."""
+    if "contact slurm controller" in reason or "Socket timed out" in reason:
+        return LaunchError(f"{step.label}: Slurm cannot be reached: {reason}; try again when scontrol ping answers")
     asked = " ".join(resources(STAGES[step.stage], plan.cluster))
     error = LaunchError(
         f"{step.label}: Slurm refused the job: {reason}",

@@ -82,8 +82,8 @@ LogFile=$LAB/log/slurmdbd.log
 PidFile=$LAB/pid/slurmdbd.pid
 C
   )
-  slurmdbd; wait_for bash -c '</dev/tcp/127.0.0.1/$((PORT+19))'
+  slurmdbd; wait_for bash -c "</dev/tcp/127.0.0.1/$((PORT+19))"
 fi
-slurmctld -c; wait_for bash -c '</dev/tcp/127.0.0.1/$((PORT+17))'
+slurmctld -c; wait_for bash -c "</dev/tcp/127.0.0.1/$((PORT+17))"
 for i in $(seq $N); do "$(dirname "$0")/node.sh" up node$i; done
 wait_for bash -c "[ \$(sinfo -h -p main -N -t idle -o %n | wc -l) = $N ]"
