@@ -107,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("words", nargs="*", metavar="RECIPE|key=value", help="default: what the checkpoint was made with")
     evaluation(sub, required=True)
     where(sub)
+    sub.set_defaults(dry_run=False)
     return top
 
 

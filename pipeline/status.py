@@ -49,6 +49,7 @@ class Row:
     launcher: str
     node: str
     seconds: float  # of this attempt
+    elapsed: str  # the same as people read it; of a running job Slurm's own
     limit: str  # of the job
     done: int
     total: int
@@ -124,6 +125,7 @@ def _row(folder: Path, job: Job | None, before: dict[Path, Row]) -> Row:
         launcher=record.launcher if record else "local",
         node=(job.node if job and job.live else "") or (owner.host if owner else progress.host if progress else ""),
         seconds=progress.seconds if progress else 0.0,
+        elapsed=job.elapsed if job and job.state == "RUNNING" else clock(progress.seconds) if progress else "",
         limit=job.limit if job else "",
         done=progress.done if progress else 0,
         total=progress.total if progress else 0,
@@ -193,11 +195,11 @@ def _inputs(folder: Path, before: dict[Path, Row]) -> list[Row]:
 
 # ---------------------------------------------------------------- shown
 
-HEADINGS = ("state", "step", "job", "node", "time", "limit", "progress", "again", "")
+HEADINGS = ("state", "step", "job", "node", "time", "limit", "progress", "restarts", "")
 
 
 def show(rows: Sequence[Row], troubles: Sequence[str] = ()) -> str:
-    """The table as text: a line a step, its reasons under it, and the log of what failed."""
+    """The table as text: a line a step; under it why it waits or failed, and the log of what has begun."""
     lines = [f"note: {text}" for text in troubles]
     cells = [
         (
@@ -205,7 +207,7 @@ def show(rows: Sequence[Row], troubles: Sequence[str] = ()) -> str:
             row.step,
             row.job or "",
             row.node,
-            clock(row.seconds) if row.seconds else "",
+            row.elapsed,
             row.limit,
             f"{row.done}/{row.total}" if row.total else "",
             str(row.restarts) if row.restarts else "",
@@ -221,7 +223,7 @@ def show(rows: Sequence[Row], troubles: Sequence[str] = ()) -> str:
         row = rows[number - 1] if number else None
         if row:
             lines += [f"{'':<{widths[0]}}  {reason}" for reason in row.reasons if reason]
-            if row.state in ("failed", "lost"):
+            if row.state in (*ACTIVE, "failed", "lost", "stopped", "ending"):
                 lines.append(f"{'':<{widths[0]}}  log: {row.log}")
     return "\n".join(lines)
 

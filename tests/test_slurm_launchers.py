@@ -588,6 +588,20 @@ def test_cancel_ends_what_is_queued_and_leaves_the_rest(tmp_path: Path, fake: Pa
     assert "nothing is under way" in run_cli(*words).stdout
 
 
+@pytest.mark.parametrize(("answer", "code", "left"), [("n", 130, 7), ("", 130, 7), ("y", 0, 0)])
+def test_cancel_asks_at_a_terminal(tmp_path: Path, fake: Path, answer: str, code: int, left: int) -> None:
+    run_plan(plan_of(tmp_path))
+    terminal, keyboard = os.openpty()
+    os.write(terminal, f"{answer}\n".encode())
+    words = [sys.executable, "-m", "pipeline", "cancel", "--runs", str(tmp_path / "runs")]
+    done = subprocess.run(words, cwd=ROOT, stdin=keyboard, capture_output=True, text=True, timeout=60)
+    os.close(terminal)
+    os.close(keyboard)
+    assert "end these 7 steps? what is done stays [y/N]" in done.stdout
+    assert done.returncode == code
+    assert sum(job["state"] == "PENDING" for job in jobs(fake).values()) == left
+
+
 def test_a_step_that_does_not_exist_is_told(tmp_path: Path, fake: Path) -> None:
     run_plan(plan_of(tmp_path))
     done = run_cli("logs", "gpro", "--runs", str(tmp_path / "runs"))

@@ -10,6 +10,7 @@ has saved, and hands the same command back; submitit then requeues the job.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -91,9 +92,10 @@ def submit(step: Step, plan: Plan, after: Sequence[str], record: JobRecord) -> J
     extra: dict[str, str | bool] = {key: value or True for key, value in asked.items() if key not in options}
     extra |= {"requeue": True, "kill-on-invalid-dep": "yes", "comment": record.token}
     extra |= {"dependency": f"afterok:{':'.join(after)}"} if after else {}
-    executor = submitit.SlurmExecutor(step.folder / JOBS, max_num_timeout=FOR_EVER)
+    python = shlex.quote(f"{slurm.venv}/bin/python") if slurm.venv else None  # None: the one that submits
+    executor = submitit.SlurmExecutor(step.folder / JOBS, max_num_timeout=FOR_EVER, python=python)
     setup = [f"module load {' '.join(slurm.modules)}"] * bool(slurm.modules)
-    setup += [f"export {key}={value}" for key, value in slurm.environment.items()]
+    setup += [f"export {key}={shlex.quote(value)}" for key, value in slurm.environment.items()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         executor.update_parameters(
