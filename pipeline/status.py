@@ -40,7 +40,8 @@ ENDS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A step. `state`: waiting, queued, starting, running, saving, ending, done, stopped, failed, cancelled, lost."""
+    """A step. `state`: waiting, queued, starting, running, saving, ending, done, stopped, failed, cancelled, lost
+    (gone without a word), unknown (Slurm cannot be asked)."""
 
     step: str  # tiny/grpo-1a2b3c4d5e
     state: str
@@ -81,7 +82,7 @@ def table(runs: Path, recipes: Sequence[str] = (), *, everything: bool = False) 
     jobs, troubles = _jobs(records)
     rows: dict[Path, Row] = {}
     for folder in folders:
-        rows[folder] = _row(folder, jobs.get(folder), rows)
+        rows[folder] = _row(folder, jobs.get(folder), rows, asked=not troubles)
     return list(rows.values()), troubles
 
 
@@ -105,9 +106,12 @@ def _jobs(records: dict[Path, JobRecord]) -> tuple[dict[Path, Job], list[str]]:
     return {folder: job for folder, job in found.items() if job}, []
 
 
-def _row(folder: Path, job: Job | None, before: dict[Path, Row]) -> Row:
+def _row(folder: Path, job: Job | None, before: dict[Path, Row], *, asked: bool) -> Row:
     progress, owner, record = read_progress(folder), read_owner(folder), read_job(folder)
-    state, reasons = _state(folder, progress, job, record)
+    if record and not asked and not is_done(folder):
+        state, reasons = "unknown", [f"its last word: {progress.state}" if progress else "given to Slurm"]
+    else:
+        state, reasons = _state(folder, progress, job, record)
     inputs = _inputs(folder, before)
     if state == "queued" and job and job.reason == "Dependency":
         waiting = [_label(row) for row in inputs if row.state != "done"]
@@ -140,31 +144,29 @@ def _row(folder: Path, job: Job | None, before: dict[Path, Row]) -> Row:
 
 
 def _state(folder: Path, progress: Progress | None, job: Job | None, record: JobRecord | None) -> tuple[str, list[str]]:
+    """A step's state and the reasons for it: what Slurm says of a job that lives, else what the step itself has said."""
     if is_done(folder):
         return "done", []
-    told = list(progress.problems) if progress and progress.state in ("failed", "stopped") else []
-    if job and job.live:
-        if job.state == "RUNNING":
-            mine = progress and progress.state in ACTIVE and (owner := read_owner(folder)) and owner.job == job.id
-            return (progress.state if progress and mine else "starting"), []
-        if job.state == "COMPLETING":
-            return "ending", told
-        return "queued", ["" if job.reason in ("", "None") else _pending(job)]
     owner = read_owner(folder)
-    if progress and progress.state in ACTIVE and owner and not owner.job and is_alive(owner):
-        return progress.state, []
-    if progress and progress.state in ("failed", "stopped") and not (job and job.state == "CANCELLED"):
-        return progress.state, told
+    working = progress.state if progress and progress.state in ACTIVE else None
+    ended = progress.state if progress and progress.state in ("failed", "stopped") else None
+    told = list(progress.problems) if progress and ended else []
+    if job and job.state == "RUNNING":
+        return (working if working and owner and owner.job == job.id else "starting"), []
+    if job and job.live:
+        return ("ending", told) if job.state == "COMPLETING" else ("queued", [_pending(job)])
+    if working and owner and not owner.job and is_alive(owner):
+        return working, []
+    if ended and not (job and job.state == "CANCELLED"):
+        return ended, told
     if job:
-        ended = {"CANCELLED": "cancelled"}.get(job.state, "failed")
         code = f"; exit code {job.exit_code}" if job.exit_code not in ("", "0:0", "0") else ""
-        return ended, [f"{ENDS.get(job.state, 'ended without a word, see its log')} ({job.state}{code})", *told]
+        why = f"{ENDS.get(job.state, 'ended without a word, see its log')} ({job.state}{code})"
+        return "cancelled" if job.state == "CANCELLED" else "failed", [why, *told]
     if record is None and progress is None:
         return "waiting", []
-    if progress and progress.state in ("failed", "stopped"):
-        return progress.state, told
     who = f"Slurm job {record.id or '(not taken)'}" if record else str(owner) if owner else "its process"
-    gone = "and it never started" if progress is None else "without a word: killed, out of memory or its node is off"
+    gone = "without a word: killed, out of memory, or its node is off" if progress else "and it never started"
     return "lost", [f"{who} is gone {gone}; the same run command goes on"]
 
 

@@ -374,6 +374,7 @@ def test_a_controller_that_is_down_is_told(tmp_path: Path, fake: Path) -> None:
     told = run_cli("status", "--runs", str(tmp_path / "runs"))
     assert told.returncode == 0
     assert "note: squeue cannot be asked" in told.stdout
+    assert set(states(tmp_path / "runs").values()) == {"unknown"}  # not lost: nobody knows
 
 
 def test_inputs_that_nobody_makes_are_told(tmp_path: Path, fake: Path) -> None:
