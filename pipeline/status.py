@@ -144,7 +144,7 @@ def _row(folder: Path, job: Job | None, before: dict[Path, Row], *, asked: bool)
 
 
 def _state(folder: Path, progress: Progress | None, job: Job | None, record: JobRecord | None) -> tuple[str, list[str]]:
-    """A step's state and the reasons for it: what Slurm says of a job that lives, else what the step itself has said."""
+    """A step's state and why: what Slurm says of a job that lives, else what the step itself has said last."""
     if is_done(folder):
         return "done", []
     owner = read_owner(folder)
