@@ -96,6 +96,9 @@ def run_main(main: Callable[[], int | None]) -> None:
     except PipelineError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         code = error.exit_code
+    except BrokenPipeError:  # `… | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except OSError as error:
         sentence = explain_disk(error)
         if sentence is None:

@@ -23,6 +23,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from pipeline.modeling import as_list
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -102,8 +104,7 @@ def cache_for(device: torch.device) -> str | None:
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a turn: the tokenizer's and those of the model's generation config."""
     listed = model.generation_config.eos_token_id if model.generation_config else None
-    ids = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
-    return sorted({tokenizer.eos_token_id, *ids})
+    return sorted({tokenizer.eos_token_id, *as_list(listed)})
 
 
 def _completion(ids: list[int], tokenizer: PreTrainedTokenizerBase, stops: set[int]) -> Completion:

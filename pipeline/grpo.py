@@ -17,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 from pipeline import distributed
 from pipeline.artifact import Artifact
 from pipeline.errors import RecipeError
-from pipeline.generation import cache_for
+from pipeline.generation import cache_for, stop_ids
 from pipeline.modeling import device, load_tokenizer, prefills_thought, prompt_lengths
 from pipeline.recipe import Recipe
 from pipeline.rewards.reward import RewardFunction, find_rewards, make_sample
@@ -41,13 +41,15 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     kept = [k for k, length in enumerate(lengths) if length <= settings.max_prompt_length]
     require_rows(len(kept), "GRPO prompts", f"grpo.max_prompt_length {settings.max_prompt_length} tokens")
 
-    # ---- rewards
+    # ---- the model, rewards
+    runtime.progress.update(note="loading the model")
     task = task_of(recipe.task, recipe.seed)
     functions, problems = find_rewards(settings.rewards)
     if problems:
         raise RecipeError(*problems)
-    stop_ids = {tokenizer.eos_token_id, tokenizer.pad_token_id}
-    rewards = [_for_trl(task, name, f, prefills_thought(tokenizer), stop_ids) for name, f in functions.items()]
+    model = trainable(recipe, checkpoint, layout)
+    stops = {*stop_ids(model, tokenizer), tokenizer.pad_token_id}
+    rewards = [_for_trl(task, name, f, prefills_thought(tokenizer), stops) for name, f in functions.items()]
 
     # ---- the trainer
     shared = arguments(recipe, settings.optimizer, layout, sizes, out, runtime)
@@ -70,8 +72,6 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         cache_implementation=cache_for(device()),
         reward_weights=[reward.weight for reward in settings.rewards.values()],
     )
-    runtime.progress.update(note="loading the model")
-    model = trainable(recipe, checkpoint, layout)
     trainer = GRPOTrainer(
         model, reward_funcs=rewards, args=config, train_dataset=rows.select(kept), processing_class=tokenizer
     )

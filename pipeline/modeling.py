@@ -8,6 +8,7 @@ where no hub can be reached.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,7 +32,15 @@ from pipeline.artifact import Checkpoint, find_checkpoint
 from pipeline.errors import ArtifactError, RecipeError
 from pipeline.recipe import Lora, Model, Scratch
 
-TEMPLATES = {"think": Path(__file__).parent / "chat_templates" / "think.jinja"}
+OURS = Path(__file__).parent / "chat_templates"
+TRL = Path(importlib.util.find_spec("trl").origin or "").parent / "chat_templates"  # type: ignore[union-attr]
+# of the families TRL ships the real templates, and of R1-Distill's one that does not delete thoughts
+FAMILIES = ("deepseek_r1_distill", "llama3", "phi3_5", "qwen2_5")
+TEMPLATES = {
+    **{name: OURS / f"{name}.jinja" for name in ("think", "chatml")},
+    **{name: TRL / f"{name}_training.jinja" for name in FAMILIES},
+}
+PADS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|fim_pad|>", "<|vision_pad|>", "<|endoftext|>")
 SPECIAL = {"pad_token": "<|pad|>", "eos_token": "<|end|>"}
 ROLES = ["<|user|>", "<|assistant|>", "<|system|>"]
 TAGS = ["<think>", "</think>"]
@@ -41,7 +50,11 @@ TAGS = ["<think>", "</think>"]
 
 
 def load_tokenizer(checkpoint: Checkpoint, model: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint with the recipe's chat template; pad differs from eos, padding is left."""
+    """The tokenizer of a checkpoint with the recipe's chat template.
+
+    Its eos token is what ends a turn in that template (Phi-3.5's own is another); pad is another token than eos where
+    the vocabulary has one; padding is left.
+    """
     with _hub_errors(checkpoint.tokenizer):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer, revision=_revision(checkpoint, model))
     if model.chat_template:
@@ -51,10 +64,29 @@ def load_tokenizer(checkpoint: Checkpoint, model: Model) -> PreTrainedTokenizerB
             f"model.chat_template: null, and the tokenizer of {checkpoint.tokenizer} has none; "
             f"use one of {', '.join(TEMPLATES)} or the path of a .jinja file"
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.eos_token = end_of_turn(tokenizer)
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        known = tokenizer.get_vocab()
+        spare = (pad for pad in PADS if pad in known and pad != tokenizer.eos_token)
+        tokenizer.pad_token = next(spare, tokenizer.eos_token)
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The token that follows an assistant's words in the chat template: what a model stops at."""
+    words = "Therefore"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}]
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    after = tokenizer(text[text.rindex(words) + len(words) :], add_special_tokens=False)["input_ids"]
+    if after and after[0] in tokenizer.added_tokens_decoder:
+        return str(tokenizer.convert_ids_to_tokens(after[0]))
+    if tokenizer.eos_token is None:
+        raise RecipeError(
+            "model.chat_template: an assistant's turn ends in no special token, and the tokenizer has no eos token; "
+            f"use one of {', '.join(TEMPLATES)} or a template that ends each turn with one"
+        )
+    return str(tokenizer.eos_token)
 
 
 def read_template(name: str) -> str:
@@ -92,7 +124,8 @@ def encode_rows(
     """Tokens and labels of prompt/completion conversations.
 
     The loss falls on what the model itself will have to write: the tokens of the assistant's turn that come after
-    the generation prompt, its stop token included; -100 elsewhere.
+    the generation prompt, its stop token included; -100 elsewhere. What a template writes after the stop token is
+    left out: a model is never asked for it.
     Raises RecipeError where the chat format writes a prompt differently in training than for generation.
     """
     before = prompt_ids(tokenizer, prompts)
@@ -106,8 +139,14 @@ def encode_rows(
                 f"({tokenizer.decode(start)[-60:]!r} against {tokenizer.decode(ids)[:60]!r}…); use a template whose "
                 "assistant turn begins as its generation prompt does"
             )
+        ids = ids[: _stop(ids, len(start), tokenizer.eos_token_id)]
         rows.append({"input_ids": list(ids), "labels": [-100] * len(start) + list(ids[len(start) :])})
     return rows
+
+
+def _stop(ids: list[int], start: int, eos: int) -> int:
+    """Where a row ends: after the first stop token of its answer."""
+    return next((k + 1 for k in range(start, len(ids)) if ids[k] == eos), len(ids))
 
 
 # ---------------------------------------------------------------- precision
@@ -171,8 +210,8 @@ def load_model(
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """ArtifactError where the tokenizer belongs to another model."""
     rows = model.get_input_embeddings().num_embeddings
-    listed = model.config.get_text_config().eos_token_id
-    stops = [listed] if isinstance(listed, int) else list(listed or [])
+    generation = model.generation_config.eos_token_id if model.generation_config else None
+    stops = sorted({*as_list(model.config.get_text_config().eos_token_id), *as_list(generation)})
     problems = []
     if len(tokenizer) > rows:
         problems.append(f"it has {len(tokenizer)} tokens, the model embeds {rows}")
@@ -183,6 +222,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, 
             f"checkpoint {checkpoint.adapter or checkpoint.base}: the tokenizer in {checkpoint.tokenizer} is of "
             f"another model: {' and '.join(problems)}; copy the tokenizer files the model was trained with there"
         )
+
+
+def as_list(ids: int | list[int] | None) -> list[int]:
+    """Configurations name one stop token, several, or none."""
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def add_lora(base: PreTrainedModel, lora: Lora, *, keep_dtype: bool) -> PeftModel:

@@ -57,6 +57,17 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
         assert name in told
 
 
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    """python -m pipeline list | head -1"""
+    words = [sys.executable, "-u", "-m", "pipeline", "list"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize("what", ["empty", "half-written", "of another tokenizer"])
 def test_a_bad_checkpoint_is_named(nano: Path, tmp_path: Path, what: str) -> None:
     folder = tmp_path / "checkpoint"

@@ -179,6 +179,7 @@ def test_the_tokenizer_of_another_model_is_noticed(folder: Path, tmp_path: Path)
     other.save_pretrained(tmp_path / "mixed")
     config = json.loads((tmp_path / "mixed" / "config.json").read_text())
     (tmp_path / "mixed" / "config.json").write_text(json.dumps({**config, "eos_token_id": 7}))
+    (tmp_path / "mixed" / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
     checkpoint = find_checkpoint(str(tmp_path / "mixed"))
     model = load_model(checkpoint, MODEL, dtype=torch.float32)
     with pytest.raises(ArtifactError) as caught:
