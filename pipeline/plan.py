@@ -233,18 +233,18 @@ def evaluation_plan(
     made_by = _step_of(Path(checkpoint))
     values: list[Path | dict[str, Any]]
     if names:
-        values = [CONFIGS / "base.yaml", find_yaml(names[0], "recipe", CONFIGS, recipe_names())]
+        file = find_yaml(names[0], "recipe", CONFIGS, recipe_names())
+        values, name = [CONFIGS / "base.yaml", file], file.stem
     elif made_by:
-        values = [made_by[1]["recipe"]]
+        values, name = [made_by[1]["recipe"]], made_by[1]["recipe"]["name"]
     else:
-        values = [CONFIGS / "base.yaml", {"model": {"name": checkpoint}}]
-    name = names[0] if names else made_by[1]["recipe"]["name"] if made_by else "base"
+        values, name = [CONFIGS / "base.yaml", {"model": {"name": checkpoint}}], "base"
     if task is not None:
         overrides.append(f"task.name={task}")
         if made_by and task != made_by[1]["recipe"]["task"]["name"]:
             values.append({"task": {"source": "auto", "path": None, "params": None}})
             overrides.append("task.params={}")
-    recipe, problems = read_typed(Recipe, values, overrides, {"name": Path(name).stem})
+    recipe, problems = read_typed(Recipe, values, overrides, {"name": name})
     where, found = read_cluster(cluster, for_cluster)
     if recipe is not None:
         found = [*found, *_task_problems(recipe)]
