@@ -176,11 +176,13 @@ def submit_command(args: argparse.Namespace, plan: Plan) -> int:
         else:
             _show_metrics(plan.steps[0])
         return 0
-    if problems := not_fetched([step.recipe for step in plan.to_run], plan.cluster):
+    problems = not_fetched([step.recipe for step in plan.to_run], plan.cluster)
+    if problems and not args.dry_run:
         raise PlanError(*problems)
     submit = submitit.submit if plan.cluster.launcher == "submitit" else chain.sbatch
     if args.dry_run:
         print(chain.show_dry_run(chain.run_plan(plan, dry_run=True), plan))
+        print("".join(f"note: {problem}\n" for problem in problems), end="", file=sys.stderr)
         return 0
     submissions = chain.run_plan(plan, submit)
     print(chain.show(submissions))
