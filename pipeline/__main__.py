@@ -82,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
         where(sub)
         sub.add_argument("--stages", default="", metavar="A,B", help=f"only these: {', '.join(STAGES)}")
         sub.add_argument("--skip-sft", action="store_true", help="GRPO from the base model (grpo.start=base)")
+        sub.add_argument("--rehearse", action="store_true", help="the same in small: every wire tried, no result")
         if name == "run":
             sub.add_argument(
                 "--dry-run", action="store_true", help="print the plan, or the batch scripts, and start nothing"
@@ -143,7 +144,15 @@ def _plan(args: argparse.Namespace, changes: Sequence[str] = ()) -> Plan:
     stages = [stage for stage in args.stages.split(",") if stage]
     cluster, more = cluster_of(args)
     overrides = [*changes, *more, *overrides]
-    return make_plan(names, overrides, cluster=cluster, stages=stages, skip_sft=args.skip_sft, runs=args.runs)
+    return make_plan(
+        names,
+        overrides,
+        cluster=cluster,
+        stages=stages,
+        skip_sft=args.skip_sft,
+        rehearse=args.rehearse,
+        runs=args.runs,
+    )
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -264,6 +273,7 @@ def _typed(args: argparse.Namespace) -> str:
     """The run that was asked for, to be typed again: every word but --stages and --dry-run."""
     words = list(args.words)
     words += ["--skip-sft"] if args.skip_sft else []
+    words += ["--rehearse"] if args.rehearse else []
     words += ["--launcher", args.launcher] if args.launcher else []
     words += ["--cluster", args.cluster] if args.cluster else []
     words += ["--nodes", str(args.nodes)] if args.nodes else []
@@ -352,7 +362,7 @@ def cancel_command(args: argparse.Namespace) -> int:
 def fetch_command(args: argparse.Namespace) -> int:
     from pipeline.fetch import fetch
 
-    args.stages, args.skip_sft = "", False
+    args.stages, args.skip_sft, args.rehearse = "", False, False
     plan = _plan(args)
     for line in fetch([step.recipe for step in plan.steps], plan.cluster):
         print(line)

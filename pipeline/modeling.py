@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Qwen2Config,
 )
 
 from pipeline.answers import OPEN
@@ -275,10 +276,13 @@ def make_scratch(scratch: Scratch, texts: Iterable[str], template: str, out: Pat
     Returns the number of parameters. Byte-level BPE over words with their leading space, so any text can be
     read; words that are frequent in the task become one token.
     """
-    tokenizer = train_tokenizer(texts, scratch.vocabulary)
-    tokenizer.chat_template = read_template(template)
+    format_ = read_template(template)
+    tokenizer = train_tokenizer(texts, scratch.vocabulary, special_in(format_))
+    tokenizer.chat_template = format_
+    tokenizer.eos_token = end_of_turn(tokenizer)
     tokenizer.model_max_length = scratch.context
-    config = Qwen2Config(
+    config = AutoConfig.for_model(
+        scratch.architecture,
         vocab_size=-(-len(tokenizer) // 16) * 16,  # matrix sides that are multiples of 16 are faster
         hidden_size=scratch.hidden_size,
         num_hidden_layers=scratch.layers,
@@ -300,8 +304,16 @@ def make_scratch(scratch: Scratch, texts: Iterable[str], template: str, out: Pat
     return int(model.num_parameters())
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most `vocabulary` tokens, the same for the same texts."""
+def special_in(template: str) -> list[str]:
+    """The special tokens that a chat template writes, in their order."""
+    return list(dict.fromkeys(re.findall(r"<[|｜][^<>{}'\"\s]+[|｜]>", template)))
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int, special: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most `vocabulary` tokens, the same for the same texts.
+
+    `special` are tokens of a chat template beside our own; one that begins a text becomes the bos token.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -314,10 +326,11 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[*SPECIAL.values(), *ROLES],
+        special_tokens=list(dict.fromkeys([*SPECIAL.values(), *ROLES, *special])),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL, additional_special_tokens=ROLES)
+    roles = list(dict.fromkeys([*ROLES, *special]))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL, additional_special_tokens=roles)

@@ -22,11 +22,13 @@ from pipeline.errors import PlanError, RecipeError, did_you_mean
 from pipeline.files import read_json
 from pipeline.fingerprint import describe_drift, file_identity, fingerprint, plain
 from pipeline.recipe import CONFIGS, Recipe, find_yaml, local_files, read, read_typed, recipe_names
+from pipeline.rehearsal import rehearsal_of
 from pipeline.rewards.reward import find_rewards
 from pipeline.stage import STAGES, Order
 from pipeline.tasks.task import make_task, resolved_params, split_problems, task_of
 
 RUNS = Path("runs")
+REHEARSED = ("sft.per_device_batch_size=auto", "grpo.per_device_batch_size=auto", "save_steps=2", "logging_steps=1")
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def make_plan(
     cluster: str = "local",
     stages: Sequence[str] = (),
     skip_sft: bool = False,
+    rehearse: bool = False,
     runs: Path = RUNS,
 ) -> Plan:
     """The plan for these recipes; RecipeError or PlanError with every problem.
@@ -105,7 +108,7 @@ def make_plan(
         raise PlanError(*(f"unknown stage {stage!r}; {did_you_mean(stage, STAGES)}" for stage in unknown))
     if skip_sft:
         overrides = [*overrides, "grpo.start=base"]
-    recipes, where = _resolve(names, overrides, cluster)
+    recipes, where = _resolve(names, overrides, cluster, rehearse)
     steps: list[Step] = []
     for recipe in recipes:
         steps += _recipe_steps(recipe, runs)
@@ -117,7 +120,9 @@ def make_plan(
     return plan
 
 
-def _resolve(names: Sequence[str], overrides: Sequence[str], cluster: str) -> tuple[list[Recipe], Cluster]:
+def _resolve(
+    names: Sequence[str], overrides: Sequence[str], cluster: str, rehearse: bool
+) -> tuple[list[Recipe], Cluster]:
     """Typed recipes and cluster, everything that is wrong with any of them reported at once."""
     problems: list[str] = []
     for_recipe, for_cluster = _of_recipe_and_cluster(overrides)
@@ -125,7 +130,7 @@ def _resolve(names: Sequence[str], overrides: Sequence[str], cluster: str) -> tu
         for_cluster.append(f"processes={processes}")
     where = None
     try:
-        where, found = read_cluster(cluster, for_cluster)
+        where, found = read_cluster(cluster, [*for_cluster, *(REHEARSED if rehearse else ())])
         problems += found
     except RecipeError as error:
         problems += error.problems
@@ -133,6 +138,9 @@ def _resolve(names: Sequence[str], overrides: Sequence[str], cluster: str) -> tu
     for name in dict.fromkeys(names):
         try:
             recipe, found = read(name, for_recipe)
+            if recipe is not None and rehearse and not _task_problems(recipe):
+                recipe = rehearsal_of(recipe, where)
+                found = recipe.problems()
         except RecipeError as error:
             problems += error.problems
             continue

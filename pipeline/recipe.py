@@ -26,7 +26,7 @@ Even = Annotated[int, Check("a whole number ≥ 2", lambda v: v >= 2)]
 class Scratch:
     """A model made from nothing: its tokenizer is trained on the task's text, its weights are random."""
 
-    architecture: Literal["qwen2"]
+    architecture: Literal["qwen2", "llama", "phi3"]
     vocabulary: Positive  # at most this many tokens
     hidden_size: Positive
     layers: Positive
@@ -155,6 +155,7 @@ class Recipe:
     """All of it, resolved. `name` is where it came from and is not part of its identity."""
 
     name: str
+    rehearsal: bool  # a shrunken copy by --rehearse: its figures are no result
     seed: Count
     model: Model
     lora: Lora
@@ -214,7 +215,7 @@ class Recipe:
         for name, tokens in longest.items():
             if tokens > scratch.context:
                 found.append(f"{name}: {tokens} tokens do not fit model.scratch.context {scratch.context}")
-        if self.model.quantization != "none":
+        if self.model.quantization != "none" and not self.rehearsal:
             found.append("model.quantization: a model from scratch has nothing to quantize; use none")
         return found
 

@@ -176,6 +176,7 @@ def _artifact(order: Order, folder: Path, metrics: dict[str, Any], started: floa
             "seconds": ended - started,
             "processes": world,
             "cluster": order.cluster.name,
+            "rehearsal": order.recipe.rehearsal,  # of a shrunken model: no figure of it is a result
             "versions": versions(),
             "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",

@@ -84,6 +84,10 @@ class Task(ABC):
     def is_well_formed(self, completion: str, prefilled: bool) -> bool:
         """Whether the completion keeps the form the task asks for, whatever it says."""
 
+    def rehearsal(self) -> dict[str, Any]:
+        """Params that leave a few dozen rows of every kind."""
+        return {}
+
     def messages(self, example: Example) -> list[Message]:
         """The conversation that asks the question."""
         return [{"role": "user", "content": example.question}]

@@ -156,6 +156,11 @@ class Corr2Cause(Task):
             found.append("task.params.phases: empty; list at least one, such as {n: [3, 4], rows: 1000}")
         return found
 
+    def rehearsal(self) -> dict[str, Any]:
+        phase = {"n": [3, 4], "rows": 48, "traces": 1.0, "shuffled": 0.0}
+        few = {"grpo_rows": 32, "validation_rows": 0, "test_rows": 12, "perturbed_rows": 6}
+        return {"n": [4], "validation_classes": 0.0, "test_classes": 0.4, "phases": [phase], **few}
+
     def split_names(self) -> list[str]:
         perturbed = ["paraphrased", "refactored"] if self.source == "generated" else []
         return ["test", *perturbed, "validation"]

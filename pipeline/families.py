@@ -1,0 +1,39 @@
+"""What a model is before it is downloaded: its `config.json`, of the local cache, of a folder, or bundled.
+
+    config = model_config("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B")     a dict, or None where nobody knows
+
+Bundled are the configurations of the recipes' models, in configs/models/: sizes and nothing else, written from the
+models' cards; tests compare their parameter counts with the published ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import read_json
+from pipeline.recipe import CONFIGS, Model
+
+BUNDLED = CONFIGS / "models"
+
+
+def model_config(model: Model) -> dict[str, Any] | None:
+    """The configuration of a recipe's base model, without network and without torch."""
+    folder = Path(model.name)
+    if folder.is_dir():
+        return _dict(read_json(folder / "config.json"))
+    bundled = _dict(read_json(BUNDLED / f"{model.name.replace('/', '--')}.json"))
+    return bundled or _cached(model)
+
+
+def _cached(model: Model) -> dict[str, Any] | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    if model.name.count("/") != 1:
+        return None
+    path = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
+    return _dict(read_json(Path(path))) if isinstance(path, str) else None
+
+
+def _dict(value: Any) -> dict[str, Any] | None:
+    return value if isinstance(value, dict) else None

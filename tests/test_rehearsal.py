@@ -1,0 +1,98 @@
+"""--rehearse: every recipe runs from rows to report in small, with its own wires, and is never taken for a result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from running import only, run_cli
+
+from pipeline.artifact import open_artifact
+from pipeline.cluster import cluster_names
+from pipeline.errors import RecipeError
+from pipeline.families import BUNDLED, model_config
+from pipeline.files import read_json
+from pipeline.plan import make_plan
+from pipeline.recipe import Recipe, read, recipe_names
+
+PUBLISHED = {  # parameters, from the models' cards
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": 7_615_616_512,
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": 8_030_261_248,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B": 32_763_876_352,
+    "microsoft/Phi-3.5-mini-instruct": 3_821_079_552,
+}
+
+
+def recipe_of(name: str) -> Recipe:
+    recipe, problems = read(name)
+    assert recipe is not None, problems
+    return recipe
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_what_a_model_is_is_known_without_the_hub(name: str) -> None:
+    """The bundled configuration gives exactly the published number of parameters."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = recipe_of(name).model
+    if model.scratch:
+        assert model_config(model) is None
+        return
+    config = model_config(model)
+    assert config is not None
+    values = {key: value for key, value in config.items() if key != "architectures"}
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+    assert type(empty).__name__ == config["architectures"][0]
+    assert sum(weights.numel() for weights in empty.parameters()) == PUBLISHED[model.name]
+
+
+def test_no_configuration_is_bundled_that_no_recipe_names() -> None:
+    named = {recipe_of(name).model.name.replace("/", "--") for name in recipe_names()}
+    assert {path.stem for path in BUNDLED.glob("*.json")} <= named
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_can_be_rehearsed_with_its_own_wires(name: str, tmp_path: Path) -> None:
+    full, small = (make_plan([name], rehearse=flag, runs=tmp_path).steps[1].recipe for flag in (False, True))
+    assert small.rehearsal
+    assert small.name == f"{name}-rehearsal"
+    for part in ("quantization", "attention", "dtype"):
+        assert getattr(small.model, part) == getattr(full.model, part)
+    assert small.lora == full.lora
+    assert small.grpo.rewards == full.grpo.rewards
+    assert small.model.chat_template == full.model.chat_template
+    assert small.sft.optimizer.name == full.sft.optimizer.name
+
+
+@pytest.mark.parametrize("cluster", cluster_names())
+def test_a_rehearsal_fits_every_cluster(cluster: str, tmp_path: Path) -> None:
+    for name in recipe_names():
+        make_plan([name], cluster=cluster, rehearse=True, runs=tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name in ("deepseek7b", "phi3.5", "llama8b")])
+def test_a_rehearsal_runs_from_rows_to_report_and_says_what_it_is(name: str, tmp_path: Path) -> None:
+    """One recipe of each architecture: QLoRA in 4 bit, ZeRO-2 for SFT and ZeRO-3 for GRPO, on two processes."""
+    done = run_cli("run", name, "--rehearse", "cluster.processes=2", "--runs", str(tmp_path), timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "REHEARSAL of a shrunken model" in done.stdout
+    runs = tmp_path / f"{name}-rehearsal"
+    for stage, steps in (("sft", 4), ("grpo", 2)):
+        artifact = open_artifact(only(runs, f"{stage}-*"))
+        assert artifact.metrics["steps"] == steps
+        assert artifact.provenance["rehearsal"]
+        assert (artifact.folder / "adapter" / "adapter_model.safetensors").is_file()
+    config = read_json(only(runs, "preprocess-*") / "model" / "config.json")
+    assert config["model_type"] == (model_config(recipe_of(name).model) or {})["model_type"]
+    assert "REHEARSAL" in (only(runs, "report-*") / "report.html").read_text()
+
+
+def test_a_model_that_nobody_knows_cannot_be_rehearsed(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("model: {name: someone/unknown}\n")
+    with pytest.raises(RecipeError, match=r"someone/unknown cannot be rehearsed, its config\.json is neither bundled"):
+        make_plan([str(mine)], rehearse=True, runs=tmp_path)
