@@ -3,7 +3,7 @@
     bash run_pipeline.sh deepseek7b --rehearse          in runs/deepseek7b-rehearsal/, marked wherever it is shown
 
 What stays: the stages, the model's architecture, chat format, quantization, LoRA, ZeRO stages, optimizers, rewards and
-launcher. What shrinks: the model (random weights, a tokenizer of its own), the rows, the steps, the answers and batches.
+launcher. What shrinks: the model (random weights, its own tokenizer), the rows, the steps, the answers and batches.
 """
 
 from __future__ import annotations
