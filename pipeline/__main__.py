@@ -87,6 +87,8 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--dry-run", action="store_true", help="print the plan, or the batch scripts, and start nothing"
             )
+        if name == "plan":
+            sub.add_argument("--memory", action="store_true", help="what each stage needs of a GPU, term by term")
         if name == "prepare":
             evaluation(sub, required=False)
     sub = add("status", status_command, "how far each step is, here and on Slurm")
@@ -208,7 +210,14 @@ def submit_command(args: argparse.Namespace, plan: Plan) -> int:
 
 
 def plan_command(args: argparse.Namespace) -> int:
-    return _show_plan(_plan(args))
+    plan = _plan(args)
+    if not args.memory:
+        return _show_plan(plan)
+    from pipeline.memory import show
+
+    recipes = {step.recipe.name: step.recipe for step in plan.steps}
+    print("\n\n".join(show(recipe, plan.cluster) for recipe in recipes.values()))
+    return 0
 
 
 def _show_plan(plan: Plan) -> int:

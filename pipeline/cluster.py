@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pipeline.recipe import CONFIGS, Recipe, find_yaml, read_typed
-from pipeline.typed import Check, Count, Positive
+from pipeline.typed import Check, Count, Positive, Rate
 
 CLUSTERS = CONFIGS / "clusters"
 DEEPSPEED = Path("deepspeed")
@@ -83,6 +83,7 @@ class Cluster:
     launcher: Literal["local", "slurm", "submitit"]
     nodes: Positive  # of a training stage or an evaluation
     gpus: Count | Literal["auto"]  # of each node; auto: those of this machine
+    gpu_memory: Rate | None  # GB of each GPU, for the memory planner
     processes: Positive | Literal["auto"]  # of each node; auto: one a GPU, on a CPU one a core, two at most
     threads: Positive | Literal["auto"]  # per process; auto: cores ÷ processes
     sft: TrainingStage

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     **dict.fromkeys(("errors", "typed", "fingerprint", "files"), 0),
     **dict.fromkeys(("recipe", "cluster", "slurm", "artifact", "progress", "runtime", "families"), 1),
-    **dict.fromkeys(("tasks", "rewards", "answers", "metrics", "charts", "rehearsal"), 2),
+    **dict.fromkeys(("tasks", "rewards", "answers", "metrics", "charts", "rehearsal", "memory"), 2),
     **dict.fromkeys(("modeling", "generation", "distributed", "checkpoints", "monitor", "training"), 3),
     "stage": 4,
     **dict.fromkeys(("preprocess", "sft", "grpo", "evaluate", "report"), 5),

@@ -1,0 +1,194 @@
+"""The memory planner against the real thing: published parameter counts, the models' own code without data."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from live_bytes import LiveBytes
+from peft import LoraConfig, get_peft_model
+from running import run_cli
+from test_rehearsal import PUBLISHED
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.cluster import Cluster, cluster_names, read_cluster
+from pipeline.families import model_config
+from pipeline.memory import GIB, LOGITS, Need, Term, adapter_parameters, kept_per_token, needs, shape_of, what_fits
+from pipeline.recipe import Lora, Recipe, read, recipe_names
+
+LORA = Lora(True, 8, 16.0, 0.05, ("all-linear",))
+KINDS = {"qwen2": "qwen1.5b", "llama": "llama8b", "phi3": "phi3.5"}
+
+
+def recipe_of(name: str, *words: str) -> Recipe:
+    recipe, problems = read(name, words)
+    assert recipe is not None, problems
+    return recipe
+
+
+def cluster_of(name: str, *words: str) -> Cluster:
+    cluster, problems = read_cluster(name, words)
+    assert cluster is not None, problems
+    return cluster
+
+
+def config_of(kind: str, **changes: Any) -> dict[str, Any]:
+    config = model_config(recipe_of(KINDS[kind]).model)
+    assert config is not None
+    return {**config, **changes}
+
+
+def empty(config: dict[str, Any], *, lora: Lora | None, checkpointing: bool) -> PreTrainedModel:
+    """The model without data, its attention keeping what FlashAttention keeps."""
+    values = {key: value for key, value in config.items() if key != "architectures"}
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), attn_implementation="live_bytes")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if lora:
+        model.enable_input_require_grads()
+        adapter = LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, adapter).to("meta")
+    model.train()
+    model.config.use_cache = False
+    return model
+
+
+def kept(config: dict[str, Any], tokens: int, *, lora: Lora | None, checkpointing: bool) -> int:
+    """Bytes that are alive between the forward and the backward pass."""
+    model = empty(config, lora=lora, checkpointing=checkpointing)
+    ids = torch.ones((1, tokens), dtype=torch.long, device="meta")
+    gc.collect()
+    with LiveBytes() as live:
+        output = model(input_ids=ids)
+        alive = live.live
+    assert output.logits.shape[1] == tokens
+    return int(alive)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_exactly_the_published_ones(name: str) -> None:
+    config = model_config(replace(recipe_of("deepseek7b").model, name=name))
+    assert config is not None
+    assert shape_of(config).parameters == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_are_exactly_what_peft_adds(kind: str) -> None:
+    config = config_of(kind, num_hidden_layers=2)
+    model = empty(config, lora=LORA, checkpointing=False)
+    added = sum(weights.numel() for name, weights in model.named_parameters() if "lora_" in name)
+    assert adapter_parameters(shape_of(config), LORA) == added
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_keeps_what_the_models_code_keeps(kind: str, lora: Lora | None, checkpointing: bool) -> None:
+    """To the byte: the growth with each layer and token. On this device LoRA's mask and dropped input are float32."""
+    few, many = config_of(kind, num_hidden_layers=2), config_of(kind, num_hidden_layers=4)
+    growth = [
+        kept(many, tokens, lora=lora, checkpointing=checkpointing)
+        - kept(few, tokens, lora=lora, checkpointing=checkpointing)
+        for tokens in (64, 128)
+    ]
+    whole, only_input = kept_per_token(shape_of(few), lora, mask=4, dropped=4, low=4)
+    assert (growth[1] - growth[0]) / 64 / 2 == pytest.approx(only_input if checkpointing else whole, rel=0.01)
+
+
+def test_the_loss_keeps_fourteen_bytes_of_each_logit() -> None:
+    def peak(vocabulary: int, tokens: int) -> int:
+        model = empty(config_of("llama", num_hidden_layers=1, vocab_size=vocabulary), lora=LORA, checkpointing=False)
+        ids = torch.ones((1, tokens), dtype=torch.long, device="meta")
+        with LiveBytes() as live:
+            output = model(input_ids=ids, labels=ids)  # the trainer too holds it, for its metrics
+            output.loss.backward()
+        return int(live.peak)
+
+    growth = [peak(200_000, tokens) - peak(100_000, tokens) for tokens in (128, 256)]
+    assert (growth[1] - growth[0]) / 128 / 100_000 == pytest.approx(LOGITS, rel=0.01)
+
+
+def test_four_bit_weights_are_as_large_as_bitsandbytes_makes_them() -> None:
+    from bitsandbytes.functional import quantize_4bit
+
+    weights = torch.randn(1024, 4096)
+    packed, state = quantize_4bit(weights, quant_type="nf4", compress_statistics=True)
+    measured = packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    assert measured / weights.numel() == pytest.approx(0.5 + 1 / 64 + 4 / (64 * 256), rel=0.001)
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def total(recipe: Recipe, cluster: Cluster) -> dict[str, float]:
+    found = needs(recipe, cluster)
+    assert found is not None
+    return {need.phase: need.total for need in found}
+
+
+@pytest.mark.parametrize("word", ["sft.gradient_checkpointing=true", "sft.deepspeed=zero3", "sft.deepspeed=zero2"])
+def test_what_saves_memory_needs_less(word: str) -> None:
+    plain = ["sft.deepspeed=none", "sft.gradient_checkpointing=false", "sft.per_device_batch_size=2"]
+    before, after = (total(recipe_of("deepseek7b"), cluster_of("a100", *plain, *more)) for more in ([], [word]))
+    assert after["sft"] < before["sft"]
+
+
+@settings(max_examples=20)
+@given(st.sampled_from([name for name in recipe_names() if name != "tiny"]), st.integers(0, 5))
+def test_more_gpus_never_need_more_of_each(name: str, power: int) -> None:
+    def of(gpus: int) -> dict[str, float]:
+        words = [f"gpus={gpus}", "sft.per_device_batch_size=1", "grpo.per_device_batch_size=1"]
+        recipe = recipe_of(name, "sft.global_batch_size=64", "grpo.global_batch_size=64")
+        return total(recipe, cluster_of("h100", *words))
+
+    few, many = of(2**power), of(2 ** (power + 1))
+    assert all(many[phase] <= few[phase] * 1.0001 for phase in few if phase != "grpo, generating")
+
+
+@pytest.mark.parametrize("cluster", [name for name in cluster_names() if name not in ("local", "slurm")])
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name != "tiny"])
+def test_a_remedy_makes_everything_fit(name: str, cluster: str) -> None:
+    recipe, where = recipe_of(name), cluster_of(cluster)
+    remedy = what_fits(recipe, where)
+    gpu = (where.gpu_memory or 0) * GIB
+    if all(need.verdict(gpu) != "does not fit" for need in needs(recipe, where) or []) or not remedy:
+        return
+    changed = recipe_of(name, *(word for word in remedy if not word.startswith("cluster.")))
+    smaller = cluster_of(cluster, *(word.removeprefix("cluster.") for word in remedy if word.startswith("cluster.")))
+    assert all(need.verdict(gpu) != "does not fit" for need in needs(changed, smaller) or [])
+
+
+def test_the_verdict_follows_the_card() -> None:
+    need = Need("sft", (Term("weights", 8 * GIB),))
+    assert [need.verdict(size * GIB) for size in (24, 10, 9)] == ["fits", "tight", "does not fit"]
+
+
+def test_the_table_names_every_term_and_the_remedy() -> None:
+    told = run_cli("plan", "deepseek7b", "--cluster", "2x2080ti", "--memory").stdout
+    for words in (
+        "deepseek7b/sft: ",
+        "weights, nf4 with double quantization",
+        "logits, 1 × 1024 × 152064",
+        "key/value cache",
+    ):
+        assert words in told
+    told = run_cli("plan", "deepseek32b", "--cluster", "2x2080ti", "--memory").stdout
+    assert "does not fit in 11" in told
+    assert "to make it fit: " in told
