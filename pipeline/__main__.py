@@ -1,7 +1,8 @@
 """The command line: python -m pipeline run tiny, or `therefore run tiny`.
 
 run       run what is not done yet, here or on Slurm
-plan      what would run, and why, field by field
+plan      what would run, and why, field by field; --memory: what each stage needs of a GPU
+check     everything that would fail later, known now
 status    how far each step is, here and on Slurm
 logs      what a step has printed; -f goes on
 cancel    end what waits or runs; what is done stays
@@ -74,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     for name, run, about in (
         ("run", run_command, "run what is not done yet"),
         ("plan", plan_command, "what would run, and why"),
+        ("check", check_command, "everything that would fail later, known now"),
         ("prepare", prepare_command, "write orders and print the folders (torchrun by hand and batch scripts do)"),
     ):
         sub = add(name, run, about)
@@ -87,6 +89,8 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--dry-run", action="store_true", help="print the plan, or the batch scripts, and start nothing"
             )
+        if name == "check":
+            sub.add_argument("--audit", action="store_true", help="replay the known exploits against the rewards too")
         if name == "plan":
             sub.add_argument("--memory", action="store_true", help="what each stage needs of a GPU, term by term")
         if name == "prepare":
@@ -168,6 +172,7 @@ def run_command(args: argparse.Namespace) -> int:
     if not plan.to_run:
         print("everything is done already; nothing to run")
     else:
+        _refuse_what_would_fail(plan)
         print(f"{len(plan.to_run)} of {len(plan.wanted)} steps to run, under {plan.runs}/", file=sys.stderr)
         run_plan(plan)
     _show_end(plan, _typed(args))
@@ -176,7 +181,7 @@ def run_command(args: argparse.Namespace) -> int:
 
 def submit_command(args: argparse.Namespace, plan: Plan) -> int:
     """Hand the plan to Slurm, say what was done, and leave."""
-    from pipeline.fetch import not_fetched
+    from pipeline import preflight
     from pipeline.launchers import slurm as chain
     from pipeline.launchers import submitit
 
@@ -187,7 +192,7 @@ def submit_command(args: argparse.Namespace, plan: Plan) -> int:
         else:
             _show_metrics(plan.steps[0])
         return 0
-    problems = not_fetched([step.recipe for step in plan.to_run], plan.cluster)
+    problems, _ = preflight.problems(plan)
     if problems and not args.dry_run:
         raise PlanError(*problems)
     submit = submitit.submit if plan.cluster.launcher == "submitit" else chain.sbatch
@@ -207,6 +212,33 @@ def submit_command(args: argparse.Namespace, plan: Plan) -> int:
     print(f"  python -m pipeline logs {submissions[0].step.label}{runs} -f")
     print(f"  python -m pipeline cancel {names}{runs}      ends what waits or runs; the run command goes on later")
     return 0
+
+
+def check_command(args: argparse.Namespace) -> int:
+    """Everything at once, with what sbatch itself would say."""
+    from pipeline import preflight
+    from pipeline.launchers.slurm import script
+
+    plan = _plan(args)
+    wrong, notes = preflight.problems(plan, audited=args.audit)
+    if plan.cluster.launcher != "local":
+        stages = dict.fromkeys(step.stage for step in plan.to_run)
+        wrong += preflight.refused({stage: script(STAGES[stage], plan.cluster) for stage in stages})
+    print("".join(f"note: {note}\n" for note in notes), end="")
+    if wrong:
+        raise PlanError(*wrong)
+    print(f"{len(plan.to_run)} steps can be run; nothing is known that would stop them")
+    return 0
+
+
+def _refuse_what_would_fail(plan: Plan) -> None:
+    """The checks that cost nothing, at the start of every run."""
+    from pipeline import preflight
+
+    wrong, notes = preflight.problems(plan)
+    if wrong:
+        raise PlanError(*wrong)
+    print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
 
 
 def plan_command(args: argparse.Namespace) -> int:

@@ -15,6 +15,10 @@ from pipeline.files import read_json
 from pipeline.recipe import CONFIGS, Model
 
 BUNDLED = CONFIGS / "models"
+# of these families TRL ships the real templates, and of R1-Distill's one that does not delete thoughts
+FAMILIES = ("deepseek_r1_distill", "llama3", "phi3_5", "qwen2_5")
+OURS = ("think", "chatml")
+TEMPLATE_NAMES = (*OURS, *FAMILIES)
 
 
 def model_config(model: Model) -> dict[str, Any] | None:

@@ -31,14 +31,13 @@ from transformers import (
 from pipeline.answers import OPEN
 from pipeline.artifact import Checkpoint, find_checkpoint
 from pipeline.errors import ArtifactError, RecipeError
+from pipeline.families import FAMILIES, OURS
 from pipeline.recipe import Lora, Model, Scratch
 
-OURS = Path(__file__).parent / "chat_templates"
+HERE = Path(__file__).parent / "chat_templates"
 TRL = Path(importlib.util.find_spec("trl").origin or "").parent / "chat_templates"  # type: ignore[union-attr]
-# of the families TRL ships the real templates, and of R1-Distill's one that does not delete thoughts
-FAMILIES = ("deepseek_r1_distill", "llama3", "phi3_5", "qwen2_5")
 TEMPLATES = {
-    **{name: OURS / f"{name}.jinja" for name in ("think", "chatml")},
+    **{name: HERE / f"{name}.jinja" for name in OURS},
     **{name: TRL / f"{name}_training.jinja" for name in FAMILIES},
 }
 PADS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|fim_pad|>", "<|vision_pad|>", "<|endoftext|>")

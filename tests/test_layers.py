@@ -20,8 +20,9 @@ FLOORS = {
     "stage": 4,
     **dict.fromkeys(("preprocess", "sft", "grpo", "evaluate", "report"), 5),
     **dict.fromkeys(("plan", "status", "fetch"), 6),
-    "launchers": 7,
-    "__main__": 8,
+    "preflight": 7,
+    "launchers": 8,
+    "__main__": 9,
 }
 HEAVY = {"torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "bitsandbytes", "pandas"}
 

@@ -1,0 +1,160 @@
+"""check: a catalogue of what would kill a job later, each told on the login node with its remedy."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from running import run_cli
+
+from pipeline import preflight
+from pipeline.__main__ import command
+from pipeline.errors import PipelineError
+from pipeline.plan import make_plan
+from pipeline.recipe import recipe_names
+
+SEVEN = ["deepseek7b", "--cluster", "2x2080ti", "--launcher", "local"]
+CATALOGUE: list[tuple[list[str], str]] = [
+    # names
+    (["deepsek7b"], "unknown recipe 'deepsek7b' in configs/; did you mean 'deepseek7b'?"),
+    (["tiny", "--cluster", "2x2080"], "unknown cluster '2x2080'"),
+    (["tiny", "sft.learning_rate=1"], "sft.learning_rate: unknown setting"),
+    (["tiny", "sft.optimizer.name=adamw_torc"], "did you mean 'adamw_torch'?"),
+    ([*SEVEN, "grpo.optimizer.schedule=cosin"], "grpo.optimizer.schedule: 'cosin' is none that transformers knows"),
+    (
+        [*SEVEN, "model.chat_template=phi35"],
+        "'phi35' is no file and no known name; did you mean 'phi3_5'?",
+    ),
+    (["tiny", "cluster.sft.deepspeed=zero2_ofload"], "cluster.sft.deepspeed: 'zero2_ofload' is no file of deepspeed/"),
+    (["tiny", "grpo.rewards.corectness.weight=1"], "corectness"),
+    (["tiny", "task.name=gsm9k"], "task.name: unknown task 'gsm9k'"),
+    (["tiny", "evaluate.splits=[tset]"], "has no split 'tset'; did you mean 'test'?"),
+    # types and values
+    (["tiny", "sft.epochs=many"], "sft.epochs: 'many' is not"),
+    (["tiny", "seed=-1"], "seed: -1 is not"),
+    (["tiny", "lora.dropout=1.5"], "lora.dropout: 1.5 is not a number from 0 to 1"),
+    (["tiny", "cluster.slurm.time.sft=12:00:00"], "cluster.slurm.time.sft: 43200 is not a time such as 12h"),
+    # batches
+    (
+        [*SEVEN, "grpo.num_generations=5"],
+        "5 does not divide grpo.global_batch_size 32; use 4 or 8",
+    ),
+    ([*SEVEN, "sft.global_batch_size=63"], "sft.global_batch_size: 63 cannot be shared by 2 processes"),
+    ([*SEVEN, "cluster.sft.per_device_batch_size=3"], "cluster.sft.per_device_batch_size: 3 does not divide"),
+    ([*SEVEN, "grpo.global_batch_size=30"], "grpo.num_generations: 4 does not divide grpo.global_batch_size 30"),
+    # hardware, memory, lengths
+    (["deepseek32b", "--cluster", "2x2080ti", "--launcher", "local"], "memory: sft "),
+    ([*SEVEN, "cluster.grpo.per_device_batch_size=8"], "GiB of 11 GiB a GPU; say "),
+    ([*SEVEN, "model.quantization=none"], "memory: sft "),
+    (
+        [*SEVEN, "sft.max_length=200000"],
+        "sft.max_length: 200000 tokens, but deepseek-ai/DeepSeek-R1-Distill-Qwen-7B reads 131072",
+    ),
+    (["tiny", "sft.max_length=4000"], "sft.max_length: 4000 tokens do not fit model.scratch.context 2048"),
+    (["tiny", "--launcher", "local", "--nodes", "2"], "cluster.nodes: 2, but the launcher local starts one"),
+    (["tiny", "--launcher", "slurm", "cluster.gpus=auto"], "cluster.gpus: 'auto' counts the GPUs of this machine"),
+    # models
+    ([*SEVEN, "lora.enabled=false"], "model.quantization: 'nf4' weights cannot be trained themselves"),
+    ([*SEVEN, "lora.targets=[qkv_proj]"], "has no module 'qkv_proj'; it has q_proj, k_proj"),
+    (["phi3.5", "lora.targets=[q_proj]"], "has no module 'q_proj'; it has qkv_proj, o_proj, gate_up_proj, down_proj"),
+    ([*SEVEN, "model.chat_template=null"], "deletes the thought from every training text; use deepseek_r1_distill"),
+    ([*SEVEN, "model.attention=flash_attention_2"], "the package flash-attn is not installed; use auto"),
+    (["tiny", "cluster.sft.deepspeed=none"], "'muon' is DeepSpeed's"),
+    (["tiny", "sft.optimizer.max_grad_norm=1"], "would shrink every step of muon"),
+    (["deepseek7b", "--cluster", "2x2080ti"], "is not in the local cache (nothing of it)"),
+    (["tiny", "task.source=path"], "task.path: null, but task.source is 'path'"),
+]
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has been fetched, and no Slurm is asked."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(preflight, "is_here", lambda: False)
+
+
+@pytest.mark.parametrize(("words", "told"), CATALOGUE, ids=[" ".join(words) for words, _ in CATALOGUE])
+def test_what_would_fail_is_told_with_its_remedy(words: list[str], told: str, tmp_path: Path) -> None:
+    with pytest.raises(PipelineError) as caught:
+        command(["check", *words, "--runs", str(tmp_path / "runs")])
+    assert caught.value.exit_code == 2
+    assert told in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_catalogue_is_long() -> None:
+    assert len(CATALOGUE) >= 25
+
+
+def test_everything_is_told_at_once(tmp_path: Path) -> None:
+    words = [*SEVEN, "lora.targets=[qkv_proj]", "model.chat_template=null", "sft.max_length=200000"]
+    with pytest.raises(PipelineError) as caught:
+        command(["check", *words, "--runs", str(tmp_path)])
+    for told in ("qkv_proj", "deletes the thought", "200000 tokens", "memory: "):
+        assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_passes_on_a_large_machine(name: str, tmp_path: Path) -> None:
+    layout = ("gradient_checkpointing=true", "per_device_batch_size=1")
+    small = [f"cluster.{stage}.{word}" for stage in ("sft", "grpo") for word in layout]
+    words = ["cluster.gpu_memory=80", "cluster.evaluate_batch_size=8", "cluster.processes=2", *small]
+    wrong, _ = preflight.problems(make_plan([name], words, runs=tmp_path), audited=True)
+    assert wrong == []
+
+
+def test_a_run_begins_with_the_same_checks(tmp_path: Path) -> None:
+    done = run_cli("run", *SEVEN, "model.chat_template=null", "--runs", str(tmp_path / "runs"))
+    assert done.returncode == 2
+    assert "deletes the thought" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+# ---------------------------------------------------------------- environments
+
+
+def wrong(tmp_path: Path) -> str:
+    return "\n".join(preflight.problems(make_plan(["tiny"], runs=tmp_path / "runs"))[0])
+
+
+def test_a_package_that_is_missing_or_old_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "deepspeed":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "0.9" if name == "trl" else real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    told = wrong(tmp_path)
+    assert "package trl 0.9 is not" in told
+    assert "package deepspeed is not installed (the folder of that name is not it)" in told
+
+
+def test_a_file_that_hides_deepspeed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree("deepspeed", tmp_path / "deepspeed")
+    (tmp_path / "deepspeed" / "__init__.py").touch()
+    monkeypatch.setattr(preflight, "DEEPSPEED", tmp_path / "deepspeed")
+    assert "hides the package deepspeed: delete it" in wrong(tmp_path)
+
+
+def test_a_disk_without_room_for_checkpoints_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**7))
+    assert "GiB are free, the checkpoints need about" in wrong(tmp_path)
+
+
+def test_a_reward_that_can_be_hacked_is_told(tmp_path: Path) -> None:
+    plan = make_plan(["tiny"], ["grpo.rewards.correctness.weight=0"], runs=tmp_path)
+    found, _ = preflight.problems(plan, audited=True)
+    assert any("an exploit is paid as much as an honest answer" in text for text in found)
+
+
+def test_check_is_quick(tmp_path: Path) -> None:
+    """Less than 5 s is what is promised without the audit."""
+    started = time.perf_counter()
+    run_cli("check", "deepseek7b", "--cluster", "2x2080ti", "--runs", str(tmp_path))
+    assert time.perf_counter() - started < 5
