@@ -291,6 +291,7 @@ def prepare_command(args: argparse.Namespace) -> int:
         raise PlanError(f"torchrun runs one step, but {len(steps)} are asked for ({which}); use python -m pipeline run")
     todo = [step for step in steps if not step.done]
     if job:
+        _refuse_what_would_fail(plan)
         slurm.claim([step.folder for step in todo], job)
     for step in todo:
         write_order(step.folder, order_of(step, plan.cluster))
