@@ -8,6 +8,7 @@ models' cards; tests compare their parameter counts with the published ones.
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,18 @@ def model_config(model: Model) -> dict[str, Any] | None:
         return _dict(read_json(folder / "config.json"))
     bundled = _dict(read_json(BUNDLED / f"{model.name.replace('/', '--')}.json"))
     return bundled or _cached(model)
+
+
+def gguf_file(model: Model) -> Path | None:
+    """Where the file of `model.gguf` is: a path, or package/file of an installed package; None where it is not."""
+    name = model.gguf or ""
+    if Path(name).is_file():
+        return Path(name)
+    package, _, file = name.partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    places = spec.submodule_search_locations if spec else None
+    found = [Path(place) / file for place in places or () if (Path(place) / file).is_file()]
+    return found[0] if found else None
 
 
 def _cached(model: Model) -> dict[str, Any] | None:

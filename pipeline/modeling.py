@@ -31,7 +31,7 @@ from transformers import (
 from pipeline.answers import OPEN
 from pipeline.artifact import Checkpoint, find_checkpoint
 from pipeline.errors import ArtifactError, RecipeError
-from pipeline.families import FAMILIES, OURS
+from pipeline.families import FAMILIES, OURS, gguf_file
 from pipeline.recipe import Lora, Model, Scratch
 
 HERE = Path(__file__).parent / "chat_templates"
@@ -181,8 +181,8 @@ def choose_attention(model: Model) -> str:
 
 
 def base_checkpoint(model: Model, data: Path) -> Checkpoint:
-    """The base model: for one from scratch, the weights that preprocess drew; else the hub id or local folder."""
-    if model.scratch:
+    """The base model: what preprocess has drawn or unpacked; else the hub id or local folder."""
+    if model.scratch or model.gguf:
         return find_checkpoint(str(data / "model"))
     return find_checkpoint(model.name) if Path(model.name).exists() else Checkpoint(model.name, None, model.name)
 
@@ -259,11 +259,30 @@ def _hub_errors(name: str) -> Any:
     """Turn transformers' long stories about a model that cannot be had into one sentence."""
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArtifactError(f"model {name}: cannot be loaded ({first})") from error
+
+
+def unpack_gguf(model: Model, out: Path) -> int:
+    """Save the model of a GGUF file, its weights in 32 bit, as an ordinary model folder. Returns its parameters."""
+    path = gguf_file(model)
+    if path is None:
+        raise ArtifactError(f"model.gguf: {model.gguf} is no file, nor one of an installed package")
+    with _hub_errors(str(path)):
+        unpacked = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    config = unpacked.config  # a model that came from a packed file is not saved: its weights move to one that did not
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(unpacked.state_dict())
+    model.generation_config = unpacked.generation_config
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return int(model.num_parameters())
 
 
 # ---------------------------------------------------------------- a model from nothing

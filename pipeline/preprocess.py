@@ -53,6 +53,12 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         texts = _texts(task, splits.sft[:: max(1, len(splits.sft) // TOKENIZER_ROWS)] or splits.grpo)
         template = recipe.model.chat_template or "think"
         metrics["parameters"] = make_scratch(recipe.model.scratch, texts, template, out / "model", recipe.seed)
+    # ---- or one from a file
+    if recipe.model.gguf:
+        from pipeline.modeling import unpack_gguf
+
+        runtime.progress.update(note="unpacking the model")
+        metrics["parameters"] = unpack_gguf(recipe.model, out / "model")
     runtime.progress.update(done=len(parts), figures={"rows": float(sum(counts.values()))})
     return metrics
 

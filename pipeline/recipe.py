@@ -45,6 +45,7 @@ class Model:
     name: str
     revision: str | None
     scratch: Scratch | None
+    gguf: str | None  # a .gguf file, or package/file of an installed Python package: unpacked once, by preprocess
     chat_template: str | None  # None: the tokenizer's own; a name of `modeling.TEMPLATES`; or a .jinja file
     quantization: Literal["none", "nf4", "int8"]
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"]
@@ -188,6 +189,10 @@ class Recipe:
             found.append(
                 f"model.quantization: {self.model.quantization!r} weights cannot be trained themselves; "
                 "set lora.enabled=true, or model.quantization=none"
+            )
+        if self.model.scratch and self.model.gguf:
+            found.append(
+                "model.gguf: a model from scratch has no file; set one of model.scratch and model.gguf to null"
             )
         if scratch := self.model.scratch:
             found.extend(self._scratch_problems(scratch))

@@ -34,7 +34,7 @@ def rehearsal_of(recipe: Recipe, cluster: Cluster | None) -> Recipe:
         recipe,
         name=recipe.name + SUFFIX,
         rehearsal=True,
-        model=replace(model, scratch=_scratch(recipe), chat_template=model.chat_template or "chatml"),
+        model=replace(model, scratch=_scratch(recipe), gguf=None, chat_template=model.chat_template or "chatml"),
         task=replace(recipe.task, params={**recipe.task.params, **task.rehearsal()}),
         sft=replace(recipe.sft, max_steps=STEPS, global_batch_size=batch, optimizer=_plain(recipe.sft)),
         grpo=replace(

@@ -93,7 +93,7 @@ def stand_in(family: Family) -> PreTrainedTokenizerBase:
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[PreTrainedTokenizerBase, Family]:
     """A family's tokenizer as the pipeline loads it, and what is expected of it."""
     stand_in(FORMATS[request.param]).save_pretrained(tmp_path)
-    model = Model("m", None, None, request.param, "none", "auto", "float32")
+    model = Model("m", None, None, None, request.param, "none", "auto", "float32")
     return load_tokenizer(Checkpoint(str(tmp_path), None, str(tmp_path)), model), FORMATS[request.param]
 
 

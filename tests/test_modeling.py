@@ -31,7 +31,7 @@ TEXTS = ["Premise: A correlates with B.\nHypothesis: A directly causes B.", "<th
 PROMPT = [{"role": "user", "content": "A correlates with B."}]
 COMPLETION = [{"role": "assistant", "content": "<think>\nA B linked.\n</think>\nTherefore: No"}]
 SCRATCH = Scratch("qwen2", 400, 16, 1, 2, 2, 32, 128, 10000.0, 0.02)
-MODEL = Model("m", None, SCRATCH, None, "none", "auto", "float32")
+MODEL = Model("m", None, SCRATCH, None, None, "none", "auto", "float32")
 
 
 @pytest.fixture(scope="module")
