@@ -200,15 +200,16 @@ def _training(recipe: Recipe, cluster: Cluster, shape: Shape, stage: Literal["sf
     layout = cluster.sft if stage == "sft" else cluster.grpo
     sizes, _ = batches(cluster, recipe, stage)
     world = cluster.nodes * process_count(cluster)
-    zero, offload = _zero(layout.deepspeed)
+    zero = _zero(layout.deepspeed)
     rows = sizes.per_device if sizes else 1
     lora = recipe.lora if recipe.lora.enabled else None
     trained = adapter_parameters(shape, recipe.lora) if lora else shape.parameters
     base, gathered = _weights(recipe, shape), []
-    if zero == 3 and lora:
-        gathered = [Term("layers gathered from the other GPUs", 2 * base.bytes / shape.layers)]
-        base = Term(f"{base.what}, 1/{world}", base.bytes / world)
-    states = _states(trained, settings.optimizer, zero, world, offload, bool(lora))
+    share = 0.0 if zero.weights_on_cpu else 1 / world  # of the weights, under ZeRO-3
+    if zero.stage == 3 and lora:
+        gathered = [Term("layers gathered from elsewhere", 2 * base.bytes / shape.layers)]
+        base = Term(f"{base.what}, {'on the CPU' if zero.weights_on_cpu else f'1/{world}'}", base.bytes * share)
+    states = _states(trained, settings.optimizer, zero, world, bool(lora))
     if stage == "grpo" and recipe.grpo.beta and lora:
         states.append(Term("reference adapter", trained * HALF))
     held = [*([base] if lora else []), *states]
@@ -231,35 +232,45 @@ def _training(recipe: Recipe, cluster: Cluster, shape: Shape, stage: Literal["sf
         return [learning]
     together = rows * (sizes.accumulation if sizes else 1)  # TRL generates for a whole optimizer step at once
     whole_model = []
-    if zero == 3:  # TRL gathers the model before it generates
-        missing = _weights(recipe, shape).bytes * (1 - 1 / world) if lora else shape.parameters * HALF * (1 - 1 / world)
+    if zero.stage == 3:  # TRL gathers the model before it generates
+        missing = (_weights(recipe, shape).bytes if lora else shape.parameters * HALF) * (1 - share)
         whole_model = [Term("the rest of the model, gathered to generate", missing)]
     generating = Need("grpo, generating", (*held, *whole_model, *unpacked, _cache(shape, together, tokens)))
     return [learning, generating]
 
 
-def _zero(deepspeed: str) -> tuple[int, bool]:
-    """The stage of a file of deepspeed/, and whether it keeps the optimizer in the CPU's memory."""
+@dataclass(frozen=True)
+class Zero:
+    """What a file of deepspeed/ shares out among the GPUs, and what it keeps in the CPU's memory instead."""
+
+    stage: int
+    optimizer_on_cpu: bool
+    weights_on_cpu: bool
+
+
+def _zero(deepspeed: str) -> Zero:
     if deepspeed == "none":
-        return 0, False
+        return Zero(0, False, False)
     settings = json.loads((DEEPSPEED / f"{deepspeed}.json").read_text(encoding="utf-8"))["zero_optimization"]
-    return int(settings["stage"]), "offload_optimizer" in settings
+    return Zero(int(settings["stage"]), "offload_optimizer" in settings, "offload_param" in settings)
 
 
-def _states(trained: int, optimizer: Optimizer, zero: int, world: int, offload: bool, lora: bool) -> list[Term]:
+def _states(trained: int, optimizer: Optimizer, zero: Zero, world: int, lora: bool) -> list[Term]:
     """Weights that are trained, their gradients, and what the optimizer keeps of them."""
     name = "adapters" if lora else "weights"
     moments = trained * (2 if "8bit" in optimizer.name else 8)
-    if zero == 0:
+    if zero.stage == 0:
         return [
             Term(f"{name}, float32", trained * SINGLE),
             Term("gradients", trained * SINGLE),
             Term(f"optimizer, {optimizer.name}", moments),
         ]
     share = f", 1/{world}" if world > 1 else ""
-    weights = Term(f"{name}, 16 bit{share if zero == 3 else ''}", trained * HALF / (world if zero == 3 else 1))
+    parted = zero.stage == 3
+    kept = 0.0 if zero.weights_on_cpu else trained * HALF / (world if parted else 1)
+    weights = Term(f"{name}, 16 bit{share if parted else ''}", kept)
     gradients = Term(f"gradients{share}", trained * HALF / world)
-    if offload:
+    if zero.optimizer_on_cpu:
         return [weights, gradients]
     return [
         weights,
@@ -324,7 +335,8 @@ def _changes(recipe: Recipe, cluster: Cluster) -> list[Change]:
     if cluster.evaluate_batch_size > 1:
         small = replace(cluster, evaluate_batch_size=max(1, cluster.evaluate_batch_size // 4))
         found.append(([f"cluster.evaluate_batch_size={small.evaluate_batch_size}"], (recipe, small)))
-    for change, value in (("gradient_checkpointing", True), ("per_device_batch_size", 1), ("deepspeed", "zero3")):
+    layouts = (("gradient_checkpointing", True), ("per_device_batch_size", 1))
+    for change, value in (*layouts, ("deepspeed", "zero3"), ("deepspeed", "zero3_offload")):
         old = {name: getattr(cluster, name) for name in ("sft", "grpo")}
         new = {name: replace(layout, **{change: value}) for name, layout in old.items()}
         words = [f"cluster.{name}.{change}={str(value).lower()}" for name in new if new[name] != old[name]]

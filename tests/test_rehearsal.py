@@ -75,10 +75,13 @@ def test_a_rehearsal_fits_every_cluster(cluster: str, tmp_path: Path) -> None:
         make_plan([name], cluster=cluster, rehearse=True, runs=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["deepseek7b", "phi3.5"])
-def test_a_rehearsal_runs_from_rows_to_report_and_says_what_it_is(name: str, tmp_path: Path) -> None:
-    """QLoRA in 4 bit, ZeRO-2 for SFT and ZeRO-3 for GRPO, on two processes."""
-    done = run_cli("run", name, "--rehearse", "cluster.processes=2", "--runs", str(tmp_path), timeout=600)
+OFFLOAD = ["cluster.sft.deepspeed=zero2_offload", "cluster.grpo.deepspeed=zero3_offload"]
+
+
+@pytest.mark.parametrize(("name", "words"), [("deepseek7b", []), ("phi3.5", OFFLOAD)], ids=["deepseek7b", "phi3.5"])
+def test_a_rehearsal_runs_from_rows_to_report_and_says_what_it_is(name: str, words: list[str], tmp_path: Path) -> None:
+    """QLoRA in 4 bit, ZeRO-2 for SFT and ZeRO-3 for GRPO, once with optimizer and weights on the CPU; two processes."""
+    done = run_cli("run", name, "--rehearse", "cluster.processes=2", *words, "--runs", str(tmp_path), timeout=600)
     assert done.returncode == 0, done.stderr
     assert "REHEARSAL of a shrunken model" in done.stdout
     runs = tmp_path / f"{name}-rehearsal"
