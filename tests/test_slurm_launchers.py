@@ -23,7 +23,7 @@ from pipeline.artifact import Owner, is_alive, own, read_owner
 from pipeline.cluster import Cluster, minutes, read_cluster
 from pipeline.errors import ArtifactError, LaunchError, PlanError
 from pipeline.launchers.slurm import render, run_plan, script
-from pipeline.launchers.torchrun import PORTS, Meeting, command, exit_code, port_of
+from pipeline.launchers.torchrun import PORTS, Meeting, command, exit_code, meeting, port_of
 from pipeline.plan import Plan, make_plan, order_of
 from pipeline.progress import ProgressFile
 from pipeline.stage import STAGES, write_order
@@ -191,6 +191,23 @@ def test_the_processes_of_a_job_meet_at_its_first_host() -> None:
 def test_jobs_that_can_meet_on_a_node_have_different_ports(job: int, later: int) -> None:
     assert port_of(str(job)) in PORTS
     assert port_of(str(job)) != port_of(str(job + later))
+    attempts = [port_of(str(job), attempt) for attempt in range(20)]
+    assert len(set(attempts)) == 20
+    assert set(attempts) <= set(PORTS)
+
+
+def test_attempts_of_a_job_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A zombie of the first attempt would let the second one in."""
+    monkeypatch.setattr("pipeline.launchers.torchrun.hosts", lambda _: ["node1"])
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node1")
+    first = meeting()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    second = meeting()
+    assert first is not None
+    assert second is not None
+    assert first.id != second.id
+    assert first.port != second.port
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
     python -m pipeline.launchers.torchrun --step DIR      on every node of a Slurm job, by srun: for one and for many
 
-The nodes meet at the job's first host, at a port that follows from the job's id. TERM, USR1 and USR2 are not the end
-of a run but the wish that it saves and leaves: whichever node receives one writes the stop file, and the training
-processes, which Slurm may have signalled too, ignore them. Ends with the code of the stage: 0, 75 after a stop, 2, 1.
+The nodes meet at the job's first host, at a port that follows from the job's id and its attempt. TERM, USR1 and USR2
+are not the end of a run but the wish that it saves and leaves: whichever node receives one writes the stop file, and
+the training processes, which Slurm may have signalled too, ignore them. Ends with the code of the stage: 0, 75 after a
+stop, 2, 1.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pipeline.stage import STAGES, Stage, read_order, stage_processes
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PORTS = range(15_000, 30_000)  # below those that the system hands out itself
+STRIDE = 7919  # between the ports of a job's attempts
 SHUTDOWN = 10  # seconds that torchrun gives the other processes when one has failed
 
 
@@ -44,13 +46,16 @@ def meeting() -> Meeting | None:
     job = this_job()
     if job is None:
         return None
-    nodes = hosts(os.environ["SLURM_JOB_NODELIST"])
-    return Meeting(len(nodes), nodes[0], port_of(job), job)
+    nodes, attempt = hosts(os.environ["SLURM_JOB_NODELIST"]), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return Meeting(len(nodes), nodes[0], port_of(job, attempt), f"{job}-{attempt}")
 
 
-def port_of(job: str) -> int:
-    """A port for a job: jobs that follow each other, and so may share a node, have different ones."""
-    return PORTS[int(job) % len(PORTS)]
+def port_of(job: str, attempt: int = 0) -> int:
+    """A port for an attempt of a job: jobs that follow each other, and so may share a node, have different ones.
+
+    So do a job's attempts: where only slurmd has died, processes of the one before still hold its port.
+    """
+    return PORTS[(int(job) + STRIDE * attempt) % len(PORTS)]
 
 
 def command(stage: Stage, folder: Path, cluster: Cluster, at: Meeting | None = None) -> list[str]:
