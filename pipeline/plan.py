@@ -19,6 +19,7 @@ from typing import Any
 from pipeline.artifact import ARTIFACT, STEP, find_checkpoint, is_alive, is_done, read_owner
 from pipeline.cluster import Cluster, batches, read_cluster
 from pipeline.errors import PlanError, RecipeError, did_you_mean
+from pipeline.families import gguf_file
 from pipeline.files import read_json
 from pipeline.fingerprint import describe_drift, file_identity, fingerprint, plain
 from pipeline.recipe import CONFIGS, Recipe, find_yaml, local_files, read, read_typed, recipe_names
@@ -207,6 +208,8 @@ def _step(
 ) -> Step:
     sections = {path: plain(reduce(getattr, path.split("."), recipe)) for path in STAGES[stage].reads}
     files = {} if inputs else local_files(recipe)
+    if not inputs and (packed := gguf_file(recipe.model)):
+        files["model.gguf"] = file_identity(packed)
     payload = {
         "stage": stage,
         "revision": STAGES[stage].revision,

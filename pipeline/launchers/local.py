@@ -123,6 +123,8 @@ def _failure(step: Step, code: int, progress: Progress | None, log: Path) -> Pip
         return error
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-TAIL:]
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        how += " (killed, most likely because the machine's memory ran out: lower per_device_batch_size)"
     return LaunchError(f"{step.label} {how}; the end of its log:", *(f"  {line}" for line in lines), again)
 
 
@@ -208,6 +210,7 @@ class _Bar:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        mark = "done" if done else (progress.state if progress else "failed")
+        ended = progress.state if progress and progress.state in ("failed", "stopped") else "failed"
+        mark = "done" if done else ended
         text = describe(progress) if progress else ""
         tqdm.write(f"{self.title}  {mark} in {clock(seconds)}  {text}".rstrip(), file=sys.stderr)
