@@ -73,7 +73,7 @@ class TrainingStage:
     """How one training stage is laid out on the devices."""
 
     per_device_batch_size: Positive | Literal["auto"]
-    deepspeed: str  # none, or the name of a file in deepspeed/
+    deepspeed: str  # none, the name of a file in deepspeed/, or auto: the cheapest that fits
     gradient_checkpointing: bool
 
 
@@ -115,10 +115,10 @@ class Cluster:
             )
         known = deepspeed_names()
         for name, stage in (("sft", self.sft), ("grpo", self.grpo)):
-            if stage.deepspeed not in known:
+            if stage.deepspeed not in (*known, "auto"):
                 found.append(
                     f"cluster.{name}.deepspeed: {stage.deepspeed!r} is no file of {DEEPSPEED}/; "
-                    f"use {' or '.join(known)}"
+                    f"use {' or '.join([*known, 'auto'])}"
                 )
         return found
 

@@ -23,7 +23,9 @@ TEMPLATE_NAMES = (*OURS, *FAMILIES)
 
 
 def model_config(model: Model) -> dict[str, Any] | None:
-    """The configuration of a recipe's base model, without network and without torch."""
+    """The configuration of a recipe's base model, without network and without torch; None for one from scratch."""
+    if model.scratch:
+        return None
     folder = Path(model.name)
     if folder.is_dir():
         return _dict(read_json(folder / "config.json"))

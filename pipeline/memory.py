@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pipeline.cluster import DEEPSPEED, Cluster, batches, process_count
+from pipeline.cluster import AUTO_PER_DEVICE, DEEPSPEED, Cluster, TrainingStage, batches, process_count
 from pipeline.families import model_config
 from pipeline.recipe import Lora, Optimizer, Recipe
 
@@ -25,6 +25,7 @@ LOGITS = 14  # bytes of each logit of SFT's loss: bf16, its float32 copy, log-so
 GRPO_LOGITS = 10  # of GRPO's log-probabilities: bf16, divided by the temperature, log-softmax and their gradients
 TIGHT = 0.9  # of the GPU's memory
 LIGHT = "paged_adamw_8bit"
+SHAPES = ("qwen2", "llama", "phi3")  # architectures whose sizes are understood here
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,9 @@ class Need:
 def needs(recipe: Recipe, cluster: Cluster) -> list[Need] | None:
     """Every phase of the recipe's stages; None where the model's configuration is not known."""
     config = model_config(recipe.model)
-    if config is None or config.get("model_type") not in ("qwen2", "llama", "phi3"):
+    if config is None or config.get("model_type") not in SHAPES:
         return None
-    shape = shape_of(config)
+    shape, cluster = shape_of(config), resolved(recipe, cluster)
     found = []
     for stage in ("sft", "grpo"):
         if stage == "grpo" or recipe.grpo.start == "sft":
@@ -165,6 +166,43 @@ def needs(recipe: Recipe, cluster: Cluster) -> list[Need] | None:
     cache = _cache(shape, cluster.evaluate_batch_size, recipe.grpo.max_prompt_length + asked.max_new_tokens)
     found.append(Need("evaluate", (base, *_dequantized(recipe, shape), cache)))
     return found
+
+
+AUTO_ZERO = {"sft": ("zero2", "zero3", "zero3_offload"), "grpo": ("zero2", "zero3", "zero3_offload")}
+UNKNOWN_ZERO = {"sft": "zero2", "grpo": "zero3"}  # where nobody knows the GPU or the model
+
+
+def resolved(recipe: Recipe, cluster: Cluster) -> Cluster:
+    """The cluster with the `auto` of its training stages decided for this recipe.
+
+    The first ZeRO stage under which a batch fits, the cheapest first, and under it the largest batch per device; the
+    global batch stays the recipe's. Where the GPU or the model is not known, the batch stays `auto` (cluster.batches).
+    """
+    return replace(cluster, sft=_decided(recipe, cluster, "sft"), grpo=_decided(recipe, cluster, "grpo"))
+
+
+def _with(cluster: Cluster, stage: str, layout: TrainingStage) -> Cluster:
+    return replace(cluster, sft=layout) if stage == "sft" else replace(cluster, grpo=layout)
+
+
+def _decided(recipe: Recipe, cluster: Cluster, stage: Literal["sft", "grpo"]) -> TrainingStage:
+    layout = cluster.sft if stage == "sft" else cluster.grpo
+    if layout.deepspeed != "auto" and layout.per_device_batch_size != "auto":
+        return layout
+    zeros = AUTO_ZERO[stage] if layout.deepspeed == "auto" else (layout.deepspeed,)
+    settings, world = recipe.sft if stage == "sft" else recipe.grpo, cluster.nodes * process_count(cluster)
+    share, config, given = settings.global_batch_size // world, model_config(recipe.model), layout.per_device_batch_size
+    known = config is not None and config.get("model_type") in SHAPES
+    if config is None or not known or not cluster.gpu_memory or settings.global_batch_size % world:
+        return replace(layout, deepspeed=UNKNOWN_ZERO[stage] if layout.deepspeed == "auto" else layout.deepspeed)
+    rows = [n for n in range(min(share, AUTO_PER_DEVICE), 0, -1) if share % n == 0] if given == "auto" else [given]
+    choices = [replace(layout, deepspeed=zero, per_device_batch_size=n) for zero in zeros for n in rows]
+    for enough in (("fits",), ("fits", "tight")):
+        for choice in choices:
+            phases = _training(recipe, _with(cluster, stage, choice), shape_of(config), stage)
+            if all(need.verdict(cluster.gpu_memory * GIB) in enough for need in phases):
+                return choice
+    return choices[-1]  # the smallest; that it does not fit is told by check
 
 
 def _weights(recipe: Recipe, shape: Shape) -> Term:
@@ -289,7 +327,7 @@ def show(recipe: Recipe, cluster: Cluster) -> str:
     if found is None:
         return f"{recipe.name}: {recipe.model.name} has no configuration that is known here; its memory cannot be told"
     gpu = cluster.gpu_memory * GIB if cluster.gpu_memory else None
-    lines = []
+    lines = _told(cluster, resolved(recipe, cluster))
     for need in found:
         verdict = f"{need.verdict(gpu)} in {cluster.gpu_memory:g}" if gpu else "cluster.gpu_memory names no GPU"
         lines.append(f"{recipe.name}/{need.phase}: {need.total / GIB:.1f} GiB, {verdict}")
@@ -301,6 +339,17 @@ def show(recipe: Recipe, cluster: Cluster) -> str:
         how = "say " + " ".join(remedy) if remedy else "no single change or pair of changes makes it fit: a larger GPU"
         lines.append(f"to make it fit: {how}")
     return "\n".join(lines)
+
+
+def _told(asked: Cluster, decided: Cluster) -> list[str]:
+    """What auto has become."""
+    words = []
+    for stage in ("sft", "grpo"):
+        old, new = getattr(asked, stage), getattr(decided, stage)
+        for name in ("per_device_batch_size", "deepspeed"):
+            if getattr(old, name) != getattr(new, name):
+                words.append(f"cluster.{stage}.{name}={getattr(new, name)}")
+    return [f"auto is {' '.join(words)}"] if words else []
 
 
 def _known(need: Need) -> float:
@@ -337,7 +386,8 @@ def _changes(recipe: Recipe, cluster: Cluster) -> list[Change]:
         found.append(([f"cluster.evaluate_batch_size={small.evaluate_batch_size}"], (recipe, small)))
     layouts = (("gradient_checkpointing", True), ("per_device_batch_size", 1))
     for change, value in (*layouts, ("deepspeed", "zero3"), ("deepspeed", "zero3_offload")):
-        old = {name: getattr(cluster, name) for name in ("sft", "grpo")}
+        decided = resolved(recipe, cluster)
+        old = {name: getattr(decided, name) for name in ("sft", "grpo")}
         new = {name: replace(layout, **{change: value}) for name, layout in old.items()}
         words = [f"cluster.{name}.{change}={str(value).lower()}" for name in new if new[name] != old[name]]
         if words:

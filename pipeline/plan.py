@@ -22,6 +22,7 @@ from pipeline.errors import PlanError, RecipeError, did_you_mean
 from pipeline.families import gguf_file
 from pipeline.files import read_json
 from pipeline.fingerprint import describe_drift, file_identity, fingerprint, plain
+from pipeline.memory import resolved
 from pipeline.recipe import CONFIGS, Recipe, find_yaml, local_files, read, read_typed, recipe_names
 from pipeline.rehearsal import rehearsal_of
 from pipeline.rewards.reward import find_rewards
@@ -296,14 +297,14 @@ def _identity(checkpoint: str) -> dict[str, str]:
 
 
 def order_of(step: Step, cluster: Cluster) -> Order:
-    """What is written into the step's folder before its process starts."""
+    """What is written into the step's folder before its process starts; what memory decides is no longer `auto`."""
     return Order(
         step.name,
         step.stage,
         step.fingerprint,
         step.payload,
         step.recipe,
-        cluster,
+        resolved(step.recipe, cluster),
         {**{role: str(needed.folder) for role, needed in step.inputs.items()}, **step.folders},
         step.checkpoint,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,21 @@ from running import run_cli
 from test_rehearsal import PUBLISHED
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.cluster import Cluster, cluster_names, read_cluster
+from pipeline.cluster import Cluster, batches, cluster_names, read_cluster
 from pipeline.families import model_config
-from pipeline.memory import GIB, LOGITS, Need, Term, adapter_parameters, kept_per_token, needs, shape_of, what_fits
+from pipeline.memory import (
+    GIB,
+    LOGITS,
+    Need,
+    Term,
+    adapter_parameters,
+    kept_per_token,
+    needs,
+    resolved,
+    shape_of,
+    what_fits,
+)
+from pipeline.plan import make_plan, order_of
 from pipeline.recipe import Lora, Recipe, read, recipe_names
 
 LORA = Lora(True, 8, 16.0, 0.05, ("all-linear",))
@@ -173,6 +186,48 @@ def test_a_remedy_makes_everything_fit(name: str, cluster: str) -> None:
     changed = recipe_of(name, *(word for word in remedy if not word.startswith("cluster.")))
     smaller = cluster_of(cluster, *(word.removeprefix("cluster.") for word in remedy if word.startswith("cluster.")))
     assert all(need.verdict(gpu) != "does not fit" for need in needs(changed, smaller) or [])
+
+
+@settings(max_examples=30)
+@given(
+    st.sampled_from([name for name in recipe_names() if name != "tiny"]),
+    st.sampled_from([6, 11, 16, 24, 40, 80]),
+    st.sampled_from([1, 2, 4, 8]),
+)
+def test_auto_is_the_largest_batch_that_fits_and_keeps_the_global_one(name: str, memory: int, gpus: int) -> None:
+    auto = [f"{stage}.{key}=auto" for stage in ("sft", "grpo") for key in ("per_device_batch_size", "deepspeed")]
+    recipe = recipe_of(name, "sft.global_batch_size=64", "grpo.global_batch_size=64")
+    cluster = resolved(recipe, cluster_of("h100", f"gpus={gpus}", f"gpu_memory={memory}", *auto))
+    for stage in ("sft", "grpo"):
+        layout = getattr(cluster, stage)
+        sizes, problems = batches(cluster, recipe, "sft" if stage == "sft" else "grpo")
+        assert problems == []
+        assert sizes is not None
+        assert sizes.processes * sizes.per_device * sizes.accumulation == 64
+        assert layout.deepspeed in ("zero2", "zero3", "zero3_offload")
+        fits = {n.phase: n.verdict(memory * GIB) for n in needs(recipe, cluster) or [] if n.phase.startswith(stage)}
+        double = replace(cluster, **{stage: replace(layout, per_device_batch_size=2 * sizes.per_device)})
+        if set(fits.values()) == {"fits"} and sizes.accumulation > 1 and sizes.per_device < 16:
+            more = {n.phase: n.verdict(memory * GIB) for n in needs(recipe, double) or [] if n.phase.startswith(stage)}
+            assert set(more.values()) != {"fits"}
+
+
+def test_what_is_said_is_not_decided_again(tmp_path: Path) -> None:
+    recipe, said = recipe_of("deepseek7b"), cluster_of("2x2080ti")
+    assert resolved(recipe, said) == said
+    tiny = cluster_of("h100", "gpus=2", "sft.deepspeed=auto", "grpo.deepspeed=auto")
+    decided = resolved(recipe_of("tiny"), tiny)  # nobody knows a configuration of a model from nothing
+    assert (decided.sft.deepspeed, decided.grpo.deepspeed) == ("zero2", "zero3")
+    assert decided.sft.per_device_batch_size == "auto"
+
+
+def test_a_step_is_told_what_auto_is(tmp_path: Path) -> None:
+    plan = make_plan(["deepseek7b"], ["cluster.grpo.deepspeed=auto"], cluster="2x3090", runs=tmp_path)
+    order = order_of(plan.steps[1], plan.cluster)
+    assert order.cluster.grpo.deepspeed.startswith("zero")
+    assert isinstance(order.cluster.sft.per_device_batch_size, int)
+    told = run_cli("plan", "deepseek7b", "--cluster", "2x3090", "--memory").stdout
+    assert f"auto is cluster.sft.per_device_batch_size={order.cluster.sft.per_device_batch_size}" in told
 
 
 def test_the_verdict_follows_the_card() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from running import only, run_cli
 
+from pipeline import preflight
 from pipeline.artifact import open_artifact
 from pipeline.cluster import cluster_names
 from pipeline.errors import RecipeError
@@ -72,7 +73,8 @@ def test_every_recipe_can_be_rehearsed_with_its_own_wires(name: str, tmp_path: P
 @pytest.mark.parametrize("cluster", cluster_names())
 def test_a_rehearsal_fits_every_cluster(cluster: str, tmp_path: Path) -> None:
     for name in recipe_names():
-        make_plan([name], cluster=cluster, rehearse=True, runs=tmp_path)
+        plan = make_plan([name], cluster=cluster, rehearse=True, runs=tmp_path)
+        assert preflight.problems(plan)[0] == []  # whatever the model itself would need
 
 
 OFFLOAD = ["cluster.sft.deepspeed=zero2_offload", "cluster.grpo.deepspeed=zero3_offload"]
