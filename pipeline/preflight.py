@@ -92,7 +92,7 @@ def _deepspeed(cluster: Cluster) -> Iterator[str]:
 def _disk(plan: Plan, recipes: list[Recipe]) -> Iterator[str]:
     """Room for checkpoints: weights and optimizer states of what is trained, as many as are kept and one more."""
     place = next(path for path in (plan.runs.absolute(), *plan.runs.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
+    usage = shutil.disk_usage(place)
     wanted = LEAST_FREE
     for recipe in recipes:
         config = model_config(recipe.model)
@@ -100,9 +100,9 @@ def _disk(plan: Plan, recipes: list[Recipe]) -> Iterator[str]:
             shape = shape_of(config)
             trained = adapter_parameters(shape, recipe.lora) if recipe.lora.enabled else shape.parameters
             wanted += trained * 16 * (plan.cluster.keep_checkpoints + 1)
-    if free < wanted:
+    if usage.total and usage.free < wanted:  # what is no disk has no size; writing there tells
         yield (
-            f"{place}: {free / GIB:.0f} GiB are free, the checkpoints need about {wanted / GIB:.0f}: "
+            f"{place}: {usage.free / GIB:.1f} GiB are free, the checkpoints need about {wanted / GIB:.1f}: "
             "free some space, choose another place with --runs DIR, or lower cluster.keep_checkpoints"
         )
 

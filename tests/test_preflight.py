@@ -145,7 +145,7 @@ def test_a_file_that_hides_deepspeed_is_told(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_disk_without_room_for_checkpoints_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**7))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**9, free=10**7))
     assert "GiB are free, the checkpoints need about" in wrong(tmp_path)
 
 
