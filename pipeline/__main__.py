@@ -181,7 +181,6 @@ def run_command(args: argparse.Namespace) -> int:
 
 def submit_command(args: argparse.Namespace, plan: Plan) -> int:
     """Hand the plan to Slurm, say what was done, and leave."""
-    from pipeline import preflight
     from pipeline.launchers import slurm as chain
     from pipeline.launchers import submitit
 
@@ -192,14 +191,12 @@ def submit_command(args: argparse.Namespace, plan: Plan) -> int:
         else:
             _show_metrics(plan.steps[0])
         return 0
-    problems, _ = preflight.problems(plan)
-    if problems and not args.dry_run:
-        raise PlanError(*problems)
-    submit = submitit.submit if plan.cluster.launcher == "submitit" else chain.sbatch
     if args.dry_run:
         print(chain.show_dry_run(chain.run_plan(plan, dry_run=True), plan))
-        print("".join(f"note: {problem}\n" for problem in problems), end="", file=sys.stderr)
+        _refuse_what_would_fail(plan)  # after the scripts, which are worth reading all the same
         return 0
+    _refuse_what_would_fail(plan)
+    submit = submitit.submit if plan.cluster.launcher == "submitit" else chain.sbatch
     submissions = chain.run_plan(plan, submit)
     print(chain.show(submissions))
     new = sum(one.new for one in submissions)
@@ -299,7 +296,7 @@ def prepare_command(args: argparse.Namespace) -> int:
     if job:
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(told, encoding="utf-8")
-        print("\n".join(f"{step.label}: done already" for step in steps if step.done), file=sys.stderr)
+        print("".join(f"{step.label}: done already\n" for step in steps if step.done), end="", file=sys.stderr)
     print(told, end="")
     return 0
 

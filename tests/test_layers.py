@@ -63,10 +63,18 @@ def test_heavy_packages_stay_on_their_floors(path: Path) -> None:
         assert not found, f"{path.relative_to(ROOT)} imports {', '.join(sorted(found))}"
 
 
-LIGHT = [["--help"], ["plan", "tiny"], ["list"], ["status"], ["run", "tiny", "--launcher", "slurm", "--dry-run"]]
+LIGHT = [
+    ["--help"],
+    ["plan", "tiny"],
+    ["plan", "deepseek7b", "--cluster", "a100", "--memory"],
+    ["check", "tiny", "--audit"],
+    ["list"],
+    ["status"],
+    ["run", "tiny", "--launcher", "slurm", "--dry-run"],
+]
 
 
-@pytest.mark.parametrize("argv", LIGHT, ids=lambda argv: argv[0])
+@pytest.mark.parametrize("argv", LIGHT, ids=lambda argv: " ".join(argv))
 def test_light_commands_import_nothing_heavy(argv: list[str]) -> None:
     code = (
         "import sys, json, io, contextlib\n"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from running import ROOT, run_cli
+from running import NANO, ROOT, run_cli
 
 from pipeline import slurm, status
 from pipeline.artifact import Owner, is_alive, own, read_owner
@@ -404,6 +404,26 @@ def test_a_step_that_is_queued_is_not_run_here_as_well(tmp_path: Path, fake: Pat
     done = run_cli("run", "tiny", "--runs", str(tmp_path / "runs"), "cluster.processes=2")
     assert done.returncode == 2
     assert "is with Slurm, as job 41 (PENDING)" in done.stderr
+
+
+def test_a_folder_that_was_copied_from_a_cluster_runs_where_there_is_no_slurm(tmp_path: Path, fake: Path) -> None:
+    """Nobody can be asked about the job that its job.json names, and nobody has to be."""
+    run_plan(make_plan(["tiny"], NANO, cluster="slurm", stages=("preprocess",), runs=tmp_path / "runs"))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("bash", "env", "git"):
+        (bare / name).symlink_to(str(shutil.which(name)))
+    words = ["run", "tiny", *NANO, "--stages", "preprocess", "--runs", str(tmp_path / "runs")]
+    done = run_cli(*words, env={"PATH": str(bare)})
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_cluster_without_slurm_has_no_batch_scripts(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "pipeline.launchers.slurm", "local", str(tmp_path / "scripts")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "cluster local: its launcher is local, so it has no batch scripts" in done.stderr
+    assert not (tmp_path / "scripts").exists()
 
 
 def test_a_dry_run_prints_scripts_and_lines_and_writes_nothing(tmp_path: Path, fake: Path) -> None:

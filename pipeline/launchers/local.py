@@ -24,7 +24,7 @@ from pipeline.errors import LaunchError, PipelineError, PlanError, Stopped
 from pipeline.launchers.torchrun import command, environment
 from pipeline.plan import Plan, Step, order_of
 from pipeline.progress import Progress, clock, describe, read_progress
-from pipeline.slurm import JOB, live_jobs
+from pipeline.slurm import JOB, is_here, live_jobs
 from pipeline.stage import STAGES, write_order
 
 POLL = 0.2  # seconds
@@ -40,7 +40,7 @@ def run_plan(plan: Plan) -> list[Step]:
     todo = plan.to_run
     for step in todo:
         refuse_if_owned(step.folder)
-    queued = live_jobs(step.folder for step in todo)
+    queued = live_jobs(step.folder for step in todo) if is_here() else {}  # a folder copied from a cluster has none
     if queued:
         told = [f"{folder} is with Slurm, as job {job.id} ({job.state})" for folder, job in queued.items()]
         raise PlanError(*told, "wait for it (python -m pipeline status), or end it with python -m pipeline cancel")

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.artifact import STOP
 from pipeline.cluster import minutes
-from pipeline.errors import EXIT_STOPPED, LaunchError, MissingDependency
+from pipeline.errors import EXIT_STOPPED, MissingDependency
 from pipeline.launchers.slurm import refused, resources
 from pipeline.plan import Plan, Step
 from pipeline.slurm import JobRecord, reason_of
@@ -43,7 +43,8 @@ class StepCommand:
     folder: str
 
     def __call__(self) -> str:
-        (Path(self.folder) / STOP).unlink(missing_ok=True)
+        if os.environ.get("SLURM_PROCID", "0") == "0":  # a slower node must not clear a stop that was asked for since
+            (Path(self.folder) / STOP).unlink(missing_ok=True)
         code = self._run()
         if code == EXIT_STOPPED:  # asked by another signal than submitit's own: its way of starting again
             signal.raise_signal(signal.SIGUSR2)
@@ -110,9 +111,5 @@ def submit(step: Step, plan: Plan, after: Sequence[str], record: JobRecord) -> J
         try:
             job = executor.submit(StepCommand(str(step.folder)))
         except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
-            raise _refused(step, plan, error) from error
+            raise refused(step, plan, reason_of(str(error))) from error
     return replace(record, id=job.job_id, log=str(job.paths.stdout))
-
-
-def _refused(step: Step, plan: Plan, error: Exception) -> LaunchError:
-    return refused(step, plan, reason_of(str(error)))
