@@ -20,6 +20,7 @@ from pipeline.typed import Check, Count, Positive, Rate
 
 CLUSTERS = CONFIGS / "clusters"
 DEEPSPEED = Path("deepspeed")
+AMPERE = 8.0  # the compute capability with which bfloat16 and FlashAttention came
 
 
 TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)|(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?")
@@ -84,6 +85,7 @@ class Cluster:
     nodes: Positive  # of a training stage or an evaluation
     gpus: Count | Literal["auto"]  # of each node; auto: those of this machine
     gpu_memory: Rate | None  # GB of each GPU, for the memory planner
+    compute_capability: Rate | None  # of each GPU, such as 7.5: what the hardware can do
     processes: Positive | Literal["auto"]  # of each node; auto: one a GPU, on a CPU one a core, two at most
     threads: Positive | Literal["auto"]  # per process; auto: cores ÷ processes
     sft: TrainingStage
@@ -153,6 +155,11 @@ def core_count() -> int:
     granted = os.environ.get("SLURM_CPUS_PER_TASK", "")
     bound = len(os.sched_getaffinity(0))
     return min(int(granted), bound) if granted.isdigit() else bound
+
+
+def half_precision(compute_capability: float) -> Literal["bfloat16", "float16"]:
+    """The 16-bit format that a GPU computes in: bfloat16 from Ampere (8.0) on, by emulation alone before."""
+    return "bfloat16" if compute_capability >= AMPERE else "float16"
 
 
 def thread_count(cluster: Cluster, processes: int) -> int:

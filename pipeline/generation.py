@@ -96,9 +96,12 @@ def generate_batch(
     return [_completion(ids, tokenizer, stops) for ids in output.tolist()]
 
 
-def cache_for(device: torch.device) -> str | None:
-    """On a CPU keys and values are written in place: a cache that grows is copied at every token, most of the time."""
-    return "static" if device.type == "cpu" else None
+def cache_for(device: torch.device, *, mixed: bool = False) -> str | None:
+    """On a CPU keys and values are written in place: a cache that grows is copied at every token, most of the time.
+
+    `mixed`: float32 weights under autocast, whose keys are not of the precision that such a cache is made in.
+    """
+    return "static" if device.type == "cpu" and not mixed else None
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -15,7 +15,7 @@ from typing import Any
 from trl import GRPOConfig, GRPOTrainer
 
 from pipeline import distributed
-from pipeline.artifact import Artifact
+from pipeline.artifact import Artifact, Checkpoint
 from pipeline.errors import RecipeError
 from pipeline.generation import cache_for, stop_ids
 from pipeline.modeling import device, load_tokenizer, prefills_thought, prompt_lengths
@@ -24,7 +24,16 @@ from pipeline.rewards.reward import RewardFunction, find_rewards, make_sample
 from pipeline.runtime import Runtime
 from pipeline.stage import main
 from pipeline.tasks.task import Task, example_of, task_of
-from pipeline.training import arguments, first_weights, layout_of, load_rows, require_rows, train, trainable
+from pipeline.training import (
+    adapters_kept,
+    arguments,
+    first_weights,
+    layout_of,
+    load_rows,
+    require_rows,
+    train,
+    trainable,
+)
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runtime) -> dict[str, Any]:
@@ -36,20 +45,16 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     runtime.progress.update(note="reading prompts")
     checkpoint = first_weights(recipe, inputs)
     tokenizer = load_tokenizer(checkpoint, recipe.model)
-    rows = load_rows(inputs["data"], "grpo").remove_columns("completion")
-    lengths = prompt_lengths(tokenizer, rows["prompt"])
+    prompts = load_rows(inputs["data"], "grpo").remove_columns("completion")
+    lengths = prompt_lengths(tokenizer, prompts["prompt"])
     kept = [k for k, length in enumerate(lengths) if length <= settings.max_prompt_length]
     require_rows(len(kept), "GRPO prompts", f"grpo.max_prompt_length {settings.max_prompt_length} tokens")
 
-    # ---- the model, rewards
-    runtime.progress.update(note="loading the model")
+    # ---- rewards
     task = task_of(recipe.task, recipe.seed)
     functions, problems = find_rewards(settings.rewards)
     if problems:
         raise RecipeError(*problems)
-    model = trainable(recipe, checkpoint, layout)
-    stops = {*stop_ids(model, tokenizer), tokenizer.pad_token_id}
-    rewards = [_for_trl(task, name, f, prefills_thought(tokenizer), stops) for name, f in functions.items()]
 
     # ---- the trainer
     shared = arguments(recipe, settings.optimizer, layout, sizes, out, runtime)
@@ -69,16 +74,30 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         loss_type=settings.loss_type,
         scale_rewards=settings.scale_rewards,
         mask_truncated_completions=settings.mask_truncated,
-        cache_implementation=cache_for(device()),
+        cache_implementation=cache_for(device(), mixed=not recipe.lora.enabled and layout.deepspeed == "none"),
+        # of the reference that TRL loads by itself where all weights are trained: the commit that the policy is of
+        model_init_kwargs={"revision": recipe.model.revision} if _has_full_reference(recipe, checkpoint) else None,
         reward_weights=[reward.weight for reward in settings.rewards.values()],
     )
-    trainer = GRPOTrainer(
-        model, reward_funcs=rewards, args=config, train_dataset=rows.select(kept), processing_class=tokenizer
-    )
+    runtime.progress.update(note="loading the model")
+    model = trainable(
+        recipe, checkpoint, layout
+    )  # after the arguments: under ZeRO-3 they say that it is loaded in parts
+    stops = {*stop_ids(model, tokenizer), tokenizer.pad_token_id}
+    rewards = [_for_trl(task, name, f, prefills_thought(tokenizer), stops) for name, f in functions.items()]
+    with adapters_kept(model):
+        trainer = GRPOTrainer(
+            model, reward_funcs=rewards, args=config, train_dataset=prompts.select(kept), processing_class=tokenizer
+        )
 
     # ---- train, save
     metrics = train(trainer, out, runtime)
     return {**metrics, "prompts": len(kept), "dropped_too_long": len(lengths) - len(kept)}
+
+
+def _has_full_reference(recipe: Recipe, checkpoint: Checkpoint) -> bool:
+    pinned = recipe.model.revision is not None and checkpoint.base == recipe.model.name
+    return pinned and recipe.grpo.beta > 0 and not recipe.lora.enabled
 
 
 def _for_trl(

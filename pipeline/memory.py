@@ -248,8 +248,8 @@ def _training(recipe: Recipe, cluster: Cluster, shape: Shape, stage: Literal["sf
         gathered = [Term("layers gathered from elsewhere", 2 * base.bytes / shape.layers)]
         base = Term(f"{base.what}, {'on the CPU' if zero.weights_on_cpu else f'1/{world}'}", base.bytes * share)
     states = _states(trained, settings.optimizer, zero, world, bool(lora))
-    if stage == "grpo" and recipe.grpo.beta and lora:
-        states.append(Term("reference adapter", trained * HALF))
+    if stage == "grpo" and recipe.grpo.beta:
+        states.append(_reference(shape, trained, zero, world, bool(lora)))
     held = [*([base] if lora else []), *states]
 
     tokens = recipe.sft.max_length
@@ -316,6 +316,15 @@ def _states(trained: int, optimizer: Optimizer, zero: Zero, world: int, lora: bo
         Term(f"float32 copy{share}", trained * SINGLE / world),
         Term(f"optimizer, {optimizer.name}{share}", moments / world),
     ]
+
+
+def _reference(shape: Shape, trained: int, zero: Zero, world: int, lora: bool) -> Term:
+    """What `grpo.beta` measures the distance from: a copy of the adapter, or of the model."""
+    wide = HALF if zero.stage else SINGLE
+    if lora:
+        return Term("reference adapter", trained * wide)
+    share = 0.0 if zero.weights_on_cpu else 1 / world if zero.stage == 3 else 1.0
+    return Term("reference model" + (f", 1/{world}" if 0 < share < 1 else ""), shape.parameters * wide * share)
 
 
 # ---------------------------------------------------------------- shown

@@ -28,9 +28,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import is_flash_attn_2_available
 
 from pipeline.answers import OPEN
 from pipeline.artifact import Checkpoint, find_checkpoint
+from pipeline.cluster import AMPERE, half_precision
 from pipeline.errors import ArtifactError, RecipeError
 from pipeline.families import FAMILIES, OURS, gguf_file
 from pipeline.recipe import Lora, Model, Scratch
@@ -160,22 +162,38 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def compute_capability() -> float | None:
+    """Of this process's GPU, such as 7.5; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return major + minor / 10
+
+
 def choose_dtype(model: Model) -> torch.dtype:
     """One precision for training and evaluation: bf16 where the hardware has it, fp16 on older GPUs.
 
     A GPU's capability is asked, not `is_bf16_supported`, which is true on Turing by emulation.
+    RecipeError where the recipe asks for what this GPU has not.
     """
-    if model.dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[model.dtype]
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
+    name, gpu = str(model.dtype), compute_capability()
+    if name == "auto" and gpu:
+        name = half_precision(gpu)
+    elif name == "auto":
+        flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+        name = "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+    if gpu and name == "bfloat16" and half_precision(gpu) != name:
+        raise RecipeError(f"model.dtype: 'bfloat16', which this GPU (compute capability {gpu:g}) has not; use auto")
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
 def choose_attention(model: Model) -> str:
-    """`auto` is SDPA; FlashAttention has to be asked for."""
-    return "sdpa" if model.attention == "auto" else model.attention
+    """`auto` is FlashAttention where it is installed and the GPU and the precision are made for it, else SDPA."""
+    if model.attention != "auto":
+        return model.attention
+    gpu = compute_capability()
+    fast = gpu is not None and gpu >= AMPERE and choose_dtype(model) != torch.float32 and is_flash_attn_2_available()
+    return "flash_attention_2" if fast else "sdpa"
 
 
 # ---------------------------------------------------------------- weights

@@ -22,7 +22,16 @@ from pipeline.modeling import encode_rows, load_tokenizer
 from pipeline.recipe import Recipe
 from pipeline.runtime import Runtime
 from pipeline.stage import main
-from pipeline.training import arguments, first_weights, layout_of, load_rows, require_rows, train, trainable
+from pipeline.training import (
+    adapters_kept,
+    arguments,
+    first_weights,
+    layout_of,
+    load_rows,
+    require_rows,
+    train,
+    trainable,
+)
 
 WINDOW = 16  # global batches that are sorted by length together: little padding, yet a random order
 
@@ -59,7 +68,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     )
     runtime.progress.update(note="loading the model")
     model = trainable(recipe, checkpoint, layout)
-    trainer = SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer)
+    with adapters_kept(model):
+        trainer = SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer)
 
     # ---- train, save
     metrics = train(trainer, out, runtime)

@@ -5,9 +5,10 @@ Everything here translates the typed recipe and cluster to transformers' Trainer
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,20 @@ def trainable(recipe: Recipe, checkpoint: Checkpoint, layout: TrainingStage) -> 
         model = add_lora(model, recipe.lora, keep_dtype=plain_weights and zero_stage(layout) == 3)
     model.config.use_cache = False
     return model
+
+
+@contextlib.contextmanager
+def adapters_kept(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """While a trainer is made: its adapters on a quantized model stay as they are.
+
+    TRL casts them to bfloat16, whose gradients the scaler of float16 cannot take (trl#4901), and which rounds away
+    what SFT has learned and most of what a step of 1e-6 moves.
+    """
+    before = {name: weights.data for name, weights in model.named_parameters() if weights.requires_grad}
+    yield
+    for name, weights in model.named_parameters():
+        if name in before:
+            weights.data = before[name]
 
 
 def zero_stage(layout: TrainingStage) -> int:

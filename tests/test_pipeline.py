@@ -196,21 +196,11 @@ ADAMW = ["sft.optimizer.name=adamw_torch"]
 PLAIN = ["sft.prompt_loss=0", "sft.packing=true", "sft.order=shuffled"]
 
 
-@pytest.mark.parametrize(
-    ("stage", "overrides"),
-    [
-        ("sft", [*ADAMW, "cluster.sft.deepspeed=zero3"]),
-        ("sft", [*ADAMW, "cluster.sft.deepspeed=none", *PLAIN]),
-        ("grpo", ["cluster.grpo.deepspeed=zero2", "grpo.beta=0.1"]),
-    ],
-    ids=["sft under zero3", "sft under ddp, assistant only, packed", "grpo under zero2, with a reference"],
-)
-def test_both_stages_train_under_every_layout(with_sft: Path, stage: str, overrides: list[str]) -> None:
-    if stage == "sft":
-        shutil.rmtree(only(with_sft, "tiny/sft-*"))
-    sub_run(with_sft, *overrides, stages=stage)
-    artifact = open_artifact(only(with_sft, f"tiny/{stage}-*"))
-    assert artifact.metrics["steps"] == (6 if stage == "sft" else 2)
+def test_packed_rows_train_without_deepspeed(with_sft: Path) -> None:
+    shutil.rmtree(only(with_sft, "tiny/sft-*"))
+    sub_run(with_sft, *ADAMW, "cluster.sft.deepspeed=none", *PLAIN, stages="sft")
+    artifact = open_artifact(only(with_sft, "tiny/sft-*"))
+    assert artifact.metrics["steps"] == 6
     assert artifact.provenance["processes"] == 2
 
 

@@ -1,0 +1,138 @@
+"""Every architecture trains in every way here: QLoRA (bf16 and fp16), 8 bit, LoRA, full; plain, ZeRO-2, ZeRO-3."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from every_way import RECIPES, WAYS
+from running import ROOT
+from safetensors.torch import load_file
+
+from pipeline.files import read_json
+from pipeline.modeling import choose_attention, choose_dtype
+from pipeline.recipe import Model, Recipe, read
+from pipeline.training import adapters_kept
+
+CELLS = [(name, way) for name in RECIPES for way in WAYS]
+
+
+def recipe_of(name: str, *words: str) -> Recipe:
+    recipe, problems = read(name, words)
+    assert recipe is not None, problems
+    return recipe
+
+
+@pytest.fixture(scope="module", params=["none", "zero2", "zero3"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Fifteen small models, SFT and GRPO, in two processes of one torchrun."""
+    out = tmp_path_factory.mktemp(request.param)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "tests/every_way.py",
+    ]
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, request.param, str(out)], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return request.param, out
+
+
+def weights_of(step: Path) -> dict[str, torch.Tensor]:
+    adapter = step / "adapter" / "adapter_model.safetensors"
+    return dict(load_file(adapter if adapter.exists() else step / "model" / "model.safetensors"))
+
+
+@pytest.mark.parametrize(("name", "way"), CELLS, ids=[f"{name} {way}" for name, way in CELLS])
+def test_it_learns_and_grpo_goes_on_from_it(trained: tuple[str, Path], name: str, way: str) -> None:
+    layout, out = trained
+    folder = out / name / way
+    losses = [entry["loss"] for entry in read_json(folder / "sft" / "history.json") if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.15
+    sft, grpo = weights_of(folder / "sft"), weights_of(folder / "grpo")
+    assert sft.keys() == grpo.keys()  # the same adapter, not a second one
+    assert any("lora_B" in key for key in sft) == (way != "full")
+    half = torch.float16 if way == "fp16" else choose_dtype(recipe_of(name).model)
+    wanted = {torch.float32} if layout == "none" else {half, torch.float32}
+    assert {weights.dtype for weights in grpo.values()} <= wanted  # never another 16-bit format (trl#4901)
+    moved = max((sft[key].float() - grpo[key].float()).abs().max().item() for key in sft)
+    kl = next(entry["kl"] for entry in read_json(folder / "grpo" / "history.json") if "kl" in entry)
+    if way in ("nf4", "full"):
+        assert kl == 0  # no dropout: the policy is its own reference, which is the SFT model and not the base
+    else:
+        assert 0 < kl < 1e-3
+        assert moved == pytest.approx(0.01, rel=0.05)  # a step of Adam is as long as the learning rate
+
+
+def test_adapters_are_not_rounded_when_a_trainer_is_made(tmp_path: Path) -> None:
+    class Adapted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lora_A = torch.nn.Parameter(torch.tensor([1.001]))
+
+    model = Adapted()
+    with adapters_kept(model):
+        model.lora_A.data = model.lora_A.data.to(torch.bfloat16)  # as TRL does
+    assert model.lora_A.dtype == torch.float32
+    assert model.lora_A.item() == pytest.approx(1.001)
+
+
+# ---------------------------------------------------------------- one place decides
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch, major: int, minor: int, *, flash: bool = False) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, minor))
+    monkeypatch.setattr("pipeline.modeling.is_flash_attn_2_available", lambda: flash)
+
+
+def model_of(*words: str) -> Model:
+    return recipe_of("deepseek7b", *words).model
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype"),
+    [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((8, 6), torch.bfloat16), ((9, 0), torch.bfloat16)],
+)
+def test_the_compute_capability_decides_the_precision(
+    monkeypatch: pytest.MonkeyPatch, gpu: tuple[int, int], dtype: torch.dtype
+) -> None:
+    on_gpu(monkeypatch, *gpu)
+    assert choose_dtype(model_of()) is dtype
+    assert choose_dtype(model_of("model.dtype=float32")) is torch.float32
+
+
+def test_a_gpu_is_not_asked_for_a_precision_it_emulates(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu(monkeypatch, 7, 5)
+    with pytest.raises(
+        Exception, match=r"model\.dtype: 'bfloat16', which this GPU \(compute capability 7\.5\) has not"
+    ):
+        choose_dtype(model_of("model.dtype=bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "flash", "words", "attention"),
+    [
+        ((8, 0), True, [], "flash_attention_2"),
+        ((8, 0), False, [], "sdpa"),  # not installed
+        ((7, 5), True, [], "sdpa"),  # Turing
+        ((9, 0), True, ["model.dtype=float32"], "sdpa"),
+        ((9, 0), True, ["model.attention=eager"], "eager"),
+    ],
+)
+def test_flash_attention_only_where_it_is_installed_and_supported(
+    monkeypatch: pytest.MonkeyPatch, gpu: tuple[int, int], flash: bool, words: list[str], attention: str
+) -> None:
+    on_gpu(monkeypatch, *gpu, flash=flash)
+    assert choose_attention(model_of(*words)) == attention
+
+
+def test_a_cpu_has_sdpa() -> None:
+    assert choose_attention(model_of()) == "sdpa"
