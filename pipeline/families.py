@@ -9,6 +9,7 @@ models' cards; tests compare their parameter counts with the published ones.
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ BUNDLED = CONFIGS / "models"
 # of these families TRL ships the real templates, and of R1-Distill's one that does not delete thoughts
 FAMILIES = ("deepseek_r1_distill", "llama3", "phi3_5", "qwen2_5")
 OURS = ("think", "chatml")
-TEMPLATE_NAMES = (*OURS, *FAMILIES)
+HERE = Path(__file__).parent / "chat_templates"
+_TRL = importlib.util.find_spec("trl")  # found, not imported
+TRL = Path(_TRL.origin if _TRL and _TRL.origin else "trl").parent / "chat_templates"
+TEMPLATES = {
+    **{name: HERE / f"{name}.jinja" for name in OURS},
+    **{name: TRL / f"{name}_training.jinja" for name in FAMILIES},
+}
+SPECIAL = re.compile(r"<[|｜][^<>{}'\"\s]+[|｜]>")
 
 
 def model_config(model: Model) -> dict[str, Any] | None:
@@ -45,12 +53,24 @@ def gguf_file(model: Model) -> Path | None:
     return found[0] if found else None
 
 
-def _cached(model: Model) -> dict[str, Any] | None:
+def special_in(template: str) -> list[str]:
+    """The special tokens that a chat template writes, in their order."""
+    return list(dict.fromkeys(SPECIAL.findall(template)))
+
+
+def special_tokens(model: Model) -> set[str]:
+    """The special tokens of a model's tokenizer, from its folder or the local cache; empty where it is not there."""
+    folder = Path(model.name)
+    tokenizer = _dict(read_json(folder / "tokenizer.json")) if folder.is_dir() else _cached(model, "tokenizer.json")
+    return {token["content"] for token in (tokenizer or {}).get("added_tokens", ())}
+
+
+def _cached(model: Model, file: str = "config.json") -> dict[str, Any] | None:
     from huggingface_hub import try_to_load_from_cache
 
     if model.name.count("/") != 1:
         return None
-    path = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
+    path = try_to_load_from_cache(model.name, file, revision=model.revision)
     return _dict(read_json(Path(path))) if isinstance(path, str) else None
 
 

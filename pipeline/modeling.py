@@ -8,9 +8,7 @@ where no hub can be reached.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
-import re
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -34,15 +32,9 @@ from pipeline.answers import OPEN
 from pipeline.artifact import Checkpoint, find_checkpoint
 from pipeline.cluster import AMPERE, half_precision
 from pipeline.errors import ArtifactError, RecipeError
-from pipeline.families import FAMILIES, OURS, gguf_file
+from pipeline.families import TEMPLATES, gguf_file, special_in
 from pipeline.recipe import Lora, Model, Scratch
 
-HERE = Path(__file__).parent / "chat_templates"
-TRL = Path(importlib.util.find_spec("trl").origin or "").parent / "chat_templates"  # type: ignore[union-attr]
-TEMPLATES = {
-    **{name: HERE / f"{name}.jinja" for name in OURS},
-    **{name: TRL / f"{name}_training.jinja" for name in FAMILIES},
-}
 PADS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|fim_pad|>", "<|vision_pad|>", "<|endoftext|>")
 SPECIAL = {"pad_token": "<|pad|>", "eos_token": "<|end|>"}
 ROLES = ["<|user|>", "<|assistant|>", "<|system|>"]
@@ -339,11 +331,6 @@ def make_scratch(scratch: Scratch, texts: Iterable[str], template: str, out: Pat
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return int(model.num_parameters())
-
-
-def special_in(template: str) -> list[str]:
-    """The special tokens that a chat template writes, in their order."""
-    return list(dict.fromkeys(re.findall(r"<[|｜][^<>{}'\"\s]+[|｜]>", template)))
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int, special: Sequence[str] = ()) -> PreTrainedTokenizerFast:

@@ -8,10 +8,11 @@ read from their source. What the recipe's and the cluster's own types refuse nev
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import importlib.metadata
 import importlib.util
+import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -19,13 +20,14 @@ from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-from pipeline.cluster import DEEPSPEED, Cluster
+from pipeline import libraries
+from pipeline.cluster import AMPERE, DEEPSPEED, Cluster, half_precision
 from pipeline.errors import did_you_mean
-from pipeline.families import TEMPLATE_NAMES, gguf_file, model_config
+from pipeline.families import TEMPLATES, gguf_file, model_config, special_in, special_tokens
 from pipeline.fetch import not_fetched
 from pipeline.memory import GIB, adapter_parameters, needs, shape_of, what_fits
 from pipeline.plan import Plan
-from pipeline.recipe import Recipe
+from pipeline.recipe import Model, Optimizer, Recipe
 from pipeline.rewards.audit import audit
 from pipeline.rewards.reward import find_rewards
 from pipeline.slurm import is_here, reason_of
@@ -33,16 +35,17 @@ from pipeline.tasks.task import Example, task_of
 
 PROJECT = "therefore-pipeline"
 LEAST_FREE = GIB // 4
+QUANTIZED_SINCE = {"nf4": 6.0, "int8": 7.5}  # the compute capability that bitsandbytes asks for
 
 
 def problems(plan: Plan, *, audited: bool = False) -> tuple[list[str], list[str]]:
     """What would fail, and what is worth knowing, as sentences."""
-    wrong, notes = [*_packages(), *_deepspeed(plan.cluster)], list[str]()
+    wrong, notes = [*_packages(), *_arguments(), *_deepspeed(plan.cluster)], list[str]()
     recipes = {step.recipe.name: step.recipe for step in plan.to_run}
     for name, recipe in recipes.items():
         checks = (_names, _chat_format, _file, _attention, _lengths, _adapters)
         found = [text for look in checks for text in look(recipe)]
-        found += _memory(recipe, plan.cluster)
+        found += [*_hardware(recipe, plan.cluster), *_memory(recipe, plan.cluster)]
         if audited:
             found += _rewards(recipe)
         wrong += [f"{name}: {text}" if len(recipes) > 1 else text for text in found]
@@ -76,6 +79,21 @@ def _package(needed: Requirement) -> Iterator[str]:
         yield f"package {needed.name} {version} is not {needed.specifier}: scripts/setup, or pip install '{needed}'"
 
 
+def _arguments() -> Iterator[str]:
+    """Arguments that the stages pass and the installed trl and transformers do not know: they rename them often."""
+    shared = libraries.fields("transformers", "training_args.py") | libraries.fields("trl", "trainer/base_config.py")
+    for stage, config in (("sft", "SFTConfig"), ("grpo", "GRPOConfig")):
+        known = shared | libraries.fields("trl", f"trainer/{stage}_config.py")
+        passed = libraries.passed("pipeline", "training.py", "arguments")
+        unknown = sorted((passed | libraries.passed("pipeline", f"{stage}.py", config)) - known)
+        if shared and unknown:
+            version = importlib.metadata.version("trl")
+            yield (
+                f"package trl {version}: its {config} has no argument {', '.join(unknown)}, which pipeline/{stage}.py "
+                "passes: install the versions of constraints.txt with scripts/setup"
+            )
+
+
 def _deepspeed(cluster: Cluster) -> Iterator[str]:
     """The folder deepspeed/ beside the package of that name."""
     if (DEEPSPEED / "__init__.py").exists():
@@ -100,50 +118,94 @@ def _disk(plan: Plan, recipes: list[Recipe]) -> Iterator[str]:
             shape = shape_of(config)
             trained = adapter_parameters(shape, recipe.lora) if recipe.lora.enabled else shape.parameters
             wanted += trained * 16 * (plan.cluster.keep_checkpoints + 1)
-    if usage.total and usage.free < wanted:  # what is no disk has no size; writing there tells
-        yield (
-            f"{place}: {usage.free / GIB:.1f} GiB are free, the checkpoints need about {wanted / GIB:.1f}: "
-            "free some space, choose another place with --runs DIR, or lower cluster.keep_checkpoints"
-        )
+    left = [("are free", usage.free)] if usage.total else []  # what is no disk has no size; writing there tells
+    left += [("are left of your quota", free) for free in _quotas(place)]
+    for what, free in left:
+        if free < wanted:
+            yield (
+                f"{place}: {free / GIB:.1f} GiB {what}, the checkpoints need about {wanted / GIB:.1f}: "
+                "free some space, choose another place with --runs DIR, or lower cluster.keep_checkpoints"
+            )
+
+
+QUOTA = re.compile(r"\s*/?\S+\s+(?P<used>\d+)\*?\s+(?P<soft>\d+)\s+(?P<hard>\d+)\s")  # in KiB; 0: no limit
+
+
+def _quotas(place: Path) -> Iterator[int]:
+    """Bytes that the user's quotas leave, as quota (Linux) and lfs (Lustre) tell; both print the same columns."""
+    mount = next(path for path in (place, *place.parents) if path.is_mount() or path == path.parent)
+    asked = (["quota", "-w", "-f", str(mount)], ["lfs", "quota", "-q", "-u", str(os.getuid()), str(place)])
+    for command in asked:
+        if shutil.which(command[0]):
+            told = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+            for found in filter(None, map(QUOTA.match, told.splitlines())):
+                limit = int(found["hard"]) or int(found["soft"])
+                if limit:
+                    yield max(0, limit - int(found["used"])) * 1024
 
 
 # ---------------------------------------------------------------- the recipe
 
 
 def _names(recipe: Recipe) -> Iterator[str]:
-    """Optimizers and schedules that the installed transformers does not know."""
-    optimizers, schedules = _known("training_args.py", "OptimizerNames"), _known("trainer_utils.py", "SchedulerType")
+    """Names that the installed libraries do not know."""
+    optimizers = [*libraries.values("transformers", "training_args.py", "OptimizerNames"), "muon"]
+    schedules = libraries.values("transformers", "trainer_utils.py", "SchedulerType")
+    losses = libraries.compared("trl", "trainer/grpo_trainer.py", "loss_type")
     for stage, optimizer in (("sft", recipe.sft.optimizer), ("grpo", recipe.grpo.optimizer)):
-        if optimizers and optimizer.name not in (*optimizers, "muon"):
-            close = did_you_mean(optimizer.name, [*optimizers, "muon"])
-            yield f"{stage}.optimizer.name: {optimizer.name!r} is none that transformers knows; {close}"
-        if schedules and optimizer.schedule not in schedules:
-            close = did_you_mean(optimizer.schedule, schedules)
-            yield f"{stage}.optimizer.schedule: {optimizer.schedule!r} is none that transformers knows; {close}"
+        yield from _known(f"{stage}.optimizer.name", optimizer.name, optimizers, "transformers")
+        yield from _known(f"{stage}.optimizer.schedule", optimizer.schedule, schedules, "transformers")
+        yield from _schedule(stage, optimizer)
+    yield from _known("grpo.loss_type", recipe.grpo.loss_type, losses, "trl")
 
 
-def _known(file: str, name: str) -> list[str]:
-    """The values of an enumeration of transformers, read from its source."""
-    spec = importlib.util.find_spec("transformers")
-    if spec is None or not spec.origin:
-        return []
-    tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
-    found = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
-    values = (node.value for node in found.body if isinstance(node, ast.Assign)) if found else ()
-    return [value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+def _known(key: str, name: str, names: list[str], package: str) -> Iterator[str]:
+    if len(names) > 1 and name not in names:
+        yield f"{key}: {name!r} is none that {package} knows; {did_you_mean(name, names)}"
+
+
+def _schedule(stage: str, optimizer: Optimizer) -> Iterator[str]:
+    """`schedule_args` that the schedule does not take, or lacks."""
+    takes, given = libraries.schedule_arguments(optimizer.schedule), optimizer.schedule_args or {}
+    where = f"{stage}.optimizer.schedule_args"
+    if takes is None:
+        return
+    for name in given:
+        if name not in takes:
+            close = did_you_mean(name, list(takes)) if takes else "it takes none; use null"
+            yield f"{where}.{name}: nothing that {optimizer.schedule} takes; {close}"
+    lacks = [name for name, needed in takes.items() if needed and name not in given]
+    if {"min_lr", "min_lr_rate"} <= takes.keys() and not {"min_lr", "min_lr_rate"} & given.keys():
+        lacks.append("min_lr_rate")
+    if lacks:
+        yield f"{where}: {optimizer.schedule} needs {', '.join(lacks)}; such as {where}.{lacks[0]}=0.1"
 
 
 def _chat_format(recipe: Recipe) -> Iterator[str]:
     """Templates that do not exist, and the one that deletes what is to be learned."""
     template = recipe.model.chat_template
-    if template and template not in TEMPLATE_NAMES and not Path(template).is_file():
-        close = did_you_mean(template, TEMPLATE_NAMES)
+    if template and template not in TEMPLATES and not Path(template).is_file():
+        close = did_you_mean(template, list(TEMPLATES))
         yield f"model.chat_template: {template!r} is no file and no known name; {close}"
+    yield from _tokens(recipe.model)
     if template is None and "R1-Distill" in recipe.model.name:
         yield (
             f"model.chat_template: null is {recipe.model.name}'s own, which deletes the thought from every training "
             "text; use deepseek_r1_distill"
         )
+
+
+def _tokens(model: Model) -> Iterator[str]:
+    """A template that ends its turns with tokens that the model's tokenizer, where it is here, does not have."""
+    known = special_tokens(model)
+    path = TEMPLATES.get(model.chat_template or "", Path(model.chat_template or ""))
+    if known and path.is_file():
+        unknown = [token for token in special_in(path.read_text(encoding="utf-8")) if token not in known]
+        if unknown:
+            yield (
+                f"model.chat_template: {model.chat_template!r} writes {', '.join(unknown)}, which the tokenizer of "
+                f"{model.name} does not have, so no answer would end; use its own (null) or its family's"
+            )
 
 
 def _file(recipe: Recipe) -> Iterator[str]:
@@ -159,6 +221,23 @@ def _file(recipe: Recipe) -> Iterator[str]:
 def _attention(recipe: Recipe) -> Iterator[str]:
     if recipe.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         yield "model.attention: 'flash_attention_2', but the package flash-attn is not installed; use auto"
+
+
+def _hardware(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
+    """What the cluster's GPUs cannot do."""
+    gpu, model = cluster.compute_capability, recipe.model
+    if not gpu:
+        return
+    has = f"the GPUs of {cluster.name} (compute capability {gpu:g})"
+    if model.dtype == "bfloat16" and half_precision(gpu) != model.dtype:
+        yield f"model.dtype: 'bfloat16', which {has} only emulate; use auto, which is float16 there"
+    if model.attention == "flash_attention_2" and gpu < AMPERE:
+        yield f"model.attention: 'flash_attention_2', which {has} cannot run; use auto, which is sdpa there"
+    if model.attention == "flash_attention_2" and model.dtype == "float32":
+        yield "model.attention: 'flash_attention_2' computes in 16 bit, but model.dtype is 'float32'; use auto for one"
+    least = QUANTIZED_SINCE.get(model.quantization, 0.0)
+    if gpu < least:
+        yield f"model.quantization: {model.quantization!r} needs compute capability {least:g}, not {has}; use none"
 
 
 def _lengths(recipe: Recipe) -> Iterator[str]:

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.artifact import Checkpoint
 from pipeline.errors import RecipeError
-from pipeline.families import FAMILIES
-from pipeline.modeling import TEMPLATES, TRL, encode_rows, load_tokenizer, prefills_thought, prompt_ids
+from pipeline.families import FAMILIES, TEMPLATES, TRL
+from pipeline.modeling import encode_rows, load_tokenizer, prefills_thought, prompt_ids
 from pipeline.modeling import train_tokenizer as train
 from pipeline.recipe import Model
 

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    **dict.fromkeys(("errors", "typed", "fingerprint", "files"), 0),
+    **dict.fromkeys(("errors", "typed", "fingerprint", "files", "libraries"), 0),
     **dict.fromkeys(("recipe", "cluster", "slurm", "artifact", "progress", "runtime", "families"), 1),
     **dict.fromkeys(("tasks", "rewards", "answers", "metrics", "charts", "rehearsal", "memory"), 2),
     **dict.fromkeys(("modeling", "generation", "distributed", "checkpoints", "monitor", "training"), 3),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
+import json
 import shutil
 import time
 from pathlib import Path
@@ -11,9 +13,10 @@ from types import SimpleNamespace
 import pytest
 from running import run_cli
 
-from pipeline import preflight
+from pipeline import libraries, preflight
 from pipeline.__main__ import command
 from pipeline.errors import PipelineError
+from pipeline.families import BUNDLED
 from pipeline.plan import make_plan
 from pipeline.recipe import recipe_names
 
@@ -29,6 +32,16 @@ CATALOGUE: list[tuple[list[str], str]] = [
         [*SEVEN, "model.chat_template=phi35"],
         "'phi35' is no file and no known name; did you mean 'phi3_5'?",
     ),
+    (
+        [*SEVEN, "sft.optimizer.schedule=cosine_with_min_lr", "sft.optimizer.schedule_args={min_lr_rat: 0.1}"],
+        "sft.optimizer.schedule_args.min_lr_rat: nothing that cosine_with_min_lr takes; did you mean 'min_lr_rate'?",
+    ),
+    (
+        [*SEVEN, "sft.optimizer.schedule=warmup_stable_decay"],
+        "sft.optimizer.schedule_args: warmup_stable_decay needs num_decay_steps",
+    ),
+    ([*SEVEN, "sft.optimizer.schedule=cosine_with_min_lr"], "cosine_with_min_lr needs min_lr_rate; such as"),
+    ([*SEVEN, "grpo.loss_type=dapoo"], "grpo.loss_type: 'dapoo' is none that trl knows; did you mean 'dapo'?"),
     (["tiny", "cluster.sft.deepspeed=zero2_ofload"], "cluster.sft.deepspeed: 'zero2_ofload' is no file of deepspeed/"),
     (["tiny", "grpo.rewards.corectness.weight=1"], "corectness"),
     (["tiny", "task.name=gsm9k"], "task.name: unknown task 'gsm9k'"),
@@ -57,12 +70,28 @@ CATALOGUE: list[tuple[list[str], str]] = [
     (["tiny", "sft.max_length=4000"], "sft.max_length: 4000 tokens do not fit model.scratch.context 2048"),
     (["tiny", "--launcher", "local", "--nodes", "2"], "cluster.nodes: 2, but the launcher local starts one"),
     (["tiny", "--launcher", "slurm", "cluster.gpus=auto"], "cluster.gpus: 'auto' counts the GPUs of this machine"),
+    ([*SEVEN, "model.dtype=bfloat16"], "model.dtype: 'bfloat16', which the GPUs of 2x2080ti (compute capability 7.5)"),
+    (
+        [*SEVEN, "model.attention=flash_attention_2"],
+        "cannot run; use auto, which is sdpa there",
+    ),
+    (
+        [*SEVEN, "cluster.compute_capability=7.0", "model.quantization=int8"],
+        "model.quantization: 'int8' needs compute capability 7.5",
+    ),
+    (
+        ["deepseek7b", "--cluster", "h100", "model.attention=flash_attention_2", "model.dtype=float32"],
+        "computes in 16 bit, but model.dtype is 'float32'",
+    ),
     # models
     ([*SEVEN, "lora.enabled=false"], "model.quantization: 'nf4' weights cannot be trained themselves"),
     ([*SEVEN, "lora.targets=[qkv_proj]"], "has no module 'qkv_proj'; it has q_proj, k_proj"),
     (["phi3.5", "lora.targets=[q_proj]"], "has no module 'q_proj'; it has qkv_proj, o_proj, gate_up_proj, down_proj"),
     ([*SEVEN, "model.chat_template=null"], "deletes the thought from every training text; use deepseek_r1_distill"),
-    ([*SEVEN, "model.attention=flash_attention_2"], "the package flash-attn is not installed; use auto"),
+    (
+        ["deepseek7b", "--cluster", "a100", "model.attention=flash_attention_2"],
+        "the package flash-attn is not installed; use auto",
+    ),
     (["tiny", "cluster.sft.deepspeed=none"], "'muon' is DeepSpeed's"),
     (["tiny", "sft.optimizer.max_grad_norm=1"], "would shrink every step of muon"),
     (["deepseek7b", "--cluster", "2x2080ti"], "is not in the local cache (nothing of it)"),
@@ -135,6 +164,77 @@ def test_a_package_that_is_missing_or_old_is_told(tmp_path: Path, monkeypatch: p
     told = wrong(tmp_path)
     assert "package trl 0.9 is not" in told
     assert "package deepspeed is not installed (the folder of that name is not it)" in told
+
+
+def test_an_argument_that_a_library_has_renamed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = libraries.fields
+
+    def renamed(package: str, file: str) -> set[str]:
+        return {name.replace("num_generations", "group_size") for name in real(package, file)} - {"max_length"}
+
+    assert "has no argument" not in wrong(tmp_path)
+    monkeypatch.setattr(libraries, "fields", renamed)
+    told = wrong(tmp_path)
+    assert "its SFTConfig has no argument max_length, which pipeline/sft.py passes" in told
+    assert "its GRPOConfig has no argument num_generations, which pipeline/grpo.py passes" in told
+
+
+def test_what_is_read_from_the_sources_is_what_the_libraries_say() -> None:
+    from dataclasses import fields
+
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+    from transformers.training_args import OptimizerNames
+    from trl import GRPOConfig
+
+    read = libraries.fields("transformers", "training_args.py") | libraries.fields("trl", "trainer/base_config.py")
+    assert {field.name for field in fields(GRPOConfig)} <= read | libraries.fields("trl", "trainer/grpo_config.py")
+    assert libraries.values("transformers", "training_args.py", "OptimizerNames") == [
+        one.value for one in OptimizerNames
+    ]
+    for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items():
+        known = libraries.schedule_arguments(kind.value)
+        assert known is None or known.keys() == set(inspect.signature(function).parameters) - set(libraries.GIVEN)
+    assert libraries.schedule_arguments("warmup_stable_decay") is not None
+    assert libraries.values("no_such_package", "x.py", "X") == []
+
+
+def test_a_template_whose_tokens_the_tokenizer_lacks_is_told(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text((BUNDLED / "Qwen--Qwen2.5-1.5B-Instruct.json").read_text())
+    has = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    (model / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"content": token} for token in has]}))
+
+    def told(template: str) -> str:
+        words = [f"model.name={model}", f"model.chat_template={template}", "cluster.gpu_memory=80"]
+        return "\n".join(preflight.problems(make_plan(["qwen1.5b"], words, runs=tmp_path / "runs"))[0])
+
+    assert "'phi3_5' writes <|system|>, <|end|>" in told("phi3_5")
+    assert "does not have, so no answer would end" in told("phi3_5")
+    assert "writes" not in told("qwen2_5")
+
+
+QUOTA = """Disk quotas for user me (uid 7): 
+     Filesystem  blocks   quota   limit   grace   files   quota   limit   grace
+      /dev/sda1 1048000* 1000000 1048576   6days      12       0       0
+"""
+LUSTRE = "      /lustre 1048000 0 1048576 - 12 0 0 -\n"
+
+
+@pytest.mark.parametrize(("name", "told"), [("quota", QUOTA), ("lfs", LUSTRE)])
+def test_a_quota_without_room_for_checkpoints_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, told: str
+) -> None:
+    """A stand-in for the site's command; its columns are those of quota 4.06 and of lfs 2.15."""
+    command = tmp_path / "bin" / name
+    command.parent.mkdir()
+    (tmp_path / "told").write_text(told)
+    command.write_text(f"#!/bin/sh\ncat {tmp_path}/told\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(command.parent), prepend=":")
+    assert "0.0 GiB are left of your quota, the checkpoints need about" in wrong(tmp_path)
+    (tmp_path / "told").write_text(told.replace("1048576", "0").replace("1000000", "0"))  # no limit
+    assert "quota" not in wrong(tmp_path)
 
 
 def test_a_file_that_hides_deepspeed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
