@@ -21,8 +21,7 @@ GIB = 2**30  # a card of 11 GB has 11 GiB
 HALF, SINGLE = 2, 4  # bytes
 CONTEXT = 0.75 * GIB  # CUDA context, NCCL, cuBLAS work spaces: an estimate
 FRAGMENTATION = 0.08  # of everything else: an estimate
-LOGITS = 14  # bytes of each logit of SFT's loss: bf16, its float32 copy, log-softmax and gradient
-GRPO_LOGITS = 10  # of GRPO's log-probabilities: bf16, divided by the temperature, log-softmax and their gradients
+TILE = (4096, 32768)  # tokens × vocabulary: TRL computes log-probabilities in tiles of this size, never all logits
 TIGHT = 0.9  # of the GPU's memory
 LIGHT = "paged_adamw_8bit"
 SHAPES = ("qwen2", "llama", "phi3")  # architectures whose sizes are understood here
@@ -123,6 +122,16 @@ def kept_per_token(
         wide = sum(shape.linears[name][0] for name in names)
         whole += wide * ((mask if lora.dropout else 0) + dropped) + low * lora.r * len(names)
     return whole, HALF * shape.hidden
+
+
+def head_bytes(shape: Shape, tokens: int, *, full: bool) -> int:
+    """What the head and the loss hold beside the model while `tokens` are scored: a tile of logits, float32 gradients.
+
+    `full`: the head's own weights are trained.
+    """
+    tile = HALF * min(tokens, TILE[0]) * TILE[1]
+    hidden = tokens * shape.hidden * (HALF + SINGLE)  # the gradient, summed in float32, then in 16 bit
+    return tile + hidden + (shape.vocabulary * shape.hidden * (SINGLE + HALF) if full else 0)
 
 
 # ---------------------------------------------------------------- the terms of a phase
@@ -238,7 +247,7 @@ def _training(recipe: Recipe, cluster: Cluster, shape: Shape, stage: Literal["sf
     layout = cluster.sft if stage == "sft" else cluster.grpo
     sizes, _ = batches(cluster, recipe, stage)
     world = cluster.nodes * process_count(cluster)
-    zero = _zero(layout.deepspeed)
+    zero = zero_of(layout.deepspeed)
     rows = sizes.per_device if sizes else 1
     lora = recipe.lora if recipe.lora.enabled else None
     trained = adapter_parameters(shape, recipe.lora) if lora else shape.parameters
@@ -247,7 +256,7 @@ def _training(recipe: Recipe, cluster: Cluster, shape: Shape, stage: Literal["sf
     if zero.stage == 3 and lora:
         gathered = [Term("layers gathered from elsewhere", 2 * base.bytes / shape.layers)]
         base = Term(f"{base.what}, {'on the CPU' if zero.weights_on_cpu else f'1/{world}'}", base.bytes * share)
-    states = _states(trained, settings.optimizer, zero, world, bool(lora))
+    states = states_of(trained, settings.optimizer, zero, world, bool(lora))
     if stage == "grpo" and recipe.grpo.beta:
         states.append(_reference(shape, trained, zero, world, bool(lora)))
     held = [*([base] if lora else []), *states]
@@ -258,14 +267,12 @@ def _training(recipe: Recipe, cluster: Cluster, shape: Shape, stage: Literal["sf
     whole, only_input = kept_per_token(shape, lora)
     each = only_input if layout.gradient_checkpointing else whole
     kept = Term(f"activations, {rows} × {tokens} tokens", rows * tokens * shape.layers * each)
-    again = [Term("one layer computed again", rows * tokens * whole)] if layout.gradient_checkpointing else []
-    scored = tokens if stage == "sft" else recipe.grpo.max_completion_length
-    logits = Term(
-        f"logits, {rows} × {scored} × {shape.vocabulary}",
-        rows * scored * shape.vocabulary * (LOGITS if stage == "sft" else GRPO_LOGITS),
-    )
+    again = Term("one layer computed again", rows * tokens * whole * layout.gradient_checkpointing)
+    scored = rows * (tokens if stage == "sft" else recipe.grpo.max_completion_length)
+    head = Term(f"head and loss of {scored} tokens, in tiles", head_bytes(shape, scored, full=lora is None))
+    later = max(again, head, key=lambda term: term.bytes)  # the backward pass leaves the head before a layer
     unpacked = _dequantized(recipe, shape)
-    learning = Need("sft" if stage == "sft" else "grpo, learning", (*held, *gathered, *unpacked, kept, *again, logits))
+    learning = Need("sft" if stage == "sft" else "grpo, learning", (*held, *gathered, *unpacked, kept, later))
     if stage == "sft":
         return [learning]
     together = rows * (sizes.accumulation if sizes else 1)  # TRL generates for a whole optimizer step at once
@@ -286,14 +293,14 @@ class Zero:
     weights_on_cpu: bool
 
 
-def _zero(deepspeed: str) -> Zero:
+def zero_of(deepspeed: str) -> Zero:
     if deepspeed == "none":
         return Zero(0, False, False)
     settings = json.loads((DEEPSPEED / f"{deepspeed}.json").read_text(encoding="utf-8"))["zero_optimization"]
     return Zero(int(settings["stage"]), "offload_optimizer" in settings, "offload_param" in settings)
 
 
-def _states(trained: int, optimizer: Optimizer, zero: Zero, world: int, lora: bool) -> list[Term]:
+def states_of(trained: int, optimizer: Optimizer, zero: Zero, world: int, lora: bool) -> list[Term]:
     """Weights that are trained, their gradients, and what the optimizer keeps of them."""
     name = "adapters" if lora else "weights"
     moments = trained * (2 if "8bit" in optimizer.name else 8)

@@ -35,7 +35,7 @@ WAYS = {
 FAR = [
     f"{stage}.optimizer.learning_rate=1e-2" for stage in ("sft", "grpo")
 ]  # what SFT has learned is far from the base
-SHORT = [*FAR, "grpo.beta=0.1", "cluster.save_steps=100", "cluster.processes=2", "cluster.gpu_memory=null"]
+SHORT = [*FAR, "grpo.beta=0.1", "cluster.save_steps=2", "cluster.processes=2", "cluster.gpu_memory=null"]
 
 
 def main(layout: str, out: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from running import ROOT
 from safetensors.torch import load_file
 
 from pipeline.files import read_json
+from pipeline.memory import states_of, zero_of
 from pipeline.modeling import choose_attention, choose_dtype
 from pipeline.recipe import Model, Recipe, read
 from pipeline.training import adapters_kept
@@ -69,6 +71,30 @@ def test_it_learns_and_grpo_goes_on_from_it(trained: tuple[str, Path], name: str
     else:
         assert 0 < kl < 1e-3
         assert moved == pytest.approx(0.01, rel=0.05)  # a step of Adam is as long as the learning rate
+
+
+@pytest.mark.parametrize("way", ["lora", "full"])
+def test_deepspeed_shares_out_the_optimizer_as_the_planner_says(trained: tuple[str, Path], way: str) -> None:
+    """The states that each of two processes has saved, in bytes."""
+    layout, out = trained
+    step = out / "llama8b" / way / "sft"
+    shards = sorted(step.glob("checkpoints/checkpoint-2/global_step2/*optim_states.pt"))
+    assert len(shards) == (0 if layout == "none" else 2)
+    tied = "lm_head.weight"  # saved twice, there once
+    count = sum(weights.numel() for key, weights in weights_of(step).items() if key != tied)
+    terms = states_of(count, recipe_of("llama8b").sft.optimizer, zero_of(layout), 2, way == "lora")
+    wanted = sum(term.bytes for term in terms if term.what.startswith(("float32 copy", "optimizer")))
+    for shard in shards:
+        saved = torch.load(shard, weights_only=False, map_location="cpu")["optimizer_state_dict"]
+        assert size_of(saved) == pytest.approx(wanted, rel=0.001)
+
+
+def size_of(value: Any) -> int:
+    """Bytes of the tensors in it."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return sum(map(size_of, parts))
 
 
 def test_adapters_are_not_rounded_when_a_trainer_is_made(tmp_path: Path) -> None:
