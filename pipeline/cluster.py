@@ -90,7 +90,8 @@ class Cluster:
     threads: Positive | Literal["auto"]  # per process; auto: cores ÷ processes
     sft: TrainingStage
     grpo: TrainingStage
-    evaluate_batch_size: Positive  # prompts generated at once by each process
+    generation_batch_size: Positive | Literal["auto"]  # completions that each process generates at once in GRPO
+    evaluate_batch_size: Positive | Literal["auto"]  # prompts that each process generates for at once
     save_steps: Positive
     keep_checkpoints: Positive
     logging_steps: Positive
@@ -185,6 +186,14 @@ class Batches:
 
 
 AUTO_PER_DEVICE = 16
+AUTO_EVALUATE = 100
+
+
+def generation_sizes(recipe: Recipe, sizes: Batches) -> list[int]:
+    """How many completions each process may generate at once, the most first: whole groups, a whole share of a step."""
+    steps = (n for n in range(sizes.accumulation, 0, -1) if sizes.accumulation % n == 0)
+    rows = [sizes.per_device * n for n in steps]
+    return [n for n in rows if n * sizes.processes % recipe.grpo.num_generations == 0] or rows[:1]
 
 
 def batches(
@@ -218,4 +227,11 @@ def batches(
             f"that each of {processes} processes has of {stage}.global_batch_size {wanted}; "
             f"use {' or '.join(str(n) for n in near)}"
         ]
-    return Batches(processes, per_device, share // per_device), []
+    made = Batches(processes, per_device, share // per_device)
+    if stage == "grpo" and cluster.generation_batch_size not in ("auto", *(known := generation_sizes(recipe, made))):
+        return None, [
+            f"cluster.generation_batch_size: {cluster.generation_batch_size} is no whole share of the {share} "
+            f"completions of each process with whole groups of {recipe.grpo.num_generations}; use "
+            f"{' or '.join(str(n) for n in known)}, or auto"
+        ]
+    return made, []

@@ -19,6 +19,7 @@ from typing import Any
 from pipeline import distributed
 from pipeline.artifact import Artifact, find_checkpoint
 from pipeline.checkpoints import leave_if_asked
+from pipeline.cluster import AUTO_EVALUATE
 from pipeline.errors import DataError
 from pipeline.files import read_lines, write_json
 from pipeline.generation import Sampling, generate
@@ -63,7 +64,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     left = [(split, row) for split, row in asked if (split, row["id"]) not in answered]
     distributed.barrier()  # every rank has to see the same rows left before any writes
     prompts = prompt_ids(tokenizer, [row["prompt"] for _, row in left])
-    total, mine = len(asked), 0
+    total, mine, asked_at_once = len(asked), 0, runtime.cluster.evaluate_batch_size
     runtime.progress.update(state="running", done=len(answered), first=len(answered), total=total, note="")
     with (out / f"partial-{runtime.rank}-{time.time_ns()}.jsonl").open("w", encoding="utf-8") as file:
         completions = generate(
@@ -71,7 +72,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
             tokenizer,
             prompts,
             sampling,
-            runtime.cluster.evaluate_batch_size,
+            AUTO_EVALUATE if asked_at_once == "auto" else asked_at_once,
             recipe.seed,
             rank=runtime.rank,
             world=runtime.world,

@@ -16,6 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from pipeline import distributed
 from pipeline.artifact import Artifact, Checkpoint
+from pipeline.cluster import generation_sizes
 from pipeline.errors import RecipeError
 from pipeline.generation import cache_for, stop_ids
 from pipeline.modeling import device, load_tokenizer, prefills_thought, prompt_lengths
@@ -57,12 +58,16 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         raise RecipeError(*problems)
 
     # ---- the trainer
+    at_once = runtime.cluster.generation_batch_size
+    if at_once == "auto":
+        at_once = generation_sizes(recipe, sizes)[0]
     shared = arguments(recipe, settings.optimizer, layout, sizes, out, runtime)
     config = GRPOConfig(
         **{**shared, "logging_steps": 1},  # a step takes seconds or minutes, and there are few
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         num_generations=settings.num_generations,
+        steps_per_generation=at_once // sizes.per_device,
         num_iterations=settings.num_iterations,
         max_completion_length=settings.max_completion_length,
         temperature=settings.temperature,

@@ -13,7 +13,16 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pipeline.cluster import AUTO_PER_DEVICE, DEEPSPEED, Cluster, TrainingStage, batches, process_count
+from pipeline.cluster import (
+    AUTO_EVALUATE,
+    AUTO_PER_DEVICE,
+    DEEPSPEED,
+    Cluster,
+    TrainingStage,
+    batches,
+    generation_sizes,
+    process_count,
+)
 from pipeline.families import model_config
 from pipeline.recipe import Lora, Optimizer, Recipe
 
@@ -170,11 +179,14 @@ def needs(recipe: Recipe, cluster: Cluster) -> list[Need] | None:
     for stage in ("sft", "grpo"):
         if stage == "grpo" or recipe.grpo.start == "sft":
             found += _training(recipe, cluster, shape, "sft" if stage == "sft" else "grpo")
-    asked = recipe.evaluate
-    base = _weights(recipe, shape)
-    cache = _cache(shape, cluster.evaluate_batch_size, recipe.grpo.max_prompt_length + asked.max_new_tokens)
-    found.append(Need("evaluate", (base, *_dequantized(recipe, shape), cache)))
+    found.append(_evaluation(recipe, cluster, shape))
     return found
+
+
+def _evaluation(recipe: Recipe, cluster: Cluster, shape: Shape) -> Need:
+    rows = AUTO_EVALUATE if cluster.evaluate_batch_size == "auto" else cluster.evaluate_batch_size
+    cache = _cache(shape, rows, recipe.grpo.max_prompt_length + recipe.evaluate.max_new_tokens)
+    return Need("evaluate", (_weights(recipe, shape), *_dequantized(recipe, shape), cache))
 
 
 AUTO_ZERO = {"sft": ("zero2", "zero3", "zero3_offload"), "grpo": ("zero2", "zero3", "zero3_offload")}
@@ -187,7 +199,34 @@ def resolved(recipe: Recipe, cluster: Cluster) -> Cluster:
     The first ZeRO stage under which a batch fits, the cheapest first, and under it the largest batch per device; the
     global batch stays the recipe's. Where the GPU or the model is not known, the batch stays `auto` (cluster.batches).
     """
-    return replace(cluster, sft=_decided(recipe, cluster, "sft"), grpo=_decided(recipe, cluster, "grpo"))
+    cluster = replace(cluster, sft=_decided(recipe, cluster, "sft"), grpo=_decided(recipe, cluster, "grpo"))
+    return _generating(recipe, cluster)
+
+
+def _generating(recipe: Recipe, cluster: Cluster) -> Cluster:
+    """The cluster with the most that can be generated at once, in GRPO and in evaluation."""
+    config, gpu = model_config(recipe.model), (cluster.gpu_memory or 0) * GIB
+    known = config is not None and config.get("model_type") in SHAPES and gpu
+    sizes, _ = batches(cluster, recipe, "grpo")
+    if cluster.generation_batch_size == "auto" and sizes:
+        choices = [replace(cluster, generation_batch_size=n) for n in generation_sizes(recipe, sizes)]
+        needed = [_training(recipe, one, shape_of(config), "grpo")[1] if config and known else None for one in choices]
+        cluster = choices[_first_that_fits(needed, gpu)]
+    if cluster.evaluate_batch_size == "auto":
+        halved = [AUTO_EVALUATE, *(2**n for n in range(6, -1, -1))]
+        choices = [replace(cluster, evaluate_batch_size=n) for n in halved]
+        needed = [_evaluation(recipe, one, shape_of(config)) if config and known else None for one in choices]
+        cluster = choices[_first_that_fits(needed, gpu)]
+    return cluster
+
+
+def _first_that_fits(needed: list[Need | None], gpu: float) -> int:
+    """Which of these, the largest first; the largest where nobody knows, the smallest where none fits."""
+    for enough in (("fits",), ("fits", "tight")):
+        for number, need in enumerate(needed):
+            if need is None or need.verdict(gpu) in enough:
+                return number
+    return len(needed) - 1
 
 
 def _with(cluster: Cluster, stage: str, layout: TrainingStage) -> Cluster:
@@ -275,7 +314,9 @@ def _training(recipe: Recipe, cluster: Cluster, shape: Shape, stage: Literal["sf
     learning = Need("sft" if stage == "sft" else "grpo, learning", (*held, *gathered, *unpacked, kept, later))
     if stage == "sft":
         return [learning]
-    together = rows * (sizes.accumulation if sizes else 1)  # TRL generates for a whole optimizer step at once
+    together = cluster.generation_batch_size
+    if together == "auto":  # not decided yet: the least there is
+        together = generation_sizes(recipe, sizes)[-1] if sizes else rows
     whole_model = []
     if zero.stage == 3:  # TRL gathers the model before it generates
         missing = (_weights(recipe, shape).bytes if lora else shape.parameters * HALF) * (1 - share)
@@ -365,6 +406,9 @@ def _told(asked: Cluster, decided: Cluster) -> list[str]:
         for name in ("per_device_batch_size", "deepspeed"):
             if getattr(old, name) != getattr(new, name):
                 words.append(f"cluster.{stage}.{name}={getattr(new, name)}")
+    for name in ("generation_batch_size", "evaluate_batch_size"):
+        if getattr(asked, name) != getattr(decided, name):
+            words.append(f"cluster.{name}={getattr(decided, name)}")
     return [f"auto is {' '.join(words)}"] if words else []
 
 
@@ -397,9 +441,11 @@ Change = tuple[list[str], tuple[Recipe, Cluster]]
 def _changes(recipe: Recipe, cluster: Cluster) -> list[Change]:
     """What may be changed, the mildest first: where it runs before what it is."""
     found: list[Change] = []
-    if cluster.evaluate_batch_size > 1:
-        small = replace(cluster, evaluate_batch_size=max(1, cluster.evaluate_batch_size // 4))
-        found.append(([f"cluster.evaluate_batch_size={small.evaluate_batch_size}"], (recipe, small)))
+    if cluster.evaluate_batch_size != "auto" or cluster.generation_batch_size != "auto":
+        names = ("generation_batch_size", "evaluate_batch_size")
+        words = [f"cluster.{name}=auto" for name in names if getattr(cluster, name) != "auto"]
+        auto = replace(cluster, generation_batch_size="auto", evaluate_batch_size="auto")
+        found.append((words, (recipe, auto)))
     layouts = (("gradient_checkpointing", True), ("per_device_batch_size", 1))
     for change, value in (*layouts, ("deepspeed", "zero3"), ("deepspeed", "zero3_offload")):
         decided = resolved(recipe, cluster)

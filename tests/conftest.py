@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 from running import NANO, ROOT, run_cli
 
@@ -23,8 +24,12 @@ def at_the_root() -> None:
 @pytest.fixture(scope="session")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs folder of one whole run: seven steps, ZeRO-2 for SFT, ZeRO-3 for GRPO, two processes."""
-    runs = tmp_path_factory.mktemp("nano") / "runs"
-    done = run_cli("run", "tiny", *NANO, "--runs", str(runs))
-    assert done.returncode == 0, done.stderr + "".join(p.read_text() for p in runs.glob("*/*/log.txt"))
-    (runs / "stdout.txt").write_text(done.stdout)
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared  # one run for all workers
+    runs = shared / "nano" / "runs"
+    with FileLock(shared / "nano.lock"):
+        if not (runs / "stdout.txt").exists():
+            done = run_cli("run", "tiny", *NANO, "--runs", str(runs))
+            assert done.returncode == 0, done.stderr + "".join(p.read_text() for p in runs.glob("*/*/log.txt"))
+            (runs / "stdout.txt").write_text(done.stdout)
     return runs

@@ -217,14 +217,38 @@ def test_auto_is_the_largest_batch_that_fits_and_keeps_the_global_one(name: str,
         assert sizes.processes * sizes.per_device * sizes.accumulation == 64
         assert layout.deepspeed in ("zero2", "zero3", "zero3_offload")
         fits = {n.phase: n.verdict(memory * GIB) for n in needs(recipe, cluster) or [] if n.phase.startswith(stage)}
-        double = replace(cluster, **{stage: replace(layout, per_device_batch_size=2 * sizes.per_device)})
+        twice = {stage: replace(layout, per_device_batch_size=2 * sizes.per_device)}
+        double = replace(cluster, generation_batch_size="auto", **twice)
         if set(fits.values()) == {"fits"} and sizes.accumulation > 1 and sizes.per_device < 16:
             more = {n.phase: n.verdict(memory * GIB) for n in needs(recipe, double) or [] if n.phase.startswith(stage)}
             assert set(more.values()) != {"fits"}
 
 
+@given(
+    st.sampled_from([2, 4, 8]),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2, 4]),
+    st.integers(1, 24),
+    st.integers(5, 80),
+)
+def test_what_is_generated_at_once_is_a_whole_share_of_whole_groups(
+    group: int, processes: int, rows: int, accumulation: int, memory: int
+) -> None:
+    batch = processes * rows * accumulation
+    if batch % group:
+        return
+    recipe = recipe_of("phi3.5", f"grpo.global_batch_size={batch}", f"grpo.num_generations={group}")
+    words = [f"gpus={processes}", f"grpo.per_device_batch_size={rows}", f"gpu_memory={memory}"]
+    cluster = resolved(recipe, cluster_of("2x2080ti", *words))
+    at_once = cluster.generation_batch_size
+    assert isinstance(at_once, int)
+    assert rows * accumulation % at_once == 0
+    assert at_once % rows == 0
+    assert at_once * processes % group == 0
+
+
 def test_what_is_said_is_not_decided_again(tmp_path: Path) -> None:
-    recipe, said = recipe_of("deepseek7b"), cluster_of("2x2080ti")
+    recipe, said = recipe_of("deepseek7b"), cluster_of("2x2080ti", "generation_batch_size=4", "evaluate_batch_size=8")
     assert resolved(recipe, said) == said
     tiny = cluster_of("h100", "gpus=2", "sft.deepspeed=auto", "grpo.deepspeed=auto")
     decided = resolved(recipe_of("tiny"), tiny)  # nobody knows a configuration of a model from nothing

@@ -222,8 +222,12 @@ def test_an_adapter_is_trained_by_sft_and_trained_on_by_grpo(with_data: Path) ->
 
 
 def test_direct_grpo_starts_from_the_base_model(with_data: Path) -> None:
-    done = run_cli("run", "tiny", *NANO, "--skip-sft", "--stages", "grpo", "--runs", str(with_data))
+    """Here with half of a step's completions generated at once, and then the other half."""
+    halves = ["cluster.grpo.per_device_batch_size=1", "cluster.generation_batch_size=2"]
+    done = run_cli("run", "tiny", *NANO, *halves, "--skip-sft", "--stages", "grpo", "--runs", str(with_data))
     assert done.returncode == 0, done.stderr
+    history = read_json(only(with_data, "tiny/grpo-*") / "history.json")
+    assert [entry["num_tokens"] > 0 for entry in history if "reward" in entry] == [True, True]
     assert "model" not in open_artifact(only(with_data, "tiny/grpo-*")).inputs
     assert not list(with_data.glob("tiny/sft-*"))
 

