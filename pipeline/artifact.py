@@ -24,7 +24,7 @@ from pipeline.fingerprint import file_sha256
 ARTIFACT, OWNER, STEP, PROGRESS, STOP = "artifact.json", "owner.json", "step.json", "progress.json", "stop"
 LOG, SCRIPT = "log.txt", "job.slurm"
 NOT_PAYLOAD = {ARTIFACT, OWNER, PROGRESS, STOP, LOG, SCRIPT, slurm.JOB}  # of the folder, not of the result
-TRANSIENT = {"checkpoints", "tensorboard", "submitit"}  # folders that may change or go without hurting the result
+TRANSIENT = {"checkpoints", "tensorboard", "wandb", "trackio", "submitit"}  # folders that may change or go without hurting the result
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 ADAPTER = "adapter_config.json"
 

@@ -95,7 +95,7 @@ class Cluster:
     save_steps: Positive
     keep_checkpoints: Positive
     logging_steps: Positive
-    loggers: tuple[Literal["tensorboard"], ...]
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...]
     stop_grace: Positive  # seconds a process has to end after it was asked to
     slurm: Slurm
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import netrc
 import os
 import re
 import shutil
@@ -50,6 +51,7 @@ def problems(plan: Plan, *, audited: bool = False) -> tuple[list[str], list[str]
             found += _rewards(recipe)
         wrong += [f"{name}: {text}" if len(recipes) > 1 else text for text in found]
         notes += _notes(recipe, plan.cluster)
+    wrong += _loggers(plan.cluster)
     wrong += _disk(plan, list(recipes.values()))
     if plan.cluster.launcher != "local":
         wrong += not_fetched(list(recipes.values()), plan.cluster)
@@ -92,6 +94,26 @@ def _arguments() -> Iterator[str]:
                 f"package trl {version}: its {config} has no argument {', '.join(unknown)}, which pipeline/{stage}.py "
                 "passes: install the versions of constraints.txt with scripts/setup"
             )
+
+
+def _loggers(cluster: Cluster) -> Iterator[str]:
+    """Loggers that are not installed, or that would ask for a login where nobody can answer."""
+    for name in cluster.loggers:
+        if importlib.util.find_spec(name) is None:
+            yield f"cluster.loggers: {name!r}, but the package is not installed: pip install {name}"
+    jobs = {**os.environ, **(cluster.slurm.environment if cluster.launcher != "local" else {})}
+    quiet = jobs.get("WANDB_MODE") in ("offline", "disabled")
+    if "wandb" in cluster.loggers and not quiet and "WANDB_API_KEY" not in jobs and not _in_netrc("api.wandb.ai"):
+        yield (
+            "cluster.loggers: 'wandb' has no login: wandb login, or WANDB_MODE=offline (wandb sync uploads it later; "
+            "for jobs: cluster.slurm.environment.WANDB_MODE=offline)"
+        )
+
+
+def _in_netrc(host: str) -> bool:
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        return host in netrc.netrc(os.environ.get("NETRC")).hosts
+    return False
 
 
 def _deepspeed(cluster: Cluster) -> Iterator[str]:

@@ -102,6 +102,8 @@ class Sft:
     order: Literal["shuffled", "by_length", "curriculum"]
     prompt_loss: Share  # of the rows, the first in their order: the loss falls on their prompts too
     packing: bool
+    validate_every: Positive | None  # steps between two losses on the validation rows
+    early_stopping_patience: Positive | None  # validations without a better loss before it ends, with the best weights
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,10 @@ class Recipe:
                     f"{stage}.optimizer.max_grad_norm: {optimizer.max_grad_norm:g} would shrink every step of muon, "
                     "whose gradients are orthogonal matrices of a far larger norm; use 0"
                 )
+        if self.sft.early_stopping_patience and not self.sft.validate_every:
+            found.append(
+                "sft.early_stopping_patience: nothing to be patient about; set sft.validate_every too, such as 100"
+            )
         if not self.grpo.rewards:
             found.append("grpo.rewards: empty; list at least one, such as correctness: {weight: 1.0, params: {}}")
         if self.model.quantization != "none" and not self.lora.enabled:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import EarlyStoppingCallback
 from trl import SFTConfig, SFTTrainer
 
 from pipeline import distributed
@@ -47,7 +48,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     rows = load_rows(inputs["data"], "sft")
     encoded = encode_rows(tokenizer, rows["prompt"], rows["completion"])
-    kept = [k for k, row in enumerate(encoded) if len(row["input_ids"]) <= settings.max_length]
+    kept = short_enough(encoded, settings.max_length)
     require_rows(len(kept), "SFT rows", f"sft.max_length {settings.max_length} tokens")
     if settings.order != "shuffled":
         phases = [tags.get("phase", 0) if settings.order == "curriculum" else 0 for tags in rows["tags"]]
@@ -56,25 +57,74 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         kept = in_order(kept, phases, prompts, settings.global_batch_size, recipe.seed)
     dataset = Dataset.from_list(learn_prompts([encoded[k] for k in kept], settings.prompt_loss))
 
+    # ---- rows whose loss is only looked at
+    validation = None
+    if settings.validate_every:
+        held_out = load_rows(inputs["data"], "validation")
+        others = encode_rows(tokenizer, held_out["prompt"], held_out["completion"])
+        validation = Dataset.from_list([others[k] for k in short_enough(others, settings.max_length)])
+        require_rows(len(validation), "validation rows", f"sft.max_length {settings.max_length} tokens")
+
     # ---- the trainer
+    shared = arguments(recipe, settings.optimizer, layout, sizes, out, runtime)
+    if settings.early_stopping_patience:
+        shared["save_steps"] = settings.validate_every  # the best weights have to be there to come back to
     config = SFTConfig(
-        **arguments(recipe, settings.optimizer, layout, sizes, out, runtime),
+        **shared,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         max_length=settings.max_length,
         packing=settings.packing,
         dataset_kwargs={"skip_prepare_dataset": not settings.packing},  # the rows are tokens already
         train_sampling_strategy="random" if settings.order == "shuffled" else "sequential",
+        eval_strategy="steps" if validation else "no",
+        eval_steps=settings.validate_every,
+        per_device_eval_batch_size=sizes.per_device,
+        load_best_model_at_end=settings.early_stopping_patience is not None,
+        metric_for_best_model="eval_loss",
     )
     runtime.progress.update(note="loading the model")
     model = trainable(recipe, checkpoint, layout)
     with adapters_kept(model):
-        trainer = SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer)
+        trainer = SFTTrainer(model, config, train_dataset=dataset, eval_dataset=validation, processing_class=tokenizer)
+    if settings.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
 
     # ---- train, save
     metrics = train(trainer, out, runtime)
     tokens = sum(len(encoded[k]["input_ids"]) for k in kept)
-    return {**metrics, "rows": len(kept), "dropped_too_long": len(encoded) - len(kept), "tokens_an_epoch": tokens}
+    counts = {"rows": len(kept), "dropped_too_long": len(encoded) - len(kept), "tokens_an_epoch": tokens}
+    return {
+        **metrics,
+        **counts,
+        **validated(trainer.state.log_history, best=settings.early_stopping_patience is not None),
+    }
+
+
+def short_enough(encoded: list[dict[str, list[int]]], longest: int) -> list[int]:
+    return [k for k, row in enumerate(encoded) if len(row["input_ids"]) <= longest]
+
+
+def validated(history: list[dict[str, Any]], *, best: bool) -> dict[str, Any]:
+    """The validation loss of the weights that are kept, and how far it is above the training loss around it.
+
+    `best`: of the lowest loss, else of the last. The training loss is the mean of what was logged since the validation
+    before. Empty where nothing was validated.
+    """
+    found = [(k, entry["eval_loss"]) for k, entry in enumerate(history) if "eval_loss" in entry]
+    if not found:
+        return {}
+    number = min(range(len(found)), key=lambda n: found[n][1]) if best else len(found) - 1
+    here, loss = found[number]
+    since = found[number - 1][0] if number else 0
+    losses = [entry["loss"] for entry in history[since:here] if "loss" in entry]
+    gap = loss - sum(losses) / len(losses) if losses else None
+    return {
+        "validation_loss": loss,
+        "validation_loss_gap": gap,
+        "validation_step": history[here]["step"],
+        "validations": len(found),
+    }
 
 
 def in_order(rows: list[int], phases: list[int], lengths: list[int], batch: int, seed: int) -> list[int]:

@@ -28,6 +28,8 @@ from pipeline.monitor import Watch, write_history
 from pipeline.recipe import Optimizer, Recipe
 from pipeline.runtime import Runtime
 
+PROJECT = "therefore"  # the name under which wandb and trackio keep the runs
+
 
 def load_rows(data: Artifact, split: str) -> Dataset:
     """A split of the preprocess step: `data/<split>.parquet`."""
@@ -123,7 +125,9 @@ def arguments(
 ) -> dict[str, Any]:
     """The arguments that SFTConfig and GRPOConfig share."""
     cluster, dtype = runtime.cluster, choose_dtype(recipe.model)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "tensorboard")
+    for name, place in (("TENSORBOARD_LOGGING_DIR", "tensorboard"), ("WANDB_DIR", ""), ("TRACKIO_DIR", "trackio")):
+        os.environ[name] = str(out / place)
+    os.environ.setdefault("WANDB_PROJECT", PROJECT)
     return {
         "output_dir": str(out / "checkpoints"),
         "per_device_train_batch_size": sizes.per_device,
@@ -149,6 +153,8 @@ def arguments(
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
         "report_to": list(cluster.loggers) or "none",
+        "project": PROJECT,
+        "run_name": f"{recipe.name}/{out.name}",
         "disable_tqdm": True,
         "seed": recipe.seed,
         "data_seed": recipe.seed,

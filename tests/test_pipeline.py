@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from running import NANO, ROOT, only, run_cli
+from safetensors.torch import load_file
 
 from pipeline.artifact import open_artifact, read_owner
 from pipeline.checkpoints import damage
@@ -107,8 +108,6 @@ def test_training_leaves_a_model_curves_and_tensorboard_logs(nano: Path) -> None
 
 
 def test_grpo_goes_on_from_the_weights_of_sft(nano: Path) -> None:
-    from safetensors.torch import load_file
-
     sft, grpo, base = (
         load_file(only(nano, pattern) / "model" / "model.safetensors")
         for pattern in ("tiny/sft-*", "tiny/grpo-*", "tiny/preprocess-*")
@@ -202,6 +201,44 @@ def test_packed_rows_train_without_deepspeed(with_sft: Path) -> None:
     artifact = open_artifact(only(with_sft, "tiny/sft-*"))
     assert artifact.metrics["steps"] == 6
     assert artifact.provenance["processes"] == 2
+
+
+def test_early_stopping_ends_at_the_best_weights_and_every_logger_is_told(tmp_path: Path) -> None:
+    """A learning rate that breaks the model: the validation loss is best at once, and training ends two looks later."""
+    rows = ["task.params.validation_classes=0.3", "task.params.validation_rows=8"]
+    stop = [
+        "sft.validate_every=1",
+        "sft.early_stopping_patience=2",
+        "sft.max_steps=12",
+        "sft.optimizer.learning_rate=0.5",
+    ]
+    words = [
+        *rows,
+        *stop,
+        *ADAMW,
+        *PLAIN[:1],
+        "cluster.sft.deepspeed=zero2",
+        "cluster.loggers=[tensorboard,wandb,trackio]",
+    ]
+    done = run_cli(
+        *["run", "tiny", *NANO, *words, "--stages", "preprocess,sft", "--runs", str(tmp_path)],
+        env={"WANDB_MODE": "offline"},
+    )
+    assert done.returncode == 0, done.stderr
+    step = only(tmp_path, "tiny/sft-*")
+    metrics = open_artifact(step).metrics
+    best = metrics["validation_step"]
+    assert metrics["steps"] == best + 2 < 12
+    losses = [entry["eval_loss"] for entry in read_json(step / "history.json") if "eval_loss" in entry]
+    assert metrics["validation_loss"] == min(losses) == losses[best - 1]
+    assert metrics["validation_loss_gap"] == pytest.approx(
+        min(losses) - next(e["loss"] for e in read_json(step / "history.json") if e.get("step") == best and "loss" in e)
+    )
+    kept, shard = load_file(step / "model" / "model.safetensors"), f"checkpoints/checkpoint-{best}/model.safetensors"
+    assert all((weights == load_file(step / shard)[name]).all() for name, weights in kept.items())
+    assert list(step.glob("wandb/offline-run-*/*.wandb"))
+    assert list(step.glob("trackio/*.db"))
+    assert list(step.glob("tensorboard/**/events.*"))
 
 
 def test_an_adapter_is_trained_by_sft_and_trained_on_by_grpo(with_data: Path) -> None:

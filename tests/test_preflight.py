@@ -100,6 +100,8 @@ CATALOGUE: list[tuple[list[str], str]] = [
     (["tiny", "cluster.sft.deepspeed=none"], "'muon' is DeepSpeed's"),
     (["tiny", "sft.optimizer.max_grad_norm=1"], "would shrink every step of muon"),
     (["deepseek7b", "--cluster", "2x2080ti"], "is not in the local cache (nothing of it)"),
+    (["tiny", "cluster.loggers=[wandb]"], "'wandb' has no login: wandb login, or WANDB_MODE=offline"),
+    (["tiny", "sft.early_stopping_patience=3"], "set sft.validate_every too, such as 100"),
     (["tiny", "task.source=path"], "task.path: null, but task.source is 'path'"),
 ]
 
@@ -109,6 +111,9 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing has been fetched, and no Slurm is asked."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(preflight, "is_here", lambda: False)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
 
 
 @pytest.mark.parametrize(("words", "told"), CATALOGUE, ids=[" ".join(words) for words, _ in CATALOGUE])

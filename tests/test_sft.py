@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.sft import in_order, learn_prompts
+from pipeline.sft import in_order, learn_prompts, validated
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 50)), min_size=1, max_size=120), st.integers(1, 5))
@@ -25,6 +25,17 @@ def test_batches_are_of_like_length_in_a_random_order() -> None:
     assert all(max(batch) - min(batch) == 3 for batch in batches)
     assert batches != sorted(batches)
     assert found != in_order(list(range(64)), [0] * 64, lengths, 4, seed=1)
+
+
+def test_the_loss_of_the_weights_that_are_kept_is_told_with_its_distance_from_training() -> None:
+    losses = [(2.0, 1.9), (1.0, 1.5), (0.5, 1.7)]  # of training, of validation after it
+    history: list[dict[str, float]] = []
+    for step, (train, validation) in enumerate(losses, 1):
+        history += [{"loss": train, "step": step}, {"eval_loss": validation, "step": step}]
+    best, last = validated(history, best=True), validated(history, best=False)
+    assert best == {"validation_loss": 1.5, "validation_loss_gap": 0.5, "validation_step": 2, "validations": 3}
+    assert (last["validation_step"], last["validation_loss_gap"]) == (3, 1.7 - 0.5)
+    assert validated([{"loss": 1.0, "step": 1}], best=True) == {}
 
 
 def test_the_first_rows_learn_their_prompts_too() -> None:
