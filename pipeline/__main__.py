@@ -9,6 +9,8 @@ cancel    end what waits or runs; what is done stays
 fetch     download a recipe's model to the local cache, for nodes without internet
 list      recipes, tasks, rewards, stages, clusters
 evaluate  any checkpoint: a step's folder, a Trainer checkpoint, an adapter, a model folder, a hub id
+audit     a file of a task's rows: which labels are wrong, by the task's exact solver
+generate  a task's rows as parquet files with a data card
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pathlib import Path
 
 from pipeline import __version__, slurm, status
 from pipeline.artifact import open_artifact
-from pipeline.errors import EXIT_INTERRUPTED, PlanError, RecipeError, run_main
+from pipeline.errors import EXIT_FAULT, EXIT_INTERRUPTED, DataError, PlanError, RecipeError, run_main
 from pipeline.plan import RUNS, Plan, Step, evaluation_plan, explain, make_plan, order_of
 from pipeline.recipe import recipe_names
 from pipeline.stage import STAGES, write_order
@@ -37,6 +39,10 @@ EPILOG = """examples:
   python -m pipeline plan tiny                             what would run, and why
   python -m pipeline evaluate --ckpt runs/tiny/grpo-…      any checkpoint
 """
+
+
+AUDIT = """Find the rows of a file whose label is wrong, whose premise no graph fits, or that cannot be read.
+Exit code 0: every row is right; 1: not; 2: the file cannot be read."""
 
 
 def main() -> None:
@@ -115,6 +121,15 @@ def parser() -> argparse.ArgumentParser:
     evaluation(sub, required=True)
     where(sub)
     sub.set_defaults(dry_run=False)
+    sub = commands.add_parser("audit", help="a file of rows: which labels are wrong", description=AUDIT)
+    sub.set_defaults(run=audit_command)
+    sub.add_argument("task", choices=["corr2cause"], help="the task whose rows they are")
+    sub.add_argument("--data", type=Path, required=True, metavar="FILE", help="csv, json, jsonl or parquet")
+    sub.add_argument(
+        "--semantics", choices=["wording", "published", "plusplus"], default="wording", help="of the claims"
+    )
+    sub.add_argument("--paper", action="store_true", help="count the rows that the published program makes, too")
+    sub.add_argument("--json", action="store_true", help="for scripts: every row that is wrong")
     return top
 
 
@@ -448,6 +463,21 @@ def evaluate_command(args: argparse.Namespace) -> int:
     run_plan(plan)
     _show_metrics(plan.steps[0])
     return 0
+
+
+def audit_command(args: argparse.Namespace) -> int:
+    from pipeline.tasks.corr2cause import read_lines
+    from pipeline.tasks.corr2cause.audit import PLUSPLUS, audit, show
+    from pipeline.tasks.corr2cause.graphs import PUBLISHED
+
+    if not args.data.is_file():
+        raise DataError(f"--data: {args.data} does not exist; give a .csv, .json, .jsonl or .parquet file")
+    semantics = {"wording": None, "published": PUBLISHED, "plusplus": PLUSPLUS}[args.semantics]
+    found = audit(read_lines(args.data), semantics, paper=args.paper)
+    if not found.rows:
+        raise DataError(f"{args.data}: no rows")
+    print(json.dumps(found.record(), indent=1) if args.json else show(found, str(args.data)))
+    return 0 if found.clean else EXIT_FAULT
 
 
 def _evaluation_plan(args: argparse.Namespace, changes: Sequence[str] = ()) -> Plan:

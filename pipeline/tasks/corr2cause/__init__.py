@@ -321,11 +321,11 @@ def _proof_of_split(
 
 
 def read_published(path: Path, instruction: str, *, skip_bad: bool) -> tuple[list[Example], list[str]]:
-    """Rows of a .csv, .json or .jsonl file with `input` and `label`; DataError names each bad one by its line."""
+    """Rows of a file with `input` and `label`; DataError names each bad one by its line."""
     if not path.is_file():
-        raise DataError(f"task.path: {path} does not exist; give a .csv, .json or .jsonl file")
+        raise DataError(f"task.path: {path} does not exist; give a .csv, .json, .jsonl or .parquet file")
     rows, problems = [], []
-    for line, row in _lines(path):
+    for line, row in read_lines(path):
         problem = row if isinstance(row, str) else _problem(row)
         if problem:
             problems.append(f"{path}:{line}: {problem}")
@@ -348,13 +348,23 @@ def read_published(path: Path, instruction: str, *, skip_bad: bool) -> tuple[lis
     return rows, problems
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line, row) for each row; a text in place of a row says why it cannot be read."""
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """(line, row) for each row; a text in place of a row says why it cannot be read. Parquet has rows, not lines."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        line = 0
+        for batch in pq.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                yield (line := line + 1), row
+        return
     with path.open(encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":
             reader = csv.DictReader(file)
+            line = 2
             for row in reader:
-                yield reader.line_num, row
+                yield line, row  # where it begins: an input has two lines
+                line = reader.line_num + 1
         elif path.suffix == ".jsonl":
             for line, content in enumerate(file, 1):
                 if content.strip():
@@ -366,7 +376,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
                 return
             yield from enumerate(content, 1)
         else:
-            raise DataError(f"{path}: a {path.suffix or 'nameless'} file; give .csv, .json or .jsonl")
+            raise DataError(f"{path}: a {path.suffix or 'nameless'} file; give .csv, .json, .jsonl or .parquet")
 
 
 def _json(content: str) -> Any:

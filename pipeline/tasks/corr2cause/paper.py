@@ -86,6 +86,12 @@ def published_classes(n: int) -> tuple[PublishedClass, ...]:
     return tuple(found)
 
 
+@cache
+def published_index(n: int) -> dict[tuple[Independence, ...], PublishedClass]:
+    """The classes by premise, in the published letters."""
+    return {one.independences: one for one in published_classes(n)}
+
+
 def wrong_labels(n: int) -> dict[str, int]:
     """What is wrong with the rows of n variables, i < j, by the exact solver.
 
