@@ -467,8 +467,8 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
 def audit_command(args: argparse.Namespace) -> int:
     from pipeline.tasks.corr2cause import read_lines
-    from pipeline.tasks.corr2cause.audit import PLUSPLUS, audit, show
-    from pipeline.tasks.corr2cause.graphs import PUBLISHED
+    from pipeline.tasks.corr2cause.audit import audit, show
+    from pipeline.tasks.corr2cause.graphs import PLUSPLUS, PUBLISHED
 
     if not args.data.is_file():
         raise DataError(f"--data: {args.data} does not exist; give a .csv, .json, .jsonl or .parquet file")

@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.metrics import Outcome, count_table, figures
-from pipeline.tasks.corr2cause.graphs import PUBLISHED, EquivalenceClass, Semantics
+from pipeline.tasks.corr2cause.graphs import PLUSPLUS, PUBLISHED, EquivalenceClass, Semantics
 from pipeline.tasks.corr2cause.premise import Claim, Premise, class_of, read_claim, read_premise
 
-PLUSPLUS = Semantics("strict", "child", "parent")  # what the indep wording means by its claims
 THREE = {"entailment": "entailed", "entailed": "entailed", "neutral": "undetermined", "undetermined": "undetermined"}
 THREE |= {"contradiction": "contradicted", "contradicted": "contradicted"}
 TWO = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False}
@@ -92,7 +91,7 @@ class Solver:
         if told not in self.known:
             try:
                 premise = read_premise(told)
-                self.known[told] = premise, class_of(premise.n, premise.independences)
+                self.known[told] = premise, class_of(premise.n, premise.independences, minimal=premise.minimal)
             except ValueError as error:
                 self.known[told] = str(error)
         found = self.known[told]
@@ -102,7 +101,7 @@ class Solver:
         claim = read_claim(match["claim"], premise.names)
         if mec is None:
             return Solved(premise, claim, None)
-        semantics = self.semantics or (PUBLISHED if premise.wording == "published" else PLUSPLUS)
+        semantics = self.semantics or (PLUSPLUS if premise.wording == "indep" else PUBLISHED)
         asked = (claim.relation, claim.i, claim.j, semantics)
         status = "entailed" if mec.entails(*asked) else "undetermined" if mec.allows(*asked) else "contradicted"
         return Solved(premise, claim, status)

@@ -60,6 +60,7 @@ class Semantics:
 
 
 PUBLISHED = Semantics()
+PLUSPLUS = Semantics("strict", "child", "parent")  # of Corr2Cause++
 
 
 def bits(mask: int) -> list[int]:
@@ -388,6 +389,11 @@ class EquivalenceClass:
         if dag is None:
             raise ValueError("no DAG has this skeleton and these v-structures")
         return members_of(dag) or ()
+
+    @property
+    def size(self) -> int:
+        """The number of members."""
+        return self.origin[0].size if self.origin else len(self.members)
 
     @cached_property
     def independences(self) -> tuple[Independence, ...]:

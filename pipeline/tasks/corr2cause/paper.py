@@ -16,7 +16,7 @@ Letters follow the node numbers, which are a topological order of one member, an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations, permutations
 
@@ -33,15 +33,11 @@ class PublishedClass:
     """A class of the published set: its premise as told, and the labels as told."""
 
     n: int
-    index: int
+    id: str  # the canonical identity of its graph's class; at n = 6 six identities have two classes
     dag: Dag  # the graph whose topological order the letters follow
     independences: tuple[Independence, ...]
     labels: dict[str, tuple[int, ...]]  # by relation: the pairs that it is said to hold of, as rows of bits
     size: int  # how many graphs the program found in it
-
-    @property
-    def id(self) -> str:
-        return f"{self.n}-paper{self.index}"
 
     def entails(self, relation: str, i: int, j: int) -> bool:
         return bool(self.labels[relation][i] >> j & 1)
@@ -82,8 +78,16 @@ def published_classes(n: int) -> tuple[PublishedClass, ...]:
             shared = np.logical_and.reduce([cells[other][np.ix_(orders[r], orders[r])] for other, r in members])
             labels[relation] = tuple(int(row) for row in enumeration.rows_of(shared[None])[0])
         dag = tuple(int(mask) for mask in children[k])
-        found.append(PublishedClass(n, len(found), dag, listed[k], labels, len(members)))
-    return tuple(found)
+        found.append(PublishedClass(n, "", dag, listed[k], labels, len(members)))
+    codes = _identities(np.array([one.dag for one in found], dtype=np.uint16))
+    return tuple(replace(one, id=f"{n}-{code:x}") for one, code in zip(found, codes, strict=True))
+
+
+def _identities(children: Ints) -> list[int]:
+    members, owner = enumeration.members(children)
+    some = enumeration.any_of(enumeration.matrix_of(members), owner, len(children))
+    codes: list[int] = enumeration.canonical_codes(some).tolist()
+    return codes
 
 
 @cache

@@ -8,7 +8,8 @@ Reads both wordings that rows come in, with any names for the variables:
     Suppose there is a closed system of 3 variables, A, B, and C, whose causal structure forms a directed acyclic graph
     and satisfies faithfulness. All the conditional independence relations are: A indep C | B.
 
-It shares no code with the module that writes them (`text`). A ValueError says what cannot be read.
+A story ("… goes together with …") and a minimal premise (one smallest separating set a pair) are read as well. It
+shares no code with the module that writes them (`text`). A ValueError says what cannot be read.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Premise:
 
     names: tuple[str, ...]
     independences: tuple[Independence, ...]
-    wording: str  # published or indep
+    wording: str  # published, story or indep
+    minimal: bool = False  # one separating set for each pair that has one, instead of all
 
     @property
     def n(self) -> int:
@@ -44,7 +46,7 @@ class Claim:
 
 
 _OPENING = re.compile(r"closed system of (?P<n>\d+) variables, (?P<rest>.*)", re.DOTALL)
-_STATEMENTS = re.compile(r"\. [^.:]*\bare(?: as follows)?:(?P<words>.*)", re.DOTALL)
+_STATEMENTS = re.compile(r"\. [^.:]*\b(?:are|is)(?: as follows)?:(?P<words>.*)", re.DOTALL)
 _FAITHFUL = ", whose causal structure forms a directed acyclic graph and satisfies faithfulness"
 
 
@@ -63,20 +65,32 @@ def read_premise(words: str) -> Premise:
         raise ValueError(f"{opening['n']} variables are announced and {len(set(names))} named: {listed}")
     node = {name: k for k, name in enumerate(names)}
     body = statements["words"].strip()
-    found = _indep_statements(body, node) if indep else _published_statements(body, node)
-    return Premise(names, tuple(sorted(found)), "indep" if indep else "published")
+    minimal = "each with one smallest such set" in head[statements.start() : statements.start("words")]
+    story = not indep and any(mark in body for mark in _STORY_MARKS)
+    found = _indep_statements(body, node) if indep else _sentences(body, node, story=story, minimal=minimal)
+    if minimal and len({one[:2] for one in found}) < len(found):
+        raise ValueError("a pair is given two sets, where each pair has one")
+    return Premise(names, tuple(sorted(found)), "indep" if indep else "story" if story else "published", minimal)
 
 
-def _published_statements(body: str, node: dict[str, int]) -> set[Independence]:
+_STORY_MARKS = (" goes together with ", " has nothing to do with ", " among cases alike in ")
+
+
+def _sentences(body: str, node: dict[str, int], *, story: bool, minimal: bool) -> set[Independence]:
     name = "|".join(sorted(map(re.escape, node), key=len, reverse=True))
-    dependent = re.compile(rf"({name}) correlates with ({name})")
-    marginal = re.compile(rf"({name}) is independent of ({name})")
-    given = re.compile(rf"({name}) and ({name}) are independent given (.*)")
+    words_of = (
+        ("goes together with", "has nothing to do with", "are unrelated among cases alike in")
+        if story
+        else ("correlates with", "is independent of", "are independent given")
+    )
+    dependent = re.compile(rf"({name}) {words_of[0]} ({name})")
+    marginal = re.compile(rf"({name}) {words_of[1]} ({name})")
+    given = re.compile(rf"({name}) and ({name}) {words_of[2]} (.*)")
     linked: set[tuple[int, int]] = set()
     found: set[Independence] = set()
     for sentence in (part.strip().rstrip(".") for part in re.split(r"\.\s+|\.$", body)):
         words = sentence.removeprefix("However, ")
-        if not words:
+        if not words or (minimal and words == "none"):
             continue
         if match := dependent.fullmatch(words):
             pair = _pair(node, match[1], match[2])
@@ -87,6 +101,10 @@ def _published_statements(body: str, node: dict[str, int]) -> set[Independence]:
             _add(found, _independence(node, match[1], match[2], re.split(r", and |, | and ", match[3]), words), words)
         else:
             raise ValueError(f"cannot read {words!r}")
+    if minimal:
+        if linked:
+            raise ValueError("a list of independent pairs names a pair that correlates")
+        return found
     apart = {(i, j) for i, j, cut in found if not cut}
     for i, j in combinations(range(len(node)), 2):
         if ((i, j) in linked) == ((i, j) in apart):
@@ -135,14 +153,18 @@ _CLAIMS = (
     ("parent", "X directly causes Y"),
     ("parent", "X directly affects Y"),
     ("parent", "X has a direct causal effect on Y"),
+    ("parent", "X has a direct effect on Y"),
     ("child", "X is directly affected by Y"),
     ("ancestor", "X causes something else which causes Y"),
     ("ancestor", "X is a cause for Y, but not a direct one"),
+    ("ancestor", "X acts on Y by way of something else"),
     ("ancestor", "X influences Y through some mediator(s)"),
     ("ancestor", "X influences Y through some mediator(s) but not directly"),
     ("collider", "There exists at least one collider (i.e., common effect) of X and Y"),
     ("collider", "There exists at least one collider (i.e., a common child) of X and Y"),
     ("collider", "X and Y together cause some other variable(s)"),
+    ("collider", "Something is an effect of both X and Y"),
+    ("confounder", "Something is a cause of both X and Y"),
     ("confounder", "There exists at least one confounder (i.e., common cause) of X and Y"),
     ("confounder", "There exists at least one confounder (i.e., a common parent) of X and Y"),
     ("confounder", "Some variable(s) cause(s) both X and Y"),
@@ -165,8 +187,9 @@ def read_claim(words: str, names: tuple[str, ...]) -> Claim:
     raise ValueError(f"cannot read the hypothesis {said!r} as a claim about two of {', '.join(names)}")
 
 
-def class_of(n: int, independences: Iterable[Independence]) -> EquivalenceClass | None:
-    """The class with exactly these independences; None where no DAG is faithful to them.
+def class_of(n: int, independences: Iterable[Independence], *, minimal: bool = False) -> EquivalenceClass | None:
+    """The class with exactly these independences (`minimal`: with these among them, each of the smallest size for its
+    pair, and no other pair that can be separated); None where no DAG is faithful to them.
 
     Skeleton and v-structures are looked up (Verma & Pearl 1990), Meek's rules make the pattern, and the independences
     of a DAG of that pattern must be the ones that were told.
@@ -191,4 +214,10 @@ def class_of(n: int, independences: Iterable[Independence]) -> EquivalenceClass 
     if extension_of(pattern) is None:
         return None
     found = EquivalenceClass(pattern)
-    return found if set(found.independences) == told else None
+    if not minimal:
+        return found if set(found.independences) == told else None
+    size: dict[tuple[int, int], int] = {}
+    for i, j, given in found.independences:
+        size[i, j] = min(len(given), size.get((i, j), n))
+    fits = told <= set(found.independences) and all(len(given) == size[i, j] for i, j, given in told)
+    return found if fits else None
