@@ -72,7 +72,7 @@ class Corr2CauseParams:
     max_independences: Positive | None = None  # leaves classes out, of all sets alike, whose premises are longer
     sampled_classes: Positive = 300  # N ≥ 7: how many classes are drawn for each N
     density: Share = 0.4  # N ≥ 7: the probability of each arrow of a random graph
-    max_members: Positive = 500  # N ≥ 7: leaves larger classes out
+    max_members: Positive = 200  # N ≥ 7: leaves larger classes out
     validation_classes: Share = 0.1  # share of the classes of each N
     test_classes: Share = 0.2
     grpo_only_classes: Share = 0.0  # share of the training classes that SFT does not see
@@ -161,7 +161,7 @@ class Corr2Cause(Task):
                 proof=phase.proof,
             )
             for row, draw in enumerate(draws):
-                example = self._example(draw, f"sft{k}-{row}")
+                example = self.example(draw, f"sft{k}-{row}")
                 sft.append(replace(example, tags={**example.tags, "phase": k}))
         grpo = self._draw("grpo", parts["grpo"] + parts["both"], p.n, p.grpo_rows)
         proved = float(p.mode == "correct")
@@ -169,16 +169,16 @@ class Corr2Cause(Task):
         test = self._draw("test", parts["test"], p.n, p.test_rows, distinct=True)
         perturbed = list(enumerate(test[: p.perturbed_rows]))
         tests = {
-            "test": [self._example(draw, f"test-{k}") for k, draw in enumerate(test)],
+            "test": [self.example(draw, f"test-{k}") for k, draw in enumerate(test)],
             **{
-                style: [self._example(draw, f"{style}-{k}", style=style) for k, draw in perturbed]
+                style: [self.example(draw, f"{style}-{k}", style=style) for k, draw in perturbed]
                 for style in ("paraphrased", "refactored")
             },
         }
         return Splits(
             sft,
-            [self._example(draw, f"grpo-{k}") for k, draw in enumerate(grpo)],
-            [self._example(draw, f"validation-{k}") for k, draw in enumerate(validation)],
+            [self.example(draw, f"grpo-{k}") for k, draw in enumerate(grpo)],
+            [self.example(draw, f"validation-{k}") for k, draw in enumerate(validation)],
             tests,
             _proof_of_split(parts, sft, tests),
         )
@@ -278,7 +278,7 @@ class Corr2Cause(Task):
                 slot = rng.choice(cells[key][self.golds[len(found) % len(self.golds)]])
             else:
                 slot = rng.choice(everything)
-            draw = self._rename(rng, slot, with_trace=rng.random() < traces, shuffle=rng.random() < shuffled)
+            draw = self.rename(rng, slot, with_trace=rng.random() < traces, shuffle=rng.random() < shuffled)
             draw = replace(draw, proof=proof)
             asked = (draw.mec.independences, draw.relation, draw.i, draw.j, draw.names, draw.wording)
             found.setdefault(asked if distinct else len(found), draw)
@@ -302,7 +302,8 @@ class Corr2Cause(Task):
             return cells
         return {key: cell for key, cell in cells.items() if all(cell.values())}
 
-    def _rename(self, rng: random.Random, slot: Slot, *, with_trace: bool, shuffle: bool) -> Draw:
+    def rename(self, rng: random.Random, slot: Slot, *, with_trace: bool, shuffle: bool) -> Draw:
+        """A claim under letters and in a wording drawn from `rng`."""
         n, relation = slot.mec.n, slot.relation
         if isinstance(slot.mec, EquivalenceClass):
             order = rng.sample(range(n), n)
@@ -325,7 +326,8 @@ class Corr2Cause(Task):
         seed = rng.random() if shuffle else None
         return Draw(mec, relation, i, j, slot.gold, tuple(names), rng.randrange(2), with_trace, seed, who)
 
-    def _example(self, draw: Draw, id: str, *, style: str | None = None) -> Example:
+    def example(self, draw: Draw, id: str, *, style: str | None = None) -> Example:
+        """A draw in words: of the task's style, or of another."""
         mec, params = draw.mec, self.params
         style, names = style or params.style, list(draw.names)
         if style != "story" and draw.who:
@@ -449,7 +451,7 @@ def split_classes(params: Corr2CauseParams, seed: int) -> dict[str, list[Class]]
 def slots_of(mec: Class, semantics: Semantics = PUBLISHED, *, three: bool = False) -> Iterator[Slot]:
     """Every claim about a class: unordered for the symmetric types, one direction for the others' inverses.
 
-    Published classes: all six types of every pair i < j, with the published label.
+    Of a published class all six types of every pair i < j, with the published labels.
     """
     if not isinstance(mec, EquivalenceClass):
         for i, j in combinations(range(mec.n), 2):
