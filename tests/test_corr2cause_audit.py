@@ -15,11 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.__main__ import command
+from pipeline.evaluate import count
+from pipeline.recipe import TaskChoice
 from pipeline.tasks.corr2cause import read_lines, text
 from pipeline.tasks.corr2cause.audit import audit
 from pipeline.tasks.corr2cause.graphs import RELATIONS, classes, sampled
 from pipeline.tasks.corr2cause.paper import published_classes, wrong_labels
 from pipeline.tasks.corr2cause.premise import class_of, read_claim, read_premise
+from pipeline.tasks.task import Example, task_of
 
 RELEASED = Path(__file__).parent / "fixtures" / "corr2cause_released.csv"  # 23 rows of the published training split
 
@@ -244,3 +247,35 @@ def test_a_row_that_cannot_be_read_is_named_by_its_line(tmp_path: Path, capsys: 
     assert f"{file}:3: label 'maybe' is neither 0 nor 1" in told
     assert f"{file}:4: no input (or query" in told
     assert f"{file}:5: cannot read the hypothesis 'perhaps " in told
+
+
+# ---------------------------------------------------------------- the solver beside the models
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{}, {"style": "plusplus", "labels": "three"}, {"style": "story", "premise": "minimal"}, {"style": "refactored"}],
+)
+def test_the_solver_answers_every_generated_row_from_its_words(params: dict[str, Any]) -> None:
+    few = {"n": [4, 5], "phases": [{"n": [4], "rows": 1}], "grpo_rows": 0, "validation_rows": 0, "test_rows": 40}
+    task = task_of(TaskChoice("corr2cause", "auto", None, None, "stop", {**few, **params}), 0)
+    for example in task.load().tests["test"]:
+        assert task.solve(example) == example.gold
+
+
+def test_on_published_rows_the_solver_is_the_ceiling_of_the_label_noise() -> None:
+    task = task_of(TaskChoice("corr2cause", "path", str(RELEASED), None, "stop", {}), 0)
+    splits = task.load()
+    rows = [*splits.sft, *splits.validation, *splits.tests["test"]]
+    records = [
+        {"split": "test", "id": e.id, "group": e.group, "tags": e.tags, "gold": e.gold, "correct": True}
+        | {"answered": True, "tokens": 1, "solved": task.solve(e)}
+        for e in rows
+    ]
+    found = count(records, task, 10, 0.95, 0)["test"]["baselines"]["exact solver"]
+    assert found["accuracy"] == pytest.approx(18 / 23)
+    assert 0 < found["f1"] < 1
+    assert task.solve(Example("1", "What is 2 + 2?", "Yes", "g")) is None
+    # where it cannot answer a row it is not shown as one that was wrong
+    records[0]["solved"] = None
+    assert "exact solver" not in count(records, task, 10, 0.95, 0)["test"]["baselines"]

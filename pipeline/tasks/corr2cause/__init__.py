@@ -22,7 +22,7 @@ from hashlib import sha256
 from itertools import combinations, permutations
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pipeline import answers
 from pipeline.errors import DataError
@@ -42,6 +42,9 @@ from pipeline.tasks.corr2cause.graphs import (
 from pipeline.tasks.corr2cause.trace import proof
 from pipeline.tasks.task import Example, Splits, Task, Verdict
 from pipeline.typed import Check, Count, Positive, Share
+
+if TYPE_CHECKING:
+    from pipeline.tasks.corr2cause.audit import Solver
 
 Size = Annotated[int, Check(f"a whole number from 2 to {MAX_N}", lambda v: 2 <= v <= MAX_N)]
 
@@ -143,6 +146,7 @@ class Corr2Cause(Task):
     )
 
     params: Corr2CauseParams
+    _solver: Solver | None = None
 
     def load(self) -> Splits:
         if self.source == "path":
@@ -189,6 +193,21 @@ class Corr2Cause(Task):
 
     def is_well_formed(self, completion: str, prefilled: bool) -> bool:
         return answers.is_well_formed(completion, prefilled, self.golds)
+
+    def solve(self, example: Example) -> str | None:
+        """The exact answer, from the words of the question alone; None where they cannot be read, or no DAG fits."""
+        from pipeline.tasks.corr2cause.audit import Solver
+
+        if self._solver is None:
+            # rows of a file mean what their wording means, unless the recipe says otherwise
+            self._solver = Solver(self.params.semantics if self.source == "path" else self.semantics)
+        try:
+            status = self._solver.solve(example.question).status
+        except ValueError:
+            return None
+        if status == "undetermined":
+            return self.golds[-1]
+        return {"entailed": "Yes", "contradicted": "No", None: None}[status]
 
     @property
     def golds(self) -> tuple[str, ...]:
