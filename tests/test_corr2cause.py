@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.answers import verdict
-from pipeline.errors import DataError
+from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import TaskChoice
-from pipeline.tasks.corr2cause import Corr2Cause, enumeration, text
+from pipeline.tasks.corr2cause import Corr2Cause, enumeration, slots_of, text
 from pipeline.tasks.corr2cause.graphs import (
     RELATIONS,
     Dag,
@@ -37,6 +37,7 @@ from pipeline.tasks.corr2cause.graphs import (
     sampled,
     v_structures,
 )
+from pipeline.tasks.corr2cause.paper import published_classes
 from pipeline.tasks.corr2cause.trace import proof
 from pipeline.tasks.task import Splits, task_of
 
@@ -233,7 +234,10 @@ def test_labels_and_independences_do_not_depend_on_names(dag: Dag, data: st.Data
     assert renamed.id == fresh.pattern.canonical_code().__format__("x").join([f"{mec.n}-", ""])
     for relation in RELATIONS:
         for i, j in permutations(range(mec.n), 2):
-            assert mec.entails(relation, i, j) == renamed.entails(relation, order[i], order[j])
+            for semantics in MEANINGS:
+                label = mec.entails(relation, i, j, semantics)
+                assert label == renamed.entails(relation, order[i], order[j], semantics)
+                assert label == fresh.entails(relation, order[i], order[j], semantics)
 
 
 def test_the_relations_of_one_graph() -> None:
@@ -403,6 +407,80 @@ def test_letter_order_tells_nothing_beyond_the_type() -> None:
     for relation in ("child", "descendant"):
         mine = [e.gold == "Yes" for e in rows if e.tags["relation"] == relation]
         assert 0.4 < sum(mine) / len(mine) < 0.6
+
+
+Seen = tuple[str, bool, str]  # type of claim, both directions taken together; whether the earlier letter causes; gold
+
+
+def accuracy_of_the_best_guess(rows: list[Seen], *, letters: bool) -> float:
+    """By type, or by type and letter order: learned on one half, tried on the other."""
+    votes: dict[tuple[object, ...], Counter[str]] = {}
+    for kind, earlier, gold in rows[::2]:
+        votes.setdefault((kind, earlier and letters), Counter())[gold] += 1
+    guesses = {key: count.most_common(1)[0][0] for key, count in votes.items()}
+    return sum(guesses[kind, earlier and letters] == gold for kind, earlier, gold in rows[1::2]) / len(rows[1::2])
+
+
+def test_type_and_letter_order_predict_no_better_than_type_alone_after_renaming() -> None:
+    """Of the published rows they do: there a later letter never causes an earlier one."""
+    turned = {"child": "parent", "descendant": "ancestor"}
+    rng = random.Random(0)
+
+    def gain(rows: list[Seen]) -> float:
+        rng.shuffle(rows)
+        kinds = {kind for kind, _, _ in rows}
+        yes = {kind: [row for row in rows if row[0] == kind and row[2] == "Yes"] for kind in kinds}
+        no = {kind: [row for row in rows if row[0] == kind and row[2] == "No"] for kind in kinds}
+        even = [row for kind in sorted(kinds) for row in yes[kind] + no[kind][: len(yes[kind])]]
+        rng.shuffle(even)
+        by_type, by_letters = (accuracy_of_the_best_guess(even, letters=letters) for letters in (False, True))
+        return by_letters - by_type
+
+    ours = make_task(n=[5], test_rows=6000, perturbed_rows=0, test_classes=0.8).load().tests["test"]
+    seen = [(turned.get(r := e.tags["relation"], r), r not in turned, e.gold) for e in ours]
+    assert abs(gain(seen)) < 0.03
+    theirs = [slot for one in published_classes(5) for slot in slots_of(one)]
+    assert gain([(turned.get(s.relation, s.relation), s.relation not in turned, s.gold) for s in theirs]) > 0.1
+
+
+@pytest.mark.parametrize("balance", ["even", "natural"])
+def test_rows_of_six_variables_have_the_share_that_was_asked_for(balance: str) -> None:
+    phases = [{"n": [6], "rows": 200}]
+    found = make_task(n=[6], balance=balance, phases=phases, max_independences=60, perturbed_rows=10).load()
+    share = sum(e.gold == "Yes" for e in found.tests["test"]) / len(found.tests["test"])
+    assert share == 0.5 if balance == "even" else 0.15 < share < 0.45
+    assert found.proof["overlap"] == 0
+    assert not {e.group for e in found.sft} & {e.group for e in found.tests["test"]}
+    assert {e.tags["n"] for e in found.sft} == {6}
+
+
+def test_rows_of_the_published_program_keep_its_letters_and_have_no_proofs() -> None:
+    make = partial(make_task, mode="paper", n=[4, 5], phases=[{"n": [4, 5], "rows": 60, "traces": 0.0}])
+    found = make(perturbed_rows=10).load()
+    rows = [*found.sft, *found.grpo, *found.tests["test"]]
+    assert all(e.tags["names"] == "ABCDE"[: e.tags["n"]] and e.tags["mode"] == "paper" for e in rows)
+    assert all("Claim:" not in e.target for e in rows)
+    assert found.proof["overlap"] == 0
+    with pytest.raises(RecipeError, match="a proof cannot end in a wrong label"):
+        make_task(mode="paper")
+    with pytest.raises(RecipeError, match=r"task\.params\.labels: mode paper"):
+        make(labels="three")
+
+
+def test_semantics_are_settings_of_the_task() -> None:
+    """Strict claims differ from the published ones exactly where a direct arrow stands beside a path."""
+    strict = make_task(semantics={"indirect": "strict"}, balance="natural", test_rows=400).load()
+    by_id = {mec.id: mec for n in (3, 4, 5) for mec in classes(n)}
+    plain = make_task(balance="natural", test_rows=400).load()
+    assert [e.question for e in strict.tests["test"]] == [e.question for e in plain.tests["test"]]
+    changed = [(a, b) for a, b in zip(strict.tests["test"], plain.tests["test"], strict=True) if a.gold != b.gold]
+    assert changed
+    for one, other in changed:
+        assert (one.gold, other.gold) == ("No", "Yes")
+        assert one.tags["relation"] in ("ancestor", "descendant")
+        assert by_id[one.group].id == other.group
+    with pytest.raises(RecipeError, match="did you mean 'strict'"):
+        make_task(semantics={"indirect": "strickt"})
 
 
 def test_every_label_is_the_solvers(splits: Splits) -> None:

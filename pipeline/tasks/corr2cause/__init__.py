@@ -289,7 +289,7 @@ class Corr2Cause(Task):
             )
         keys = sorted(cells)
         weights = [len({slot.mec.id for slots in cells[key].values() for slot in slots}) for key in keys]
-        everything = [] if even else [slot for key in keys for slots in cells[key].values() for slot in slots]
+        everything = [] if even else [slot for mec in part if mec.n in set(sizes) for slot in self.claims(mec)]
         found: dict[object, Draw] = {}
         for _ in range(100 * count):
             if even:
@@ -308,13 +308,17 @@ class Corr2Cause(Task):
             f"{count} were asked for; ask for fewer rows or for larger n"
         )
 
+    def claims(self, mec: Class) -> Iterator[Slot]:
+        """Every claim about a class with its answer, in the task's semantics and answers."""
+        return slots_of(mec, self.semantics, three=self.params.labels == "three")
+
     def _cells(self, part: Iterable[Class], sizes: Iterable[int]) -> dict[tuple[int, str], dict[str, list[Slot]]]:
         """Claims by (N, type) and answer; where they are to be even, only cells that have every answer."""
         wanted = set(sizes)
         cells: dict[tuple[int, str], dict[str, list[Slot]]] = {}
         for mec in part:
             if mec.n in wanted:
-                for slot in slots_of(mec, self.semantics, three=self.params.labels == "three"):
+                for slot in self.claims(mec):
                     cell = cells.setdefault((mec.n, slot.relation), {gold: [] for gold in self.golds})
                     cell[slot.gold].append(slot)
         if self.params.balance == "natural":

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import DataError
 from pipeline.recipe import TaskChoice
-from pipeline.tasks.corr2cause import Class, Corr2Cause, Slot, slots_of, split_classes
+from pipeline.tasks.corr2cause import Class, Corr2Cause, Slot, split_classes
 from pipeline.tasks.corr2cause.graphs import EquivalenceClass
 from pipeline.tasks.task import task_of
 
@@ -79,8 +79,7 @@ def _group(job: tuple[Order, str, int, int]) -> list[dict[str, Any]]:
 
 def _chosen(task: Corr2Cause, rng: random.Random, mec: Class) -> list[Slot]:
     """All claims about a class; of even sets, as many with each answer within each type."""
-    three = task.params.labels == "three"
-    slots = list(slots_of(mec, task.semantics, three=three))
+    slots = list(task.claims(mec))
     if task.params.balance == "natural":
         return slots
     kept = []
