@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.__main__ import command
+from pipeline.errors import DataError
 from pipeline.evaluate import count
 from pipeline.recipe import TaskChoice
 from pipeline.tasks.corr2cause import read_lines, text
@@ -247,6 +248,25 @@ def test_a_row_that_cannot_be_read_is_named_by_its_line(tmp_path: Path, capsys: 
     assert f"{file}:3: label 'maybe' is neither 0 nor 1" in told
     assert f"{file}:4: no input (or query" in told
     assert f"{file}:5: cannot read the hypothesis 'perhaps " in told
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("none.csv", None, "does not exist"),
+        ("empty.jsonl", "", "no rows"),
+        ("rows.parquet", "x", "no parquet file that can be read"),
+        ("rows.xlsx", "x", "give .csv, .json, .jsonl or .parquet"),
+    ],
+)
+def test_a_file_that_cannot_be_audited_is_a_users_mistake(
+    name: str, content: str | None, told: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=told) as caught:
+        command(["audit", "corr2cause", "--data", str(tmp_path / name)])
+    assert caught.value.exit_code == 2
 
 
 # ---------------------------------------------------------------- the solver beside the models

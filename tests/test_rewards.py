@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.recipe import Reward, TaskChoice, read, recipe_names
 from pipeline.rewards.audit import audit, exploits
+from pipeline.rewards.audit import sample as row_of_the_audit
 from pipeline.rewards.reward import Sample, find_rewards, make_sample, reward_names
 from pipeline.tasks.corr2cause.said import said
 from pipeline.tasks.task import Example, Task, Verdict, task_of
@@ -60,6 +61,7 @@ def test_no_known_exploit_pays_under_any_recipe(name: str) -> None:
     for gold in ("Yes", "No"):
         example = Example("1", EXAMPLE.question, gold, "g")
         assert audit(task, rewards, weights, example) == []
+        assert audit(task, rewards, weights, row_of_the_audit(gold)) == []
 
 
 # ---------------------------------------------------------------- structure
@@ -142,6 +144,15 @@ def test_what_is_wrong_or_said_of_everything_earns_less(proved: tuple[Task, list
 def test_structure_is_no_matter_of_other_questions(task: Task) -> None:
     other = Example("1", "What is 2 + 2?", "Yes", "g")
     assert pay("structure", make_sample(task, other, "x</think>Therefore: Yes", True, False)) is None
+
+
+def test_the_row_that_check_audits_is_judged_by_every_reward(task: Task) -> None:
+    row = row_of_the_audit("Yes")
+    judged = make_sample(task, row, row.target.removeprefix("<think>"), True, False)
+    assert pay("structure", judged) == 1
+    outweighed = {"correctness": 0.1, "structure": 9.0}
+    found, _ = find_rewards({"correctness": Reward(2.0, {}), "structure": Reward(1.0, {})})
+    assert any("a right proof" in one for one in audit(task, found, outweighed, row))
 
 
 def test_no_exploit_pays_with_the_structure_reward_and_weights_that_let_it_are_refused(

@@ -13,6 +13,17 @@ from pipeline.rewards.reward import RewardFunction, make_sample
 from pipeline.tasks.task import Example, Task
 
 HONEST = "the claim is checked step by step"
+QUESTION = (
+    "Premise: Suppose there is a closed system of 3 variables, A, B and C. All the statistical relations among these 3 "
+    "variables are as follows: A correlates with C. B correlates with C. However, A is independent of B.\n"
+    "Hypothesis: A directly causes C."
+)
+PROOF = f"{OPEN}\nA B apart given nothing. A C ->. B C ->.\n{CLOSE}\n"
+
+
+def sample(gold: str) -> Example:
+    """A row that every reward can judge, its graph too."""
+    return Example("1", QUESTION, gold, "g", target=f"{PROOF}Therefore: {gold}")
 
 
 def exploits(example: Example) -> dict[str, str]:

@@ -28,7 +28,7 @@ def structure(
     if not thought or not sample.verdict.answered or sample.truncated:
         return 0.0
     premise, mec, words = known
-    parts = agreement(said(thought, premise.names, words), true_structure(premise, mec))
+    parts = agreement(said(thought, premise.names, words), true_structure(mec))
     shares = {
         "skeleton": skeleton,
         "separating_sets": separating_sets,

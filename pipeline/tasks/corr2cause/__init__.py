@@ -536,12 +536,16 @@ def read_published(path: Path, instruction: str, *, skip_bad: bool) -> tuple[lis
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(line, row) for each row; a text in place of a row says why it cannot be read. Parquet has rows, not lines."""
     if path.suffix == ".parquet":
+        import pyarrow
         import pyarrow.parquet as pq
 
         line = 0
-        for batch in pq.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                yield (line := line + 1), row
+        try:
+            for batch in pq.ParquetFile(path).iter_batches():
+                for row in batch.to_pylist():
+                    yield (line := line + 1), row
+        except pyarrow.ArrowException as error:
+            raise DataError(f"{path}: no parquet file that can be read ({error})") from None
         return
     with path.open(encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":

@@ -42,11 +42,12 @@ def asked(question: str) -> tuple[Premise, EquivalenceClass, str] | None:
     return (premise, mec, words) if mec else None
 
 
-def true_structure(premise: Premise, mec: EquivalenceClass) -> Structure:
+def true_structure(mec: EquivalenceClass) -> Structure:
+    """The graph as it is. Every set that separates is right, also where a minimal premise names one only."""
     graph = mec.pattern
     links = {(min(e), max(e)) for e in graph.arrows} | set(graph.lines)
     marks = {(i, j, "->" if (i, j) in graph.arrows else "<-" if (j, i) in graph.arrows else "--") for i, j in links}
-    return Structure(links, set(premise.independences), set(graph.v_structures), marks, set(graph.arrows))
+    return Structure(links, set(mec.independences), set(graph.v_structures), marks, set(graph.arrows))
 
 
 _RIGHT, _LEFT, _LINE = r"-{1,2}>|→|⟶|⇒", r"<-{1,2}|←|⟵|⇐", r"--|—|–|―|<->|↔"
