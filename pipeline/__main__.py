@@ -9,6 +9,8 @@ cancel    end what waits or runs; what is done stays
 fetch     download a recipe's model to the local cache, for nodes without internet
 list      recipes, tasks, rewards, stages, clusters
 evaluate  any checkpoint: a step's folder, a Trainer checkpoint, an adapter, a model folder, a hub id
+audit     a file of a task's rows: which labels are wrong, by the task's exact solver
+generate  a task's rows as parquet files with a data card
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pathlib import Path
 
 from pipeline import __version__, slurm, status
 from pipeline.artifact import open_artifact
-from pipeline.errors import EXIT_INTERRUPTED, PlanError, RecipeError, run_main
+from pipeline.errors import EXIT_FAULT, EXIT_INTERRUPTED, DataError, PlanError, RecipeError, run_main
 from pipeline.plan import RUNS, Plan, Step, evaluation_plan, explain, make_plan, order_of
 from pipeline.recipe import recipe_names
 from pipeline.stage import STAGES, write_order
@@ -37,6 +39,14 @@ EPILOG = """examples:
   python -m pipeline plan tiny                             what would run, and why
   python -m pipeline evaluate --ckpt runs/tiny/grpo-…      any checkpoint
 """
+
+
+AUDIT = """Find the rows of a file whose label is wrong, whose premise no graph fits, or that cannot be read.
+Exit code 0: every row is right; 1: not; 2: the file cannot be read."""
+
+
+GENERATE = """Every claim about every class of N variables (drawn classes from N = 7 on), split by canonical class.
+The same seed gives the same bytes, whatever the number of processes."""
 
 
 def main() -> None:
@@ -115,6 +125,25 @@ def parser() -> argparse.ArgumentParser:
     evaluation(sub, required=True)
     where(sub)
     sub.set_defaults(dry_run=False)
+    sub = commands.add_parser("audit", help="a file of rows: which labels are wrong", description=AUDIT)
+    sub.set_defaults(run=audit_command)
+    sub.add_argument("task", choices=["corr2cause"], help="the task whose rows they are")
+    sub.add_argument("--data", type=Path, required=True, metavar="FILE", help="csv, json, jsonl or parquet")
+    sub.add_argument(
+        "--semantics", choices=["wording", "published", "plusplus"], default="wording", help="of the claims"
+    )
+    sub.add_argument("--paper", action="store_true", help="count the rows that the published program makes, too")
+    sub.add_argument("--json", action="store_true", help="for scripts: every row that is wrong")
+    sub = commands.add_parser("generate", help="a task's rows as parquet files with a data card", description=GENERATE)
+    sub.set_defaults(run=generate_command)
+    sub.add_argument("task", choices=["corr2cause"], help="the task")
+    sub.add_argument("words", nargs="*", metavar="key=value", help="of the task's params: mode=paper style=story …")
+    sub.add_argument("--n", required=True, metavar="N", help="numbers of variables, 2 to 10: 6, or 3,5 or 2-6")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--copies", type=int, default=1, metavar="K", help="each claim under K renamings (default: 1)")
+    sub.add_argument("--proofs", choices=["none", "short", "full"], default="none", help="in the completions")
+    sub.add_argument("--processes", type=int, default=1, metavar="P", help="the bytes do not depend on it")
     return top
 
 
@@ -447,6 +476,51 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
     run_plan(plan)
     _show_metrics(plan.steps[0])
+    return 0
+
+
+def audit_command(args: argparse.Namespace) -> int:
+    from pipeline.tasks.corr2cause import read_lines
+    from pipeline.tasks.corr2cause.audit import audit, show
+    from pipeline.tasks.corr2cause.graphs import PLUSPLUS, PUBLISHED
+
+    if not args.data.is_file():
+        raise DataError(f"--data: {args.data} does not exist; give a .csv, .json, .jsonl or .parquet file")
+    semantics = {"wording": None, "published": PUBLISHED, "plusplus": PLUSPLUS}[args.semantics]
+    found = audit(read_lines(args.data), semantics, paper=args.paper)
+    if not found.rows:
+        raise DataError(f"{args.data}: no rows")
+    print(json.dumps(found.record(), indent=1) if args.json else show(found, str(args.data)))
+    return 0 if found.clean else EXIT_FAULT
+
+
+def generate_command(args: argparse.Namespace) -> int:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from pipeline.tasks.corr2cause.generate import generate
+
+    sizes: list[int] = []
+    for part in args.n.split(","):
+        low, _, high = part.partition("-")
+        if not low.isdecimal() or not (high or low).isdecimal():
+            raise PlanError(f"--n: {args.n!r} is no list of numbers; write 6, or 3,5 or 2-6")
+        sizes += range(int(low), int(high or low) + 1)
+    for name in ("copies", "processes"):
+        if getattr(args, name) < 1:
+            raise PlanError(f"--{name}: {getattr(args, name)} is not a whole number ≥ 1")
+    try:
+        params = OmegaConf.to_container(OmegaConf.from_dotlist(args.words))
+    except OmegaConfBaseException as error:
+        raise PlanError(f"{' '.join(args.words)}: {error}") from None
+    assert isinstance(params, dict)
+    # every claim, as many as there are of each answer, unless something else is asked for
+    wanted = {"balance": "natural", "n": sizes, **{str(key): value for key, value in params.items()}}
+    made = generate(args.out, wanted, seed=args.seed, copies=args.copies, proof=args.proofs, processes=args.processes)
+    for split, counts in made["rows"].items():
+        told = ", ".join(f"n {n} {said}: {rows}" for n, said, rows in counts)
+        print(f"{split:<11} {sum(rows for *_, rows in counts):>9} rows of {made['classes'][split]} classes; {told}")
+    print(f"overlap {made['overlap']}; {args.out}/README.md is the data card")
     return 0
 
 

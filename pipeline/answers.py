@@ -9,7 +9,9 @@ begin inside it.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -38,22 +40,28 @@ def split_thought(completion: str, prefilled: bool) -> Parts:
 
 
 _MENTION = re.compile(r"\bTherefore\s*:", re.IGNORECASE)
-_VERDICT = re.compile(r"\bTherefore\s*:[\s*_]*(?P<word>yes|no)\b(?![\s*_]*(?:/|\||,?\s*(?:or|and)\b))", re.IGNORECASE)
-_FINAL = re.compile(r"\s*Therefore: (?:Yes|No)\s*")
+YES_NO = ("Yes", "No")
 
 
-def verdict(completion: str, prefilled: bool) -> str | None:
-    """`Yes`, `No`, or None where the completion does not commit to one of them."""
+@cache
+def _verdicts(words: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Where one of these verdicts is given, and an answer that is nothing but one of them."""
+    said = rf"\bTherefore\s*:[\s*_]*(?P<word>{'|'.join(words)})\b(?![\s*_]*(?:/|\||,?\s*(?:or|and)\b))"
+    return re.compile(said, re.IGNORECASE), re.compile(rf"\s*Therefore: (?:{'|'.join(words)})\s*")
+
+
+def verdict(completion: str, prefilled: bool, words: Sequence[str] = YES_NO) -> str | None:
+    """`Yes`, `No` (or another of `words`), or None where the completion does not commit to one of them."""
     answer = split_thought(completion, prefilled).answer
     if answer is None or OPEN in answer or CLOSE in answer:
         return None
-    words = [match["word"].capitalize() for match in _VERDICT.finditer(answer)]
-    if len(words) != len(_MENTION.findall(answer)) or len(set(words)) != 1:
+    given = [match["word"].capitalize() for match in _verdicts(tuple(words))[0].finditer(answer)]
+    if len(given) != len(_MENTION.findall(answer)) or len(set(given)) != 1:
         return None
-    return words[0]
+    return given[0]
 
 
-def is_well_formed(completion: str, prefilled: bool) -> bool:
+def is_well_formed(completion: str, prefilled: bool, words: Sequence[str] = YES_NO) -> bool:
     """Whether the completion is one thought that is not empty, then `Therefore: Yes` or `Therefore: No` alone."""
     parts = split_thought(completion, prefilled)
     return bool(
@@ -61,5 +69,5 @@ def is_well_formed(completion: str, prefilled: bool) -> bool:
         and parts.thought
         and parts.thought.strip()
         and parts.answer is not None
-        and _FINAL.fullmatch(parts.answer)
+        and _verdicts(tuple(words))[1].fullmatch(parts.answer)
     )

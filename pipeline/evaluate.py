@@ -79,7 +79,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         )
         for index, completion in completions:
             split, row = left[index]
-            verdict = task.grade(example_of(row), completion.text, prefilled)
+            example = example_of(row)
+            verdict = task.grade(example, completion.text, prefilled)
             record = {
                 "split": split,
                 "id": row["id"],
@@ -90,6 +91,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
                 "answer": verdict.answer,
                 "correct": verdict.correct,
                 "answered": verdict.answered and not completion.truncated,
+                "solved": task.solve(example),
                 "completion": completion.text,
                 "tokens": completion.tokens,
                 "truncated": completion.truncated,
@@ -139,7 +141,17 @@ def count(records: list[dict[str, Any]], task: Task, draws: int, confidence: flo
     for split in dict.fromkeys(record["split"] for record in records):
         mine = [record for record in records if record["split"] == split]
         outcomes = [outcome_of(record, task.positive) for record in mine]
-        found[split] = {"all": summarize(outcomes, draws, confidence, seed), "baselines": baseline_figures(outcomes)}
+        exact = [
+            {**record, "correct": record["solved"] == record["gold"], "answered": True, "tokens": 0}
+            for record in mine
+            if record.get("solved")
+        ]
+        # a program that does not know every row is no ceiling
+        solved = [outcome_of(record, task.positive) for record in exact] if len(exact) == len(mine) else []
+        found[split] = {
+            "all": summarize(outcomes, draws, confidence, seed),
+            "baselines": baseline_figures(outcomes, solved),
+        }
         for tag in task.breakdowns:
             values = sorted({record["tags"][tag] for record in mine if tag in (record["tags"] or {})})
             found[split][tag] = {

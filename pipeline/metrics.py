@@ -150,8 +150,15 @@ def compare(
     return found
 
 
-def baseline_figures(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
-    """What needs no model: always the negative answer, always the positive one, a fair coin (in expectation)."""
+SOLVER = "exact solver"
+
+
+def baseline_figures(outcomes: Sequence[Outcome], solved: Sequence[Outcome] = ()) -> dict[str, dict[str, float]]:
+    """What needs no model: always the negative answer, always the positive one, a fair coin (in expectation).
+
+    `solved` are the outcomes of the task's exact program, where it has one: on labels that are right it is always
+    right, and on others it shows how high any model can get.
+    """
     positives = sum(outcome.positive for outcome in outcomes)
     negatives = len(outcomes) - positives
     tables = {
@@ -159,7 +166,10 @@ def baseline_figures(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]
         "always Yes": [positives, 0, 0, negatives, 0, 0, 0],
         "coin": [positives / 2, positives / 2, 0, negatives / 2, negatives / 2, 0, 0],
     }
-    return {name: _floats(figures(np.array(counts, dtype=float))) for name, counts in tables.items()}
+    found = {name: _floats(figures(np.array(counts, dtype=float))) for name, counts in tables.items()}
+    if solved:
+        found[SOLVER] = _floats(figures(count_table(solved, sorted({one.group for one in solved})).sum(axis=0)))
+    return found
 
 
 def _floats(values: dict[str, Any]) -> dict[str, float]:

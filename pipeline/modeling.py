@@ -312,7 +312,9 @@ def make_scratch(scratch: Scratch, texts: Iterable[str], template: str, out: Pat
     tokenizer.model_max_length = scratch.context
     config = AutoConfig.for_model(
         scratch.architecture,
-        vocab_size=-(-len(tokenizer) // 16) * 16,  # matrix sides that are multiples of 16 are faster
+        # matrix sides that are multiples of 16 are faster; one row is free, because the tokenizer class of a family may
+        # add a token when it is loaded (Qwen2: <|endoftext|>)
+        vocab_size=-(-(len(tokenizer) + 1) // 16) * 16,
         hidden_size=scratch.hidden_size,
         num_hidden_layers=scratch.layers,
         num_attention_heads=scratch.heads,

@@ -29,10 +29,10 @@ from pipeline.fetch import not_fetched
 from pipeline.memory import GIB, adapter_parameters, needs, shape_of, what_fits
 from pipeline.plan import Plan
 from pipeline.recipe import Model, Optimizer, Recipe
-from pipeline.rewards.audit import audit
+from pipeline.rewards.audit import audit, sample
 from pipeline.rewards.reward import find_rewards
 from pipeline.slurm import is_here, reason_of
-from pipeline.tasks.task import Example, task_of
+from pipeline.tasks.task import task_of
 
 PROJECT = "therefore-pipeline"
 LEAST_FREE = GIB // 4
@@ -303,7 +303,7 @@ def _rewards(recipe: Recipe) -> Iterator[str]:
     functions, _ = find_rewards(recipe.grpo.rewards)
     weights = {name: reward.weight for name, reward in recipe.grpo.rewards.items()}
     for gold in ("Yes", "No") if task.positive else ():
-        for text in audit(task, functions, weights, Example("1", "Premise: x\nHypothesis: y", gold, "g")):
+        for text in audit(task, functions, weights, sample(gold)):
             yield f"grpo.rewards: an exploit is paid as much as an honest answer: {text} (gold {gold})"
 
 

@@ -23,7 +23,7 @@ from pipeline import __version__
 from pipeline.artifact import Artifact
 from pipeline.charts import Mark, Series, curves, intervals, number
 from pipeline.files import read_json, read_lines, write_json
-from pipeline.metrics import HEADLINE, LOWER_IS_BETTER, compare, outcome_of
+from pipeline.metrics import HEADLINE, LOWER_IS_BETTER, SOLVER, compare, outcome_of
 from pipeline.monitor import HISTORY
 from pipeline.recipe import Recipe
 from pipeline.runtime import Runtime
@@ -211,7 +211,8 @@ def draw(report: dict[str, Any], task: Task) -> dict[str, Any]:
     charts: dict[str, Any] = {"by": {}, "curves": {}}
     for metric in ("f1", "balanced_accuracy"):
         marks = [_mark(m["name"], m["splits"][main_split]["all"][metric], m["role"]) for m in report["models"]]
-        best = max(report["baselines"].items(), key=lambda item: item[1][metric], default=None)
+        simple = [(name, figures) for name, figures in report["baselines"].items() if name != SOLVER]
+        best = max(simple, key=lambda item: item[1][metric], default=None)
         lines = [(best[1][metric], best[0])] if best else []
         charts[metric] = intervals(marks, 0.0, 1.0, lines=lines, title=f"{TITLES[metric]} on {main_split}")
     marks = [

@@ -128,3 +128,11 @@ def test_every_bootstrap_sample_has_as_many_groups() -> None:
 
 def test_no_rows_are_no_figures() -> None:
     assert summarize([], 10, 0.95, 0)["rows"] == {"value": 0}
+
+
+def test_an_exact_program_stands_beside_the_baselines() -> None:
+    data = [Outcome("1", "g", True, False, True, 9), Outcome("2", "g", False, True, True, 9)]
+    right = [Outcome("1", "g", True, True, True, 0), Outcome("2", "g", False, True, True, 0)]
+    assert "exact solver" not in baseline_figures(data)
+    assert baseline_figures(data, right)["exact solver"]["f1"] == 1
+    assert baseline_figures(data, data)["exact solver"]["accuracy"] == 0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,13 @@ def test_the_tokenizer_of_another_model_is_noticed(folder: Path, tmp_path: Path)
 def test_precision_is_decided_in_one_place() -> None:
     assert choose_dtype(MODEL) is torch.float32
     assert choose_dtype(tiny().model) in (torch.bfloat16, torch.float32)
+
+
+def test_a_model_from_nothing_embeds_every_token_of_its_tokenizer_whatever_their_number(tmp_path: Path) -> None:
+    """Loading adds a token of the family: of sizes rounded up to 16s, one in sixteen would have no room for it."""
+    for size in range(268, 284):
+        folder = tmp_path / str(size)
+        make_scratch(replace(SCRATCH, vocabulary=size), TEXTS * 50, "think", folder, 0)
+        checkpoint = find_checkpoint(str(folder))
+        tokenizer = load_tokenizer(checkpoint, MODEL)
+        check_tokenizer(tokenizer, load_model(checkpoint, MODEL, dtype=torch.float32), checkpoint)

@@ -75,7 +75,7 @@ def test_all_problems_at_once_with_path_value_and_remedy() -> None:
         (["grpo.rewards.format.params={strict: 1}"], "grpo.rewards.format.params: "),
         (["task.name=gsm9k"], "task.name: unknown task 'gsm9k'; "),
         (["task.params.rows=3"], "task.params.rows: unknown setting; "),
-        (["task.params.n=[3, 9]"], "task.params.n[1]: 9 is not a whole number from 2 to 5"),
+        (["task.params.n=[3, 11]"], "task.params.n[1]: 11 is not a whole number from 2 to 10"),
         (["task.source=hub"], "task.source: 'hub' is nothing corr2cause offers; use generated or path"),
         (["task.source=path"], "task.path: null, but task.source is 'path'"),
         (["task.params.test_classes=0.95"], "leave no class for training"),

@@ -6,7 +6,9 @@ import pytest
 
 from pipeline.recipe import Reward, TaskChoice, read, recipe_names
 from pipeline.rewards.audit import audit, exploits
+from pipeline.rewards.audit import sample as row_of_the_audit
 from pipeline.rewards.reward import Sample, find_rewards, make_sample, reward_names
+from pipeline.tasks.corr2cause.said import said
 from pipeline.tasks.task import Example, Task, Verdict, task_of
 
 EXAMPLE = Example("1", "Premise: A correlates with B.\nHypothesis: A directly causes B.", "Yes", "g")
@@ -21,15 +23,16 @@ def sample(task: Task, completion: str, *, truncated: bool = False) -> Sample:
     return make_sample(task, EXAMPLE, completion, True, truncated)
 
 
-def pay(name: str, given: Sample) -> float | None:
-    found, problems = find_rewards({name: Reward(1.0, {})})
+def pay(name: str, given: Sample, **params: float) -> float | None:
+    found, problems = find_rewards({"correctness": Reward(2.0, {}), name: Reward(1.0, params)})
     assert problems == []
     return found[name](given)
 
 
 def test_every_reward_is_a_function_of_its_files_name() -> None:
-    assert reward_names() == ["correctness", "format"]
-    found, problems = find_rewards({name: Reward(1.0, {}) for name in reward_names()})
+    assert {"correctness", "format", "structure"} <= set(reward_names())
+    weights = {name: 1.0 if name == "correctness" else 0.1 for name in reward_names()}
+    found, problems = find_rewards({name: Reward(weight, {}) for name, weight in weights.items()})
     assert set(found) == set(reward_names())
     assert problems == []
 
@@ -58,6 +61,114 @@ def test_no_known_exploit_pays_under_any_recipe(name: str) -> None:
     for gold in ("Yes", "No"):
         example = Example("1", EXAMPLE.question, gold, "g")
         assert audit(task, rewards, weights, example) == []
+        assert audit(task, rewards, weights, row_of_the_audit(gold)) == []
+
+
+# ---------------------------------------------------------------- structure
+
+ROWS = {
+    "phases": [{"n": [4, 5], "rows": 40}],
+    "grpo_rows": 0,
+    "validation_rows": 0,
+    "test_rows": 2,
+    "perturbed_rows": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def proved() -> tuple[Task, list[Example]]:
+    found = task_of(TaskChoice("corr2cause", "auto", None, None, "stop", ROWS), 0)
+    return found, found.load().sft
+
+
+def thought_of(example: Example) -> str:
+    return example.target.removeprefix("<think>\n").partition("</think>")[0]
+
+
+def structure_of(proved: tuple[Task, list[Example]], example: Example, completion: str, **params: float) -> float:
+    paid = pay("structure", make_sample(proved[0], example, completion, True, False), **params)
+    assert paid is not None
+    return paid
+
+
+def test_a_proof_earns_all_of_the_structure_and_half_with_the_wrong_verdict(
+    proved: tuple[Task, list[Example]],
+) -> None:
+    for example in proved[1]:
+        wrong = "No" if example.gold == "Yes" else "Yes"
+        thought = thought_of(example)
+        assert structure_of(proved, example, f"{thought}</think>\nTherefore: {example.gold}") == 1
+        assert structure_of(proved, example, f"{thought}</think>\nTherefore: {wrong}") == 0.5
+        assert structure_of(proved, example, f"{thought}</think>\n") == 0
+        assert structure_of(proved, example, thought) == 0
+        assert structure_of(proved, example, f"so it is</think>\nTherefore: {example.gold}") == 0
+
+
+def test_structure_is_read_in_other_words() -> None:
+    """A → C ← B, and D behind C: the same graph in five ways of saying it."""
+    names = "ABCD"
+    premise = "A C linked. B and C are adjacent. A and B are independent. "
+    ways = [
+        "A C ->. B C ->. C D ->. A B apart given nothing. A D apart given C. B D apart given C.",
+        "A -> C <- B, so C -> D. A and B are independent; A and D are independent given C; B ⟂ D | C",
+        f"{premise}A → C, B → C and C → D. A indep D | C; B indep D | C.",
+        "A directly causes C. B directly causes C. C is a direct cause of D. A is independent of B. "
+        "A is independent of D given C. B and D are separated by C.",
+        "First A - C, C — B and C--D. Then A->C, C<-B, C -> D. A and B are independent, A, D are independent given C, "
+        "and B indep D | C.",
+    ]
+    for words in ways:
+        found = said(words, names)
+        assert found.skeleton == {(0, 2), (1, 2), (2, 3)}, words
+        assert found.v_structures == {(0, 2, 1)}, words
+        assert found.compelled == {(0, 2), (1, 2), (2, 3)}, words
+        assert found.cpdag == {(0, 2, "->"), (1, 2, "->"), (2, 3, "->")}, words
+        assert found.separating_sets == {(0, 1, ()), (0, 3, (2,)), (1, 3, (2,))}, words
+
+
+def test_what_is_wrong_or_said_of_everything_earns_less(proved: tuple[Task, list[Example]]) -> None:
+    for example in proved[1]:
+        end = f"</think>\nTherefore: {example.gold}"
+        names = example.tags["names"]
+        pairs = [(a, b) for k, a in enumerate(names) for b in names[k + 1 :]]
+        everything = " ".join(f"{a} {b} ->. {b} {a} ->. {a} and {b} are independent." for a, b in pairs)
+        assert structure_of(proved, example, everything + end) < 0.75
+        turned = thought_of(example).replace("->", "=").replace("<-", "->").replace("=", "<-")
+        if "->" in turned.split("Graph:")[1].split("\n")[0]:
+            assert structure_of(proved, example, turned + end) < 1
+            assert structure_of(proved, example, turned + end, v_structures=0, cpdag=0, compelled=0) == 1
+        copied = example.question.split("\n")[0] + end
+        assert structure_of(proved, example, copied) == 0  # the premise says it already
+
+
+def test_structure_is_no_matter_of_other_questions(task: Task) -> None:
+    other = Example("1", "What is 2 + 2?", "Yes", "g")
+    assert pay("structure", make_sample(task, other, "x</think>Therefore: Yes", True, False)) is None
+
+
+def test_the_row_that_check_audits_is_judged_by_every_reward(task: Task) -> None:
+    row = row_of_the_audit("Yes")
+    judged = make_sample(task, row, row.target.removeprefix("<think>"), True, False)
+    assert pay("structure", judged) == 1
+    outweighed = {"correctness": 0.1, "structure": 9.0}
+    found, _ = find_rewards({"correctness": Reward(2.0, {}), "structure": Reward(1.0, {})})
+    assert any("a right proof" in one for one in audit(task, found, outweighed, row))
+
+
+def test_no_exploit_pays_with_the_structure_reward_and_weights_that_let_it_are_refused(
+    proved: tuple[Task, list[Example]],
+) -> None:
+    task, examples = proved
+    wanted = {"correctness": Reward(1.0, {}), "format": Reward(0.2, {}), "structure": Reward(0.7, {})}
+    rewards, problems = find_rewards(wanted)
+    assert problems == []
+    weights = {name: reward.weight for name, reward in wanted.items()}
+    for example in examples[:10]:
+        assert audit(task, rewards, weights, example) == []
+    # the audit itself would see it: a proof with the wrong verdict pays where structure outweighs correctness
+    assert any("a right proof" in one for one in audit(task, rewards, {**weights, "structure": 9.0}, examples[0]))
+    _, problems = find_rewards({**wanted, "structure": Reward(0.8, {})})
+    assert "keep their sum below it" in problems[0]
 
 
 def test_the_audit_finds_a_reward_that_can_be_hacked(task: Task) -> None:

@@ -8,18 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.answers import CLOSE, OPEN
+from pipeline.answers import CLOSE, OPEN, split_thought
 from pipeline.rewards.reward import RewardFunction, make_sample
 from pipeline.tasks.task import Example, Task
 
 HONEST = "the claim is checked step by step"
+QUESTION = (
+    "Premise: Suppose there is a closed system of 3 variables, A, B and C. All the statistical relations among these 3 "
+    "variables are as follows: A correlates with C. B correlates with C. However, A is independent of B.\n"
+    "Hypothesis: A directly causes C."
+)
+PROOF = f"{OPEN}\nA B apart given nothing. A C ->. B C ->.\n{CLOSE}\n"
+
+
+def sample(gold: str) -> Example:
+    """A row that every reward can judge, its graph too."""
+    return Example("1", QUESTION, gold, "g", target=f"{PROOF}Therefore: {gold}")
 
 
 def exploits(example: Example) -> dict[str, str]:
     """Completions (thought already opened) that try to be paid without deciding, by name."""
     gold = example.gold
     wrong = "No" if gold == "Yes" else "Yes"
+    proof = (split_thought(example.target, False).thought or "x").strip()  # the best thought there is
     return {
+        "a right proof, the wrong verdict": f"{proof}\n{CLOSE}\nTherefore: {wrong}",
+        "a right proof, no verdict": f"{proof}\n{CLOSE}\n",
+        "a right proof that never ends": f"{proof}\n" * 3,
+        "the question as a thought": f"{example.question}\n{CLOSE}\nTherefore: {wrong}",
         "empty": "",
         "both verdicts": f"x\n{CLOSE}\nTherefore: {gold}\nTherefore: {wrong}",
         "both, the right one last": f"x\n{CLOSE}\nTherefore: {wrong}\nTherefore: {gold}",

@@ -68,4 +68,11 @@ def find_rewards(wanted: Mapping[str, Reward]) -> tuple[dict[str, RewardFunction
             problems.append(f"grpo.rewards.{name}.params: {error}; it takes {', '.join(takes) or 'none'}")
             continue
         found[name] = partial(function, **reward.params)
+    others = sum(reward.weight for name, reward in wanted.items() if name != "correctness")
+    judged = wanted["correctness"].weight if "correctness" in wanted else 0.0
+    if "structure" in wanted and others >= judged:
+        problems.append(
+            f"grpo.rewards: the others weigh {others:g}, correctness {judged:g}: a good-looking thought with the wrong "
+            "verdict could earn as much as the right one; keep their sum below it"
+        )
     return found, problems

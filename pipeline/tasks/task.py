@@ -84,6 +84,10 @@ class Task(ABC):
     def is_well_formed(self, completion: str, prefilled: bool) -> bool:
         """Whether the completion keeps the form the task asks for, whatever it says."""
 
+    def solve(self, example: Example) -> str | None:
+        """The answer of an exact program, which then stands beside the models; None where the task has none."""
+        return None
+
     def rehearsal(self) -> dict[str, Any]:
         """Params that leave a few dozen rows of every kind."""
         return {}

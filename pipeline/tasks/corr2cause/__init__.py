@@ -2,11 +2,12 @@
 
     task: {name: corr2cause, params: {n: [3, 4, 5], letters: permuted, ...}}
 
-`correct` data, generated exactly: every Markov equivalence class on N variables is enumerated, split into
-training, validation and test by canonical class *before* renaming, so that no graph of a test row was ever seen
-under other letters; then every row renames its variables at random. Half of every set is Yes, within each number
-of variables and type of claim, so neither tells the answer. `path` reads rows in the published schema, which have
-no proofs: their targets are verdicts.
+`correct` data, generated exactly: every Markov equivalence class on N variables is enumerated (N = 2…6) or classes of
+random graphs are drawn (N = 7…10), split into training, validation and test by canonical class *before* renaming, so
+that no graph of a test row was ever seen under other letters; then every row renames its variables at random. Half of
+every set is Yes, within each number of variables and type of claim, so neither tells the answer. `mode: paper` makes
+the published rows instead, wrong labels and all (`paper.py`). `path` reads rows in the published schema. Neither has
+proofs: their targets are verdicts. docs/corr2cause.md has the rest.
 """
 
 from __future__ import annotations
@@ -21,15 +22,29 @@ from hashlib import sha256
 from itertools import combinations, permutations
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pipeline import answers
 from pipeline.errors import DataError
 from pipeline.tasks.corr2cause import text
-from pipeline.tasks.corr2cause.graphs import MAX_N, RELATIONS, EquivalenceClass, classes
+from pipeline.tasks.corr2cause.graphs import (
+    ENUMERATED_N,
+    MAX_N,
+    PLUSPLUS,
+    PUBLISHED,
+    RELATIONS,
+    EquivalenceClass,
+    Independence,
+    Semantics,
+    classes,
+    sampled,
+)
 from pipeline.tasks.corr2cause.trace import proof
 from pipeline.tasks.task import Example, Splits, Task, Verdict
 from pipeline.typed import Check, Count, Positive, Share
+
+if TYPE_CHECKING:
+    from pipeline.tasks.corr2cause.audit import Solver
 
 Size = Annotated[int, Check(f"a whole number from 2 to {MAX_N}", lambda v: 2 <= v <= MAX_N)]
 
@@ -42,6 +57,7 @@ class Phase:
     rows: Positive
     traces: Share = 1.0  # share whose target is a proof in the thought; the others state the verdict at once
     shuffled: Share = 0.0  # share whose premise tells its statements in random order: no short cut by position
+    proof: Literal["full", "short"] = "full"  # short: the links, the shared arrows and the decision
 
 
 @dataclass(frozen=True)
@@ -49,8 +65,17 @@ class Corr2CauseParams:
     """`task.params`: which rows, how many, how they are split and told."""
 
     n: tuple[Size, ...] = (3, 4, 5)  # numbers of variables in the GRPO, validation and test rows
+    mode: Literal["correct", "paper"] = "correct"  # paper: the published rows, with their wrong labels
+    style: Literal["published", "paraphrased", "refactored", "plusplus", "story"] = "published"
+    semantics: Semantics | None = None  # null: what the words of the style mean
+    labels: Literal["two", "three"] = "two"  # three: entailed Yes, contradicted No, undetermined Unknown
+    balance: Literal["even", "natural"] = "even"  # even: each answer as often in each (N, type); natural: as they come
+    premise: Literal["full", "minimal"] = "full"  # minimal: one smallest separating set a pair
     letters: Literal["permuted", "alphabet"] = "permuted"  # the first N letters in random order, or any N of 26
     max_independences: Positive | None = None  # leaves classes out, of all sets alike, whose premises are longer
+    sampled_classes: Positive = 300  # N ≥ 7: how many classes are drawn for each N
+    density: Share = 0.4  # N ≥ 7: the probability of each arrow of a random graph
+    max_members: Positive = 200  # N ≥ 7: leaves larger classes out
     validation_classes: Share = 0.1  # share of the classes of each N
     test_classes: Share = 0.2
     grpo_only_classes: Share = 0.0  # share of the training classes that SFT does not see
@@ -62,30 +87,45 @@ class Corr2CauseParams:
     perturbed_rows: Count = 1000  # of the test rows, repeated in each of the two perturbed sets
 
 
+class Class(Protocol):
+    """What rows are made from: an EquivalenceClass, or a PublishedClass with labels of its own."""
+
+    @property
+    def n(self) -> int: ...
+    @property
+    def id(self) -> str: ...
+    @property
+    def independences(self) -> tuple[Independence, ...]: ...
+    @property
+    def size(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Slot:
     """A claim about a class, before renaming."""
 
-    mec: EquivalenceClass
+    mec: Class
     relation: str
     i: int
     j: int
-    label: bool
+    gold: str
 
 
 @dataclass(frozen=True)
 class Draw:
     """A row before it is put into words: a renamed class, a claim about it, and the names."""
 
-    mec: EquivalenceClass
+    mec: Class
     relation: str
     i: int
     j: int
-    label: bool
+    gold: str
     names: tuple[str, ...]
     wording: int
     with_trace: bool
     shuffle: float | None  # the seed of the order in which the premise is told; None: as published
+    who: str = ""  # of a story: who measured
+    proof: str = "full"
 
 
 class Corr2Cause(Task):
@@ -106,6 +146,7 @@ class Corr2Cause(Task):
     )
 
     params: Corr2CauseParams
+    _solver: Solver | None = None
 
     def load(self) -> Splits:
         if self.source == "path":
@@ -114,36 +155,76 @@ class Corr2Cause(Task):
         p, sft_parts = self.params, parts["sft"] + parts["both"]
         sft = []
         for k, phase in enumerate(p.phases):
-            draws = self._draw(f"sft{k}", sft_parts, phase.n, phase.rows, traces=phase.traces, shuffled=phase.shuffled)
+            draws = self._draw(
+                f"sft{k}",
+                sft_parts,
+                phase.n,
+                phase.rows,
+                traces=phase.traces,
+                shuffled=phase.shuffled,
+                proof=phase.proof,
+            )
             for row, draw in enumerate(draws):
-                example = self._example(draw, f"sft{k}-{row}")
+                example = self.example(draw, f"sft{k}-{row}")
                 sft.append(replace(example, tags={**example.tags, "phase": k}))
         grpo = self._draw("grpo", parts["grpo"] + parts["both"], p.n, p.grpo_rows)
-        validation = self._draw("validation", parts["validation"], p.n, p.validation_rows, traces=1.0, distinct=True)
+        proved = float(p.mode == "correct")
+        validation = self._draw("validation", parts["validation"], p.n, p.validation_rows, traces=proved, distinct=True)
         test = self._draw("test", parts["test"], p.n, p.test_rows, distinct=True)
         perturbed = list(enumerate(test[: p.perturbed_rows]))
         tests = {
-            "test": [self._example(draw, f"test-{k}") for k, draw in enumerate(test)],
-            "paraphrased": [self._example(draw, f"paraphrased-{k}", paraphrased=True) for k, draw in perturbed],
-            "refactored": [
-                self._example(replace(draw, names=tuple(text.refactored(draw.names))), f"refactored-{k}")
-                for k, draw in perturbed
-            ],
+            "test": [self.example(draw, f"test-{k}") for k, draw in enumerate(test)],
+            **{
+                style: [self.example(draw, f"{style}-{k}", style=style) for k, draw in perturbed]
+                for style in ("paraphrased", "refactored")
+            },
         }
         return Splits(
             sft,
-            [self._example(draw, f"grpo-{k}") for k, draw in enumerate(grpo)],
-            [self._example(draw, f"validation-{k}") for k, draw in enumerate(validation)],
+            [self.example(draw, f"grpo-{k}") for k, draw in enumerate(grpo)],
+            [self.example(draw, f"validation-{k}") for k, draw in enumerate(validation)],
             tests,
             _proof_of_split(parts, sft, tests),
         )
 
     def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
-        said = answers.verdict(completion, prefilled)
+        said = answers.verdict(completion, prefilled, self.golds)
         return Verdict(said == example.gold, said is not None, said)
 
     def is_well_formed(self, completion: str, prefilled: bool) -> bool:
-        return answers.is_well_formed(completion, prefilled)
+        return answers.is_well_formed(completion, prefilled, self.golds)
+
+    def solve(self, example: Example) -> str | None:
+        """The exact answer, from the words of the question alone; None where they cannot be read, or no DAG fits."""
+        from pipeline.tasks.corr2cause.audit import Solver
+
+        if self._solver is None:
+            # rows of a file mean what their wording means, unless the recipe says otherwise
+            self._solver = Solver(self.params.semantics if self.source == "path" else self.semantics)
+        try:
+            status = self._solver.solve(example.question).status
+        except ValueError:
+            return None
+        if status == "undetermined":
+            return self.golds[-1]
+        return {"entailed": "Yes", "contradicted": "No", None: None}[status]
+
+    @property
+    def golds(self) -> tuple[str, ...]:
+        return ("Yes", "No", "Unknown") if self.params.labels == "three" else ("Yes", "No")
+
+    @property
+    def semantics(self) -> Semantics:
+        return self.params.semantics or (PLUSPLUS if self.params.style == "plusplus" else PUBLISHED)
+
+    @property
+    def instruction(self) -> str:
+        """The last line of the question: the recipe's, or the one that fits labels and style."""
+        p = self.params
+        if p.instruction != text.INSTRUCTION:
+            return p.instruction
+        asked = text.INSTRUCTION_THREE if p.labels == "three" else text.INSTRUCTION
+        return f"{asked} {text.EDGES}" if p.style == "plusplus" else asked
 
     def problems(self) -> list[str]:
         p, found = self.params, []
@@ -152,6 +233,23 @@ class Corr2Cause(Task):
                 f"task.params.test_classes: {p.test_classes} and validation_classes {p.validation_classes} "
                 "leave no class for training; their sum must be below 1"
             )
+        if p.mode == "paper":
+            found += [
+                f"task.params.phases[{k}].traces: {phase.traces:g}, but a proof cannot end in a wrong label, and mode "
+                "paper has such; set it to 0"
+                for k, phase in enumerate(p.phases)
+                if phase.traces
+            ]
+            if max({*p.n, *(n for phase in p.phases for n in phase.n)}) > ENUMERATED_N:
+                found.append(f"task.params.n: the published set, which mode paper makes, ends at n = {ENUMERATED_N}")
+            asked = {"labels": "two", "semantics": None, "premise": "full", "letters": "permuted"}
+            found += [
+                f"task.params.{name}: mode paper makes the published rows and knows no other; leave it out"
+                for name, default in asked.items()
+                if getattr(p, name) != default
+            ]
+            if p.style in ("plusplus", "story"):
+                found.append(f"task.params.style: {p.style}, but mode paper has published, paraphrased or refactored")
         if not p.phases:
             found.append("task.params.phases: empty; list at least one, such as {n: [3, 4], rows: 1000}")
         return found
@@ -168,33 +266,40 @@ class Corr2Cause(Task):
     def _draw(
         self,
         use: str,
-        part: list[EquivalenceClass],
+        part: list[Class],
         sizes: Iterable[int],
         count: int,
         *,
         traces: float = 0.0,
         shuffled: float = 0.0,
         distinct: bool = False,
+        proof: str = "full",
     ) -> list[Draw]:
         """`count` rows, half Yes within each (N, type); classes are drawn evenly, variables renamed in each row."""
         rng = random.Random(f"{self.seed}/{use}")  # a text, so that the stream is the same on every machine
-        cells = balanced_cells(part, sizes)
+        even = self.params.balance == "even"
+        cells = self._cells(part, sizes)
         if not count:
             return []
         if not cells:
             raise DataError(
-                f"task.params: {count} {use} rows were asked for, but no type of claim has both answers among the "
+                f"task.params: {count} {use} rows were asked for, but no type of claim has every answer among the "
                 f"{len(part)} classes of that split; use larger n or a larger share of classes (N = 3 has one class "
                 "with a valid claim, which is used for training)"
             )
         keys = sorted(cells)
-        weights = [len({slot.mec.id for label in (True, False) for slot in cells[key][label]}) for key in keys]
+        weights = [len({slot.mec.id for slots in cells[key].values() for slot in slots}) for key in keys]
+        everything = [] if even else [slot for mec in part if mec.n in set(sizes) for slot in self.claims(mec)]
         found: dict[object, Draw] = {}
         for _ in range(100 * count):
-            key = rng.choices(keys, weights)[0]
-            slot = rng.choice(cells[key][len(found) % 2 == 0])
-            draw = self._rename(rng, slot, with_trace=rng.random() < traces, shuffle=rng.random() < shuffled)
-            asked = (draw.mec.pattern.code, draw.relation, draw.i, draw.j, draw.names, draw.wording)
+            if even:
+                key = rng.choices(keys, weights)[0]
+                slot = rng.choice(cells[key][self.golds[len(found) % len(self.golds)]])
+            else:
+                slot = rng.choice(everything)
+            draw = self.rename(rng, slot, with_trace=rng.random() < traces, shuffle=rng.random() < shuffled)
+            draw = replace(draw, proof=proof)
+            asked = (draw.mec.independences, draw.relation, draw.i, draw.j, draw.names, draw.wording)
             found.setdefault(asked if distinct else len(found), draw)
             if len(found) == count:
                 return list(found.values())
@@ -203,50 +308,100 @@ class Corr2Cause(Task):
             f"{count} were asked for; ask for fewer rows or for larger n"
         )
 
-    def _rename(self, rng: random.Random, slot: Slot, *, with_trace: bool, shuffle: bool) -> Draw:
-        n = slot.mec.n
-        order = rng.sample(range(n), n)
-        mec, relation, i, j = slot.mec.renamed(tuple(order)), slot.relation, order[slot.i], order[slot.j]
+    def claims(self, mec: Class) -> Iterator[Slot]:
+        """Every claim about a class with its answer, in the task's semantics and answers."""
+        return slots_of(mec, self.semantics, three=self.params.labels == "three")
+
+    def _cells(self, part: Iterable[Class], sizes: Iterable[int]) -> dict[tuple[int, str], dict[str, list[Slot]]]:
+        """Claims by (N, type) and answer; where they are to be even, only cells that have every answer."""
+        wanted = set(sizes)
+        cells: dict[tuple[int, str], dict[str, list[Slot]]] = {}
+        for mec in part:
+            if mec.n in wanted:
+                for slot in self.claims(mec):
+                    cell = cells.setdefault((mec.n, slot.relation), {gold: [] for gold in self.golds})
+                    cell[slot.gold].append(slot)
+        if self.params.balance == "natural":
+            return cells
+        return {key: cell for key, cell in cells.items() if all(cell.values())}
+
+    def rename(self, rng: random.Random, slot: Slot, *, with_trace: bool, shuffle: bool) -> Draw:
+        """A claim under letters and in a wording drawn from `rng`."""
+        n, relation = slot.mec.n, slot.relation
+        if isinstance(slot.mec, EquivalenceClass):
+            order = rng.sample(range(n), n)
+            mec: Class = slot.mec.renamed(tuple(order))
+            i, j = order[slot.i], order[slot.j]
+        else:  # published rows keep their letters: that they follow a topological order is one of their short cuts
+            mec, i, j = slot.mec, slot.i, slot.j
         if i > j and relation in _INVERSE:
             relation, i, j = _INVERSE[relation], j, i  # the published types name the earlier letter first
         elif relation not in _INVERSE and rng.random() < 0.5:
             i, j = j, i  # the symmetric types name either first
-        names = ascii_uppercase[:n] if self.params.letters == "permuted" else sorted(rng.sample(ascii_uppercase, n))
+        who = ""
+        if self.params.style == "story":
+            who, measured = rng.choice(text.STUDIES)
+            names = rng.sample(measured.split(), n)
+        else:
+            names = list(ascii_uppercase[:n])
+            if self.params.letters == "alphabet":
+                names = sorted(rng.sample(ascii_uppercase, n))
         seed = rng.random() if shuffle else None
-        return Draw(mec, relation, i, j, slot.label, tuple(names), rng.randrange(2), with_trace, seed)
+        return Draw(mec, relation, i, j, slot.gold, tuple(names), rng.randrange(2), with_trace, seed, who)
 
-    def _example(self, draw: Draw, id: str, *, paraphrased: bool = False) -> Example:
-        names, mec = draw.names, draw.mec
+    def example(self, draw: Draw, id: str, *, style: str | None = None) -> Example:
+        """A draw in words: of the task's style, or of another."""
+        mec, params = draw.mec, self.params
+        style, names = style or params.style, list(draw.names)
+        if style != "story" and draw.who:
+            names = list(ascii_uppercase[: mec.n])
+        if style == "refactored":
+            names = text.refactored(names)
+        minimal = params.premise == "minimal"
         dependent, independent = text.relations(mec)
+        if minimal:
+            independent = text.smallest(independent)
+        elif style == "plusplus":
+            independent.sort(key=lambda one: (one[:2], len(one[2])))
         if draw.shuffle is not None:
             rng = random.Random(draw.shuffle)
             rng.shuffle(dependent)
             rng.shuffle(independent)
-        claim = text.hypothesis(
-            draw.relation, names[draw.i], names[draw.j], wording=draw.wording, paraphrased=paraphrased
-        )
-        gold, thought = "Yes" if draw.label else "No", ""
-        if draw.with_trace:
-            thought = proof(mec, names, draw.relation, draw.i, draw.j, independent) + "\n"
+        premise = text.premise(names, dependent, independent, style, minimal=minimal, who=draw.who)
+        claim = text.hypothesis(draw.relation, names[draw.i], names[draw.j], wording=draw.wording, style=style)
+        thought = ""
+        if draw.with_trace and isinstance(mec, EquivalenceClass):
+            asked = (draw.relation, draw.i, draw.j)
+            three = params.labels == "three"
+            thought = proof(mec, names, *asked, independent, self.semantics, short=draw.proof == "short", three=three)
+            thought += "\n"
+            if style == "plusplus":
+                edges = sorted(mec.pattern.arrows)
+                thought += " ".join(f"{names[a]} has a direct causal effect on {names[b]}." for a, b in edges)
+                thought += "\n" if edges else "No edge is shared.\n"
         return Example(
             id=id,
-            question=text.question(text.premise(names, dependent, independent), claim, self.params.instruction),
-            gold=gold,
+            question=text.question(premise, claim, self.instruction),
+            gold=draw.gold,
             group=mec.id,
             tags={
                 "n": mec.n,
                 "relation": draw.relation,
-                "members": len(mec.members),
-                "names": "".join(names),
+                "members": mec.size,
+                "names": ("" if not draw.who else " ").join(names),
                 "i": draw.i,
                 "j": draw.j,
+                "premise_tokens": len(re.findall(r"\w+|[^\w\s]", premise)),  # words and marks
+                "mode": params.mode,
+                "style": style,
+                "seed": self.seed,
             },
-            target=f"{answers.OPEN}\n{thought}{answers.CLOSE}\nTherefore: {gold}",
+            target=f"{answers.OPEN}\n{thought}{answers.CLOSE}\nTherefore: {draw.gold}",
         )
 
     def _read(self, path: Path) -> Splits:
         """Rows of the published schema (`input`, `label`) as training and test rows, by premise."""
-        rows, skipped = read_published(path, self.params.instruction, skip_bad=self.choice.bad_rows == "skip")
+        rows, skipped = read_published(path, self.instruction, skip_bad=self.choice.bad_rows == "skip")
         by_premise: dict[str, list[Example]] = {}
         for example in rows:
             by_premise.setdefault(example.group, []).append(example)
@@ -262,53 +417,83 @@ class Corr2Cause(Task):
 _INVERSE = {"parent": "child", "child": "parent", "ancestor": "descendant", "descendant": "ancestor"}
 
 
-def split_classes(params: Corr2CauseParams, seed: int) -> dict[str, list[EquivalenceClass]]:
+def known_classes(params: Corr2CauseParams, n: int, seed: int) -> list[Class]:
+    """All classes of n variables that rows may come from, in a fixed order."""
+    bound = params.max_independences or 1 << 30
+    if params.mode == "paper":
+        from pipeline.tasks.corr2cause.paper import published_classes
+
+        return [one for one in published_classes(n) if len(one.independences) <= bound]
+    minimal = params.premise == "minimal"
+    found: Iterable[EquivalenceClass] = (
+        classes(n)
+        if n <= ENUMERATED_N
+        else sampled(
+            n,
+            params.sampled_classes,
+            density=params.density,
+            seed=f"{seed}/sampled/{n}",
+            most_members=params.max_members,
+            most_independences=None if minimal else params.max_independences,
+        )
+    )
+    return [mec for mec in found if len(text.smallest(mec.independences) if minimal else mec.independences) <= bound]
+
+
+def split_classes(params: Corr2CauseParams, seed: int) -> dict[str, list[Class]]:
     """The classes of each part: test, validation, sft (SFT only is empty), grpo (GRPO only), both.
 
     Drawn for each N by itself. Where only one class of an N has a valid claim (N = 3), it is used for training.
     """
-    parts: dict[str, list[EquivalenceClass]] = {name: [] for name in ("test", "validation", "sft", "grpo", "both")}
+    parts: dict[str, list[Class]] = {name: [] for name in ("test", "validation", "sft", "grpo", "both")}
     sizes = sorted({*params.n, *(n for phase in params.phases for n in phase.n)})
     for n in sizes:
-        known = [mec for mec in classes(n) if len(mec.independences) <= (params.max_independences or 1 << 30)]
+        same: dict[str, list[Class]] = {}
+        for mec in known_classes(params, n, seed):
+            same.setdefault(mec.id, []).append(mec)  # the published set tells six classes twice
+        known = list(same.values())
         random.Random(f"{seed}/classes/{n}").shuffle(known)
-        fruitful = [mec for mec in known if any(slot.label for slot in slots_of(mec))]
+        fruitful = [unit for unit in known if any(slot.gold == "Yes" for mec in unit for slot in slots_of(mec))]
         if len(fruitful) == 1:
             known.remove(fruitful[0])
             known.append(fruitful[0])
         test, validation = round(len(known) * params.test_classes), round(len(known) * params.validation_classes)
         training = known[test + validation :]
         held = round(len(training) * params.grpo_only_classes)
-        parts["test"] += known[:test]
-        parts["validation"] += known[test : test + validation]
-        parts["grpo"] += training[:held]
-        parts["both"] += training[held:]
+        cuts = {
+            "test": known[:test],
+            "validation": known[test : test + validation],
+            "grpo": training[:held],
+            "both": training[held:],
+        }
+        for name, units in cuts.items():
+            parts[name] += [mec for unit in units for mec in unit]
     return parts
 
 
-def slots_of(mec: EquivalenceClass) -> Iterator[Slot]:
-    """Every claim about a class: unordered for the symmetric types, one direction for the others' inverses."""
+def slots_of(mec: Class, semantics: Semantics = PUBLISHED, *, three: bool = False) -> Iterator[Slot]:
+    """Every claim about a class: unordered for the symmetric types, one direction for the others' inverses.
+
+    Of a published class all six types of every pair i < j, with the published labels.
+    """
+    if not isinstance(mec, EquivalenceClass):
+        for i, j in combinations(range(mec.n), 2):
+            for relation in RELATIONS:
+                yield Slot(mec, relation, i, j, "Yes" if mec.entails(relation, i, j) else "No")  # type: ignore[attr-defined]
+        return
     for i, j in permutations(range(mec.n), 2):
         for relation in RELATIONS:
             if relation in ("child", "descendant") or (relation in ("collider", "confounder") and i > j):
                 continue
-            yield Slot(mec, relation, i, j, mec.entails(relation, i, j))
-
-
-def balanced_cells(
-    part: Iterable[EquivalenceClass], sizes: Iterable[int]
-) -> dict[tuple[int, str], dict[bool, list[Slot]]]:
-    """Claims by (N, type) and label, of the cells that have both labels."""
-    wanted, cells = set(sizes), {}  # type: ignore[var-annotated]
-    for mec in part:
-        if mec.n in wanted:
-            for slot in slots_of(mec):
-                cells.setdefault((mec.n, slot.relation), {True: [], False: []})[slot.label].append(slot)
-    return {key: cell for key, cell in cells.items() if cell[True] and cell[False]}
+            if mec.entails(relation, i, j, semantics):
+                gold = "Yes"
+            else:
+                gold = "Unknown" if three and mec.allows(relation, i, j, semantics) else "No"
+            yield Slot(mec, relation, i, j, gold)
 
 
 def _proof_of_split(
-    parts: dict[str, list[EquivalenceClass]], sft: list[Example], tests: dict[str, list[Example]]
+    parts: dict[str, list[Class]], sft: list[Example], tests: dict[str, list[Example]]
 ) -> dict[str, Any]:
     """Which canonical classes are where, and that no two parts share one."""
     ids = {name: sorted({mec.id for mec in part}) for name, part in parts.items()}
@@ -321,11 +506,11 @@ def _proof_of_split(
 
 
 def read_published(path: Path, instruction: str, *, skip_bad: bool) -> tuple[list[Example], list[str]]:
-    """Rows of a .csv, .json or .jsonl file with `input` and `label`; DataError names each bad one by its line."""
+    """Rows of a file with `input` and `label`; DataError names each bad one by its line."""
     if not path.is_file():
-        raise DataError(f"task.path: {path} does not exist; give a .csv, .json or .jsonl file")
+        raise DataError(f"task.path: {path} does not exist; give a .csv, .json, .jsonl or .parquet file")
     rows, problems = [], []
-    for line, row in _lines(path):
+    for line, row in read_lines(path):
         problem = row if isinstance(row, str) else _problem(row)
         if problem:
             problems.append(f"{path}:{line}: {problem}")
@@ -348,13 +533,27 @@ def read_published(path: Path, instruction: str, *, skip_bad: bool) -> tuple[lis
     return rows, problems
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line, row) for each row; a text in place of a row says why it cannot be read."""
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """(line, row) for each row; a text in place of a row says why it cannot be read. Parquet has rows, not lines."""
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet as pq
+
+        line = 0
+        try:
+            for batch in pq.ParquetFile(path).iter_batches():
+                for row in batch.to_pylist():
+                    yield (line := line + 1), row
+        except pyarrow.ArrowException as error:
+            raise DataError(f"{path}: no parquet file that can be read ({error})") from None
+        return
     with path.open(encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":
             reader = csv.DictReader(file)
+            line = 2
             for row in reader:
-                yield reader.line_num, row
+                yield line, row  # where it begins: an input has two lines
+                line = reader.line_num + 1
         elif path.suffix == ".jsonl":
             for line, content in enumerate(file, 1):
                 if content.strip():
@@ -366,7 +565,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
                 return
             yield from enumerate(content, 1)
         else:
-            raise DataError(f"{path}: a {path.suffix or 'nameless'} file; give .csv, .json or .jsonl")
+            raise DataError(f"{path}: a {path.suffix or 'nameless'} file; give .csv, .json, .jsonl or .parquet")
 
 
 def _json(content: str) -> Any:

@@ -1,29 +1,66 @@
 """Graphs, Markov equivalence classes and causal relations: the exact solver behind Corr2Cause.
 
-A node is an int 0…n-1, a set of nodes a bitmask, a DAG the tuple of its nodes' child sets. Everything is
-enumerated: `classes(n)` lists one representative of every Markov equivalence class on n unlabelled nodes,
-each with its members, its compelled edges and its independences. Nothing here knows about words.
+A node is an int 0…n-1, a set of nodes a bitmask, a DAG the tuple of its nodes' child sets. Up to n = 6 everything is
+enumerated: `classes(n)` lists one representative of every Markov equivalence class on n unlabelled nodes, each with
+its members, its compelled edges and its independences; up to n = 10 `sampled(n, …)` draws classes of random graphs.
+Nothing here knows about words. What is done for many graphs at once is in `enumeration` (arrays); this module says
+the same of one graph, plainly, and the tests hold the two together.
 
     >>> [len(classes(n)) for n in (2, 3, 4)]
     [2, 5, 20]
 
 Sources: Verma & Pearl 1990 (a class is its skeleton and v-structures), Meek 1995 (orientation rules),
-Lauritzen et al. 1990 (d-separation in the moral graph of the ancestors), Jin et al. 2024 (the relations).
+Lauritzen et al. 1990 (d-separation in the moral graph of the ancestors), Dor & Tarsi 1992 (a DAG of a pattern),
+Chickering 1995 (covered arrows), Jin et al. 2024 (the relations).
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
-from itertools import combinations, permutations
+from itertools import combinations
+from typing import Any, Literal
 
 Dag = tuple[int, ...]  # dag[i] is the bitmask of the children of node i
 Edge = tuple[int, int]
 Independence = tuple[int, int, tuple[int, ...]]  # i, j (i < j) and the nodes given
 
-MAX_N = 5
+ENUMERATED_N = 6  # every class is listed up to here, and counted up to 7
+MAX_N = 10
 RELATIONS = ("parent", "child", "ancestor", "descendant", "collider", "confounder")
+
+
+@dataclass(frozen=True)
+class Semantics:
+    """What the relations mean. The defaults are the published meaning; the others are options of the task.
+
+    indirect: `path`, a directed path of two arrows or more, whether or not there is a direct arrow too (published);
+    `strict`, a directed path and no direct arrow.
+    collider: `paths`, directed paths from both into one node that share nothing else (published); `descendant`, a
+    common descendant; `child`, a common child. confounder: the same of the graph with its arrows turned.
+    """
+
+    indirect: Literal["path", "strict"] = "path"
+    collider: Literal["paths", "descendant", "child"] = "paths"
+    confounder: Literal["paths", "ancestor", "parent"] = "paths"
+
+    def key(self, relation: str, i: int, j: int) -> tuple[str, int, int]:
+        """The table of `enumeration.relations` that answers for this relation, and the cell of it."""
+        if relation in ("child", "descendant"):
+            i, j = j, i
+        if relation in ("parent", "child"):
+            return "direct", i, j
+        if relation in ("ancestor", "descendant"):
+            return self.indirect, i, j
+        if relation in ("collider", "confounder"):
+            return f"{relation}/{getattr(self, relation)}", i, j
+        raise ValueError(f"unknown relation {relation!r}; known: {', '.join(RELATIONS)}")
+
+
+PUBLISHED = Semantics()
+PLUSPLUS = Semantics("strict", "child", "parent")  # of Corr2Cause++
 
 
 def bits(mask: int) -> list[int]:
@@ -78,26 +115,16 @@ def d_separated(dag: Dag, i: int, j: int, given: int) -> bool:
     return not reachable(open_, 1 << i) >> j & 1
 
 
-def holds(dag: Dag, relation: str, i: int, j: int) -> bool:
-    """Whether `relation` holds of the ordered pair (i, j) in one DAG, in the published semantics.
-
-    ancestor/descendant: a directed path of two or more arrows, whether or not there is a direct one.
-    collider: directed paths from i and from j into one node that share nothing else.
-    confounder: directed paths from one node to i and to j that share nothing else.
-    """
-    if relation == "parent":
+def holds(dag: Dag, relation: str, i: int, j: int, semantics: Semantics = PUBLISHED) -> bool:
+    """Whether `relation` holds of the ordered pair (i, j) in one graph."""
+    key, i, j = semantics.key(relation, i, j)
+    if key == "direct":
         return bool(dag[i] >> j & 1)
-    if relation == "child":
-        return bool(dag[j] >> i & 1)
-    if relation == "ancestor":
+    if key == "path":
         return any(reachable(dag, 1 << k) >> j & 1 for k in bits(dag[i] & ~(1 << j)))
-    if relation == "descendant":
-        return holds(dag, "ancestor", j, i)
-    if relation == "collider":
-        return bool(meetings(dag, i, j))
-    if relation == "confounder":
-        return bool(meetings(transpose(dag), i, j))
-    raise ValueError(f"unknown relation {relation!r}; known: {', '.join(RELATIONS)}")
+    if key == "strict":
+        return not dag[i] >> j & 1 and bool(reachable(dag, 1 << i) >> j & 1)
+    return bool(meetings(dag if relation == "collider" else transpose(dag), i, j, key.partition("/")[2]))
 
 
 def _paths(dag: Dag, start: int, end: int, avoid: int) -> Iterator[int]:
@@ -111,13 +138,16 @@ def _paths(dag: Dag, start: int, end: int, avoid: int) -> Iterator[int]:
                 yield here | rest
 
 
-def meetings(dag: Dag, i: int, j: int) -> list[int]:
-    """The nodes into which directed paths from i and from j lead that share nothing else."""
+def meetings(dag: Dag, i: int, j: int, kind: str = "paths") -> list[int]:
+    """The nodes where i and j meet going forward: by `paths` that share nothing else, as any descendant, as a child."""
+    others = [k for k in range(len(dag)) if k not in (i, j)]
+    if kind in ("child", "parent"):
+        return bits(dag[i] & dag[j])
+    if kind in ("descendant", "ancestor"):
+        both = reachable(dag, 1 << i) & reachable(dag, 1 << j)
+        return [k for k in others if both >> k & 1]
     return [
-        k
-        for k in range(len(dag))
-        if k not in (i, j)
-        and any(next(_paths(dag, j, k, used), None) is not None for used in _paths(dag, i, k, 1 << j))
+        k for k in others if any(next(_paths(dag, j, k, used), None) is not None for used in _paths(dag, i, k, 1 << j))
     ]
 
 
@@ -160,15 +190,67 @@ class Pattern:
             code |= 1 << (i * self.n + j) | 1 << (j * self.n + i)
         return code
 
+    @property
+    def matrix(self) -> list[list[bool]]:
+        """matrix[i][j]: an arrow from i to j, or a line between them."""
+        return [[bool(self.code >> (i * self.n + j) & 1) for j in range(self.n)] for i in range(self.n)]
+
     def canonical_code(self) -> int:
-        """The least `code` over all renamings: equal exactly for isomorphic graphs."""
-        cells = [divmod(bit, self.n) for bit in bits(self.code)]
-        return min(sum(1 << table[i][j] for i, j in cells) for table in _renamings(self.n))
+        """One number for all renamings of the graph: equal exactly for isomorphic graphs.
+
+        Up to n = 7 the least `code` over all renamings; beyond, the least over those that colour refinement leaves.
+        """
+        if self.n <= 7:
+            import numpy as np
+
+            from pipeline.tasks.corr2cause.enumeration import canonical_codes
+
+            return int(canonical_codes(np.array([self.matrix]))[0])
+        return min(self.renamed(order).code for order in _refined_orders(self))
 
 
-@cache
-def _renamings(n: int) -> list[list[list[int]]]:
-    return [[[p[i] * n + p[j] for j in range(n)] for i in range(n)] for p in permutations(range(n))]
+def _refined_orders(graph: Pattern) -> Iterator[tuple[int, ...]]:
+    """Renamings enough for a canonical form: nodes are told apart by their neighbours' colours, ties by trying each.
+
+    Of nodes with the same neighbours (twins) only one is tried: swapping them changes nothing.
+    """
+    n, matrix = graph.n, graph.matrix
+
+    def refined(colours: list[int]) -> list[int]:
+        while True:
+            seen = [
+                (colours[v], sorted((matrix[v][w], matrix[w][v], colours[w]) for w in range(n) if w != v))
+                for v in range(n)
+            ]
+            ranks = sorted(range(n), key=lambda v: seen[v])
+            fresh, colour = [0] * n, 0
+            for place, v in enumerate(ranks):
+                if place and seen[v] != seen[ranks[place - 1]]:
+                    colour = place
+                fresh[v] = colour
+            if fresh == colours:
+                return colours
+            colours = fresh
+
+    def twins(v: int, w: int) -> bool:
+        rest = [k for k in range(n) if k not in (v, w)]
+        same = all(matrix[v][k] == matrix[w][k] and matrix[k][v] == matrix[k][w] for k in rest)
+        return same and matrix[v][w] == matrix[w][v]
+
+    def search(colours: list[int]) -> Iterator[tuple[int, ...]]:
+        colours = refined(colours)
+        cell = next((c for c in range(n) if colours.count(c) > 1), None)
+        if cell is None:
+            yield tuple(colours)
+            return
+        tried: list[int] = []
+        for v in (v for v in range(n) if colours[v] == cell):
+            if not any(twins(v, w) for w in tried):
+                tried.append(v)
+                # v stays first in its cell, the others move one place on
+                yield from search([c + (c == cell and w != v) for w, c in enumerate(colours)])
+
+    yield from search([0] * n)
 
 
 def v_structures(dag: Dag) -> frozenset[tuple[int, int, int]]:
@@ -227,17 +309,50 @@ def pattern_of(dag: Dag) -> Pattern:
     return completed(n, skeleton, v_structures(dag))
 
 
-def members_of(pattern: Pattern) -> tuple[Dag, ...]:
-    """Every DAG of the class, by orienting its lines without a new v-structure or a cycle."""
-    skeleton = tuple(sorted(pattern.lines))
-    wanted = pattern.v_structures
-    found = []
-    for choice in range(1 << len(skeleton)):
-        turned = tuple((j, i) if choice >> k & 1 else (i, j) for k, (i, j) in enumerate(skeleton))
-        dag = dag_of(pattern.n, tuple(pattern.arrows) + turned)
-        if v_structures(dag) == wanted and is_acyclic(dag):
-            found.append(dag)
-    return tuple(found)
+def extension_of(pattern: Pattern) -> Dag | None:
+    """A DAG with the pattern's arrows and skeleton and no other v-structure; None where there is none.
+
+    A node is taken away when it can be the last: no arrow leaves it, and each line's other end is adjacent to all its
+    other neighbours (Dor & Tarsi 1992).
+    """
+    n = pattern.n
+    out = dag_of(n, tuple(pattern.arrows))
+    into, lines = transpose(out), [0] * n
+    for i, j in pattern.lines:
+        lines[i] |= 1 << j
+        lines[j] |= 1 << i
+    dag, left = list(out), (1 << n) - 1
+    near = [out[v] | into[v] | lines[v] for v in range(n)]
+    while left:
+        for v in bits(left):
+            around = near[v] & left
+            if not out[v] & left and all(not around & ~near[w] & ~(1 << w) for w in bits(lines[v] & left)):
+                for w in bits(lines[v] & left):
+                    dag[w] |= 1 << v
+                left &= ~(1 << v)
+                break
+        else:
+            return None
+    return tuple(dag)
+
+
+def members_of(dag: Dag, most: int | None = None) -> tuple[Dag, ...] | None:
+    """Every DAG of the class of this one, sorted, by turning covered arrows; None for more than `most`."""
+    seen, queue = {dag}, [dag]
+    for one in queue:  # the list grows while it is walked
+        parents = transpose(one)
+        for i, children in enumerate(one):
+            for j in bits(children):
+                if parents[j] == parents[i] | 1 << i:
+                    turned = list(one)
+                    turned[i] &= ~(1 << j)
+                    turned[j] |= 1 << i
+                    if (other := tuple(turned)) not in seen:
+                        seen.add(other)
+                        queue.append(other)
+        if most is not None and len(seen) > most:
+            return None
+    return tuple(sorted(seen))
 
 
 def _renamed_dag(dag: Dag, new: tuple[int, ...]) -> Dag:
@@ -249,9 +364,13 @@ def _renamed_dag(dag: Dag, new: tuple[int, ...]) -> Dag:
 
 @dataclass(frozen=True)
 class EquivalenceClass:
-    """One Markov equivalence class on nodes 0…n-1: what a premise describes."""
+    """One Markov equivalence class on nodes 0…n-1: what a premise describes.
+
+    `origin` is a class of which this one is a renaming: what is known of it is renamed, not found again.
+    """
 
     pattern: Pattern
+    origin: tuple[EquivalenceClass, tuple[int, ...]] | None = field(default=None, compare=False, repr=False)
 
     @property
     def n(self) -> int:
@@ -260,55 +379,172 @@ class EquivalenceClass:
     @cached_property
     def id(self) -> str:
         """The canonical identity: equal exactly for classes that differ by a renaming of the nodes."""
-        return f"{self.n}-{self.pattern.canonical_code():x}"
+        return self.origin[0].id if self.origin else f"{self.n}-{self.pattern.canonical_code():x}"
 
     @cached_property
     def members(self) -> tuple[Dag, ...]:
-        return members_of(self.pattern)
+        if self.origin:
+            return tuple(sorted(_renamed_dag(dag, self.origin[1]) for dag in self.origin[0].members))
+        dag = extension_of(self.pattern)
+        if dag is None:
+            raise ValueError("no DAG has this skeleton and these v-structures")
+        return members_of(dag) or ()
+
+    @property
+    def size(self) -> int:
+        """The number of members."""
+        return self.origin[0].size if self.origin else len(self.members)
 
     @cached_property
     def independences(self) -> tuple[Independence, ...]:
         """Every (i, j, given) with i < j that holds, sorted as published: by i, j, then the set's letters."""
-        dag = self.members[0]
-        found = []
-        for i, j in combinations(range(self.n), 2):
-            rest = [k for k in range(self.n) if k not in (i, j)]
-            for size in range(len(rest) + 1):
-                for given in combinations(rest, size):
-                    if d_separated(dag, i, j, sum(1 << k for k in given)):
-                        found.append((i, j, given))
-        return tuple(sorted(found))
+        if self.origin:
+            mec, new = self.origin
+            return tuple(
+                sorted(
+                    (min(new[i], new[j]), max(new[i], new[j]), tuple(sorted(new[k] for k in given)))
+                    for i, j, given in mec.independences
+                )
+            )
+        import numpy as np
 
-    def entails(self, relation: str, i: int, j: int) -> bool:
+        from pipeline.tasks.corr2cause.enumeration import independent
+
+        return independences_of(self.n, independent(np.array([self.members[0]], dtype=np.uint16)))[0]
+
+    @cached_property
+    def tables(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """For each meaning of `Semantics.key`: the (i, j) it holds of in every member, and in some, as rows of bits."""
+        if self.origin:
+            mec, new = self.origin
+            return {
+                key: (_renamed_dag(every, new), _renamed_dag(some, new)) for key, (every, some) in mec.tables.items()
+            }
+        import numpy as np
+
+        return _tables(np.array(self.members, dtype=np.uint16), np.zeros(len(self.members), dtype=np.int64), 1)[0]
+
+    def entails(self, relation: str, i: int, j: int, semantics: Semantics = PUBLISHED) -> bool:
         """Whether the relation holds in every member."""
-        return all(holds(dag, relation, i, j) for dag in self.members)
+        key, i, j = semantics.key(relation, i, j)
+        return bool(self.tables[key][0][i] >> j & 1)
+
+    def allows(self, relation: str, i: int, j: int, semantics: Semantics = PUBLISHED) -> bool:
+        """Whether the relation holds in some member; where not, the premise contradicts it."""
+        key, i, j = semantics.key(relation, i, j)
+        return bool(self.tables[key][1][i] >> j & 1)
 
     def renamed(self, new: tuple[int, ...]) -> EquivalenceClass:
-        """The same class with node i called new[i]; what is already known of it is renamed, not found again."""
-        other = EquivalenceClass(self.pattern.renamed(new))
-        other.__dict__["id"] = self.id
-        other.__dict__["members"] = tuple(_renamed_dag(dag, new) for dag in self.members)
-        other.__dict__["independences"] = tuple(
-            sorted(
-                (min(new[i], new[j]), max(new[i], new[j]), tuple(sorted(new[k] for k in given)))
-                for i, j, given in self.independences
-            )
-        )
-        return other
+        """The same class with node i called new[i]."""
+        return EquivalenceClass(self.pattern.renamed(new), (self, new))
+
+
+def _tables(members: Any, owner: Any, count: int) -> list[dict[str, tuple[tuple[int, ...], tuple[int, ...]]]]:
+    from pipeline.tasks.corr2cause import enumeration
+
+    found: list[dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = [{} for _ in range(count)]
+    for key, cells in enumeration.relations(members).items():
+        every = enumeration.rows_of(enumeration.all_of(cells, owner, count))
+        some = enumeration.rows_of(enumeration.any_of(cells, owner, count))
+        for tables, a, b in zip(found, every, some, strict=True):
+            tables[key] = tuple(a), tuple(b)
+    return found
+
+
+@cache
+def _sets(n: int) -> tuple[list[int], list[tuple[int, ...]]]:
+    """The subsets of the nodes in the order of their letters: as bitmasks, and as tuples."""
+    listed = sorted((tuple(bits(mask)), mask) for mask in range(1 << n))
+    return [mask for _, mask in listed], [nodes for nodes, _ in listed]
+
+
+def independences_of(n: int, independent: Any) -> list[tuple[Independence, ...]]:
+    """Rows of `enumeration.independent` as independences in the published order."""
+    masks, sets = _sets(n)
+    pairs = list(combinations(range(n), 2))
+    found: list[list[Independence]] = [[] for _ in range(len(independent))]
+    for row, pair, place in zip(*(axis.tolist() for axis in independent[:, :, masks].nonzero()), strict=True):
+        found[row].append((*pairs[pair], sets[place]))
+    return [tuple(independences) for independences in found]
+
+
+def classes_of(children: Any, members: Any = None, owner: Any = None) -> list[EquivalenceClass]:
+    """The classes of these DAGs (rows, n), with all that is asked of them known.
+
+    `members` are the DAGs of all of them (found where not given), `owner` the row each belongs to, ascending.
+    """
+    from pipeline.tasks.corr2cause import enumeration
+
+    if members is None:
+        members, owner = enumeration.members(children)
+    count, n = children.shape
+    some = enumeration.any_of(enumeration.matrix_of(members), owner, count)
+    tables, independences = _tables(members, owner, count), independences_of(n, enumeration.independent(children))
+    listed: list[list[Dag]] = [[] for _ in range(count)]
+    for k, dag in zip(owner.tolist(), members.tolist(), strict=True):
+        listed[k].append(tuple(dag))
+    found = []
+    for k in range(count):
+        edges = list(zip(*(axis.tolist() for axis in some[k].nonzero()), strict=True))
+        lines = frozenset((i, j) for i, j in edges if i < j and some[k, j, i])
+        arrows = frozenset((i, j) for i, j in edges if not some[k, j, i])
+        mec = EquivalenceClass(Pattern(n, arrows, lines))
+        mec.__dict__.update(members=tuple(sorted(listed[k])), independences=independences[k], tables=tables[k])
+        found.append(mec)
+    if n <= 7:
+        for mec, code in zip(found, enumeration.canonical_codes(some).tolist(), strict=True):
+            mec.__dict__["id"] = f"{n}-{code:x}"
+    return found
 
 
 @cache
 def classes(n: int) -> tuple[EquivalenceClass, ...]:
-    """One representative of each class on n unlabelled nodes, by canonical id: 2, 5, 20, 142 for n = 2…5."""
-    if not 2 <= n <= MAX_N:
-        raise ValueError(f"n is {n}; classes can be enumerated for n = 2…{MAX_N}")
+    """One representative of each class on n unlabelled nodes, by canonical code: 2, 5, 20, 142, 2201 for n = 2…6.
+
+    The representative is the one whose DAG has the least code (`enumeration`), so letters follow a topological order.
+    """
+    if not 2 <= n <= ENUMERATED_N:
+        raise ValueError(f"n is {n}; classes can be enumerated for n = 2…{ENUMERATED_N}, and drawn up to {MAX_N}")
+    from pipeline.tasks.corr2cause import enumeration
+
+    children = enumeration.children_of(enumeration.equivalence_classes(n), n)
+    found = classes_of(children)
+    return tuple(sorted(found, key=lambda mec: int(mec.id.partition("-")[2], 16)))
+
+
+def sampled(
+    n: int, count: int, *, density: float, seed: str, most_members: int = 1000, most_independences: int | None = None
+) -> tuple[EquivalenceClass, ...]:
+    """`count` different classes of random DAGs on n nodes, each arrow there with probability `density`.
+
+    Classes with more members or more independences are left out, and so is the class of a graph without arrows.
+    Fewer are given back where 50 draws for each do not find them. The same for the same seed on every machine.
+    """
+    import numpy as np
+
+    from pipeline.tasks.corr2cause.enumeration import independent
+
+    rng = random.Random(seed)
+    found: dict[str, EquivalenceClass] = {}
     pairs = list(combinations(range(n), 2))
-    seen: set[int] = set()
-    kept: dict[int, EquivalenceClass] = {}
-    for choice in range(1 << len(pairs)):  # every DAG has a topological order, so upper-triangular ones suffice
-        dag = dag_of(n, [pair for k, pair in enumerate(pairs) if choice >> k & 1])
-        pattern = pattern_of(dag)
-        if pattern.code not in seen:
-            seen.add(pattern.code)
-            kept.setdefault(pattern.canonical_code(), EquivalenceClass(pattern))
-    return tuple(kept[code] for code in sorted(kept))
+    for _ in range(50):
+        kept: list[tuple[Dag, tuple[Dag, ...]]] = []
+        for _ in range(count):
+            dag = dag_of(n, [pair for pair in pairs if rng.random() < density])
+            members = members_of(dag, most_members) if any(dag) else None
+            if members:
+                kept.append((dag, members))
+        if most_independences is not None and kept:
+            told = independent(np.array([dag for dag, _ in kept], dtype=np.uint16)).sum(axis=(1, 2))
+            kept = [pair for pair, size in zip(kept, told.tolist(), strict=True) if size <= most_independences]
+        for start in range(0, len(kept), 256):
+            part = kept[start : start + 256]
+            children = np.array([dag for dag, _ in part], dtype=np.uint16)
+            every = np.array([dag for _, members in part for dag in members], dtype=np.uint16)
+            owner = np.repeat(np.arange(len(part)), [len(members) for _, members in part])
+            for mec in classes_of(children, every, owner):
+                if len(found) < count:
+                    found.setdefault(mec.id, mec)
+        if len(found) == count:
+            break
+    return tuple(found.values())

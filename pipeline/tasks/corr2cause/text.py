@@ -1,6 +1,16 @@
-"""The words of Corr2Cause: premises and hypotheses, as published and as perturbed.
+"""The words of Corr2Cause: premises and hypotheses, as published, as perturbed, and in other styles.
 
-Source: Jin et al. 2024 (https://arxiv.org/abs/2306.05836); the tests compare the words with published rows.
+    published     correlations and independences as in the published set
+    paraphrased   the same premise, the hypothesis in other words
+    refactored    published words, A, B, C… called Z, Y, X…
+    plusplus      Corr2Cause++: the assumptions are stated, `A indep B | C`, and every compelled edge is asked for
+    story         the variables have names out of a study of something, and things go together
+
+A `minimal` premise lists one smallest separating set for each pair that has one, and says so: it describes the same
+class in a fraction of the words, which large graphs need.
+
+Sources: Jin et al. 2024 (https://arxiv.org/abs/2306.05836), whose rows the tests compare the words with; Corr2Cause++
+(https://github.com/MarkusEnglberger/Corr2Cause_PP).
 """
 
 from __future__ import annotations
@@ -8,11 +18,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 from string import ascii_uppercase
+from typing import Protocol
 
-from pipeline.tasks.corr2cause.graphs import EquivalenceClass, Independence
+from pipeline.tasks.corr2cause.graphs import Independence
+
+Wordings = dict[str, tuple[str, ...]]  # by relation
 
 # The two indirect wordings are used interchangeably in the published set.
-PUBLISHED = {
+PUBLISHED: Wordings = {
     "parent": ("{i} directly causes {j}.",),
     "child": ("{j} directly causes {i}.",),
     "ancestor": ("{i} causes something else which causes {j}.", "{i} is a cause for {j}, but not a direct one."),
@@ -20,7 +33,7 @@ PUBLISHED = {
     "collider": ("There exists at least one collider (i.e., common effect) of {i} and {j}.",),
     "confounder": ("There exists at least one confounder (i.e., common cause) of {i} and {j}.",),
 }
-PARAPHRASED = {
+PARAPHRASED: Wordings = {
     "parent": ("{i} directly affects {j}.",),
     "child": ("{j} directly affects {i}.",),
     "ancestor": ("{i} influences {j} through some mediator(s).",),
@@ -28,6 +41,42 @@ PARAPHRASED = {
     "collider": ("{i} and {j} together cause some other variable(s).",),
     "confounder": ("Some variable(s) cause(s) both {i} and {j}.",),
 }
+PLUSPLUS: Wordings = {
+    "parent": ("{i} directly affects {j}.",),
+    "child": ("{i} is directly affected by {j}.",),
+    "ancestor": ("{i} influences {j} through some mediator(s) but not directly.",),
+    "descendant": ("{j} influences {i} through some mediator(s) but not directly.",),
+    "collider": ("There exists at least one collider (i.e., a common child) of {i} and {j}.",),
+    "confounder": ("There exists at least one confounder (i.e., a common parent) of {i} and {j}.",),
+}
+STORY: Wordings = {
+    "parent": ("{i} has a direct effect on {j}.",),
+    "child": ("{j} has a direct effect on {i}.",),
+    "ancestor": ("{i} acts on {j} by way of something else.",),
+    "descendant": ("{j} acts on {i} by way of something else.",),
+    "collider": ("Something is an effect of both {i} and {j}.",),
+    "confounder": ("Something is a cause of both {i} and {j}.",),
+}
+CLAIMS = {
+    "published": PUBLISHED,
+    "paraphrased": PARAPHRASED,
+    "refactored": PUBLISHED,
+    "plusplus": PLUSPLUS,
+    "story": STORY,
+}
+# who measured, and what can be measured: any N of one list, one word each
+STUDIES = (
+    ("A hospital", "age smoking exercise stress sleep weight pressure pain fever recovery coffee mood"),
+    ("A school", "attendance homework noise sleep motivation grades tutoring reading breakfast stress praise age"),
+    ("A farm", "rain sunshine irrigation fertilizer weeds insects yield moisture temperature frost pruning price"),
+    ("A city", "traffic income rent crime parks noise jobs buses pollution tourism taxes density"),
+    ("A factory", "training overtime speed defects heat vibration maintenance humidity output accidents wear cost"),
+)
+EDGES = 'Before the verdict, list every edge that all of these graphs share: "X has a direct causal effect on Y."'
+INSTRUCTION_THREE = (
+    "Does the hypothesis hold in every causal graph that fits the premise, in none of them, or in some only? "
+    'Think step by step, then end with "Therefore: Yes", "Therefore: No" or "Therefore: Unknown".'
+)
 INSTRUCTION = (
     "Does the hypothesis hold in every causal graph that fits the premise? "
     'Think step by step, then end with "Therefore: Yes" or "Therefore: No".'
@@ -39,32 +88,91 @@ def series(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def relations(mec: EquivalenceClass) -> tuple[list[tuple[int, int]], list[Independence]]:
+class Told(Protocol):
+    """What has a premise: any class."""
+
+    @property
+    def n(self) -> int: ...
+    @property
+    def independences(self) -> tuple[Independence, ...]: ...
+
+
+def relations(mec: Told) -> tuple[list[tuple[int, int]], list[Independence]]:
     """The dependent pairs and the independences of a class, in the published order."""
     independences = list(mec.independences)
     apart = {(i, j) for i, j, given in independences if not given}
     return [pair for pair in combinations(range(mec.n), 2) if pair not in apart], independences
 
 
-def premise(names: Sequence[str], dependent: Sequence[tuple[int, int]], independent: Sequence[Independence]) -> str:
-    """Every correlation and every independence, the nodes called by `names`, told in the order given."""
-    correlated = [f"{names[i]} correlates with {names[j]}." for i, j in dependent]
+def smallest(independences: Sequence[Independence]) -> list[Independence]:
+    """One independence a pair: the first with the fewest nodes given."""
+    found: dict[tuple[int, int], Independence] = {}
+    for one in sorted(independences, key=lambda one: (len(one[2]), one)):
+        found.setdefault(one[:2], one)
+    return sorted(found.values())
+
+
+def premise(
+    names: Sequence[str],
+    dependent: Sequence[tuple[int, int]],
+    independent: Sequence[Independence],
+    style: str = "published",
+    *,
+    minimal: bool = False,
+    who: str = "",
+) -> str:
+    """Every correlation and every independence, the nodes called by `names`, told in the order given.
+
+    `minimal`: the independences are one for each pair, and correlations are not told. `who` opens a story.
+    """
+    system = f"closed system of {len(names)} variables"
+    if style == "plusplus":
+        return _plusplus(names, independent, system, minimal=minimal)
+    words: tuple[str, str, str]
+    if style == "story":
+        opening = f"{who} measured a {system}, {series(names)}. "
+        relations = "What was found is as follows: "
+        words = (
+            "{} goes together with {}.",
+            "{} has nothing to do with {}.",
+            "{} and {} are unrelated among cases alike in {}.",
+        )
+    else:
+        opening = f"Suppose there is a {system}, {series(names)}. "
+        relations = f"All the statistical relations among these {len(names)} variables are as follows: "
+        words = ("{} correlates with {}.", "{} is independent of {}.", "{} and {} are independent given {}.")
     separate = [
-        f"{names[i]} and {names[j]} are independent given {series([names[k] for k in given])}."
+        words[2].format(names[i], names[j], series([names[k] for k in given]))
         if given
-        else f"{names[i]} is independent of {names[j]}."
+        else words[1].format(names[i], names[j])
         for i, j, given in independent
     ]
+    if minimal:
+        return f"{opening}{MINIMAL} are as follows: {' '.join(separate) or 'none.'}"
+    correlated = [words[0].format(names[i], names[j]) for i, j in dependent]
+    return opening + relations + " However, ".join(" ".join(part) for part in (correlated, separate) if part)
+
+
+MINIMAL = "The pairs that some set of the others makes independent, each with one smallest such set,"
+
+
+def _plusplus(names: Sequence[str], independent: Sequence[Independence], system: str, *, minimal: bool) -> str:
+    told = [
+        f"{names[i]} indep {names[j]}" + (f" | {', '.join(names[k] for k in given)}" if given else "")
+        for i, j, given in independent
+    ]
+    listed = f"{', '.join(names[:-1])}, and {names[-1]}" if len(names) > 2 else " and ".join(names)
     opening = (
-        f"Suppose there is a closed system of {len(names)} variables, {series(names)}. All the statistical relations "
-        f"among these {len(names)} variables are as follows: "
+        f"Suppose there is a {system}, {listed}, whose causal structure forms a directed acyclic graph and satisfies "
+        "faithfulness. "
     )
-    return opening + " However, ".join(" ".join(part) for part in (correlated, separate) if part)
+    relations = f"{MINIMAL} are: " if minimal else "All the conditional independence relations are: "
+    return f"{opening}{relations}{'; '.join(told) or 'none'}."
 
 
-def hypothesis(relation: str, i: str, j: str, *, wording: int = 0, paraphrased: bool = False) -> str:
+def hypothesis(relation: str, i: str, j: str, *, wording: int = 0, style: str = "published") -> str:
     """The claim that `relation` holds of the variables called i and j."""
-    options = (PARAPHRASED if paraphrased else PUBLISHED)[relation]
+    options = CLAIMS[style][relation]
     return options[wording % len(options)].format(i=i, j=j)
 
 

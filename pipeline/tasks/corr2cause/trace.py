@@ -20,21 +20,29 @@ Each line is one step that can be checked from the lines before it and the premi
 A link always names the earlier letter first and then its mark, so that what is known of a pair can be found by its
 two letters: a model that writes left to right settles which pair before what is true of it.
 
+A `short` proof leaves the look-ups out: Claim, Links (the linked pairs), Graph and the decision.
+
+Of three answers `Holds` is Yes; `Never`, that no member allows the claim, is No; and one member with the claim and one
+without it are Unknown, `Open`.
+
 Sources: Verma & Pearl 1990, Meek 1995.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, reduce
 from itertools import combinations
-from operator import and_
+from operator import and_, or_
 
 from pipeline.tasks.corr2cause.graphs import (
+    PUBLISHED,
     Dag,
     EquivalenceClass,
     Independence,
     Pattern,
+    Semantics,
     bits,
     dag_of,
     holds,
@@ -56,6 +64,10 @@ def proof(
     i: int,
     j: int,
     told: Sequence[Independence] | None = None,
+    semantics: Semantics = PUBLISHED,
+    *,
+    short: bool = False,
+    three: bool = False,
 ) -> str:
     """The thought, without its tags: the steps above as lines. The verdict follows from the last line.
 
@@ -65,7 +77,11 @@ def proof(
         relation, i, j = _TURNED[relation], j, i
     told = mec.independences if told is None else told
     claim = _claim(names, relation, i, j)
-    return "\n".join([claim, *_steps(mec, names, told), claim, *_decision(mec, names, relation, i, j)])
+    decision = _Decision(mec, names, relation, i, j, semantics).lines(three=three)
+    if short:
+        links = [f"{names[a]} {names[b]}" for a, b in combinations(range(mec.n), 2) if mec.pattern.adjacent(a, b)]
+        return "\n".join([claim, _line("Links:", links), _line("Graph:", _edges(mec.pattern, names)), *decision])
+    return "\n".join([claim, *_steps(mec, names, told), claim, *decision])
 
 
 def _steps(mec: EquivalenceClass, names: Sequence[str], told: Sequence[Independence]) -> list[str]:
@@ -168,29 +184,77 @@ def _claim(names: Sequence[str], relation: str, i: int, j: int) -> str:
     return f"Claim: {words[relation]}."
 
 
-def _decision(mec: EquivalenceClass, names: Sequence[str], relation: str, i: int, j: int) -> list[str]:
-    graph = mec.pattern
-    if relation == "parent":
-        start, end = (j, i) if (j, i) in graph.arrows else (i, j)
-        verdict = "Holds: shared." if (i, j) in graph.arrows else "Fails: not shared."
-        return [f"Link: {names[start]} {_seen(graph, start, end)} {names[end]}.", verdict]
-    shared = dag_of(mec.n, tuple(graph.arrows))
-    lines = _follow(names, shared, relation, i, j)
-    if holds(shared, relation, i, j):
-        return [*lines, f"Holds: {_witness(names, shared, relation, i, j)}."]
-    if not holds(_turning(graph), relation, i, j):
-        return [*lines, "Fails: no way."]
-    if mec.entails(relation, i, j):
-        for case in _cases(graph, mec.members, relation, i, j):
-            arrows = _shared(case, mec.n)
-            lines.append(_line("Case:", _turned(names, graph, arrows)))
-            lines.append(f"Holds: {_witness(names, arrows, relation, i, j)}.")
-        return lines
-    # the plainest counterexample: the fewest arrows to follow
-    failing = [dag for dag in mec.members if not holds(dag, relation, i, j)]
-    member = min(failing, key=lambda dag: (_size(dag, relation, i, j), dag))
-    lines.append(_line("Member:", _turned(names, graph, member)))
-    return [*lines, *_follow(names, member, relation, i, j), "Fails: there."]
+@dataclass(frozen=True)
+class _Decision:
+    """The decision of one claim on the graph of a class."""
+
+    mec: EquivalenceClass
+    names: Sequence[str]
+    relation: str  # parent, ancestor, collider or confounder
+    i: int
+    j: int
+    semantics: Semantics
+
+    def lines(self, *, three: bool) -> list[str]:
+        graph, names, i, j = self.mec.pattern, self.names, self.i, self.j
+        lines: list[str] = []
+        if self.relation == "parent" or (self.relation == "ancestor" and self.semantics.indirect == "strict"):
+            turned = (j, i) in graph.arrows
+            start, end = (j, i) if turned else (i, j)
+            link = _seen(graph, start, end)
+            lines.append(f"Link: {names[start]} {link} {names[end]}.")
+            if self.relation == "parent":
+                if (i, j) in graph.arrows:
+                    return [*lines, "Holds: shared."]
+                if three:
+                    return [*lines, "Open: it can turn." if link == "open" else "Never: not shared."]
+                return [*lines, "Fails: not shared."]
+            if link != "apart":  # linked either way, one variable is never strictly indirect to the other
+                return [*lines, "Never: linked." if three else "Fails: linked."]
+        shared = dag_of(self.mec.n, tuple(graph.arrows))
+        lines += _follow(names, shared, self.relation, i, j)
+        if self.holds(shared):
+            return [*lines, f"Holds: {self.witness(shared)}."]
+        if not self.holds(_turning(graph)):
+            return [*lines, "Never: no way." if three else "Fails: no way."]
+        if self.mec.entails(self.relation, i, j, self.semantics):
+            for case in _cases(graph, self.mec.members, lambda found: self.holds(_shared(found, graph.n))):
+                arrows = _shared(case, graph.n)
+                lines.append(_line("Case:", _turned(names, graph, arrows)))
+                lines.append(f"Holds: {self.witness(arrows)}.")
+            return lines
+        if three and not self.mec.allows(self.relation, i, j, self.semantics):
+            for case in _cases(graph, self.mec.members, lambda found: not self.holds(_either(found, graph.n))):
+                lines.append(_line("Case:", _turned(names, graph, _shared(case, graph.n))))
+                lines.append("Never: no way.")
+            return lines
+        if three:
+            member = self.plainest(holding=True)
+            lines.append(_line("Member:", _turned(names, graph, member)))
+            lines += [*_follow(names, member, self.relation, i, j), f"There: {self.witness(member)}."]
+        member = self.plainest(holding=False)
+        lines.append(_line("Member:", _turned(names, graph, member)))
+        return [*lines, *_follow(names, member, self.relation, i, j), "Open: not there." if three else "Fails: there."]
+
+    def holds(self, dag: Dag) -> bool:
+        return holds(dag, self.relation, self.i, self.j, self.semantics)
+
+    def plainest(self, *, holding: bool) -> Dag:
+        """The member with (or without) the claim that has the fewest arrows to follow."""
+        found = [dag for dag in self.mec.members if self.holds(dag) == holding]
+        return min(found, key=lambda dag: (_size(dag, self.relation, self.i, self.j), dag))
+
+    def witness(self, dag: Dag) -> str:
+        """What shows the claim on these arrows: a path of two arrows or more, or the node where two paths meet."""
+        i, j, names = self.i, self.j, self.names
+        if self.relation == "ancestor":
+            paths: list[tuple[int, ...]] = [(i, k) for k in bits(dag[i]) if k != j]
+            for path in paths:  # grows: the shortest comes first
+                if dag[path[-1]] >> j & 1:
+                    return " -> ".join(names[k] for k in (*path, j))
+                paths.extend((*path, k) for k in bits(dag[path[-1]]) if k not in path)
+        kind = self.semantics.key(self.relation, i, j)[0].partition("/")[2]
+        return names[meetings(_step(dag, self.relation), i, j, kind)[0]]
 
 
 def _turned(names: Sequence[str], graph: Pattern, dag: Dag) -> list[str]:
@@ -213,22 +277,45 @@ def _shared(members: Sequence[Dag], n: int) -> Dag:
     return tuple(reduce(and_, (dag[node] for dag in members)) for node in range(n))
 
 
-def _cases(graph: Pattern, members: tuple[Dag, ...], relation: str, i: int, j: int) -> tuple[tuple[Dag, ...], ...]:
-    """The fewest sets of members, split line by line, in each of which the shared arrows show the claim."""
+def _either(members: Sequence[Dag], n: int) -> Dag:
+    """The arrows that some of these members have."""
+    return tuple(reduce(or_, (dag[node] for dag in members)) for node in range(n))
+
+
+def _cases(
+    graph: Pattern, members: tuple[Dag, ...], decided: Callable[[tuple[Dag, ...]], bool]
+) -> tuple[tuple[Dag, ...], ...]:
+    """The fewest sets of members, split line by line, in each of which the claim is decided."""
+    lines = sorted(graph.lines)
+    failed: dict[tuple[Dag, ...], int] = {}  # no split into so many
 
     @cache
-    def split(members: tuple[Dag, ...]) -> tuple[tuple[Dag, ...], ...]:
-        if holds(_shared(members, graph.n), relation, i, j):
-            return (members,)
-        options = []
-        for a, b in sorted(graph.lines):
+    def split(members: tuple[Dag, ...]) -> list[tuple[tuple[Dag, ...], tuple[Dag, ...]]]:
+        parts = []
+        for a, b in lines:
             one = tuple(dag for dag in members if dag[a] >> b & 1)
-            other = tuple(dag for dag in members if not dag[a] >> b & 1)
-            if one and other:
-                options.append(split(one) + split(other))
-        return min(options, key=len)
+            if one and len(one) < len(members):
+                parts.append((one, tuple(dag for dag in members if not dag[a] >> b & 1)))
+        return parts
 
-    return split(members)
+    def search(members: tuple[Dag, ...], most: int) -> tuple[tuple[Dag, ...], ...] | None:
+        if failed.get(members, 0) >= most:
+            return None
+        if decided(members):
+            return (members,)
+        for one, other in split(members) if most > 1 else []:
+            for size in range(1, most):
+                if (first := search(one, size)) is not None:
+                    if (second := search(other, most - len(first))) is not None:
+                        return first + second
+                    break
+        failed[members] = most
+        return None
+
+    most = 1
+    while (found := search(members, most)) is None:
+        most += 1
+    return found
 
 
 def _starts(relation: str, i: int, j: int) -> list[int]:
@@ -256,14 +343,3 @@ def _follow(names: Sequence[str], dag: Dag, relation: str, i: int, j: int) -> li
             queue.extend(k for k in ahead if k not in queue)
         lines.append(_line(title, items))
     return lines
-
-
-def _witness(names: Sequence[str], dag: Dag, relation: str, i: int, j: int) -> str:
-    """What shows the claim on these arrows: a path of two arrows or more, or the node where two paths meet."""
-    if relation == "ancestor":
-        paths: list[tuple[int, ...]] = [(i, k) for k in bits(dag[i]) if k != j]
-        for path in paths:  # grows: the shortest comes first
-            if dag[path[-1]] >> j & 1:
-                return " -> ".join(names[k] for k in (*path, j))
-            paths.extend((*path, k) for k in bits(dag[path[-1]]) if k not in path)
-    return names[meetings(_step(dag, relation), i, j)[0]]

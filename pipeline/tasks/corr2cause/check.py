@@ -1,0 +1,466 @@
+"""Is a proof right? Every step of a thought, checked from the premise alone.
+
+`check(question, thought)` reads the premise and the hypothesis, then the lines of `trace.proof` one by one, and says
+which step does not follow. It shares no code with the solver or with the module that writes proofs: graphs here are
+sets of named arrows and lines, paths are walked one by one, and that cases cover every member is shown by turning the
+open links both ways. What it accepts is therefore a proof, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import combinations, pairwise
+
+from pipeline.tasks.corr2cause.graphs import PUBLISHED, Semantics
+from pipeline.tasks.corr2cause.premise import Claim, Premise, read_claim, read_premise
+
+Arrow = tuple[int, int]
+Arrows = frozenset[Arrow]
+
+
+@dataclass
+class Checked:
+    """The verdict that the proof arrives at (None where it arrives at none), and each step that does not follow."""
+
+    verdict: str | None = None
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def valid(self) -> bool:
+        return self.verdict is not None and not self.problems
+
+
+class _Wrong(Exception):
+    """A step that does not follow."""
+
+
+def check(question: str, thought: str, semantics: Semantics = PUBLISHED, *, three: bool = False) -> Checked:
+    """Check a thought (without its tags) against its question; ValueError where the question cannot be read."""
+    words = question.removeprefix("Premise: ").split("\nHypothesis: ")
+    premise = read_premise(words[0])
+    reader = _Reader(premise, read_claim(words[1].split("\n")[0], premise.names), semantics, three)
+    found = Checked()
+    lines = [line for line in thought.strip().splitlines() if line.strip()]
+    for number, line in enumerate(lines, 1):
+        try:
+            reader.step(line.strip())
+        except (_Wrong, ValueError, IndexError, StopIteration, TypeError) as wrong:
+            why = wrong if isinstance(wrong, _Wrong) else "cannot be read"
+            found.problems.append(f"line {number}: {why}: {line}")
+            return found  # what follows stands on it
+    try:
+        found.verdict = reader.end()
+    except _Wrong as wrong:
+        found.problems.append(f"the end: {wrong}")
+    return found
+
+
+class _Reader:
+    """What has been shown so far, and the step that may come next."""
+
+    def __init__(self, premise: Premise, claim: Claim, semantics: Semantics, three: bool) -> None:
+        self.premise, self.semantics, self.three = premise, semantics, three
+        turned = {"child": "parent", "descendant": "ancestor"}
+        i, j = (claim.j, claim.i) if claim.relation in turned else (claim.i, claim.j)
+        self.relation, self.i, self.j = turned.get(claim.relation, claim.relation), i, j
+        self.node = {name: k for k, name in enumerate(premise.names)}
+        self.apart: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+        for a, b, given in premise.independences:
+            self.apart.setdefault((a, b), []).append(given)
+        self.links = {pair for pair in combinations(range(premise.n), 2) if pair not in self.apart}
+        self.cited: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.arrows: Arrows = frozenset()  # shown so far
+        self.seen: list[str] = []  # the titles of the lines so far
+        self.cases: list[Arrows] = []
+        self.current: Arrows | None = None  # the arrows of the case or the member that is looked at
+        self.followed: list[int] = []
+        self.holding = False  # a member with the claim has been shown
+        self.verdict: str | None = None
+
+    # ---- lines
+
+    def step(self, line: str) -> None:
+        title = re.split(r"[: ]", line, maxsplit=1)[0]
+        rest = line[len(title) :].lstrip(":").strip()
+        step = getattr(self, f"_{title.lower()}", None)
+        before = {
+            "Claim": ("", "Graph"),
+            "Pairs": ("Claim",),
+            "Links": ("Claim",),
+            "Neighbours": ("Pairs",),
+            "Between": ("Neighbours",),
+            "Arrows": ("Between",),
+            "Forced": ("Arrows", "Forced"),
+            "Graph": ("Forced", "Links"),
+        }
+        last = self.seen[-1] if self.seen else ""
+        if " has a direct causal effect on " in line or line == "No edge is shared.":
+            return self._edges(line)
+        if title in before:
+            if last not in before[title]:
+                raise _Wrong(f"{title} cannot come after {last or 'nothing'}")
+        elif title not in ("Link", "From", "To", "Case", "Member", "Holds", "Fails", "Never", "There", "Open"):
+            raise _Wrong("no step of a proof")
+        elif "Graph" not in self.seen:
+            raise _Wrong("the graph has not been shown yet")
+        elif self.verdict is not None and not (self.cases and title == "Case"):
+            raise _Wrong("the claim has been decided already")
+        assert step is not None
+        step(rest)
+        self.seen.append(title)
+        return None
+
+    def end(self) -> str:
+        if self.verdict is None:
+            raise _Wrong("no decision")
+        if self.cases and not self._covered(self.arrows):
+            raise _Wrong("a member is in none of the cases")
+        return self.verdict
+
+    # ---- the steps, in their order
+
+    def _claim(self, rest: str) -> None:
+        a, b = self.premise.names[self.i], self.premise.names[self.j]
+        shape = {"parent": f"{a} direct {b}", "ancestor": f"{a} indirect {b}"}
+        shape |= {"collider": f"effect {a} {b}", "confounder": f"cause {a} {b}"}
+        self._need(rest == f"{shape[self.relation]}.", "this is not the hypothesis")
+
+    def _pairs(self, rest: str) -> None:
+        named = []
+        for item in _items(rest):
+            words = item.split(" ")
+            pair = self._pair(words[0], words[1])
+            named.append(pair)
+            if words[2:] == ["linked"]:
+                self._need(pair in self.links, f"{item}: the premise says they are independent")
+                continue
+            self._need(words[2:4] == ["apart", "given"], f"{item}: neither linked nor apart")
+            given = tuple(sorted(self._node(name) for name in words[4:])) if words[4:] != ["nothing"] else ()
+            self._need(given in self.apart.get(pair, []), f"{item}: the premise does not say so")
+            self.cited[pair] = given
+        self._need(sorted(named) == list(combinations(range(self.premise.n), 2)), "not every pair once")
+
+    def _links(self, rest: str) -> None:
+        named = [self._pair(*item.split(" ")) for item in _items(rest)]
+        self._need(sorted(named) == sorted(self.links), "these are not the pairs that nothing makes independent")
+        self.cited = {pair: sets[0] for pair, sets in self.apart.items()}
+
+    def _neighbours(self, rest: str) -> None:
+        found = self._lists(rest)
+        self._need(list(found) == list(range(self.premise.n)), "not every variable once")
+        for node, near in found.items():
+            self._need(near == {k for k in found if self._linked(node, k)}, f"neighbours of {self._name(node)}")
+
+    def _between(self, rest: str) -> None:
+        named, shown = [], set()
+        for item in _items(rest):
+            head, _, listed = item.partition(": ")
+            words = head.split(" ")
+            pair = self._pair(words[0], words[1])
+            named.append(pair)
+            given = tuple(sorted(self._node(name) for name in words[3:])) if words[3:] != ["nothing"] else ()
+            self._need(words[2] == "given" and self.cited.get(pair) == given, f"{item}: another set was cited")
+            between = {k for k in self.node.values() if self._linked(pair[0], k) and self._linked(pair[1], k)}
+            for one in listed.split(", ") if listed != "none" else []:
+                k = self._node(one.split(" ")[0])
+                self._need(k in between, f"{one}: not between {head}")
+                between.discard(k)
+                if one.endswith(" passes"):
+                    self._need(k in given, f"{one}: not in the set")
+                    continue
+                said = {self._arrow(*mark) for mark in re.findall(r"(\S+) (\S+) (->|<-)", one.partition("collides")[2])}
+                self._need(k not in given and said == {(pair[0], k), (pair[1], k)}, f"{one}: does not follow")
+                shown |= said
+            self._need(not between, f"{item}: a variable between the two is missing")
+        self._need(sorted(named) == sorted(self.apart), "not every pair that is apart once")
+        self.arrows = frozenset(shown)
+
+    def _arrows(self, rest: str) -> None:
+        self._need(self._marks(rest) == self.arrows, "not what has been shown of each link")
+
+    def _forced(self, rest: str) -> None:
+        for item in _items(rest):
+            head, told, mark = item.split(": ")
+            pair = self._pair(*head.split(" "))
+            self._need(pair in self._left(), f"{item}: the link is not open")
+            others = {}
+            for one in told.split(", ") if told != "none" else []:
+                k, *ends = one.split(" ")
+                others[self._node(k)] = tuple(ends)
+            right = {k: tuple(self._seen(k, end) for end in pair) for k in self.node.values() if k not in pair}
+            right = {k: ends for k, ends in right.items() if {"into", "from"} & set(ends)}
+            self._need(others == right, f"{item}: not what is known of the others")
+            forced = [arrow for arrow in (pair, pair[::-1]) if self._rule(arrow)]
+            if mark == "--":
+                self._need(not forced, f"{item}: a rule forces it")
+            else:
+                a, b = head.split(" ")
+                arrow = self._arrow(a, b, mark)
+                self._need(arrow in forced, f"{item}: no rule forces it")
+                self.arrows |= {arrow}
+
+    def _graph(self, rest: str) -> None:
+        if self.seen[-1] == "Links":  # a short proof: the look-ups were done in silence
+            self.arrows = frozenset(
+                arrow
+                for (a, b), given in self.cited.items()
+                for k in self.node.values()
+                if k not in given and self._linked(a, k) and self._linked(b, k)
+                for arrow in ((a, k), (b, k))
+            )
+            while forced := {arrow for pair in self._left() for arrow in (pair, pair[::-1]) if self._rule(arrow)}:
+                self.arrows |= {min(forced)}
+        self._need(not any(self._rule(e) for pair in self._left() for e in (pair, pair[::-1])), "a rule forces more")
+        self._need(self._marks(rest) == self.arrows, "not the arrows that were shown")
+
+    # ---- the decision
+
+    def _link(self, rest: str) -> None:
+        start, seen, end = rest.rstrip(".").split(" ")
+        a, b = self._node(start), self._node(end)
+        self._need({a, b} == {self.i, self.j}, "not the pair of the claim")
+        self._need(self._seen(a, b) == seen and seen != "from", "not what the graph says of the link")
+
+    def _from(self, rest: str) -> None:
+        self._follow(rest, self.current if self.current is not None else self.arrows)
+
+    def _to(self, rest: str) -> None:
+        arrows = self.current if self.current is not None else self.arrows
+        self._need(self.relation == "confounder", "only a common cause is looked for upwards")
+        self._follow(rest, frozenset((b, a) for a, b in arrows))
+
+    def _follow(self, rest: str, arrows: Arrows) -> None:
+        found = self._lists(rest)
+        start = next(iter(found))
+        starts = (self.i,) if self.relation == "ancestor" else (self.i, self.j)
+        self._need(start == starts[len(self.followed) % len(starts)], "not the variable of the claim that is next")
+        for node, ahead in found.items():
+            self._need(ahead == {b for a, b in arrows if a == node}, f"what {self._name(node)} leads to")
+        reached = {start}.union(*found.values())
+        self._need(reached == set(found), "not followed to the end")
+        self.followed.append(start)
+
+    def _case(self, rest: str) -> None:
+        self._need(not self.cases or self.seen[-1] in ("Holds", "Never"), "the last case was not decided")
+        self.cases.append(self._turned(rest))
+        self.current, self.verdict = self.arrows | self.cases[-1], None
+
+    def _member(self, rest: str) -> None:
+        turned = self._turned(rest)
+        self.current = self.arrows | turned
+        self._need({(min(e), max(e)) for e in turned} == set(self._left()), "a link is left open")
+        self._need(not _cyclic(self.current), "a cycle")
+        self._need(_meetings(self.current, self.links) == _meetings(self.arrows, self.links), "another v-structure")
+
+    def _holds(self, rest: str) -> None:
+        self._shown(rest)
+        self.verdict = "Yes"
+
+    def _there(self, rest: str) -> None:
+        self._need(self.three and self.seen.count("Member") == 1, "no member is looked at")
+        self._shown(rest)
+        self.holding = True
+
+    def _fails(self, rest: str) -> None:
+        self._need(not self.three and not self.cases, "of three answers, this is none")
+        if rest == "there.":
+            self._need("Member" in self.seen and not self._true(self.current or frozenset()), "it holds there")
+        elif rest == "not shared.":
+            self._need(self.relation == "parent" and (self.i, self.j) not in self.arrows, "the arrow is shared")
+        else:
+            self._impossible(rest, self.arrows)
+        self.verdict = "No"
+
+    def _never(self, rest: str) -> None:
+        self._need(self.three, "of two answers, this is none")
+        if rest == "not shared.":
+            said = (self.i, self.j) not in self.arrows and (
+                min(self.i, self.j),
+                max(self.i, self.j),
+            ) not in self._left()
+            self._need(self.relation == "parent" and said, "a member has it")
+        else:
+            self._impossible(rest, self.current if self.cases and self.current is not None else self.arrows)
+        self.verdict = "No"
+
+    def _open(self, rest: str) -> None:
+        if rest == "it can turn.":
+            self._need(self.relation == "parent", "only of a link")
+            self._need((min(self.i, self.j), max(self.i, self.j)) in self._left(), "the link cannot turn")
+        else:
+            self._need(
+                rest == "not there." and self.holding and self.seen.count("Member") == 2, "two members are needed"
+            )
+            self._need(not self._true(self.current or frozenset()), "it holds there")
+        self.verdict = "Unknown"
+
+    def _edges(self, line: str) -> None:
+        said = re.findall(r"(\S+) has a direct causal effect on (\S+)\.", line)
+        self._need({(self._node(a), self._node(b)) for a, b in said} == self.arrows, "not the edges that are shared")
+
+    # ---- what the steps stand on
+
+    def _shown(self, rest: str) -> None:
+        """A witness: the shared arrow, a path of two arrows or more, or the variable where two paths meet."""
+        arrows = self.current if self.current is not None else self.arrows
+        witness = rest.rstrip(".")
+        if self.relation == "parent":
+            self._need(witness == "shared" and (self.i, self.j) in arrows, "the arrow is not there")
+        elif self.relation == "ancestor":
+            path = [self._node(name) for name in witness.split(" -> ")]
+            self._need(len(path) > 2 and (path[0], path[-1]) == (self.i, self.j), "no path of the claim")
+            self._need(all(step in arrows for step in pairwise(path)), "not a path")
+            strict = self.semantics.indirect == "strict"
+            self._need(not (strict and self._linked(self.i, self.j)), "the two are linked")
+        else:
+            self._need(self._node(witness) in self._meet(arrows), "they do not meet there")
+
+    def _impossible(self, rest: str, arrows: Arrows) -> None:
+        if rest == "linked.":
+            strict = self.relation == "ancestor" and self.semantics.indirect == "strict"
+            self._need(strict and self._linked(self.i, self.j), "the two are not linked")
+            return
+        self._need(rest == "no way.", "no reason")
+        turned = {pair for pair in self.links if pair not in arrows and pair[::-1] not in arrows}
+        self._need(not self._true(arrows | turned | {e[::-1] for e in turned}), "there is a way")
+
+    def _true(self, arrows: Arrows) -> bool:
+        """Whether the claim (not of a direct cause) holds on these arrows."""
+        if self.relation == "ancestor":
+            strict = self.semantics.indirect == "strict"
+            paths = any(len(path) > 2 for path in _paths(arrows, self.i, self.j))
+            return paths and not (strict and (self.i, self.j) in arrows)
+        return bool(self._meet(arrows))
+
+    def _meet(self, arrows: Arrows) -> set[int]:
+        kind = self.semantics.collider if self.relation == "collider" else self.semantics.confounder
+        if self.relation == "confounder":
+            arrows = frozenset((b, a) for a, b in arrows)
+        found = set()
+        for k in set(self.node.values()) - {self.i, self.j}:
+            one, other = list(_paths(arrows, self.i, k)), list(_paths(arrows, self.j, k))
+            if kind in ("child", "parent"):
+                meets = any(len(p) == 2 for p in one) and any(len(p) == 2 for p in other)
+            elif kind in ("descendant", "ancestor"):
+                meets = bool(one and other)
+            else:
+                meets = any(set(p) & set(q) == {k} for p in one for q in other)
+            if meets:
+                found.add(k)
+        return found
+
+    def _covered(self, arrows: Arrows) -> bool:
+        """Whether every member with these arrows is in one of the cases."""
+        if any(case <= arrows for case in self.cases):
+            return True
+        if _cyclic(arrows) or _meetings(arrows, self.links) != _meetings(self.arrows, self.links):
+            return True  # there is no such member
+        left = [pair for pair in sorted(self.links) if pair not in arrows and pair[::-1] not in arrows]
+        return bool(left) and all(self._covered(arrows | {turn}) for turn in (left[0], left[0][::-1]))
+
+    def _rule(self, arrow: Arrow) -> bool:
+        """Whether Meek's R1, R2 or R3 forces this arrow."""
+        a, b = arrow
+        others = [k for k in self.node.values() if k not in arrow]
+        if any((k, a) in self.arrows and not self._linked(k, b) for k in others):
+            return True
+        if any((a, k) in self.arrows and (k, b) in self.arrows for k in others):
+            return True
+        between = [k for k in others if (k, b) in self.arrows and (min(a, k), max(a, k)) in self._left()]
+        return any(not self._linked(k, m) for k, m in combinations(between, 2))
+
+    def _left(self) -> list[tuple[int, int]]:
+        """The links without an arrow."""
+        return [pair for pair in sorted(self.links) if pair not in self.arrows and pair[::-1] not in self.arrows]
+
+    def _seen(self, k: int, end: int) -> str:
+        if (k, end) in self.arrows:
+            return "into"
+        if (end, k) in self.arrows:
+            return "from"
+        return "open" if self._linked(k, end) else "apart"
+
+    def _linked(self, a: int, b: int) -> bool:
+        return (min(a, b), max(a, b)) in self.links
+
+    def _marks(self, rest: str) -> Arrows:
+        """The arrows of a list of all links."""
+        found, named = set(), []
+        for item in _items(rest):
+            a, b, mark = item.split(" ")
+            named.append(self._pair(a, b))
+            if mark != "--":
+                found.add(self._arrow(a, b, mark))
+        self._need(sorted(named) == sorted(self.links), "not every link once")
+        return frozenset(found)
+
+    def _turned(self, rest: str) -> Arrows:
+        found = frozenset(self._arrow(*item.split(" ")) for item in _items(rest))
+        self._need({(min(e), max(e)) for e in found} <= set(self._left()), "a link that is not open is turned")
+        return found
+
+    def _lists(self, rest: str) -> dict[int, set[int]]:
+        found = {}
+        for item in _items(rest):
+            name, _, listed = item.partition(": ")
+            found[self._node(name)] = {self._node(k) for k in listed.split(" ")} if listed != "none" else set()
+        return found
+
+    def _pair(self, a: str, b: str) -> tuple[int, int]:
+        one, other = self._node(a), self._node(b)
+        self._need(one < other, f"{a} {b}: not in the order of the premise")
+        return one, other
+
+    def _arrow(self, a: str, b: str, mark: str) -> Arrow:
+        one, other = self._pair(a, b)
+        self._need(mark in ("->", "<-"), f"{mark}: no arrow")
+        return (one, other) if mark == "->" else (other, one)
+
+    def _node(self, name: str) -> int:
+        if name not in self.node:
+            raise _Wrong(f"{name!r} is none of the variables")
+        return self.node[name]
+
+    def _name(self, node: int) -> str:
+        return self.premise.names[node]
+
+    def _need(self, true: bool, problem: str) -> None:
+        if not true:
+            raise _Wrong(problem)
+
+
+def _items(rest: str) -> list[str]:
+    return [] if rest in ("none.", "") else rest.removesuffix(".").split(". ")
+
+
+def _paths(arrows: Arrows, start: int, end: int, walked: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
+    """Every directed path from start to end that meets no variable twice."""
+    walked = (*walked, start)
+    if start == end:
+        yield walked
+        return
+    for a, b in sorted(arrows):
+        if a == start and b not in walked:
+            yield from _paths(arrows, b, end, walked)
+
+
+def _cyclic(arrows: Arrows) -> bool:
+    left = set(arrows)
+    while left:
+        heads = {b for _, b in left}
+        ends = {e for e in left if e[0] not in heads}
+        if not ends:
+            return True
+        left -= ends
+    return False
+
+
+def _meetings(arrows: Arrows, links: set[tuple[int, int]]) -> set[tuple[Arrow, Arrow]]:
+    """The v-structures of these arrows."""
+    return {
+        (one, other)
+        for one, other in combinations(sorted(arrows), 2)
+        if one[1] == other[1] and (min(one[0], other[0]), max(one[0], other[0])) not in links
+    }

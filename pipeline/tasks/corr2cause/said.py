@@ -1,0 +1,160 @@
+"""What a thought says of the graph, in whatever words: the structure reward compares it with the premise's class.
+
+Reads our proofs ("A B ->.", "A C apart given B"), arrows between names ("A -> B <- C", "A → B", "A — B") and plain
+sentences ("A directly causes B", "A and C are independent given B"). Of two statements about one pair the later counts.
+Sentences copied from the premise say nothing, and neither do lines about a case, a member or a supposition.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import combinations
+
+from pipeline.tasks.corr2cause.graphs import EquivalenceClass
+from pipeline.tasks.corr2cause.premise import Premise, class_of, read_premise
+
+Pair = tuple[int, int]
+
+
+@dataclass
+class Structure:
+    """A graph as said, or as it is: each part is a set, so that precision and recall can be taken."""
+
+    skeleton: set[Pair] = field(default_factory=set)
+    separating_sets: set[tuple[int, int, tuple[int, ...]]] = field(default_factory=set)
+    v_structures: set[tuple[int, int, int]] = field(default_factory=set)
+    cpdag: set[tuple[int, int, str]] = field(default_factory=set)  # each link with its mark
+    compelled: set[Pair] = field(default_factory=set)  # tail, head
+
+
+@lru_cache(maxsize=4096)
+def asked(question: str) -> tuple[Premise, EquivalenceClass, str] | None:
+    """The premise of a question, its class and its words; None where there is none that can be read."""
+    words = question.split("\nHypothesis:")[0].removeprefix("Premise:").strip()
+    try:
+        premise = read_premise(words)
+    except ValueError:
+        return None
+    mec = class_of(premise.n, premise.independences, minimal=premise.minimal)
+    return (premise, mec, words) if mec else None
+
+
+def true_structure(mec: EquivalenceClass) -> Structure:
+    """The graph as it is. Every set that separates is right, also where a minimal premise names one only."""
+    graph = mec.pattern
+    links = {(min(e), max(e)) for e in graph.arrows} | set(graph.lines)
+    marks = {(i, j, "->" if (i, j) in graph.arrows else "<-" if (j, i) in graph.arrows else "--") for i, j in links}
+    return Structure(links, set(mec.independences), set(graph.v_structures), marks, set(graph.arrows))
+
+
+_RIGHT, _LEFT, _LINE = r"-{1,2}>|→|⟶|⇒", r"<-{1,2}|←|⟵|⇐", r"--|—|–|―|<->|↔"
+_SUPPOSED = re.compile(r"^\s*(?:case|member|holds|fails|never|there|open|from|to|suppose|assume|if)\b.*$", re.I | re.M)
+
+
+def said(thought: str, names: Sequence[str], copied: str = "") -> Structure:
+    """What the thought says of these variables; sentences of `copied` (the premise) are left out."""
+    for sentence in re.split(r"(?<=\.)\s+", copied):
+        words = sentence.removeprefix("However, ").split(" are as follows: ")[-1].strip()
+        thought = thought.replace(words, " ") if words else thought
+    words = _SUPPOSED.sub("", thought)
+    node = {name.lower(): k for k, name in enumerate(names)}
+    # a name is a whole word; single letters only as capitals, or every "a" would be a variable
+    flags = 0 if all(len(name) == 1 for name in names) else re.I
+    name = rf"(?<!\w)(?:{'|'.join(sorted(map(re.escape, names), key=len, reverse=True))})(?!\w)"
+    found = Structure()
+    marks: list[tuple[int, int, int, str]] = []  # where it is said, tail or first, head or second, mark
+
+    def take(pattern: str, mark: str, text: str) -> str:
+        for match in re.finditer(pattern, text, flags):
+            a, b = node[match["a"].lower()], node[match["b"].lower()]
+            told = match["mark"] if mark == "own" else mark
+            if a != b:
+                marks.append((match.start(), a, b, "->" if re.fullmatch(_RIGHT, told) else told))
+        return text
+
+    two = rf"(?P<a>{name}) (?P<b>{name})"
+    onward = r"(?!\s+(?:indep|⟂|⊥|⫫|_\|\|_|is\b))"  # not the first variable of the next statement
+    listed = rf"(?P<set>(?:[{{(]?\s*)(?:{name})(?:[\s,]*(?:and\s+)?(?:{name}){onward})*|nothing|∅|\{{\}})"
+    apart = (
+        rf"(?P<a>{name})(?:,? and | |, )(?P<b>{name}) (?:are )?(?:apart|independent|separated)"
+        rf"(?:,? (?:given|by) {listed})?",
+        rf"(?P<a>{name}) is (?:conditionally )?independent of (?P<b>{name})(?:,? given {listed})?",
+        rf"(?P<a>{name}) (?:indep|⟂|⊥|⫫|_\|\|_) (?P<b>{name})(?: ?\| ?{listed})?",
+    )
+    for pattern in apart:
+        for match in re.finditer(pattern, words, flags):
+            a, b = sorted((node[match["a"].lower()], node[match["b"].lower()]))
+            given = {node[one.lower()] for one in re.findall(name, match["set"] or "", flags)}
+            if a != b:
+                found.separating_sets.add((a, b, tuple(sorted(given))))
+                marks.append((match.start(), a, b, "apart"))
+    # the end of a proof's links: "A B ->" comes before "A -> B", or "A D -> C D ->" would say D -> C
+    own = rf"{two} (?P<mark>->|<-|--)(?=[.,;\s]|$)"
+    take(own, "own", words)
+    rest = re.sub(own, lambda match: " " * len(match[0]), words, flags=flags)
+    for match in re.finditer(
+        rf"(?P<a>{name})\s*(?:{_RIGHT})\s*(?P<c>{name})\s*(?:{_LEFT})\s*(?P<b>{name})", rest, flags
+    ):
+        a, c, b = (node[match[key].lower()] for key in "acb")
+        found.v_structures.add((min(a, b), c, max(a, b)))
+    take(rf"(?P<a>{name})\s*(?:{_RIGHT})\s*(?=(?P<b>{name}))", "->", rest)
+    take(rf"(?P<b>{name})\s*(?:{_LEFT})\s*(?=(?P<a>{name}))", "->", rest)
+    take(rf"(?P<a>{name})\s*(?:{_LINE}| - )\s*(?=(?P<b>{name}))", "--", rest)
+    cause = r"(?:directly (?:causes|affects)|has a direct (?:causal )?effect on|is a direct cause of)"
+    take(rf"(?P<a>{name}) {cause} (?P<b>{name})", "->", rest)
+    take(
+        rf"(?P<a>{name})(?:,? and | )(?P<b>{name}) (?:are )?(?:directly )?(?:linked|adjacent|connected)", "linked", rest
+    )
+
+    last: dict[Pair, tuple[int, int, str]] = {}
+    for _, a, b, mark in sorted(marks, key=lambda one: one[0]):
+        pair = (min(a, b), max(a, b))
+        if mark == "<-":
+            a, b, mark = b, a, "->"
+        if mark == "linked" and pair in last and last[pair][2] in ("->", "--"):
+            continue  # says no more than is known
+        last[pair] = a, b, mark
+    for pair, (a, b, mark) in last.items():
+        if mark == "apart":
+            continue
+        found.skeleton.add(pair)
+        if mark == "->":
+            found.compelled.add((a, b))
+        if mark != "linked":
+            found.cpdag.add((*pair, "--" if mark == "--" else "->" if a < b else "<-"))
+    # arrows into one variable from two that are not linked say it as well
+    for c in range(len(names)):
+        tails = sorted(a for a, b in found.compelled if b == c)
+        found.v_structures |= {(a, c, b) for a, b in combinations(tails, 2) if (a, b) not in found.skeleton}
+    return found
+
+
+def agreement(told: Structure, true: Structure) -> dict[str, float]:
+    """F1 of each part, from precision and recall. Of separating sets one for each pair that has one is enough.
+
+    A part that is empty in truth is right when nothing is said of it, as far as the skeleton is right: saying nothing
+    at all earns nothing.
+    """
+    skeleton = _f1(told.skeleton, true.skeleton)
+    if not true.skeleton and not told.separating_sets:
+        skeleton = 0.0
+    found = {"skeleton": skeleton}
+    right = told.separating_sets & true.separating_sets
+    pairs = {one[:2] for one in true.separating_sets}
+    precision = len(right) / len(told.separating_sets) if told.separating_sets else 0.0
+    recall = len({one[:2] for one in right}) / len(pairs) if pairs else 0.0
+    found["separating_sets"] = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    if not pairs:
+        found["separating_sets"] = 0.0 if told.separating_sets else skeleton
+    for part in ("v_structures", "cpdag", "compelled"):
+        one, other = getattr(told, part), getattr(true, part)
+        found[part] = _f1(one, other) if other else (0.0 if one else skeleton)
+    return found
+
+
+def _f1(told: set[object] | set[Pair], true: set[object] | set[Pair]) -> float:
+    both = len(set(told) & set(true))
+    return 2 * both / (len(told) + len(true)) if both else float(not told and not true)

@@ -1,0 +1,181 @@
+"""Proofs of every length and style, checked step by step by a checker of its own; and that it refuses what is wrong."""
+
+from __future__ import annotations
+
+import random
+import re
+from itertools import permutations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.answers import split_thought
+from pipeline.recipe import TaskChoice
+from pipeline.tasks.corr2cause import Corr2Cause, text
+from pipeline.tasks.corr2cause.check import check
+from pipeline.tasks.corr2cause.graphs import RELATIONS, EquivalenceClass, Semantics, classes, sampled
+from pipeline.tasks.corr2cause.trace import proof
+from pipeline.tasks.task import Example, task_of
+
+MEANINGS = (Semantics(), Semantics("strict", "descendant", "ancestor"), Semantics("strict", "child", "parent"))
+
+
+def question(mec: EquivalenceClass, relation: str, i: int, j: int) -> str:
+    names = "ABCDEFGHIJ"[: mec.n]
+    premise = text.premise(names, *text.relations(mec))
+    return f"Premise: {premise}\nHypothesis: {text.hypothesis(relation, names[i], names[j])}"
+
+
+def gold(mec: EquivalenceClass, relation: str, i: int, j: int, semantics: Semantics, three: bool) -> str:
+    if mec.entails(relation, i, j, semantics):
+        return "Yes"
+    return "Unknown" if three and mec.allows(relation, i, j, semantics) else "No"
+
+
+def told(mec: EquivalenceClass, *asked: object, short: bool = False, three: bool = False) -> str:
+    relation, i, j, semantics = asked
+    assert isinstance(relation, str)
+    assert isinstance(i, int)
+    assert isinstance(j, int)
+    assert isinstance(semantics, Semantics)
+    return proof(mec, "ABCDEFGHIJ"[: mec.n], relation, i, j, None, semantics, short=short, three=three)
+
+
+@pytest.mark.parametrize("three", [False, True])
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_every_proof_of_every_length_in_every_semantics_is_valid(n: int, three: bool) -> None:
+    for mec in classes(n):
+        for relation in RELATIONS:
+            for i, j in permutations(range(n), 2):
+                for semantics in MEANINGS:
+                    for short in (False, True):
+                        asked = (relation, i, j, semantics)
+                        found = check(
+                            question(mec, relation, i, j),
+                            told(mec, *asked, short=short, three=three),
+                            semantics,
+                            three=three,
+                        )
+                        assert found.problems == []
+                        assert found.verdict == gold(mec, *asked, three)
+
+
+@pytest.mark.parametrize(("n", "count"), [(5, 1500), (6, 600)])
+def test_proofs_of_larger_classes_are_valid(n: int, count: int) -> None:
+    """Drawn claims; of the entailed ones more, because cases are where a listing might stop early."""
+    rng, listed = random.Random(n), classes(n)
+    while count:
+        mec, relation = rng.choice(listed), rng.choice(RELATIONS)
+        i, j = rng.sample(range(n), 2)
+        if mec.entails(relation, i, j) or rng.random() < 0.3:
+            count -= 1
+            found = check(question(mec, relation, i, j), told(mec, relation, i, j, Semantics(), short=count % 2 == 0))
+            assert found.problems == []
+            assert found.verdict == ("Yes" if mec.entails(relation, i, j) else "No")
+
+
+def test_a_yes_about_a_large_class_argues_by_cases_that_cover_it() -> None:
+    """Entailed claims that no shared arrow shows, in the largest classes: no listing of members, and none left out."""
+    found = 0
+    for mec in [*sorted(classes(6), key=lambda mec: -mec.size)[:120], *sampled(8, 40, density=0.7, seed="large")]:
+        for relation in ("ancestor", "collider", "confounder"):
+            for i, j in permutations(range(mec.n), 2):
+                if mec.entails(relation, i, j):
+                    lines = told(mec, relation, i, j, Semantics(), short=True)
+                    if "Case:" not in lines:
+                        continue
+                    found += 1
+                    assert lines.count("Case:") <= 4
+                    words = question(mec, relation, i, j)
+                    assert check(words, lines).valid
+                    # the same argument with a case left out is none
+                    parts = lines.split("\nCase:")
+                    fewer = "\nCase:".join([parts[0], *parts[2:]])
+                    assert not check(words, fewer).valid
+    assert found > 20
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=400, deadline=None)
+def test_no_change_of_a_word_makes_a_wrong_verdict_pass(seed: int) -> None:
+    """One word of a proof is replaced; the checker refuses it, unless what it says is still true."""
+    rng = random.Random(seed)
+    n = rng.choice((4, 5))
+    mec, relation = rng.choice(classes(n)), rng.choice(RELATIONS)
+    i, j = rng.sample(range(n), 2)
+    lines = told(mec, relation, i, j, Semantics(), short=rng.random() < 0.3)
+    names = "ABCDE"[:n]
+    word = rng.choice(list(re.finditer(r"->|<-|--|\b[A-E]\b|\b[a-z]+\b|Holds|Fails", lines)))
+    like = [{"->", "<-", "--"}, set(names), {"Holds", "Fails"}, {"passes", "collides"}, {"linked", "apart", "open"}]
+    others = next((sorted(kind - {word[0]}) for kind in like if word[0] in kind), ["nothing"])
+    changed = lines[: word.start()] + rng.choice(others) + lines[word.end() :]
+    found = check(question(mec, relation, i, j), changed)
+    assert not found.valid or found.verdict == ("Yes" if mec.entails(relation, i, j) else "No")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told_"),
+    [
+        ("A C apart given B", "A C linked", "the premise says they are independent"),
+        ("A B linked", "A B apart given C", "the premise does not say so"),
+        ("B passes", "B collides A B -> B C <-", "does not follow"),
+        ("Graph: A B --.", "Graph: A B ->.", "not the arrows that were shown"),
+        ("Neighbours: A: B.", "Neighbours: A: B C.", "neighbours of A"),
+        ("Fails: not shared", "Holds: shared", "the arrow is not there"),
+        ("Link: A open B", "Link: A into B", "not what the graph says"),
+        ("Claim: A direct B.\nLink", "Claim: A direct C.\nLink", "this is not the hypothesis"),
+        ("Forced: none.\n", "", "Graph cannot come after Arrows"),
+        ("Fails: not shared.", "", "no decision"),
+        ("Arrows:", "Perhaps:", "no step of a proof"),
+        ("Between: A C given B: B passes.", "Between: A C", "cannot be read"),
+    ],
+)
+def test_each_kind_of_wrong_step_is_named(old: str, new: str, told_: str) -> None:
+    chain = next(mec for mec in classes(3) if len(mec.pattern.lines) == 2).renamed((1, 0, 2))
+    chain = next(chain.renamed(o) for o in permutations(range(3)) if chain.renamed(o).independences == ((0, 2, (1,)),))
+    lines = told(chain, "parent", 0, 1, Semantics())
+    assert check(question(chain, "parent", 0, 1), lines).valid
+    assert old in lines
+    problems = check(question(chain, "parent", 0, 1), lines.replace(old, new)).problems
+    assert len(problems) == 1
+    assert told_ in problems[0]
+
+
+# ---------------------------------------------------------------- rows of the task
+
+
+def rows(seed: int = 0, **params: object) -> tuple[Corr2Cause, list[Example]]:
+    small = {"n": [4, 5], "phases": [{"n": [3, 4, 5], "rows": 60}], "grpo_rows": 20, "validation_rows": 20}
+    few = {"test_rows": 40, "perturbed_rows": 20}
+    task = task_of(TaskChoice("corr2cause", "auto", None, None, "stop", {**small, **few, **params}), seed)
+    assert isinstance(task, Corr2Cause)
+    return task, task.load().sft
+
+
+@pytest.mark.parametrize("premise", ["full", "minimal"])
+@pytest.mark.parametrize("style", ["published", "paraphrased", "refactored", "plusplus", "story"])
+@pytest.mark.parametrize("labels", ["two", "three"])
+def test_every_target_in_every_style_is_a_valid_proof_of_its_gold(style: str, labels: str, premise: str) -> None:
+    phase = {"n": [3, 4, 5], "rows": 45, "shuffled": 0.5, "proof": "short" if labels == "three" else "full"}
+    task, sft = rows(style=style, labels=labels, premise=premise, phases=[phase])
+    for example in sft:
+        thought = split_thought(example.target, False).thought
+        assert thought is not None
+        found = check(example.question, thought, task.semantics, three=labels == "three")
+        assert found.problems == []
+        assert found.verdict == example.gold
+        assert task.grade(example, example.target, False).correct
+        assert task.is_well_formed(example.target, False)
+    assert {example.gold for example in sft} == set(task.golds)
+
+
+def test_drawn_classes_of_many_variables_have_valid_proofs() -> None:
+    phase = {"n": [7, 9], "rows": 30, "proof": "short"}
+    task, sft = rows(n=[7, 9], sampled_classes=30, density=0.4, premise="minimal", phases=[phase])
+    assert {example.tags["n"] for example in sft} == {7, 9}
+    for example in sft:
+        thought = split_thought(example.target, False).thought
+        assert thought is not None
+        assert check(example.question, thought, task.semantics).valid
+        assert example.tags["premise_tokens"] < 1000
