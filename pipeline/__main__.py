@@ -8,6 +8,7 @@ logs      what a step has printed; -f goes on
 cancel    end what waits or runs; what is done stays
 fetch     download a recipe's model to the local cache, for nodes without internet
 list      recipes, tasks, rewards, stages, clusters
+ask       any checkpoint a question: thought and answer as they are written
 evaluate  any checkpoint: a step's folder, a Trainer checkpoint, an adapter, a model folder, a hub id
 """
 
@@ -23,11 +24,18 @@ from pathlib import Path
 
 from pipeline import __version__, slurm, status
 from pipeline.artifact import open_artifact
-from pipeline.errors import EXIT_INTERRUPTED, PlanError, RecipeError, run_main
-from pipeline.plan import RUNS, Plan, Step, evaluation_plan, explain, make_plan, order_of
+from pipeline.errors import EXIT_INTERRUPTED, PipelineError, PlanError, RecipeError, run_main
+from pipeline.fingerprint import plain
+from pipeline.plan import RUNS, Plan, Step, evaluation_plan, explain, make_plan, order_of, recipe_of
 from pipeline.recipe import recipe_names
 from pipeline.stage import STAGES, write_order
 
+# of a process that answers at once: no warnings of the libraries to each other, no half a minute of compiling
+QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
 EPILOG = """examples:
   python -m pipeline run tiny                              everything, from rows to report
   python -m pipeline run tiny grpo.beta=0.01               the same with one setting changed: SFT is not run again
@@ -36,6 +44,7 @@ EPILOG = """examples:
   python -m pipeline status --watch                        how far they are
   python -m pipeline plan tiny                             what would run, and why
   python -m pipeline evaluate --ckpt runs/tiny/grpo-…      any checkpoint
+  python -m pipeline ask --ckpt runs/tiny/grpo-… "…"       a question of your own
 """
 
 
@@ -110,6 +119,18 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("words", nargs="+", metavar="RECIPE|key=value", help="recipes of configs/, and overrides")
     where(sub)
     add("list", list_command, "recipes, tasks, rewards, stages, clusters")
+    sub = add("ask", ask_command, "ask any checkpoint a question, and watch the answer being written")
+    sub.add_argument("question", nargs="?", help="in quotes; - reads it from stdin; --chat needs none")
+    sub.add_argument("words", nargs="*", metavar="RECIPE|key=value", help="default: what the checkpoint was made with")
+    about = "a step's folder, a checkpoint, an adapter, a model, a hub id; several are asked side by side"
+    sub.add_argument("--ckpt", action="append", required=True, metavar="DIR", help=about)
+    sub.add_argument("--chat", action="store_true", help="go on with questions from stdin, one a line")
+    sub.add_argument("--sample", action="store_true", help="draw the answer as the recipe does (default: greedy)")
+    sub.add_argument("--temperature", type=float, metavar="T", help="draw it at this temperature; 0 is greedy")
+    sub.add_argument("--top-p", type=float, metavar="P", help="from the likeliest tokens that make up this share")
+    sub.add_argument("--top-k", type=int, metavar="K", help="from this many tokens; 0: all")
+    sub.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens of an answer (default: the recipe's)")
+    sub.add_argument("--seed", type=int, metavar="N", help="another seed draws another answer")
     sub = add("evaluate", evaluate_command, "ask any checkpoint a task's rows")
     sub.add_argument("words", nargs="*", metavar="RECIPE|key=value", help="default: what the checkpoint was made with")
     evaluation(sub, required=True)
@@ -334,6 +355,7 @@ def _show_end(plan: Plan, typed: str) -> None:
     last = done.get("grpo") or done.get("sft")
     print("\nnext:")
     if last:
+        print(f"  python -m pipeline ask --ckpt {last.folder} --chat      questions of your own")
         print(f"  python -m pipeline evaluate --ckpt {last.folder} --split validation")
     left = [step for step in plan.steps if not step.done]
     if left:
@@ -437,6 +459,42 @@ def list_command(args: argparse.Namespace) -> int:
     print("clusters")
     print(f"  {', '.join(cluster_names())}")
     return 0
+
+
+def ask_command(args: argparse.Namespace) -> int:
+    """Resolve every checkpoint's recipe, then become the process that loads the models."""
+    problems = []
+    question = sys.stdin.read() if args.question == "-" and not args.chat else args.question
+    if args.question == "-" and args.chat:
+        problems.append("--chat reads its questions from stdin already: leave - out")
+    if question is not None and not question.strip():
+        problems.append("the question is empty: write it in quotes after the options, or pipe it in with -")
+    if question is None and not args.chat:
+        problems.append("no question: write it in quotes, - reads it from stdin, --chat asks for several")
+    limits = {
+        "--temperature": (args.temperature, 0, 1e6),
+        "--top-p": (args.top_p, 1e-6, 1),
+        "--top-k": (args.top_k, 0, 1e9),
+    }
+    limits |= {"--max-new-tokens": (args.max_new_tokens, 1, 1e9), "--seed": (args.seed, 0, 2**63 - 1)}
+    for name, (value, least, most) in limits.items():
+        if value is not None and not least <= value <= most:
+            problems.append(f"{name}: {value} is not a number from {least:g} to {most:g}")
+    asked, memory = [], None
+    for checkpoint in args.ckpt:
+        try:
+            recipe, cluster, _ = recipe_of(checkpoint, args.words)
+            asked.append({"checkpoint": checkpoint, "recipe": plain(recipe)})
+            memory = plain(cluster.max_memory)
+        except PipelineError as error:
+            problems += error.problems
+    if problems:
+        raise PlanError(*dict.fromkeys(problems))
+    names = ("chat", "sample", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
+    options = {name: getattr(args, name) for name in names} | {"question": question, "max_memory": memory}
+    order = json.dumps({"asked": asked, "options": options})
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", "pipeline.ask", "--order", order], QUIET | os.environ)
 
 
 def evaluate_command(args: argparse.Namespace) -> int:

@@ -250,4 +250,5 @@ def _adapter(folder: Path) -> Checkpoint:
 
 
 def _names(folder: Path) -> str:
-    return ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else ""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

@@ -237,32 +237,10 @@ def evaluation_plan(
     The recipe is the one named in `words`, else the one the checkpoint was made with (its step's `step.json`), else
     the defaults; the rows are those of the checkpoint's own preprocess step where task and split are the same.
     """
+    more = [f"evaluate.limit={limit}"] if limit is not None else []
+    more += [f"evaluate.splits=[{split}]"] if split is not None else []
+    recipe, where, made_by = recipe_of(checkpoint, [*words, *more], task=task, cluster=cluster, splits=True)
     names = [word for word in words if "=" not in word]
-    find_checkpoint(checkpoint)  # what cannot be loaded is told before anything is started
-    overrides, for_cluster = _of_recipe_and_cluster([word for word in words if "=" in word])
-    overrides += [f"evaluate.limit={limit}"] if limit is not None else []
-    overrides += [f"evaluate.splits=[{split}]"] if split is not None else []
-    made_by = _step_of(Path(checkpoint))
-    values: list[Path | dict[str, Any]]
-    if names:
-        file = find_yaml(names[0], "recipe", CONFIGS, recipe_names())
-        values, name = [CONFIGS / "base.yaml", file], file.stem
-    elif made_by:
-        values, name = [made_by[1]["recipe"]], made_by[1]["recipe"]["name"]
-    else:
-        values, name = [CONFIGS / "base.yaml", {"model": {"name": checkpoint}}], "base"
-    if task is not None:
-        overrides.append(f"task.name={task}")
-        if made_by and task != made_by[1]["recipe"]["task"]["name"]:
-            values.append({"task": {"source": "auto", "path": None, "params": None}})
-            overrides.append("task.params={}")
-    recipe, problems = read_typed(Recipe, values, overrides, {"name": name})
-    where, found = read_cluster(cluster, for_cluster)
-    if recipe is not None:
-        found = [*found, *_task_problems(recipe)]
-    if recipe is None or where is None or found:
-        raise RecipeError(*problems, *found)
-    recipe = _with_task_params(recipe)
     inputs = {}
     if made_by and not names and plain(recipe.task) == made_by[1]["recipe"]["task"]:
         data = made_by[1]["inputs"].get("data") or str(made_by[0])
@@ -280,7 +258,49 @@ def evaluation_plan(
     return Plan((step,), frozenset([step.label]), where, runs)
 
 
-def _step_of(path: Path) -> tuple[Path, dict[str, Any]] | None:
+def recipe_of(
+    checkpoint: str,
+    words: Sequence[str] = (),
+    *,
+    task: str | None = None,
+    cluster: str = "local",
+    splits: bool = False,
+) -> tuple[Recipe, Cluster, Made | None]:
+    """The recipe and cluster a checkpoint is used with, and the step it was made by.
+
+    The recipe is the one named in `words`, else the one the checkpoint was made with (its step's `step.json`), else
+    the defaults. `splits`: those that an evaluation asks for have to exist. Raises with everything that is wrong.
+    """
+    names = [word for word in words if "=" not in word]
+    find_checkpoint(checkpoint)  # what cannot be loaded is told before anything is started
+    overrides, for_cluster = _of_recipe_and_cluster([word for word in words if "=" in word])
+    made_by = _step_of(Path(checkpoint))
+    values: list[Path | dict[str, Any]]
+    if names:
+        file = find_yaml(names[0], "recipe", CONFIGS, recipe_names())
+        values, name = [CONFIGS / "base.yaml", file], file.stem
+    elif made_by:
+        values, name = [made_by[1]["recipe"]], made_by[1]["recipe"]["name"]
+    else:
+        values, name = [CONFIGS / "base.yaml", {"model": {"name": checkpoint}}], "base"
+    if task is not None:
+        overrides.append(f"task.name={task}")
+        if made_by and task != made_by[1]["recipe"]["task"]["name"]:
+            values.append({"task": {"source": "auto", "path": None, "params": None}})
+            overrides.append("task.params={}")
+    recipe, problems = read_typed(Recipe, values, overrides, {"name": name})
+    where, found = read_cluster(cluster, for_cluster)
+    if recipe is not None:
+        found = [*found, *(_task_problems(recipe) if splits else make_task(recipe.task, recipe.seed)[1])]
+    if recipe is None or where is None or found:
+        raise RecipeError(*problems, *found)
+    return _with_task_params(recipe), where, made_by
+
+
+Made = tuple[Path, dict[str, Any]]  # a step's folder and its order
+
+
+def _step_of(path: Path) -> Made | None:
     """The step's folder that a checkpoint lies in, and its order."""
     for folder in [path, *path.parents][:4]:
         if record := read_json(folder / STEP):

@@ -18,7 +18,7 @@ FLOORS = {
     **dict.fromkeys(("tasks", "rewards", "answers", "metrics", "charts", "rehearsal", "memory"), 2),
     **dict.fromkeys(("modeling", "generation", "distributed", "checkpoints", "monitor", "training"), 3),
     "stage": 4,
-    **dict.fromkeys(("preprocess", "sft", "grpo", "evaluate", "report"), 5),
+    **dict.fromkeys(("preprocess", "sft", "grpo", "evaluate", "report", "ask"), 5),
     **dict.fromkeys(("plan", "status", "fetch"), 6),
     "preflight": 7,
     "launchers": 8,

@@ -92,6 +92,10 @@ class Task(ABC):
         """The conversation that asks the question."""
         return [{"role": "user", "content": example.question}]
 
+    def asked(self, question: str) -> Example:
+        """A question that someone types: no row, and no gold to grade against."""
+        return Example("asked", question, "", "asked")
+
     def problems(self) -> list[str]:
         """Settings that cannot work together."""
         return []

@@ -145,6 +145,12 @@ class Corr2Cause(Task):
     def is_well_formed(self, completion: str, prefilled: bool) -> bool:
         return answers.is_well_formed(completion, prefilled)
 
+    def asked(self, question: str) -> Example:
+        """A premise and a hypothesis ask for a verdict as every row does, also where the last line is left out."""
+        instruction = self.params.instruction
+        whole = question if not instruction or question.endswith(instruction) else f"{question}\n{instruction}"
+        return super().asked(whole)
+
     def problems(self) -> list[str]:
         p, found = self.params, []
         if p.validation_classes + p.test_classes >= 1:
