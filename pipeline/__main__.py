@@ -9,6 +9,7 @@ cancel    end what waits or runs; what is done stays
 fetch     download a recipe's model to the local cache, for nodes without internet
 list      recipes, tasks, rewards, stages, clusters
 ask       any checkpoint a question: thought and answer as they are written
+export    any checkpoint for others: adapter, merged in 16 or 4 bit, GGUF
 evaluate  any checkpoint: a step's folder, a Trainer checkpoint, an adapter, a model folder, a hub id
 """
 
@@ -24,9 +25,10 @@ from pathlib import Path
 
 from pipeline import __version__, slurm, status
 from pipeline.artifact import open_artifact
-from pipeline.errors import EXIT_INTERRUPTED, PipelineError, PlanError, RecipeError, run_main
+from pipeline.errors import EXIT_INTERRUPTED, MissingDependency, PipelineError, PlanError, RecipeError, run_main
+from pipeline.families import FORMATS, QUANTS
 from pipeline.fingerprint import plain
-from pipeline.plan import RUNS, Plan, Step, evaluation_plan, explain, make_plan, order_of, recipe_of
+from pipeline.plan import RUNS, Plan, Step, evaluation_plan, explain, export_plan, make_plan, order_of, recipe_of
 from pipeline.recipe import recipe_names
 from pipeline.stage import STAGES, write_order
 
@@ -104,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--memory", action="store_true", help="what each stage needs of a GPU, term by term")
         if name == "prepare":
             evaluation(sub, required=False)
+            exporting(sub, required=False)
     sub = add("status", status_command, "how far each step is, here and on Slurm")
     sub.add_argument("recipes", nargs="*", metavar="RECIPE", help="only these (default: all that have run)")
     sub.add_argument("--watch", action="store_true", help="again every 2 seconds, until nothing is under way")
@@ -131,6 +134,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-k", type=int, metavar="K", help="from this many tokens; 0: all")
     sub.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens of an answer (default: the recipe's)")
     sub.add_argument("--seed", type=int, metavar="N", help="another seed draws another answer")
+    sub = add("export", export_command, "any checkpoint for others: adapter, merged model, GGUF, with its card")
+    sub.add_argument("words", nargs="*", metavar="RECIPE|key=value", help="default: what the checkpoint was made with")
+    exporting(sub, required=True)
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where to (default: a folder of runs/exports/)")
+    where(sub)
+    sub.set_defaults(dry_run=False)
     sub = add("evaluate", evaluate_command, "ask any checkpoint a task's rows")
     sub.add_argument("words", nargs="*", metavar="RECIPE|key=value", help="default: what the checkpoint was made with")
     evaluation(sub, required=True)
@@ -153,6 +162,17 @@ def evaluation(sub: argparse.ArgumentParser, *, required: bool) -> None:
     sub.add_argument("--task", help="a task by name (default: the recipe's)" if required else argparse.SUPPRESS)
     sub.add_argument("--split", help="one split (default: the recipe's)" if required else argparse.SUPPRESS)
     sub.add_argument("--limit", type=int, help="rows of each split" if required else argparse.SUPPRESS)
+
+
+def exporting(sub: argparse.ArgumentParser, *, required: bool) -> None:
+    """What is exported, and as what."""
+    about = "a step's folder, a checkpoint, an adapter, a model, a hub id"
+    if required:
+        sub.add_argument("--ckpt", required=True, metavar="DIR", help=about)
+    told = "; ".join(f"{name}: {text[0].lower()}{text[1:].rstrip('.')}" for name, text in FORMATS.items())
+    sub.add_argument("--format", required=required, choices=list(FORMATS), help=told if required else argparse.SUPPRESS)
+    told = "of a GGUF file (default: q8_0); q4_k_m needs llama-cpp-python"
+    sub.add_argument("--quant", choices=QUANTS, help=told if required else argparse.SUPPRESS)
 
 
 def cluster_of(args: argparse.Namespace) -> tuple[str, list[str]]:
@@ -209,6 +229,8 @@ def submit_command(args: argparse.Namespace, plan: Plan) -> int:
         print("everything is done already; nothing to submit")
         if hasattr(args, "stages"):
             _show_end(plan, _typed(args))
+        elif plan.steps[0].stage == "export":
+            _show_export(plan.steps[0])
         else:
             _show_metrics(plan.steps[0])
         return 0
@@ -296,7 +318,11 @@ def prepare_command(args: argparse.Namespace) -> int:
         print(kept.read_text(encoding="utf-8"), end="")
         return 0
     changes = _of_this_job() if job else []
-    if args.ckpt:
+    if args.stages == "export":
+        if not args.ckpt or not args.format:
+            raise PlanError("an export needs --ckpt DIR and --format: see python -m pipeline export --help")
+        plan = _export_plan(args, changes)
+    elif args.ckpt:
         plan = _evaluation_plan(args, changes)
     else:
         plan = _plan(args, changes)
@@ -519,6 +545,55 @@ def _evaluation_plan(args: argparse.Namespace, changes: Sequence[str] = ()) -> P
         cluster=cluster,
         runs=args.runs,
     )
+
+
+def export_command(args: argparse.Namespace) -> int:
+    plan = _export_plan(args)
+    step = plan.steps[0]
+    if step.options.get("quant"):
+        _refuse_missing_packages(step.options["quant"])
+    if plan.cluster.launcher != "local":
+        return submit_command(args, plan)
+    from pipeline.launchers.local import run_plan
+
+    if step.done:
+        print("this export is done already")
+    run_plan(plan)
+    _show_export(step)
+    return 0
+
+
+def _export_plan(args: argparse.Namespace, changes: Sequence[str] = ()) -> Plan:
+    cluster, more = cluster_of(args)
+    return export_plan(
+        args.ckpt,
+        [*changes, *more, *args.words],
+        format=args.format,
+        quant=args.quant,
+        out=getattr(args, "out", None),
+        cluster=cluster,
+        runs=args.runs,
+    )
+
+
+def _refuse_missing_packages(quant: str) -> None:
+    from pipeline.preflight import missing_for_gguf
+
+    if missing := missing_for_gguf(quant):
+        raise MissingDependency(*missing)
+
+
+def _show_export(step: Step) -> None:
+    """Where it is, how large, and what to type next."""
+    artifact = open_artifact(step.folder)
+    place = next(path for path in (step.folder / name for name in ("model", "adapter", "gguf")) if path.is_dir())
+    print(f"{artifact.metrics['format']}: {artifact.metrics['bytes'] / 1e6:,.1f} MB in {place}")
+    print("\n".join(f"  {path.name}" for path in sorted(place.iterdir())))
+    print("\nnext:")
+    if step.options["format"] == "gguf":
+        print(f"  llama-cli -m {next(place.glob('*.gguf'))} --jinja")
+    else:
+        print(f"  python -m pipeline ask --ckpt {step.folder} --chat")
 
 
 def _show_metrics(step: Step) -> None:

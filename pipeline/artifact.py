@@ -191,6 +191,14 @@ def is_owner(folder: Path, owner: Owner) -> bool:
     return current is not None and current.token == owner.token
 
 
+def step_of(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The step's folder that a path lies in, and its order."""
+    for folder in [path, *path.parents][:4]:
+        if record := read_json(folder / STEP):
+            return folder, record
+    return None
+
+
 # ---------------------------------------------------------------- which weights
 
 

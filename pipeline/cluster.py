@@ -48,6 +48,7 @@ class Times:
     grpo: Time
     evaluate: Time
     report: Time
+    export: Time
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def load_tokenizer(checkpoint: Checkpoint, model: Model) -> PreTrainedTokenizerB
     the vocabulary has one; padding is left.
     """
     with _hub_errors(checkpoint.tokenizer):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer, revision=_revision(checkpoint, model))
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer, revision=revision_of(checkpoint, model))
     if model.chat_template:
         tokenizer.chat_template = read_template(model.chat_template)
     if not tokenizer.chat_template:
@@ -214,13 +215,15 @@ def load_model(
     `train_adapter` leaves the adapter's weights trainable, so that GRPO goes on from the SFT adapter; `spread` are
     accelerate's arguments for a model on several devices.
     """
+    quantization = _quantization(model, dtype, spread=spread is not None)
+    arguments = {"quantization_config": quantization} if quantization else {}  # None would undo the model's own
     with _hub_errors(checkpoint.base):
         base = AutoModelForCausalLM.from_pretrained(
             checkpoint.base,
-            revision=_revision(checkpoint, model),
+            revision=revision_of(checkpoint, model),
             dtype=dtype,
             attn_implementation=choose_attention(model),
-            quantization_config=_quantization(model, dtype, spread=spread is not None),
+            **arguments,
             **(spread or {}),
         )
     if checkpoint.adapter is None:
@@ -248,6 +251,22 @@ def load_to_ask(checkpoint: Checkpoint, model: Model, limits: MaxMemory | None) 
     most = {where: int(size * 2**30) for where, size in sizes.items()} or None
     spread = {"device_map": "auto", "max_memory": most, "offload_folder": aside}
     return load_model(checkpoint, model, dtype=dtype, spread=spread)
+
+
+def merged(checkpoint: Checkpoint, model: Model, dtype: torch.dtype) -> PreTrainedModel:
+    """A checkpoint's whole model in 16 bit, its adapter merged.
+
+    The base is loaded in `dtype` whatever it was trained in; one that is published in fewer bits is unpacked first.
+    What an adapter adds is computed in float32 and rounded once.
+    """
+    plain_model = replace(model, quantization="none")
+    loaded = load_model(replace(checkpoint, adapter=None), plain_model, dtype=dtype)
+    if getattr(loaded, "is_quantized", False):
+        loaded = loaded.dequantize(dtype=dtype)
+    if checkpoint.adapter is None:
+        return loaded
+    adapted = PeftModel.from_pretrained(loaded, str(checkpoint.adapter), torch_device="cpu")
+    return adapted.merge_and_unload(safe_merge=True)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -303,7 +322,8 @@ def _quantization(model: Model, dtype: torch.dtype, *, spread: bool = False) -> 
     return whole if model.quantization == "int8" else None
 
 
-def _revision(checkpoint: Checkpoint, model: Model) -> str | None:
+def revision_of(checkpoint: Checkpoint, model: Model) -> str | None:
+    """The pinned revision, where the checkpoint's weights are those of the recipe's base model on the hub."""
     return model.revision if checkpoint.base == model.name else None
 
 

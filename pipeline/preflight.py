@@ -94,6 +94,19 @@ def _arguments() -> Iterator[str]:
             )
 
 
+def missing_for_gguf(quant: str) -> list[str]:
+    """What an export as GGUF needs and is not installed, as sentences."""
+    found = []
+    if importlib.util.find_spec("gguf") is None:
+        found.append("--format gguf: the package gguf, which writes the file, is not installed: pip install gguf")
+    if quant == "q4_k_m" and importlib.util.find_spec("llama_cpp") is None:
+        found.append(
+            "--quant q4_k_m: its quantizer is llama.cpp's, and the package llama-cpp-python is not installed: "
+            "pip install llama-cpp-python (it compiles for some minutes), or use --quant q8_0 or q4_0"
+        )
+    return found
+
+
 def _deepspeed(cluster: Cluster) -> Iterator[str]:
     """The folder deepspeed/ beside the package of that name."""
     if (DEEPSPEED / "__init__.py").exists():

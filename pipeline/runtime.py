@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,8 @@ class Runtime:
     world: int
     folder: Path
     owner: Owner | None  # rank 0's hold on the folder
-    checkpoint: str | None  # weights to evaluate that are no step's
+    checkpoint: str | None  # weights to evaluate or export
+    options: Mapping[str, str]  # of an export
 
     def stop_asked(self) -> bool:
         """Whether someone asked this step to save and leave (rank 0 looks, all ranks agree elsewhere)."""

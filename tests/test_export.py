@@ -1,0 +1,276 @@
+"""export: what is written loads again, gives the same logits and the same text, and says what it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from running import only, run_cli
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.artifact import find_checkpoint, open_artifact
+from pipeline.errors import ArtifactError, PlanError
+from pipeline.export import evaluations, lineage
+from pipeline.export import run as export
+from pipeline.modeling import add_lora, load_model, load_tokenizer, make_scratch, merged, prompt_ids
+from pipeline.plan import export_plan, order_of
+from pipeline.progress import ProgressFile
+from pipeline.recipe import Lora, Model, Scratch
+from pipeline.runtime import Runtime
+from pipeline.to_gguf import interleaved, write_gguf
+
+ARCHITECTURES = ("qwen2", "llama", "phi3")
+ANSWER = "Pairs: A B linked. Links: A - B. naïve → 你好\n</think>\nTherefore: Yes"
+QUESTION = [{"role": "user", "content": "A correlates with B."}]
+MODEL = Model("m", None, None, None, None, "none", "auto", "float32")
+LORA = Lora(True, 8, 16.0, 0.0, ("all-linear",))
+
+
+def fit(model: Any, tokenizer: Any, steps: int) -> None:
+    """Learn one answer by heart, so that its tokens stand far above all others."""
+    start = prompt_ids(tokenizer, [QUESTION])[0]
+    ids = torch.tensor([start + tokenizer(ANSWER + tokenizer.eos_token, add_special_tokens=False)["input_ids"]])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    for _ in range(steps):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def logits(model: Any, tokenizer: Any) -> torch.Tensor:
+    ids = torch.tensor(prompt_ids(tokenizer, [QUESTION]))
+    with torch.no_grad():
+        return torch.as_tensor(model(input_ids=ids).logits[0]).float()
+
+
+def greedy(model: Any, tokenizer: Any) -> str:
+    ids = torch.tensor(prompt_ids(tokenizer, [QUESTION]))
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False)
+    return str(tokenizer.decode(out[0, ids.shape[1] :]))
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def learned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model of each architecture that knows one answer."""
+    folder = tmp_path_factory.mktemp(request.param)
+    heads = 4 if request.param == "phi3" else 2
+    scratch = Scratch(request.param, 600, 64, 2, 4, heads, 128, 256, 50000.0, 0.05)
+    make_scratch(scratch, [f"A correlates with B. <think>\n{ANSWER}"] * 20, "think", folder, 0)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if request.param == "qwen2":
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):  # drawn as zeros, they would not be missed
+                torch.nn.init.normal_(p, std=0.1)
+    fit(model, AutoTokenizer.from_pretrained(folder), 60)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["none", "nf4"])
+def adapted(
+    request: pytest.FixtureRequest, learned: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Model]:
+    """An adapter that was trained on each of them, on whole and on 4-bit weights, and how it was trained."""
+    trained = replace(MODEL, quantization=request.param)
+    folder = tmp_path_factory.mktemp("adapter")
+    checkpoint = find_checkpoint(str(learned))
+    torch.manual_seed(0)
+    model = add_lora(load_model(checkpoint, trained, dtype=torch.float32), LORA, keep_dtype=False)
+    tokenizer = load_tokenizer(checkpoint, trained)
+    tokenizer.eos_token = "<|user|>"  # something else to learn
+    fit(model, tokenizer, 8)
+    model.save_pretrained(folder)
+    load_tokenizer(checkpoint, trained).save_pretrained(folder)
+    return folder, trained
+
+
+def run_export(checkpoint: Path, out: Path, *words: str, format: str, quant: str | None = None) -> Path:
+    """The stage itself, in this process, on the order that the command line would write."""
+    plan = export_plan(str(checkpoint), ["tiny", "model.dtype=float32", *words], format=format, quant=quant, out=out)
+    order = order_of(plan.steps[0], plan.cluster)
+    out.mkdir(parents=True, exist_ok=True)
+    progress = ProgressFile(None, "export")
+    export(order.recipe, {}, out, Runtime(plan.cluster, progress, 0, 1, out, None, str(checkpoint), order.options))
+    return out / {"adapter": "adapter", "gguf": "gguf"}.get(format, "model")
+
+
+# ---------------------------------------------------------------- merged, and adapters
+
+
+def test_a_merged_model_reloads_with_the_logits_of_base_and_adapter(
+    adapted: tuple[Path, Model], learned: Path, tmp_path: Path
+) -> None:
+    adapter, _ = adapted
+    checkpoint = find_checkpoint(str(adapter))
+    tokenizer = load_tokenizer(checkpoint, MODEL)
+    separate = logits(load_model(checkpoint, MODEL, dtype=torch.float32), tokenizer)
+    base = logits(AutoModelForCausalLM.from_pretrained(learned), tokenizer)
+    place = run_export(adapter, tmp_path / "out", format="merged16")
+    again = AutoModelForCausalLM.from_pretrained(place, dtype="auto")
+    assert again.dtype == torch.bfloat16
+    assert not getattr(again.config, "quantization_config", None)
+    near, far = (logits(again, tokenizer) - separate).abs().max(), (base - separate).abs().max()
+    assert near < 0.05 * separate.std()  # bfloat16 has 8 bits
+    assert far > 5 * near  # and the adapter is there
+
+
+def test_merging_is_exact_where_the_precision_allows_it(adapted: tuple[Path, Model]) -> None:
+    checkpoint = find_checkpoint(str(adapted[0]))
+    tokenizer = load_tokenizer(checkpoint, MODEL)
+    whole = merged(checkpoint, adapted[1], torch.float32)  # trained on 4 bit or not: merged into what was published
+    separate = logits(load_model(checkpoint, MODEL, dtype=torch.float32), tokenizer)
+    assert torch.allclose(logits(whole, tokenizer), separate, atol=1e-4)
+
+
+def test_four_bits_are_made_of_the_merged_model(learned: Path, tmp_path: Path) -> None:
+    place = run_export(learned, tmp_path / "out", format="merged4")
+    config = json.loads((place / "config.json").read_text())["quantization_config"]
+    assert (config["bnb_4bit_quant_type"], config["load_in_4bit"]) == ("nf4", True)
+    with safe_open(place / "model.safetensors", "pt") as file:
+        packed = [name for name in file.keys() if name.endswith(".weight.quant_state.bitsandbytes__nf4")]  # noqa: SIM118
+    assert len(packed) >= 8
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    four = AutoModelForCausalLM.from_pretrained(place)
+    expected = f"{ANSWER}<|end|>"
+    assert greedy(four, tokenizer) == greedy(AutoModelForCausalLM.from_pretrained(learned), tokenizer) == expected
+    assert not (tmp_path / "out" / ".merged16").exists()
+    # a base that is published in 4 bit is unpacked before anything is merged into it
+    unpacked = merged(find_checkpoint(str(place)), replace(MODEL, quantization="nf4"), torch.bfloat16)
+    assert {p.dtype for p in unpacked.parameters()} == {torch.bfloat16}
+    assert (logits(unpacked, tokenizer) - logits(four, tokenizer)).abs().max() < 0.1
+
+
+def test_an_adapter_goes_out_as_it_is(adapted: tuple[Path, Model], tmp_path: Path) -> None:
+    place = run_export(adapted[0], tmp_path / "out", format="adapter")
+    source = adapted[0] / "adapter_model.safetensors"
+    assert (place / "adapter_model.safetensors").read_bytes() == source.read_bytes()
+    assert find_checkpoint(str(place.parent)).adapter == place
+    assert {"tokenizer.json", "chat_template.jinja", "generation_config.json", "README.md"} <= {
+        path.name for path in place.iterdir()
+    }
+    assert "The base model is a local folder" in (place / "README.md").read_text()
+
+
+# ---------------------------------------------------------------- GGUF
+
+
+@pytest.mark.parametrize("quant", ["q8_0", "q4_0", "f16"])
+def test_a_gguf_file_answers_as_its_source(learned: Path, tmp_path: Path, quant: str) -> None:
+    place = run_export(learned, tmp_path / "out", format="gguf", quant=quant)
+    file = only(place, "*.gguf")
+    source = AutoModelForCausalLM.from_pretrained(learned)
+    packed = AutoModelForCausalLM.from_pretrained(place, gguf_file=file.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file.name)
+    assert greedy(packed, tokenizer) == greedy(source, AutoTokenizer.from_pretrained(learned)) == f"{ANSWER}<|end|>"
+    off = (logits(packed, tokenizer) - logits(source, tokenizer)).abs().mean()
+    assert off < {"f16": 0.02, "q8_0": 0.05, "q4_0": 0.5}[quant]
+
+
+def test_what_a_gguf_file_says(learned: Path, tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    place = run_export(learned, tmp_path / "out", format="gguf", quant="q4_0")
+    reader = GGUFReader(only(place, "*.gguf"))
+    config = json.loads((learned / "config.json").read_text())
+    arch = config["model_type"]
+
+    def said(key: str) -> Any:
+        return reader.fields[key].contents()
+
+    assert said("general.architecture") == arch
+    assert said(f"{arch}.rope.freq_base") == config["rope_parameters"]["rope_theta"]
+    assert said(f"{arch}.attention.head_count_kv") == config["num_key_value_heads"]
+    assert said("tokenizer.ggml.eos_token_id") == config["eos_token_id"]
+    assert said("tokenizer.chat_template") == (learned / "chat_template.jinja").read_text()
+    assert len(said("tokenizer.ggml.tokens")) == config["vocab_size"]
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert kinds["token_embd.weight"] == "Q8_0"
+    assert kinds["blk.0.ffn_down.weight"] == "Q4_0"
+    assert kinds["output_norm.weight"] == "F32"
+    assert "output.weight" not in kinds  # tied: written once
+
+
+def test_heads_are_turned_as_llama_cpp_turns_them_and_back() -> None:
+    """transformers' own reverse is the judge."""
+    from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
+
+    rows = np.random.default_rng(0).normal(size=(4 * 6, 5))
+    back = LlamaTensorProcessor()._reverse_permute_weights(interleaved(rows, 4), 4, 4)
+    assert np.array_equal(back, rows)
+    assert interleaved(np.arange(8), 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_an_architecture_that_cannot_be_written_is_told(learned: Path, tmp_path: Path) -> None:
+    shutil.copytree(learned, tmp_path / "other")
+    config = json.loads((learned / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "model_type": "gemma2"}))
+    with pytest.raises(ArtifactError, match="a model of type gemma2 cannot be written as GGUF here; known: qwen2"):
+        write_gguf(tmp_path / "other", tmp_path / "x.gguf", "q8_0", "x")
+
+
+# ---------------------------------------------------------------- the command, and its card
+
+
+def test_a_trained_run_is_exported_and_asked(nano: Path, tmp_path: Path) -> None:
+    source = only(nano, "tiny/grpo-*")
+    words = ["export", "--ckpt", str(source), "--format", "merged16", "--runs", str(tmp_path)]
+    done = run_cli(*words)
+    assert done.returncode == 0, done.stderr
+    folder = only(tmp_path, "exports/tiny-grpo-merged16-*")
+    assert f"next:\n  python -m pipeline ask --ckpt {folder} --chat" in done.stdout
+    artifact = open_artifact(folder, deep=True)
+    assert artifact.fingerprint == folder.name.rpartition("-")[2]
+    assert artifact.payload["inputs"] == {"source": source.name}
+    again = run_cli(*words)
+    assert "this export is done already" in again.stdout
+    asked = export_plan(str(folder), [], format="gguf")  # an export is a checkpoint, with the recipe it was made by
+    assert asked.steps[0].recipe.name == "tiny"
+
+    card = (folder / "model" / "README.md").read_text()
+    for words_ in (
+        "tags: [therefore, corr2cause, sft, grpo]",
+        "- grpo: 2 steps",
+        "| grpo | test | 12 | 0.",
+        "| base | test | 12 | 0.",
+        f"`{source.name.rpartition('-')[2]}`",
+        "Rows: sft 96, grpo 32, test 12",
+    ):
+        assert words_ in card
+    assert str(tmp_path) not in card
+    assert str(nano) not in card
+    assert "REHEARSAL" not in card
+
+
+def test_the_line_and_the_figures_of_a_checkpoint(nano: Path) -> None:
+    line = lineage(only(nano, "tiny/grpo-*"))
+    assert [artifact.stage for artifact in line] == ["preprocess", "sft", "grpo"]
+    assert [model for model, _ in evaluations(line)] == ["base", "sft", "grpo"]
+    assert [model for model, _ in evaluations(lineage(only(nano, "tiny/sft-*")))] == ["base", "sft"]
+
+
+def test_a_rehearsal_is_marked_as_one(learned: Path, tmp_path: Path) -> None:
+    place = run_export(learned, tmp_path / "out", "rehearsal=true", format="merged16")
+    card = (place / "README.md").read_text()
+    assert "**REHEARSAL of a shrunken model with random weights: nothing here is a result.**" in card
+    assert "rehearsal]" in card.splitlines()[3]
+
+
+def test_what_cannot_be_exported_is_told(learned: Path, tmp_path: Path) -> None:
+    ckpt = str(learned)
+    with pytest.raises(PlanError, match="is a whole model without an adapter; use merged16"):
+        export_plan(ckpt, ["tiny"], format="adapter")
+    with pytest.raises(PlanError, match="--quant q4_0: of a GGUF file, but the format is merged16"):
+        export_plan(ckpt, ["tiny"], format="merged16", quant="q4_0")
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(PlanError, match="there is something else in it already"):
+        export_plan(ckpt, ["tiny"], format="merged16", out=tmp_path)
+    done = run_cli("export", "--ckpt", ckpt, "--format", "merged15")
+    assert done.returncode == 2
+    assert "invalid choice: 'merged15'" in done.stderr
