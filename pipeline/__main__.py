@@ -138,6 +138,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("words", nargs="*", metavar="RECIPE|key=value", help="default: what the checkpoint was made with")
     exporting(sub, required=True)
     sub.add_argument("--out", type=Path, metavar="DIR", help="where to (default: a folder of runs/exports/)")
+    sub.add_argument("--push", metavar="OWNER/NAME", help="upload it to the hub, as a private repository")
+    sub.add_argument("--public", action="store_true", help="with --push: a repository that everyone can read")
     where(sub)
     sub.set_defaults(dry_run=False)
     sub = add("evaluate", evaluate_command, "ask any checkpoint a task's rows")
@@ -552,14 +554,26 @@ def export_command(args: argparse.Namespace) -> int:
     step = plan.steps[0]
     if step.options.get("quant"):
         _refuse_missing_packages(step.options["quant"])
+    if args.public and not args.push:
+        raise PlanError("--public: says how to push; add --push OWNER/NAME, or leave it out")
     if plan.cluster.launcher != "local":
+        if args.push:
+            raise PlanError(
+                "--push: nodes have no internet; export first, then the same here without --launcher pushes"
+            )
         return submit_command(args, plan)
     from pipeline.launchers.local import run_plan
+    from pipeline.push import check_access, push
 
+    if args.push:
+        check_access(args.push)
     if step.done:
         print("this export is done already")
     run_plan(plan)
-    _show_export(step)
+    place = _show_export(step, pushed=bool(args.push))
+    if args.push:
+        message = f"{step.recipe.name} {step.options['source']} as {step.options['format']}"
+        print("\n".join(["", *push(place, args.push, public=args.public, message=message)]))
     return 0
 
 
@@ -583,17 +597,20 @@ def _refuse_missing_packages(quant: str) -> None:
         raise MissingDependency(*missing)
 
 
-def _show_export(step: Step) -> None:
-    """Where it is, how large, and what to type next."""
+def _show_export(step: Step, *, pushed: bool = False) -> Path:
+    """Where it is, how large, and what to type next. Returns the folder that others get."""
     artifact = open_artifact(step.folder)
     place = next(path for path in (step.folder / name for name in ("model", "adapter", "gguf")) if path.is_dir())
-    print(f"{artifact.metrics['format']}: {artifact.metrics['bytes'] / 1e6:,.1f} MB in {place}")
+    print(f"{artifact.metrics['format']}: {artifact.metrics['bytes'] / 1e6:,.2f} MB in {place}")
     print("\n".join(f"  {path.name}" for path in sorted(place.iterdir())))
     print("\nnext:")
     if step.options["format"] == "gguf":
         print(f"  llama-cli -m {next(place.glob('*.gguf'))} --jinja")
     else:
         print(f"  python -m pipeline ask --ckpt {step.folder} --chat")
+    if not pushed:
+        print("  the same export with --push OWNER/NAME puts it on the hub")
+    return place
 
 
 def _show_metrics(step: Step) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_hub import COMMIT, receive
 from running import only, run_cli
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -274,3 +275,87 @@ def test_what_cannot_be_exported_is_told(learned: Path, tmp_path: Path) -> None:
     done = run_cli("export", "--ckpt", ckpt, "--format", "merged15")
     assert done.returncode == 2
     assert "invalid choice: 'merged15'" in done.stderr
+
+
+# ---------------------------------------------------------------- push
+
+
+HUB = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # weights by LFS: the stand-in knows no Xet
+
+
+@pytest.fixture(scope="module")
+def done_before(learned: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """The words of an export that is done, and the folder of its files."""
+    runs = tmp_path_factory.mktemp("pushed")
+    words = ["export", "--ckpt", str(learned), "tiny", "--format", "merged16", "--runs", str(runs)]
+    done = run_cli(*words)
+    assert done.returncode == 0, done.stderr
+    return words, only(runs, "exports/*") / "model"
+
+
+@pytest.mark.parametrize("learned", ["qwen2"], indirect=True)
+def test_a_push_puts_every_file_on_the_hub(done_before: tuple[list[str], Path], tmp_path: Path) -> None:
+    words, place = done_before
+    env = {**HUB, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_write"}
+    with receive("lab/small", tmp_path / "hub") as (address, calls):
+        done = run_cli(*words, "--push", "lab/small", env={**env, "HF_ENDPOINT": address})
+        assert done.returncode == 0, done.stderr
+    assert f"pushed to lab/small: {address}/lab/small/commit/{COMMIT}" in done.stdout
+    sent = {path.name: path.read_bytes() for path in (tmp_path / "hub").iterdir()}
+    assert sent == {path.name: path.read_bytes() for path in place.iterdir()}
+    assert {"README.md", "model.safetensors", "tokenizer.json"} <= set(sent)
+    created = next(body for path, body in calls if path == "/api/repos/create")
+    assert json.loads(created) == {"name": "small", "organization": "lab", "visibility": "private"}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hub")
+    assert greedy(again, AutoTokenizer.from_pretrained(tmp_path / "hub")) == f"{ANSWER}<|end|>"
+
+    with receive("someone/open", tmp_path / "other", public=True) as (address, calls):
+        done = run_cli(*words, "--push", "someone/open", env={**env, "HF_ENDPOINT": address})
+        assert "note: someone/open was there before and is public" in done.stdout
+        done = run_cli(*words, "--push", "someone/open", "--public", env={**env, "HF_ENDPOINT": address})
+        assert "note:" not in done.stdout
+    assert json.loads([body for path, body in calls if path == "/api/repos/create"][-1])["visibility"] == "public"
+
+
+@pytest.mark.parametrize("learned", ["qwen2"], indirect=True)
+def test_a_push_that_fails_says_what_stays_and_how_to_go_on(
+    done_before: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    words, place = done_before
+    env = {**HUB, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_write"}
+    for call in ("/commit/", "/lfs/", "/repos/create"):
+        with receive("lab/small", tmp_path / "hub", fails=call) as (address, _):
+            done = run_cli(*words, "--push", "lab/small", env={**env, "HF_ENDPOINT": address})
+        assert done.returncode == 1
+        assert "error: lab/small: the push failed (" in done.stderr
+        assert f"the export is whole, in {place}" in done.stderr
+        assert "the same command goes on with the push alone" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert list((tmp_path / "hub").iterdir()) == []
+
+
+@pytest.mark.parametrize("learned", ["qwen2"], indirect=True)
+@pytest.mark.parametrize(
+    ("repository", "env", "code", "told"),
+    [
+        ("small", {"HF_TOKEN": "hf_write"}, 2, "not the name of a repository; write OWNER/NAME"),
+        ("lab/small", {}, 2, "no token of the hub is here; hf auth login"),
+        ("lab/small", {"HF_TOKEN": "hf_wrong"}, 2, "the hub does not know the token"),
+        ("lab/small", {"HF_TOKEN": "hf_read"}, 2, "the token of someone may only read"),
+        ("else/small", {"HF_TOKEN": "hf_write"}, 2, "the token is of someone, who may write to someone, lab"),
+        ("lab/small", {"HF_TOKEN": "hf_write", "HF_HUB_OFFLINE": "1"}, 2, "HF_HUB_OFFLINE is set"),
+        ("lab/small", {"HF_TOKEN": "hf_write", "HF_ENDPOINT": "http://127.0.0.1:9"}, 1, "the hub cannot be asked"),
+    ],
+    ids=["no owner", "no token", "unknown", "read", "other", "offline", "unreachable"],
+)
+def test_a_token_that_may_not_write_is_told_before_anything_is_merged(
+    learned: Path, tmp_path: Path, repository: str, env: dict[str, str], code: int, told: str
+) -> None:
+    words = ["export", "--ckpt", str(learned), "tiny", "--format", "merged16", "--runs", str(tmp_path / "runs")]
+    with receive("lab/small", tmp_path / "hub") as (address, calls):
+        home = {**HUB, "HF_HOME": str(tmp_path), "HF_ENDPOINT": address, "HF_TOKEN": "", **env}
+        done = run_cli(*words, "--push", repository, env=home)
+    assert (done.returncode, calls) == (code, [])
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()

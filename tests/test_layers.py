@@ -19,7 +19,7 @@ FLOORS = {
     **dict.fromkeys(("modeling", "to_gguf", "generation", "distributed", "checkpoints", "monitor", "training"), 3),
     "stage": 4,
     **dict.fromkeys(("preprocess", "sft", "grpo", "evaluate", "report", "export", "ask"), 5),
-    **dict.fromkeys(("plan", "status", "fetch"), 6),
+    **dict.fromkeys(("plan", "status", "fetch", "push"), 6),
     "preflight": 7,
     "launchers": 8,
     "__main__": 9,
