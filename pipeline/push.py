@@ -18,7 +18,7 @@ def check_access(repository: str) -> str:
     """The user whose token it is. PlanError where it may not write to the repository, LaunchError without an answer."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(repository)
