@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from dataclasses import replace
@@ -14,7 +15,8 @@ import torch
 from fake_hub import COMMIT, receive
 from running import only, run_cli
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.artifact import find_checkpoint, open_artifact
 from pipeline.errors import ArtifactError, PlanError
@@ -196,6 +198,99 @@ def test_what_a_gguf_file_says(learned: Path, tmp_path: Path) -> None:
     assert kinds["blk.0.ffn_down.weight"] == "Q4_0"
     assert kinds["output_norm.weight"] == "F32"
     assert "output.weight" not in kinds  # tied: written once
+
+
+def sentencepiece(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer like Phi-3's: words with their blank as ▁, unknown characters as bytes."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    letters = [f"<0x{byte:02X}>" for byte in range(256)]
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special + letters, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    said = json.loads(tokenizer.to_str())
+    said["added_tokens"] = [token for token in said["added_tokens"] if token["content"] in special]
+    found = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(said)),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+    )
+    found.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
+    found.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in ("<think>", "</think>")])
+    return found
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "llama3", "longrope", "untied"])
+def test_what_families_have_beside_the_plain_layout(tmp_path: Path, kind: str) -> None:
+    """Phi-3's tokenizer, the rotary tables of long contexts, an output that is not the embedding."""
+    from gguf import GGUFReader
+
+    architecture = "phi3" if kind in ("sentencepiece", "longrope") else "llama"
+    scratch = Scratch(architecture, 400, 64, 1, 4, 4, 128, 256, 10000.0, 0.05)
+    texts = [f"A correlates with B. <think> {ANSWER}"] * 20
+    make_scratch(scratch, texts, "think", tmp_path / "model", 0)
+    config, tokenizer = (
+        AutoConfig.from_pretrained(tmp_path / "model"),
+        AutoTokenizer.from_pretrained(tmp_path / "model"),
+    )
+    if kind == "sentencepiece":
+        template, tokenizer = tokenizer.chat_template, sentencepiece(texts)
+        tokenizer.chat_template = template
+        config.vocab_size = len(tokenizer) + 3
+    short = [1.0, 1.2, 1.5, 2.0, 1.0, 1.1, 1.3, 1.7]
+    if kind == "llama3":
+        bounds = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+        config.rope_parameters = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, **bounds}
+    if kind == "longrope":
+        config.rope_parameters = {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 1.0,
+            "short_factor": short,
+            "long_factor": [2.0] * 8,
+            "factor": 4.0,
+        }
+        config.original_max_position_embeddings, config.max_position_embeddings = 64, 256
+    config.tie_word_embeddings = kind != "untied"
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "gguf").mkdir()
+    write_gguf(tmp_path / "model", tmp_path / "gguf" / "x.gguf", "f16", "x")
+    tensors = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "gguf" / "x.gguf").tensors}
+    if kind == "sentencepiece":
+        packed = AutoTokenizer.from_pretrained(tmp_path / "gguf", gguf_file="x.gguf")
+        for text in ("A correlates with B.", "  A", "<|user|>A B<|assistant|><think>\nx", "naïve → 你好, 7€\n"):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert packed(text, add_special_tokens=False)["input_ids"] == ids
+    if kind == "llama3":
+        plain = 10000.0 ** -(np.arange(0, 16, 2) / 16)
+        turned = model.model.rotary_emb.inv_freq.numpy()
+        assert np.allclose(plain / tensors["rope_freqs.weight"], turned, rtol=1e-5)
+        assert tensors["rope_freqs.weight"].max() == pytest.approx(8.0)
+    if kind == "longrope":
+        assert tensors["rope_factors_short.weight"].tolist() == pytest.approx(short)
+        assert set(tensors["rope_factors_long.weight"].tolist()) == {2.0}
+    assert ("output.weight" in tensors) == (kind == "untied")
+
+
+def test_k_quants_are_llama_cpps_own_and_say_so_where_it_is_missing(learned: Path, tmp_path: Path) -> None:
+    words = ["export", "--ckpt", str(learned), "tiny", "--format", "gguf", "--quant", "q4_k_m", "--runs", str(tmp_path)]
+    done = run_cli(*words)
+    if importlib.util.find_spec("llama_cpp") is None:
+        assert done.returncode == 2
+        assert "--quant q4_k_m: its quantizer is llama.cpp's, and the package llama-cpp-python is not" in done.stderr
+        assert not any(tmp_path.iterdir())
+        return
+    assert done.returncode == 0, done.stderr
+    place = only(tmp_path, "exports/*") / "gguf"
+    packed = AutoModelForCausalLM.from_pretrained(place, gguf_file="tiny-q4_k_m.gguf", dtype=torch.float32)
+    assert greedy(packed, AutoTokenizer.from_pretrained(learned)) == f"{ANSWER}<|end|>"
 
 
 def test_heads_are_turned_as_llama_cpp_turns_them_and_back() -> None:
