@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -164,6 +166,25 @@ def test_an_adapter_goes_out_as_it_is(adapted: tuple[Path, Model], tmp_path: Pat
 # ---------------------------------------------------------------- GGUF
 
 
+def in_llama_cpp(file: Path, tokenizer: Any) -> str:
+    """The greedy text by llama.cpp itself, in a process of its own: its threads and torch's do not go together."""
+    prompt = tokenizer.apply_chat_template([QUESTION[0]], add_generation_prompt=True, tokenize=False)
+    code = (
+        "import json, sys, llama_cpp, numpy as np\n"
+        "model = llama_cpp.Llama(sys.argv[1], n_ctx=256, n_threads=1, verbose=False, logits_all=True)\n"
+        "model.eval(model.tokenize(sys.argv[2].encode(), add_bos=False, special=True))\n"
+        "out = []\n"
+        "while len(out) < 60 and model.token_eos() not in out:\n"
+        "    out.append(int(np.argmax(model.scores[model.n_tokens - 1])))\n"
+        "    model.eval(out[-1:])\n"
+        "print(json.dumps(out))\n"
+    )
+    words = [sys.executable, "-c", code, str(file), prompt]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return str(tokenizer.decode(json.loads(done.stdout)))
+
+
 @pytest.mark.parametrize("quant", ["q8_0", "q4_0", "f16"])
 def test_a_gguf_file_answers_as_its_source(learned: Path, tmp_path: Path, quant: str) -> None:
     place = run_export(learned, tmp_path / "out", format="gguf", quant=quant)
@@ -172,6 +193,8 @@ def test_a_gguf_file_answers_as_its_source(learned: Path, tmp_path: Path, quant:
     packed = AutoModelForCausalLM.from_pretrained(place, gguf_file=file.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file.name)
     assert greedy(packed, tokenizer) == greedy(source, AutoTokenizer.from_pretrained(learned)) == f"{ANSWER}<|end|>"
+    if importlib.util.find_spec("llama_cpp") is not None:
+        assert in_llama_cpp(file, tokenizer) == f"{ANSWER}<|end|>"
     off = (logits(packed, tokenizer) - logits(source, tokenizer)).abs().mean()
     assert off < {"f16": 0.02, "q8_0": 0.05, "q4_0": 0.5}[quant]
 
@@ -230,7 +253,7 @@ def test_what_families_have_beside_the_plain_layout(tmp_path: Path, kind: str) -
     """Phi-3's tokenizer, the rotary tables of long contexts, an output that is not the embedding."""
     from gguf import GGUFReader
 
-    architecture = "phi3" if kind in ("sentencepiece", "longrope") else "llama"
+    architecture: Literal["phi3", "llama"] = "phi3" if kind in ("sentencepiece", "longrope") else "llama"
     scratch = Scratch(architecture, 400, 64, 1, 4, 4, 128, 256, 10000.0, 0.05)
     texts = [f"A correlates with B. <think> {ANSWER}"] * 20
     make_scratch(scratch, texts, "think", tmp_path / "model", 0)
@@ -290,7 +313,8 @@ def test_k_quants_are_llama_cpps_own_and_say_so_where_it_is_missing(learned: Pat
     assert done.returncode == 0, done.stderr
     place = only(tmp_path, "exports/*") / "gguf"
     packed = AutoModelForCausalLM.from_pretrained(place, gguf_file="tiny-q4_k_m.gguf", dtype=torch.float32)
-    assert greedy(packed, AutoTokenizer.from_pretrained(learned)) == f"{ANSWER}<|end|>"
+    tokenizer = AutoTokenizer.from_pretrained(learned)
+    assert greedy(packed, tokenizer) == f"{ANSWER}<|end|>" == in_llama_cpp(only(place, "*.gguf"), tokenizer)
 
 
 def test_heads_are_turned_as_llama_cpp_turns_them_and_back() -> None:
