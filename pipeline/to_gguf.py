@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,12 +68,13 @@ def _write(folder: Path, file: Path, quant: str, name: str, told: Callable[[str]
             f"{', '.join(ARCHITECTURES)}; export it as merged16 and use llama.cpp's convert_hf_to_gguf.py"
         )
     writer = GGUFWriter(file, config.model_type)
-    writer.add_name(name)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    writer.add_name(name_in_file(name, tokenizer))
     types = {"q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0", "f16": "MOSTLY_F16"}
     writer.add_file_type(LlamaFileType[types[quant]])
     writer.add_quantization_version(2)
     _add_config(writer, config)
-    _add_tokenizer(writer, AutoTokenizer.from_pretrained(folder), config.vocab_size)
+    _add_tokenizer(writer, tokenizer, config.vocab_size)
     tensors = list(_tensors(folder, config, quant))
     for one in tensors:
         writer.add_tensor_info(one.name, one.stored_shape, one.stored_dtype, one.nbytes, raw_dtype=one.kind)
@@ -284,6 +286,17 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, rows: int) -
             add(special)
     writer.add_add_bos_token(False)  # the chat template writes it where the family wants one
     writer.add_chat_template(str(tokenizer.chat_template))
+
+
+def name_in_file(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The model's name, with `phi3` in it exactly where the tokenizer is Phi-3's.
+
+    llama.cpp takes such a name to mean that special tokens swallow the blanks after them, and that these four exist.
+    """
+    plain = re.sub(r"phi-?3", "phi 3", name, flags=re.IGNORECASE)
+    known = {"<unk>", "<s>", "</s>", "<|endoftext|>"} <= set(tokenizer.get_vocab())
+    swallows = any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
+    return f"{plain} (phi3)" if known and swallows else plain
 
 
 def split_name(said: dict[str, Any]) -> str:

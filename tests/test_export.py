@@ -24,12 +24,12 @@ from pipeline.artifact import find_checkpoint, open_artifact
 from pipeline.errors import ArtifactError, PlanError
 from pipeline.export import evaluations, lineage
 from pipeline.export import run as export
-from pipeline.modeling import add_lora, load_model, load_tokenizer, make_scratch, merged, prompt_ids
+from pipeline.modeling import add_lora, load_model, load_tokenizer, make_scratch, merged, prompt_ids, train_tokenizer
 from pipeline.plan import export_plan, order_of
 from pipeline.progress import ProgressFile
 from pipeline.recipe import Lora, Model, Scratch
 from pipeline.runtime import Runtime
-from pipeline.to_gguf import interleaved, write_gguf
+from pipeline.to_gguf import interleaved, name_in_file, write_gguf
 
 ARCHITECTURES = ("qwen2", "llama", "phi3")
 ANSWER = "Pairs: A B linked. Links: A - B. naïve → 你好\n</think>\nTherefore: Yes"
@@ -300,6 +300,16 @@ def test_what_families_have_beside_the_plain_layout(tmp_path: Path, kind: str) -
         assert tensors["rope_factors_short.weight"].tolist() == pytest.approx(short)
         assert set(tensors["rope_factors_long.weight"].tolist()) == {2.0}
     assert ("output.weight" in tensors) == (kind == "untied")
+
+
+def test_the_name_phi3_is_what_llama_cpp_takes_it_for() -> None:
+    """It looks four tokens up where a name has phi3 in it, and fails to load a file without them."""
+    plain = train_tokenizer(["A correlates with B."] * 20, 400)
+    assert name_in_file("phi3.5-rehearsal sft", plain) == "phi 3.5-rehearsal sft"
+    real = train_tokenizer(["A correlates with B."] * 20, 400, ["<unk>", "<s>", "</s>", "<|endoftext|>"])
+    assert name_in_file("Phi-3.5 sft", real) == "phi 3.5 sft"
+    real.add_tokens([AddedToken("<|ends|>", special=True, rstrip=True)])
+    assert name_in_file("phi3.5 sft", real) == "phi 3.5 sft (phi3)"
 
 
 def test_k_quants_are_llama_cpps_own_and_say_so_where_it_is_missing(learned: Path, tmp_path: Path) -> None:
