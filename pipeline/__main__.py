@@ -47,6 +47,7 @@ EPILOG = """examples:
   python -m pipeline plan tiny                             what would run, and why
   python -m pipeline evaluate --ckpt runs/tiny/grpo-…      any checkpoint
   python -m pipeline ask --ckpt runs/tiny/grpo-… "…"       a question of your own
+  python -m pipeline export --ckpt runs/tiny/grpo-… --format gguf
 """
 
 

@@ -265,7 +265,7 @@ def merged(checkpoint: Checkpoint, model: Model, dtype: torch.dtype) -> PreTrain
         loaded = loaded.dequantize(dtype=dtype)
     if checkpoint.adapter is None:
         return loaded
-    adapted = PeftModel.from_pretrained(loaded, str(checkpoint.adapter), torch_device="cpu")
+    adapted = PeftModel.from_pretrained(loaded, str(checkpoint.adapter), torch_device=str(loaded.device))
     return adapted.merge_and_unload(safe_merge=True)
 
 

@@ -109,6 +109,8 @@ def make_plan(
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
         raise PlanError(*(f"unknown stage {stage!r}; {did_you_mean(stage, STAGES)}" for stage in unknown))
+    if "export" in stages:
+        raise PlanError("an export is no part of a run: python -m pipeline export --ckpt DIR --format merged16")
     if skip_sft:
         overrides = [*overrides, "grpo.start=base"]
     recipes, where = _resolve(names, overrides, cluster, rehearse)

@@ -25,10 +25,11 @@ from pipeline.errors import ArtifactError, PlanError
 from pipeline.export import evaluations, lineage
 from pipeline.export import run as export
 from pipeline.modeling import add_lora, load_model, load_tokenizer, make_scratch, merged, prompt_ids, train_tokenizer
-from pipeline.plan import export_plan, order_of
+from pipeline.plan import export_plan, make_plan, order_of
 from pipeline.progress import ProgressFile
 from pipeline.recipe import Lora, Model, Scratch
 from pipeline.runtime import Runtime
+from pipeline.stage import read_order
 from pipeline.to_gguf import interleaved, name_in_file, write_gguf
 
 ARCHITECTURES = ("qwen2", "llama", "phi3")
@@ -378,6 +379,19 @@ def test_a_trained_run_is_exported_and_asked(nano: Path, tmp_path: Path) -> None
     assert "REHEARSAL" not in card
 
 
+def test_a_batch_script_prepares_an_export(nano: Path, tmp_path: Path) -> None:
+    """What slurm/export.slurm runs before the stage; and the whole export as a job."""
+    words = ["--ckpt", str(only(nano, "tiny/sft-*")), "--format", "gguf", "--quant", "q4_0", "--runs", str(tmp_path)]
+    done = run_cli("prepare", "--stages", "export", *words)
+    assert done.returncode == 0, done.stderr
+    order = read_order(Path(done.stdout.strip()))
+    assert (order.stage, order.options["format"], order.options["quant"]) == ("export", "gguf", "q4_0")
+    script = run_cli("export", *words, "--launcher", "slurm", "--push", "lab/small")
+    assert (script.returncode, "nodes have no internet; export first" in script.stderr) == (2, True)
+    bare = run_cli("prepare", "--stages", "export", "tiny", "--runs", str(tmp_path))
+    assert (bare.returncode, "an export needs --ckpt DIR and --format" in bare.stderr) == (2, True)
+
+
 def test_the_line_and_the_figures_of_a_checkpoint(nano: Path) -> None:
     line = lineage(only(nano, "tiny/grpo-*"))
     assert [artifact.stage for artifact in line] == ["preprocess", "sft", "grpo"]
@@ -401,6 +415,8 @@ def test_what_cannot_be_exported_is_told(learned: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(PlanError, match="there is something else in it already"):
         export_plan(ckpt, ["tiny"], format="merged16", out=tmp_path)
+    with pytest.raises(PlanError, match="an export is no part of a run: python -m pipeline export"):
+        make_plan(["tiny"], stages=["export"])
     done = run_cli("export", "--ckpt", ckpt, "--format", "merged15")
     assert done.returncode == 2
     assert "invalid choice: 'merged15'" in done.stderr

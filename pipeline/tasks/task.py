@@ -78,7 +78,7 @@ class Task(ABC):
 
     @abstractmethod
     def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
-        """Judge a completion (without its stop token)."""
+        """Judge a completion (without its stop token). Of a question that someone types (`asked`) gold is ""."""
 
     @abstractmethod
     def is_well_formed(self, completion: str, prefilled: bool) -> bool:
