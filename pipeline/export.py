@@ -152,6 +152,7 @@ def card(
         hub=hub,
         base=checkpoint.base,
         adapter=checkpoint.adapter is not None,
+        trained_in=options["trained_in"],
         trained=[artifact for artifact in line if artifact.stage in ("sft", "grpo")],
         rows=next((artifact.metrics.get("rows", {}) for artifact in line if artifact.stage == "preprocess"), {}),
         task=task,

@@ -45,7 +45,7 @@ class Step:
     inputs: dict[str, Step] = field(default_factory=dict)
     checkpoint: str | None = None  # weights that are no step of this plan
     folders: dict[str, str] = field(default_factory=dict)  # inputs that are no step of this plan
-    options: dict[str, str] = field(default_factory=dict)  # of an export: format, quant, source
+    options: dict[str, str] = field(default_factory=dict)  # of an export: format, quant, source, trained_in
 
     @property
     def fingerprint(self) -> str:
@@ -297,6 +297,9 @@ def export_plan(
             problems.append(f"--out {out}: there is something else in it already; name a new folder")
     if problems:
         raise PlanError(*problems)
+    options["trained_in"] = recipe.model.quantization
+    if format != "adapter":  # what is merged is loaded as it lies there, by whoever asks or evaluates it
+        recipe = replace(recipe, model=replace(recipe.model, quantization="none"))
     step = Step("export", "export", recipe, payload, folder, {}, checkpoint, {}, options)
     return Plan((step,), frozenset([step.label]), where, runs)
 

@@ -79,7 +79,7 @@ class Order:
     cluster: Cluster
     inputs: dict[str, str]  # role -> folder
     checkpoint: str | None = None  # weights to evaluate that are no step's, or to export
-    options: dict[str, str] = field(default_factory=dict)  # of an export: format, quant, source
+    options: dict[str, str] = field(default_factory=dict)  # of an export: format, quant, source, trained_in
 
 
 def write_order(folder: Path, order: Order) -> None:

@@ -399,6 +399,20 @@ def test_the_line_and_the_figures_of_a_checkpoint(nano: Path) -> None:
     assert [model for model, _ in evaluations(lineage(only(nano, "tiny/sft-*")))] == ["base", "sft"]
 
 
+def test_an_export_is_asked_in_the_precision_it_has(adapted: tuple[Path, Model], tmp_path: Path) -> None:
+    """Trained on 4-bit weights, merged in 16: nobody quantizes it again on the way in."""
+    words = [f"model.quantization={adapted[1].quantization}", "lora.enabled=true", "model.scratch=null"]
+    plans = {
+        format: export_plan(str(adapted[0]), ["qwen1.5b", *words], format=format) for format in ("merged16", "adapter")
+    }
+    assert plans["merged16"].steps[0].recipe.model.quantization == "none"
+    assert plans["adapter"].steps[0].recipe.model.quantization == adapted[1].quantization
+    assert plans["merged16"].steps[0].options["trained_in"] == adapted[1].quantization
+    place = run_export(adapted[0], tmp_path / "out", "model.scratch=null", *words, format="merged16")
+    card = (place / "README.md").read_text()
+    assert ("weights in training: nf4" in card) == (adapted[1].quantization == "nf4")
+
+
 def test_a_rehearsal_is_marked_as_one(learned: Path, tmp_path: Path) -> None:
     place = run_export(learned, tmp_path / "out", "rehearsal=true", format="merged16")
     card = (place / "README.md").read_text()
