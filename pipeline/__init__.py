@@ -7,9 +7,9 @@ The floors, imports going down only (tests/test_layers.py):
     8  __main__                                          the command line
     7  launchers/                                        start processes
     6  plan                                              what runs, and why; no torch
-    5  preprocess sft grpo evaluate report               the stages: run(recipe, inputs, out, runtime)
+    5  preprocess sft grpo evaluate report export ask    the stages: run(recipe, inputs, out, runtime)
     4  stage                                             the table of stages and the harness
-    3  modeling generation checkpoints monitor training distributed     torch and its libraries
+    3  modeling to_gguf generation checkpoints monitor training distributed     torch and its libraries
     2  tasks/ rewards/ answers metrics                   what is asked, and what counts
     1  recipe cluster artifact progress                  what travels, typed
     0  errors typed fingerprint

@@ -8,6 +8,8 @@ logs      what a step has printed; -f goes on
 cancel    end what waits or runs; what is done stays
 fetch     download a recipe's model to the local cache, for nodes without internet
 list      recipes, tasks, rewards, stages, clusters
+ask       any checkpoint a question: thought and answer as they are written
+export    any checkpoint for others: adapter, merged in 16 or 4 bit, GGUF
 evaluate  any checkpoint: a step's folder, a Trainer checkpoint, an adapter, a model folder, a hub id
 audit     a file of a task's rows: which labels are wrong, by the task's exact solver
 generate  a task's rows as parquet files with a data card
@@ -25,11 +27,28 @@ from pathlib import Path
 
 from pipeline import __version__, slurm, status
 from pipeline.artifact import open_artifact
-from pipeline.errors import EXIT_FAULT, EXIT_INTERRUPTED, DataError, PlanError, RecipeError, run_main
-from pipeline.plan import RUNS, Plan, Step, evaluation_plan, explain, make_plan, order_of
+from pipeline.errors import (
+    EXIT_FAULT,
+    EXIT_INTERRUPTED,
+    DataError,
+    MissingDependency,
+    PipelineError,
+    PlanError,
+    RecipeError,
+    run_main,
+)
+from pipeline.families import FORMATS, QUANTS
+from pipeline.fingerprint import plain
+from pipeline.plan import RUNS, Plan, Step, evaluation_plan, explain, export_plan, make_plan, order_of, recipe_of
 from pipeline.recipe import recipe_names
 from pipeline.stage import STAGES, write_order
 
+# of a process that answers at once: no warnings of the libraries to each other, no half a minute of compiling
+QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
 EPILOG = """examples:
   python -m pipeline run tiny                              everything, from rows to report
   python -m pipeline run tiny grpo.beta=0.01               the same with one setting changed: SFT is not run again
@@ -38,6 +57,8 @@ EPILOG = """examples:
   python -m pipeline status --watch                        how far they are
   python -m pipeline plan tiny                             what would run, and why
   python -m pipeline evaluate --ckpt runs/tiny/grpo-…      any checkpoint
+  python -m pipeline ask --ckpt runs/tiny/grpo-… "…"       a question of your own
+  python -m pipeline export --ckpt runs/tiny/grpo-… --format gguf
 """
 
 
@@ -105,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--memory", action="store_true", help="what each stage needs of a GPU, term by term")
         if name == "prepare":
             evaluation(sub, required=False)
+            exporting(sub, required=False)
     sub = add("status", status_command, "how far each step is, here and on Slurm")
     sub.add_argument("recipes", nargs="*", metavar="RECIPE", help="only these (default: all that have run)")
     sub.add_argument("--watch", action="store_true", help="again every 2 seconds, until nothing is under way")
@@ -120,6 +142,26 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("words", nargs="+", metavar="RECIPE|key=value", help="recipes of configs/, and overrides")
     where(sub)
     add("list", list_command, "recipes, tasks, rewards, stages, clusters")
+    sub = add("ask", ask_command, "ask any checkpoint a question, and watch the answer being written")
+    sub.add_argument("question", nargs="?", help="in quotes; - reads it from stdin; --chat needs none")
+    sub.add_argument("words", nargs="*", metavar="RECIPE|key=value", help="default: what the checkpoint was made with")
+    about = "a step's folder, a checkpoint, an adapter, a model, a hub id; several are asked side by side"
+    sub.add_argument("--ckpt", action="append", required=True, metavar="DIR", help=about)
+    sub.add_argument("--chat", action="store_true", help="go on with questions from stdin, one a line")
+    sub.add_argument("--sample", action="store_true", help="draw the answer as the recipe does (default: greedy)")
+    sub.add_argument("--temperature", type=float, metavar="T", help="draw it at this temperature; 0 is greedy")
+    sub.add_argument("--top-p", type=float, metavar="P", help="from the likeliest tokens that make up this share")
+    sub.add_argument("--top-k", type=int, metavar="K", help="from this many tokens; 0: all")
+    sub.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens of an answer (default: the recipe's)")
+    sub.add_argument("--seed", type=int, metavar="N", help="another seed draws another answer")
+    sub = add("export", export_command, "any checkpoint for others: adapter, merged model, GGUF, with its card")
+    sub.add_argument("words", nargs="*", metavar="RECIPE|key=value", help="default: what the checkpoint was made with")
+    exporting(sub, required=True)
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where to (default: a folder of runs/exports/)")
+    sub.add_argument("--push", metavar="OWNER/NAME", help="upload it to the hub, as a private repository")
+    sub.add_argument("--public", action="store_true", help="with --push: a repository that everyone can read")
+    where(sub)
+    sub.set_defaults(dry_run=False)
     sub = add("evaluate", evaluate_command, "ask any checkpoint a task's rows")
     sub.add_argument("words", nargs="*", metavar="RECIPE|key=value", help="default: what the checkpoint was made with")
     evaluation(sub, required=True)
@@ -161,6 +203,17 @@ def evaluation(sub: argparse.ArgumentParser, *, required: bool) -> None:
     sub.add_argument("--task", help="a task by name (default: the recipe's)" if required else argparse.SUPPRESS)
     sub.add_argument("--split", help="one split (default: the recipe's)" if required else argparse.SUPPRESS)
     sub.add_argument("--limit", type=int, help="rows of each split" if required else argparse.SUPPRESS)
+
+
+def exporting(sub: argparse.ArgumentParser, *, required: bool) -> None:
+    """What is exported, and as what."""
+    about = "a step's folder, a checkpoint, an adapter, a model, a hub id"
+    if required:
+        sub.add_argument("--ckpt", required=True, metavar="DIR", help=about)
+    told = "; ".join(f"{name}: {text[0].lower()}{text[1:].rstrip('.')}" for name, text in FORMATS.items())
+    sub.add_argument("--format", required=required, choices=list(FORMATS), help=told if required else argparse.SUPPRESS)
+    told = "of a GGUF file (default: q8_0); q4_k_m needs llama-cpp-python"
+    sub.add_argument("--quant", choices=QUANTS, help=told if required else argparse.SUPPRESS)
 
 
 def cluster_of(args: argparse.Namespace) -> tuple[str, list[str]]:
@@ -217,6 +270,8 @@ def submit_command(args: argparse.Namespace, plan: Plan) -> int:
         print("everything is done already; nothing to submit")
         if hasattr(args, "stages"):
             _show_end(plan, _typed(args))
+        elif plan.steps[0].stage == "export":
+            _show_export(plan.steps[0])
         else:
             _show_metrics(plan.steps[0])
         return 0
@@ -304,7 +359,11 @@ def prepare_command(args: argparse.Namespace) -> int:
         print(kept.read_text(encoding="utf-8"), end="")
         return 0
     changes = _of_this_job() if job else []
-    if args.ckpt:
+    if args.stages == "export":
+        if not args.ckpt or not args.format:
+            raise PlanError("an export needs --ckpt DIR and --format: see python -m pipeline export --help")
+        plan = _export_plan(args, changes)
+    elif args.ckpt:
         plan = _evaluation_plan(args, changes)
     else:
         plan = _plan(args, changes)
@@ -363,6 +422,7 @@ def _show_end(plan: Plan, typed: str) -> None:
     last = done.get("grpo") or done.get("sft")
     print("\nnext:")
     if last:
+        print(f"  python -m pipeline ask --ckpt {last.folder} --chat      questions of your own")
         print(f"  python -m pipeline evaluate --ckpt {last.folder} --split validation")
     left = [step for step in plan.steps if not step.done]
     if left:
@@ -468,6 +528,42 @@ def list_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def ask_command(args: argparse.Namespace) -> int:
+    """Resolve every checkpoint's recipe, then become the process that loads the models."""
+    problems = []
+    question = sys.stdin.read() if args.question == "-" and not args.chat else args.question
+    if args.question == "-" and args.chat:
+        problems.append("--chat reads its questions from stdin already: leave - out")
+    if question is not None and not question.strip():
+        problems.append("the question is empty: write it in quotes after the options, or pipe it in with -")
+    if question is None and not args.chat:
+        problems.append("no question: write it in quotes, - reads it from stdin, --chat asks for several")
+    limits = {
+        "--temperature": (args.temperature, 0, 1e6),
+        "--top-p": (args.top_p, 1e-6, 1),
+        "--top-k": (args.top_k, 0, 1e9),
+    }
+    limits |= {"--max-new-tokens": (args.max_new_tokens, 1, 1e9), "--seed": (args.seed, 0, 2**63 - 1)}
+    for name, (value, least, most) in limits.items():
+        if value is not None and not least <= value <= most:
+            problems.append(f"{name}: {value} is not a number from {least:g} to {most:g}")
+    asked, memory = [], None
+    for checkpoint in args.ckpt:
+        try:
+            recipe, cluster, _ = recipe_of(checkpoint, args.words)
+            asked.append({"checkpoint": checkpoint, "recipe": plain(recipe)})
+            memory = plain(cluster.max_memory)
+        except PipelineError as error:
+            problems += error.problems
+    if problems:
+        raise PlanError(*dict.fromkeys(problems))
+    names = ("chat", "sample", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
+    options = {name: getattr(args, name) for name in names} | {"question": question, "max_memory": memory}
+    order = json.dumps({"asked": asked, "options": options})
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", "pipeline.ask", "--order", order], QUIET | os.environ)
+
+
 def evaluate_command(args: argparse.Namespace) -> int:
     plan = _evaluation_plan(args)
     if plan.cluster.launcher != "local":
@@ -535,6 +631,70 @@ def _evaluation_plan(args: argparse.Namespace, changes: Sequence[str] = ()) -> P
         cluster=cluster,
         runs=args.runs,
     )
+
+
+def export_command(args: argparse.Namespace) -> int:
+    plan = _export_plan(args)
+    step = plan.steps[0]
+    if step.options.get("quant"):
+        _refuse_missing_packages(step.options["quant"])
+    if args.public and not args.push:
+        raise PlanError("--public: says how to push; add --push OWNER/NAME, or leave it out")
+    if plan.cluster.launcher != "local":
+        if args.push:
+            raise PlanError(
+                "--push: nodes have no internet; export first, then the same here without --launcher pushes"
+            )
+        return submit_command(args, plan)
+    from pipeline.launchers.local import run_plan
+    from pipeline.push import check_access, push
+
+    if args.push:
+        check_access(args.push)
+    if step.done:
+        print("this export is done already")
+    run_plan(plan)
+    place = _show_export(step, pushed=bool(args.push))
+    if args.push:
+        message = f"{step.recipe.name} {step.options['source']} as {step.options['format']}"
+        print("\n".join(["", *push(place, args.push, public=args.public, message=message)]))
+    return 0
+
+
+def _export_plan(args: argparse.Namespace, changes: Sequence[str] = ()) -> Plan:
+    cluster, more = cluster_of(args)
+    return export_plan(
+        args.ckpt,
+        [*changes, *more, *args.words],
+        format=args.format,
+        quant=args.quant,
+        out=getattr(args, "out", None),
+        cluster=cluster,
+        runs=args.runs,
+    )
+
+
+def _refuse_missing_packages(quant: str) -> None:
+    from pipeline.preflight import missing_for_gguf
+
+    if missing := missing_for_gguf(quant):
+        raise MissingDependency(*missing)
+
+
+def _show_export(step: Step, *, pushed: bool = False) -> Path:
+    """Where it is, how large, and what to type next. Returns the folder that others get."""
+    artifact = open_artifact(step.folder)
+    place = next(path for path in (step.folder / name for name in ("model", "adapter", "gguf")) if path.is_dir())
+    print(f"{artifact.metrics['format']}: {artifact.metrics['bytes'] / 1e6:,.2f} MB in {place}")
+    print("\n".join(f"  {path.name}" for path in sorted(place.iterdir())))
+    print("\nnext:")
+    if step.options["format"] == "gguf":
+        print(f"  llama-cli -m {next(place.glob('*.gguf'))} --jinja")
+    else:
+        print(f"  python -m pipeline ask --ckpt {step.folder} --chat")
+    if not pushed:
+        print("  the same export with --push OWNER/NAME puts it on the hub")
+    return place
 
 
 def _show_metrics(step: Step) -> None:

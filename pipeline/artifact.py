@@ -24,7 +24,13 @@ from pipeline.fingerprint import file_sha256
 ARTIFACT, OWNER, STEP, PROGRESS, STOP = "artifact.json", "owner.json", "step.json", "progress.json", "stop"
 LOG, SCRIPT = "log.txt", "job.slurm"
 NOT_PAYLOAD = {ARTIFACT, OWNER, PROGRESS, STOP, LOG, SCRIPT, slurm.JOB}  # of the folder, not of the result
-TRANSIENT = {"checkpoints", "tensorboard", "wandb", "trackio", "submitit"}  # folders that may change or go without hurting the result
+TRANSIENT = {
+    "checkpoints",
+    "tensorboard",
+    "wandb",
+    "trackio",
+    "submitit",
+}  # folders that may change or go without hurting the result
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 ADAPTER = "adapter_config.json"
 
@@ -191,6 +197,14 @@ def is_owner(folder: Path, owner: Owner) -> bool:
     return current is not None and current.token == owner.token
 
 
+def step_of(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The step's folder that a path lies in, and its order."""
+    for folder in [path, *path.parents][:4]:
+        if record := read_json(folder / STEP):
+            return folder, record
+    return None
+
+
 # ---------------------------------------------------------------- which weights
 
 
@@ -250,4 +264,5 @@ def _adapter(folder: Path) -> Checkpoint:
 
 
 def _names(folder: Path) -> str:
-    return ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else ""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

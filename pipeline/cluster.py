@@ -48,6 +48,7 @@ class Times:
     grpo: Time
     evaluate: Time
     report: Time
+    export: Time
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,14 @@ class TrainingStage:
 
 
 @dataclass(frozen=True)
+class MaxMemory:
+    """What a model that is asked, not trained, may take; the rest of it lies on the CPU, then on disk."""
+
+    gpu: Rate | None = None  # GiB of each GPU; None: what is free
+    cpu: Rate | None = None  # GiB; None: what is free
+
+
+@dataclass(frozen=True)
 class Cluster:
     name: str
     launcher: Literal["local", "slurm", "submitit"]
@@ -92,6 +101,7 @@ class Cluster:
     grpo: TrainingStage
     generation_batch_size: Positive | Literal["auto"]  # completions that each process generates at once in GRPO
     evaluate_batch_size: Positive | Literal["auto"]  # prompts that each process generates for at once
+    max_memory: MaxMemory | None  # of a model in `evaluate` and `ask`; None: the whole of it on one device
     save_steps: Positive
     keep_checkpoints: Positive
     logging_steps: Positive

@@ -26,9 +26,7 @@ from pipeline.generation import Sampling, generate
 from pipeline.metrics import baseline_figures, outcome_of, summarize
 from pipeline.modeling import (
     check_tokenizer,
-    choose_dtype,
-    device,
-    load_model,
+    load_to_ask,
     load_tokenizer,
     prefills_thought,
     prompt_ids,
@@ -53,7 +51,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     runtime.progress.update(note="loading the model")
     checkpoint = find_checkpoint(runtime.checkpoint) if runtime.checkpoint else first_weights(recipe, inputs)
     tokenizer = load_tokenizer(checkpoint, recipe.model)
-    model = load_model(checkpoint, recipe.model, dtype=choose_dtype(recipe.model)).to(device())
+    model = load_to_ask(checkpoint, recipe.model, runtime.cluster.max_memory)
     check_tokenizer(tokenizer, model, checkpoint)
     sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens)
     prefilled = prefills_thought(tokenizer)

@@ -28,6 +28,14 @@ TEMPLATES = {
     **{name: TRL / f"{name}_training.jinja" for name in FAMILIES},
 }
 SPECIAL = re.compile(r"<[|｜][^<>{}'\"\s]+[|｜]>")
+# what an export is
+FORMATS = {
+    "adapter": "A LoRA adapter: what training has added, to be loaded on its base model.",
+    "merged16": "The whole model in 16 bit.",
+    "merged4": "The whole model, merged in 16 bit and then quantized to 4 bit (bitsandbytes nf4).",
+    "gguf": "The whole model in one GGUF file, for llama.cpp and what is built on it.",
+}
+QUANTS = ("q8_0", "q4_0", "q4_k_m", "f16")  # of a GGUF file
 
 
 def model_config(model: Model) -> dict[str, Any] | None:

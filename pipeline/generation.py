@@ -8,7 +8,7 @@ Every prompt draws from a random stream of its own, so batches, processes and in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -22,8 +22,9 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation.streamers import BaseStreamer
 
-from pipeline.modeling import as_list
+from pipeline.modeling import as_list, input_device
 
 
 @dataclass(frozen=True)
@@ -78,22 +79,53 @@ def generate_batch(
     prompts: list[list[int]],
     sampling: Sampling,
     seeds: Sequence[int],
+    streamer: BaseStreamer | None = None,
 ) -> list[Completion]:
-    """One completion for each prompt (token ids, generation prompt included), drawn with its seed."""
+    """One completion for each prompt (token ids, generation prompt included), drawn with its seed.
+
+    `streamer` is told each token of a single prompt as it is drawn.
+    """
+    device = input_device(model)
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=stop_ids(model, tokenizer),
-        cache_implementation=cache_for(model.device),
+        cache_implementation=cache_for(device),
         disable_compile=True,
     )
-    padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
-    draw = LogitsProcessorList([Draw(sampling, seeds, model.device)] if sampling.temperature else [])
-    output = model.generate(**padded, generation_config=config, logits_processor=draw)
+    padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(device)
+    draw = LogitsProcessorList([Draw(sampling, seeds, device)] if sampling.temperature else [])
+    output = model.generate(**padded, generation_config=config, logits_processor=draw, streamer=streamer)
     output = output[:, padded["input_ids"].shape[1] :]
     stops = set(stop_ids(model, tokenizer))
     return [_completion(ids, tokenizer, stops) for ids in output.tolist()]
+
+
+class Stream(BaseStreamer):
+    """Tells `show` the whole text so far, after every token that makes it longer; a cut character is waited for.
+
+    The last text it tells is that of the Completion.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], show: Callable[[str], None]) -> None:
+        self.tokenizer, self.stops, self.show = tokenizer, set(stops), show
+        self.ids: list[int] | None = None  # None: the prompt is still to come
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.ids is None:
+            self.ids = []
+            return
+        self.ids += value.tolist()
+        text = self._text()
+        if not text.endswith("\ufffd"):
+            self.show(text)
+
+    def end(self) -> None:
+        self.show(self._text())
+
+    def _text(self) -> str:
+        return _completion(self.ids or [], self.tokenizer, self.stops).text
 
 
 def cache_for(device: torch.device, *, mixed: bool = False) -> str | None:

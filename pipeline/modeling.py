@@ -7,10 +7,14 @@ where no hub can be reached.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import shutil
 import struct
+import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from pipeline.answers import OPEN
 from pipeline.artifact import Checkpoint, find_checkpoint
-from pipeline.cluster import AMPERE, half_precision
+from pipeline.cluster import AMPERE, MaxMemory, half_precision
 from pipeline.errors import ArtifactError, RecipeError
 from pipeline.families import TEMPLATES, gguf_file, special_in
 from pipeline.recipe import Lora, Model, Scratch
@@ -51,7 +55,7 @@ def load_tokenizer(checkpoint: Checkpoint, model: Model) -> PreTrainedTokenizerB
     the vocabulary has one; padding is left.
     """
     with _hub_errors(checkpoint.tokenizer):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer, revision=_revision(checkpoint, model))
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer, revision=revision_of(checkpoint, model))
     if model.chat_template:
         tokenizer.chat_template = read_template(model.chat_template)
     if not tokenizer.chat_template:
@@ -199,23 +203,78 @@ def base_checkpoint(model: Model, data: Path) -> Checkpoint:
 
 
 def load_model(
-    checkpoint: Checkpoint, model: Model, *, dtype: torch.dtype, train_adapter: bool = False
+    checkpoint: Checkpoint,
+    model: Model,
+    *,
+    dtype: torch.dtype,
+    train_adapter: bool = False,
+    spread: dict[str, Any] | None = None,
 ) -> PreTrainedModel | PeftModel:
     """The model of a checkpoint in the recipe's quantization, its adapter loaded unmerged.
 
-    `train_adapter` leaves the adapter's weights trainable, so that GRPO goes on from the SFT adapter.
+    `train_adapter` leaves the adapter's weights trainable, so that GRPO goes on from the SFT adapter; `spread` are
+    accelerate's arguments for a model on several devices.
     """
+    quantization = _quantization(model, dtype, spread=spread is not None)
+    arguments = {"quantization_config": quantization} if quantization else {}  # None would undo the model's own
     with _hub_errors(checkpoint.base):
         base = AutoModelForCausalLM.from_pretrained(
             checkpoint.base,
-            revision=_revision(checkpoint, model),
+            revision=revision_of(checkpoint, model),
             dtype=dtype,
             attn_implementation=choose_attention(model),
-            quantization_config=_quantization(model, dtype),
+            **arguments,
+            **(spread or {}),
         )
     if checkpoint.adapter is None:
         return base
-    return PeftModel.from_pretrained(base, str(checkpoint.adapter), is_trainable=train_adapter)
+    return PeftModel.from_pretrained(base, str(checkpoint.adapter), is_trainable=train_adapter, **(spread or {}))
+
+
+def load_to_ask(checkpoint: Checkpoint, model: Model, limits: MaxMemory | None) -> PreTrainedModel | PeftModel:
+    """The model of a checkpoint, ready to generate: on this process's device or, with limits, spread by accelerate.
+
+    What the GPUs may not hold lies on the CPU, and what that may not hold on disk; a quantized model's layers that do
+    not lie on a GPU are left in 16 bit.
+    """
+    dtype = choose_dtype(model)
+    if limits is None:
+        return load_model(checkpoint, model, dtype=dtype).to(device())
+    mine = [device().index] if int(os.environ.get("WORLD_SIZE", "1")) > 1 else range(torch.cuda.device_count())
+    sizes: dict[int | str, float] = {}
+    if limits.gpu is not None:
+        sizes |= {index: limits.gpu for index in mine if index is not None}
+    if limits.cpu is not None:
+        sizes["cpu"] = limits.cpu
+    aside = tempfile.mkdtemp(prefix="therefore-")
+    atexit.register(shutil.rmtree, aside, ignore_errors=True)
+    most = {where: int(size * 2**30) for where, size in sizes.items()} or None
+    spread = {"device_map": "auto", "max_memory": most, "offload_folder": aside}
+    return load_model(checkpoint, model, dtype=dtype, spread=spread)
+
+
+def merged(checkpoint: Checkpoint, model: Model, dtype: torch.dtype) -> PreTrainedModel:
+    """A checkpoint's whole model in 16 bit, its adapter merged.
+
+    The base is loaded in `dtype` whatever it was trained in; one that is published in fewer bits is unpacked first.
+    What an adapter adds is computed in float32 and rounded once.
+    """
+    plain_model = replace(model, quantization="none")
+    loaded = load_model(replace(checkpoint, adapter=None), plain_model, dtype=dtype)
+    if getattr(loaded, "is_quantized", False):
+        loaded = loaded.dequantize(dtype=dtype)
+    if checkpoint.adapter is None:
+        return loaded
+    adapted = PeftModel.from_pretrained(loaded, str(checkpoint.adapter), torch_device=str(loaded.device))
+    return adapted.merge_and_unload(safe_merge=True)
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model's inputs belong: its device or, where it is spread over several, the first that computes."""
+    places = getattr(model, "hf_device_map", None)
+    if places is None:
+        return torch.device(model.device)
+    return torch.device(next((place for place in places.values() if place not in ("cpu", "disk")), "cpu"))
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
@@ -249,7 +308,36 @@ def add_lora(base: PreTrainedModel, lora: Lora, *, keep_dtype: bool) -> PeftMode
     return get_peft_model(base, config, autocast_adapter_dtype=not keep_dtype)
 
 
-def _quantization(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def add_lora_by_unsloth(
+    checkpoint: Checkpoint, model: Model, lora: Lora, *, dtype: torch.dtype, length: int, checkpointing: bool, seed: int
+) -> PeftModel:
+    """A fresh adapter on a base model, both by Unsloth (`model.backend`); what it saves loads as any adapter."""
+    from unsloth import FastLanguageModel
+
+    with _hub_errors(checkpoint.base):
+        base, _ = FastLanguageModel.from_pretrained(
+            model_name=checkpoint.base,
+            revision=revision_of(checkpoint, model),
+            max_seq_length=length,
+            dtype=dtype,
+            load_in_4bit=model.quantization == "nf4",
+            load_in_8bit=model.quantization == "int8",
+            load_in_16bit=model.quantization == "none",
+            use_gradient_checkpointing="unsloth" if checkpointing else False,
+        )
+    return FastLanguageModel.get_peft_model(
+        base,
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets[0] if lora.targets == ("all-linear",) else list(lora.targets),
+        use_gradient_checkpointing="unsloth" if checkpointing else False,
+        random_state=seed,
+        max_seq_length=length,
+    )
+
+
+def _quantization(model: Model, dtype: torch.dtype, *, spread: bool = False) -> BitsAndBytesConfig | None:
     if model.quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -257,11 +345,14 @@ def _quantization(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_quant_storage=dtype,
+            llm_int8_enable_fp32_cpu_offload=spread,
         )
-    return BitsAndBytesConfig(load_in_8bit=True) if model.quantization == "int8" else None
+    whole = BitsAndBytesConfig(load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=spread)
+    return whole if model.quantization == "int8" else None
 
 
-def _revision(checkpoint: Checkpoint, model: Model) -> str | None:
+def revision_of(checkpoint: Checkpoint, model: Model) -> str | None:
+    """The pinned revision, where the checkpoint's weights are those of the recipe's base model on the hub."""
     return model.revision if checkpoint.base == model.name else None
 
 

@@ -16,7 +16,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import ARTIFACT, STEP, find_checkpoint, is_alive, is_done, read_owner
+from pipeline.artifact import ARTIFACT, STEP, find_checkpoint, is_alive, is_done, read_owner, step_of
 from pipeline.cluster import Cluster, batches, read_cluster
 from pipeline.errors import PlanError, RecipeError, did_you_mean
 from pipeline.families import gguf_file
@@ -45,6 +45,7 @@ class Step:
     inputs: dict[str, Step] = field(default_factory=dict)
     checkpoint: str | None = None  # weights that are no step of this plan
     folders: dict[str, str] = field(default_factory=dict)  # inputs that are no step of this plan
+    options: dict[str, str] = field(default_factory=dict)  # of an export: format, quant, source, trained_in
 
     @property
     def fingerprint(self) -> str:
@@ -108,6 +109,8 @@ def make_plan(
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
         raise PlanError(*(f"unknown stage {stage!r}; {did_you_mean(stage, STAGES)}" for stage in unknown))
+    if "export" in stages:
+        raise PlanError("an export is no part of a run: python -m pipeline export --ckpt DIR --format merged16")
     if skip_sft:
         overrides = [*overrides, "grpo.start=base"]
     recipes, where = _resolve(names, overrides, cluster, rehearse)
@@ -237,32 +240,10 @@ def evaluation_plan(
     The recipe is the one named in `words`, else the one the checkpoint was made with (its step's `step.json`), else
     the defaults; the rows are those of the checkpoint's own preprocess step where task and split are the same.
     """
+    more = [f"evaluate.limit={limit}"] if limit is not None else []
+    more += [f"evaluate.splits=[{split}]"] if split is not None else []
+    recipe, where, made_by = recipe_of(checkpoint, [*words, *more], task=task, cluster=cluster, splits=True)
     names = [word for word in words if "=" not in word]
-    find_checkpoint(checkpoint)  # what cannot be loaded is told before anything is started
-    overrides, for_cluster = _of_recipe_and_cluster([word for word in words if "=" in word])
-    overrides += [f"evaluate.limit={limit}"] if limit is not None else []
-    overrides += [f"evaluate.splits=[{split}]"] if split is not None else []
-    made_by = _step_of(Path(checkpoint))
-    values: list[Path | dict[str, Any]]
-    if names:
-        file = find_yaml(names[0], "recipe", CONFIGS, recipe_names())
-        values, name = [CONFIGS / "base.yaml", file], file.stem
-    elif made_by:
-        values, name = [made_by[1]["recipe"]], made_by[1]["recipe"]["name"]
-    else:
-        values, name = [CONFIGS / "base.yaml", {"model": {"name": checkpoint}}], "base"
-    if task is not None:
-        overrides.append(f"task.name={task}")
-        if made_by and task != made_by[1]["recipe"]["task"]["name"]:
-            values.append({"task": {"source": "auto", "path": None, "params": None}})
-            overrides.append("task.params={}")
-    recipe, problems = read_typed(Recipe, values, overrides, {"name": name})
-    where, found = read_cluster(cluster, for_cluster)
-    if recipe is not None:
-        found = [*found, *_task_problems(recipe)]
-    if recipe is None or where is None or found:
-        raise RecipeError(*problems, *found)
-    recipe = _with_task_params(recipe)
     inputs = {}
     if made_by and not names and plain(recipe.task) == made_by[1]["recipe"]["task"]:
         data = made_by[1]["inputs"].get("data") or str(made_by[0])
@@ -280,12 +261,86 @@ def evaluation_plan(
     return Plan((step,), frozenset([step.label]), where, runs)
 
 
-def _step_of(path: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The step's folder that a checkpoint lies in, and its order."""
-    for folder in [path, *path.parents][:4]:
-        if record := read_json(folder / STEP):
-            return folder, record
-    return None
+def export_plan(
+    checkpoint: str,
+    words: Sequence[str] = (),
+    *,
+    format: str,
+    quant: str | None = None,
+    out: Path | None = None,
+    cluster: str = "local",
+    runs: Path = RUNS,
+) -> Plan:
+    """A plan of one step: a checkpoint for others. Its folder is `out`, else one of `runs/exports/`."""
+    recipe, where, made_by = recipe_of(checkpoint, words, cluster=cluster)
+    problems = []
+    if format == "adapter" and find_checkpoint(checkpoint).adapter is None:
+        problems.append(f"--format adapter: {checkpoint} is a whole model without an adapter; use merged16")
+    if quant is not None and format != "gguf":
+        problems.append(
+            f"--quant {quant}: of a GGUF file, but the format is {format}; use --format gguf, or leave it out"
+        )
+    source = made_by[0].name if made_by else Path(checkpoint).name
+    options = {"format": format, "source": source} | ({"quant": quant or "q8_0"} if format == "gguf" else {})
+    payload = {
+        "stage": "export",
+        "revision": STAGES["export"].revision,
+        "settings": {"model": plain(recipe.model), "name": recipe.name, **options},
+        "inputs": {"source": source},
+        "files": _identity(checkpoint),
+    }
+    ending = "-".join([format, *([options["quant"]] if format == "gguf" else []), fingerprint(payload)])
+    folder = out or runs / "exports" / f"{recipe.name}-{source.rpartition('-')[0] or source}-{ending}"
+    if out and out.exists() and any(out.iterdir()):
+        there = read_json(out / STEP) or {}
+        if there.get("fingerprint") != fingerprint(payload):
+            problems.append(f"--out {out}: there is something else in it already; name a new folder")
+    if problems:
+        raise PlanError(*problems)
+    options["trained_in"] = recipe.model.quantization
+    if format != "adapter":  # what is merged is loaded as it lies there, by whoever asks or evaluates it
+        recipe = replace(recipe, model=replace(recipe.model, quantization="none"))
+    step = Step("export", "export", recipe, payload, folder, {}, checkpoint, {}, options)
+    return Plan((step,), frozenset([step.label]), where, runs)
+
+
+def recipe_of(
+    checkpoint: str,
+    words: Sequence[str] = (),
+    *,
+    task: str | None = None,
+    cluster: str = "local",
+    splits: bool = False,
+) -> tuple[Recipe, Cluster, tuple[Path, dict[str, Any]] | None]:
+    """The recipe and cluster a checkpoint is used with, and the step it was made by.
+
+    The recipe is the one named in `words`, else the one the checkpoint was made with (its step's `step.json`), else
+    the defaults. `splits`: those that an evaluation asks for have to exist. Raises with everything that is wrong.
+    """
+    names = [word for word in words if "=" not in word]
+    find_checkpoint(checkpoint)  # what cannot be loaded is told before anything is started
+    overrides, for_cluster = _of_recipe_and_cluster([word for word in words if "=" in word])
+    made_by = step_of(Path(checkpoint))
+    values: list[Path | dict[str, Any]]
+    if names:
+        file = find_yaml(names[0], "recipe", CONFIGS, recipe_names())
+        values, name = [CONFIGS / "base.yaml", file], file.stem
+    elif made_by:
+        values, name = [made_by[1]["recipe"]], made_by[1]["recipe"]["name"]
+    else:
+        values, name = [CONFIGS / "base.yaml", {"model": {"name": checkpoint}}], "base"
+    if task is not None:
+        overrides.append(f"task.name={task}")
+        if made_by and task != made_by[1]["recipe"]["task"]["name"]:
+            values.append({"task": {"source": "auto", "path": None, "params": None}})
+            overrides.append("task.params={}")
+    recipe, problems = read_typed(Recipe, values, overrides, {"name": name})
+    where, found = read_cluster(cluster, for_cluster)
+    if recipe is not None:
+        found = [*found, *(_task_problems(recipe) if splits else make_task(recipe.task, recipe.seed)[1])]
+    if recipe is None or where is None or found:
+        raise RecipeError(*problems, *found)
+    return _with_task_params(recipe), where, made_by
 
 
 def _identity(checkpoint: str) -> dict[str, str]:
@@ -307,6 +362,7 @@ def order_of(step: Step, cluster: Cluster) -> Order:
         resolved(step.recipe, cluster),
         {**{role: str(needed.folder) for role, needed in step.inputs.items()}, **step.folders},
         step.checkpoint,
+        step.options,
     )
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 
 from pipeline import libraries
-from pipeline.cluster import AMPERE, DEEPSPEED, Cluster, half_precision
+from pipeline.cluster import AMPERE, DEEPSPEED, Cluster, gpu_count, half_precision
 from pipeline.errors import did_you_mean
 from pipeline.families import TEMPLATES, gguf_file, model_config, special_in, special_tokens
 from pipeline.fetch import not_fetched
@@ -46,7 +46,8 @@ def problems(plan: Plan, *, audited: bool = False) -> tuple[list[str], list[str]
     for name, recipe in recipes.items():
         checks = (_names, _chat_format, _file, _attention, _lengths, _adapters)
         found = [text for look in checks for text in look(recipe)]
-        found += [*_hardware(recipe, plan.cluster), *_memory(recipe, plan.cluster)]
+        for look_wide in (_backend, _hardware, _memory):
+            found += look_wide(recipe, plan.cluster)
         if audited:
             found += _rewards(recipe)
         wrong += [f"{name}: {text}" if len(recipes) > 1 else text for text in found]
@@ -114,6 +115,49 @@ def _in_netrc(host: str) -> bool:
     with contextlib.suppress(OSError, netrc.NetrcParseError):
         return host in netrc.netrc(os.environ.get("NETRC")).hosts
     return False
+
+
+def missing_for_gguf(quant: str) -> list[str]:
+    """What an export as GGUF needs and is not installed, as sentences."""
+    found = []
+    if importlib.util.find_spec("gguf") is None:
+        found.append("--format gguf: the package gguf, which writes the file, is not installed: pip install gguf")
+    if quant == "q4_k_m" and importlib.util.find_spec("llama_cpp") is None:
+        found.append(
+            "--quant q4_k_m: its quantizer is llama.cpp's, and the package llama-cpp-python is not installed: "
+            "pip install llama-cpp-python (it compiles for some minutes), or use --quant q8_0 or q4_0"
+        )
+    return found
+
+
+def _backend(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
+    """Unsloth where it is not installed, or not made for the packages that are, or for a machine without a GPU."""
+    if recipe.model.backend != "unsloth":
+        return
+    try:
+        asked = [Requirement(line) for line in importlib.metadata.requires("unsloth") or ()]
+    except importlib.metadata.PackageNotFoundError:
+        yield (
+            "model.backend: 'unsloth', but the package is not installed (2026.10.9 asks for trl <= 1.15 and "
+            "transformers <= 5.17, so it does not go beside this project's); use transformers, which trains the same "
+            "adapters on the same 4-bit weights"
+        )
+        return
+    for needed in asked:
+        if needed.marker is None and needed.name in ("torch", "transformers", "trl", "peft", "datasets", "accelerate"):
+            version = importlib.metadata.version(needed.name)
+            if not needed.specifier.contains(version, prereleases=True):
+                yield (
+                    f"model.backend: the installed unsloth asks for {needed.name}{needed.specifier}, here is "
+                    f"{version}; use transformers, or a release of unsloth for these versions"
+                )
+    if not (gpu_count() if cluster.gpus == "auto" else cluster.gpus):
+        yield "model.backend: 'unsloth' needs a GPU, and this cluster has none; use transformers"
+    if any(getattr(cluster, stage).deepspeed != "none" for stage in ("sft", "grpo")):
+        yield (
+            "model.backend: 'unsloth' does not go with DeepSpeed; say cluster.sft.deepspeed=none "
+            "cluster.grpo.deepspeed=none, or use transformers"
+        )
 
 
 def _deepspeed(cluster: Cluster) -> Iterator[str]:

@@ -50,6 +50,7 @@ class Model:
     quantization: Literal["none", "nf4", "int8"]
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    backend: Literal["transformers", "unsloth"] = "transformers"  # unsloth: what puts a fresh adapter on its base
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,8 @@ class Recipe:
                 f"model.quantization: {self.model.quantization!r} weights cannot be trained themselves; "
                 "set lora.enabled=true, or model.quantization=none"
             )
+        if self.model.backend == "unsloth" and not self.lora.enabled:
+            found.append("model.backend: 'unsloth' trains adapters here; set lora.enabled=true, or use transformers")
         if self.model.scratch and self.model.gguf:
             found.append(
                 "model.gguf: a model from scratch has no file; set one of model.scratch and model.gguf to null"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.artifact import STOP, Owner, is_owner
@@ -21,7 +22,8 @@ class Runtime:
     world: int
     folder: Path
     owner: Owner | None  # rank 0's hold on the folder
-    checkpoint: str | None  # weights to evaluate that are no step's
+    checkpoint: str | None  # weights to evaluate or export
+    options: Mapping[str, str] = field(default_factory=dict)  # of an export
 
     def stop_asked(self) -> bool:
         """Whether someone asked this step to save and leave (rank 0 looks, all ranks agree elsewhere)."""

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,6 +62,7 @@ STAGES: dict[str, Stage] = {
         Stage("grpo", "reinforcement learning from the task's rewards", ("seed", "model", "lora", "grpo"), 1, "all"),
         Stage("evaluate", "answers to every test row, graded", ("seed", "model", "evaluate"), 1, "all"),
         Stage("report", "the models side by side, with intervals and curves", ("seed", "evaluate"), 2, "one"),
+        Stage("export", "a checkpoint for others: adapter, merged model or GGUF, with its card", ("model",), 1, "one"),
     )
 }
 
@@ -77,7 +78,8 @@ class Order:
     recipe: Recipe
     cluster: Cluster
     inputs: dict[str, str]  # role -> folder
-    checkpoint: str | None = None  # weights to evaluate that are no step's
+    checkpoint: str | None = None  # weights to evaluate that are no step's, or to export
+    options: dict[str, str] = field(default_factory=dict)  # of an export: format, quant, source, trained_in
 
 
 def write_order(folder: Path, order: Order) -> None:
@@ -116,7 +118,8 @@ def _main(stage: str, run: Run, argv: list[str]) -> int:
     if argv[:1] == ["--step"] and len(argv) == 2:
         return _work(Path(argv[1]), run)
     if "RANK" not in os.environ:  # a stage started by hand names the command line and becomes it
-        asked = ["evaluate"] if "--ckpt" in " ".join(argv) else ["run", "--stages", stage]
+        alone = stage == "export" or "--ckpt" in " ".join(argv)
+        asked = ["export" if stage == "export" else "evaluate"] if alone else ["run", "--stages", stage]
         os.execv(sys.executable, [sys.executable, "-m", "pipeline", *asked, *argv])
     # torchrun started us: every rank asks for the same plan and finds the same folder
     command = [sys.executable, "-m", "pipeline", "prepare", "--stages", stage, *argv]
@@ -137,7 +140,7 @@ def _work(folder: Path, run: Run) -> int:
     started = time.time()
     with own(folder) if rank == 0 else contextlib.nullcontext() as owner:
         progress = ProgressFile(folder if rank == 0 else None, order.name)
-        runtime = Runtime(order.cluster, progress, rank, world, folder, owner, order.checkpoint)
+        runtime = Runtime(order.cluster, progress, rank, world, folder, owner, order.checkpoint, order.options)
         try:
             inputs = {role: open_artifact(Path(where)) for role, where in order.inputs.items()}
             if rank == 0:

@@ -23,7 +23,7 @@ from pipeline.artifact import Artifact, Checkpoint, find_checkpoint
 from pipeline.checkpoints import SaveAndStop, newest_good
 from pipeline.cluster import DEEPSPEED, Batches, TrainingStage, batches
 from pipeline.errors import DataError, LaunchError, RecipeError, Stopped
-from pipeline.modeling import add_lora, base_checkpoint, choose_dtype, load_model
+from pipeline.modeling import add_lora, add_lora_by_unsloth, base_checkpoint, choose_dtype, load_model
 from pipeline.monitor import Watch, write_history
 from pipeline.recipe import Optimizer, Recipe
 from pipeline.runtime import Runtime
@@ -51,6 +51,17 @@ def trainable(recipe: Recipe, checkpoint: Checkpoint, layout: TrainingStage) -> 
 
     Weights that are themselves trained are held in float32 (DeepSpeed and autocast compute in the lower precision).
     """
+    if recipe.model.backend == "unsloth" and checkpoint.adapter is None:
+        length = max(recipe.sft.max_length, recipe.grpo.max_prompt_length + recipe.grpo.max_completion_length)
+        return add_lora_by_unsloth(
+            checkpoint,
+            recipe.model,
+            recipe.lora,
+            dtype=choose_dtype(recipe.model),
+            length=length,
+            checkpointing=layout.gradient_checkpointing,
+            seed=recipe.seed,
+        )
     full = not recipe.lora.enabled and checkpoint.adapter is None
     model = load_model(
         checkpoint, recipe.model, dtype=torch.float32 if full else choose_dtype(recipe.model), train_adapter=True

@@ -120,7 +120,10 @@ def script(stage: Stage, cluster: Cluster, step: Step | None = None, venv: str |
     return head + options + setup + which + RUN
 
 
-USAGE = {"evaluate": "RECIPE [key=value …]   or   --ckpt DIR [--task NAME] [--split NAME] [--limit N]"}
+USAGE = {
+    "export": "--ckpt DIR --format merged16 [--quant q8_0]",
+    "evaluate": "RECIPE [key=value …]   or   --ckpt DIR [--task NAME] [--split NAME] [--limit N]",
+}
 
 
 def resources(stage: Stage, cluster: Cluster) -> list[str]:

@@ -78,7 +78,7 @@ class Task(ABC):
 
     @abstractmethod
     def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
-        """Judge a completion (without its stop token)."""
+        """Judge a completion (without its stop token). Of a question that someone types (`asked`) gold is ""."""
 
     @abstractmethod
     def is_well_formed(self, completion: str, prefilled: bool) -> bool:
@@ -95,6 +95,10 @@ class Task(ABC):
     def messages(self, example: Example) -> list[Message]:
         """The conversation that asks the question."""
         return [{"role": "user", "content": example.question}]
+
+    def asked(self, question: str) -> Example:
+        """A question that someone types: no row, and no gold to grade against."""
+        return Example("asked", question, "", "asked")
 
     def problems(self) -> list[str]:
         """Settings that cannot work together."""

@@ -226,6 +226,12 @@ class Corr2Cause(Task):
         asked = text.INSTRUCTION_THREE if p.labels == "three" else text.INSTRUCTION
         return f"{asked} {text.EDGES}" if p.style == "plusplus" else asked
 
+    def asked(self, question: str) -> Example:
+        """A premise and a hypothesis ask for a verdict as every row does, also where the last line is left out."""
+        instruction = self.params.instruction
+        whole = question if not instruction or question.endswith(instruction) else f"{question}\n{instruction}"
+        return super().asked(whole)
+
     def problems(self) -> list[str]:
         p, found = self.params, []
         if p.validation_classes + p.test_classes >= 1:

@@ -1,0 +1,241 @@
+"""Ask one or several checkpoints a question, and watch thought and answer being written.
+
+    python -m pipeline ask --ckpt runs/tiny/grpo-… "Premise: … Hypothesis: …"
+    python -m pipeline ask --ckpt A --ckpt B --sample - < question.txt
+    python -m pipeline ask --ckpt A --chat            questions from the terminal, one a line, in one conversation
+
+A model is loaded, prompted and read as the evaluation does it; the verdict under an answer is the task's own reading.
+Answers go to stdout, everything else to stderr. It keeps nothing: figures come from `python -m pipeline evaluate`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from pipeline.answers import CLOSE, OPEN, split_thought
+from pipeline.artifact import find_checkpoint
+from pipeline.cluster import MaxMemory
+from pipeline.errors import PlanError, run_main
+from pipeline.generation import Completion, Sampling, Stream, generate_batch, seed_of, stop_ids
+from pipeline.modeling import check_tokenizer, load_to_ask, load_tokenizer, prefills_thought, prompt_ids
+from pipeline.recipe import Recipe
+from pipeline.tasks.task import Message, Task, Verdict, task_of
+from pipeline.typed import build
+
+DIM, PLAIN = "\x1b[2m", "\x1b[22m"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says beside the checkpoints; None is the recipe's own."""
+
+    question: str | None
+    chat: bool
+    sample: bool
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    max_new_tokens: int | None
+    seed: int | None
+    max_memory: MaxMemory | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A checkpoint, and the recipe that says how it is loaded and read."""
+
+    checkpoint: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the command line hands to this process, as JSON."""
+
+    asked: tuple[Asked, ...]
+    options: Options
+
+
+@dataclass
+class Loaded:
+    """A model that can be asked, and the conversation with it."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    task: Task
+    sampling: Sampling
+    seed: int
+    prefilled: bool
+    turns: list[Message] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Answer:
+    completion: Completion
+    verdict: Verdict
+    seconds: float
+
+    @property
+    def read(self) -> str:
+        """The answer the task reads, or why there is none."""
+        if self.completion.truncated:
+            return f"none: cut off after {self.completion.tokens} tokens (--max-new-tokens)"
+        return self.verdict.answer or "yes" if self.verdict.answered else "none that can be read"
+
+
+def main() -> int:
+    if sys.argv[1:2] != ["--order"]:  # started by hand: the command line resolves what is asked, and comes back
+        os.execv(sys.executable, [sys.executable, "-m", "pipeline", "ask", *sys.argv[1:]])
+    order, problems = build(Order, json.loads(sys.argv[2]))
+    if order is None:
+        raise PlanError(*problems)
+    ask(order)
+    return 0
+
+
+def ask(order: Order) -> None:
+    """Every question to every checkpoint; a conversation keeps all models loaded, one question one at a time."""
+    models: Any = (load(one, order.options) for one in order.asked)
+    models = list(models) if order.options.chat else models
+    for question in questions(order.options):
+        answers: list[tuple[str, Answer]] = []
+        for loaded in models:
+            if len(order.asked) > 1:
+                print(f"== {loaded.name}")
+            answers.append((loaded.name, tell(loaded, question, sys.stdout)))
+            print(flush=True)
+        if len(answers) > 1:
+            print(table(answers), flush=True)
+    print(
+        f"\nnext:\n  python -m pipeline export --ckpt {order.asked[-1].checkpoint} --format merged16", file=sys.stderr
+    )
+
+
+def questions(options: Options) -> Iterator[str]:
+    """The question of the command line; in a conversation those of stdin after it, one a line."""
+    if options.question is not None:
+        yield options.question
+    live = sys.stdin.isatty() if options.chat else False
+    if live:
+        import readline  # noqa: F401  (earlier questions come back with the arrow keys)
+    while options.chat:
+        try:
+            line = input("> " if live else "").strip()
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+def load(asked: Asked, options: Options) -> Loaded:
+    """A checkpoint with its tokenizer, in the recipe's precision and quantization."""
+    started, recipe = time.time(), asked.recipe
+    print(f"loading {asked.checkpoint} …", file=sys.stderr, flush=True)
+    checkpoint = find_checkpoint(asked.checkpoint)
+    tokenizer = load_tokenizer(checkpoint, recipe.model)
+    model = load_to_ask(checkpoint, recipe.model, options.max_memory)
+    check_tokenizer(tokenizer, model, checkpoint)
+    model.eval()
+    print(f"loaded in {time.time() - started:.1f} s", file=sys.stderr, flush=True)
+    return Loaded(
+        asked.checkpoint,
+        model,
+        tokenizer,
+        task_of(recipe.task, recipe.seed),
+        sampling_of(recipe, options),
+        recipe.seed if options.seed is None else options.seed,
+        prefills_thought(tokenizer),
+    )
+
+
+def sampling_of(recipe: Recipe, options: Options) -> Sampling:
+    """Greedy unless sampling is asked for; then as the recipe evaluates or, where that is greedy, as GRPO samples."""
+    source = recipe.evaluate if recipe.evaluate.temperature else recipe.grpo
+    given = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
+    values: dict[str, Any] = {name: getattr(source, name) if value is None else value for name, value in given.items()}
+    if not options.sample and not any(value is not None for value in given.values()):
+        values["temperature"] = 0.0
+    return Sampling(**values, max_new_tokens=options.max_new_tokens or recipe.evaluate.max_new_tokens)
+
+
+def tell(loaded: Loaded, question: str, out: TextIO) -> Answer:
+    """Ask, print the answer as it is written and how it is read, and keep both turns."""
+    example = loaded.task.asked(question)
+    messages = loaded.task.messages(example)
+    turns = [*loaded.turns, *(messages[-1:] if loaded.turns else messages)]
+    prompt = prompt_ids(loaded.tokenizer, [turns])[0]
+    context = loaded.model.config.get_text_config().max_position_embeddings
+    if len(prompt) >= context:
+        raise PlanError(
+            f"the question has {len(prompt)} tokens with its chat format and what was said before, {loaded.name} reads "
+            f"{context}: ask a shorter one{', or begin a new conversation' if loaded.turns else ''}"
+        )
+    room = min(loaded.sampling.max_new_tokens, context - len(prompt))
+    sampling = Sampling(loaded.sampling.temperature, loaded.sampling.top_p, loaded.sampling.top_k, room)
+    screen = Screen(loaded.prefilled, out)
+    stream = Stream(loaded.tokenizer, stop_ids(loaded.model, loaded.tokenizer), screen.show)
+    started = time.time()
+    seeds = [seed_of(loaded.seed, prompt)]
+    completion = generate_batch(loaded.model, loaded.tokenizer, [prompt], sampling, seeds, stream)[0]
+    screen.end(completion.text)
+    verdict = loaded.task.grade(example, completion.text, loaded.prefilled)
+    answer = Answer(completion, verdict, time.time() - started)
+    print(f"\n\nverdict: {answer.read}   ({completion.tokens} tokens, {answer.seconds:.1f} s)", file=out, flush=True)
+    opened = f"{OPEN}\n" if loaded.prefilled else ""
+    loaded.turns = [*turns, {"role": "assistant", "content": opened + completion.text}]
+    return answer
+
+
+class Screen:
+    """Prints a text that grows, the thought dim where `out` is a terminal; a tag is printed when it is whole."""
+
+    def __init__(self, prefilled: bool, out: TextIO) -> None:
+        self.prefilled, self.out, self.shown = prefilled, out, 0
+        self.dims = out.isatty() and "NO_COLOR" not in os.environ
+        if prefilled:  # the prompt has opened the thought already
+            self._write(f"{OPEN}\n", dim=True)
+
+    def show(self, text: str) -> None:
+        """Print what of the text so far is new."""
+        self._advance(text[: len(text) - _begun_tag(text)])
+
+    def end(self, text: str) -> None:
+        """Print the rest: no tag can follow."""
+        self._advance(text)
+
+    def _advance(self, text: str) -> None:
+        answer = split_thought(text, self.prefilled).answer
+        border = max(self.shown, len(text) - len(answer or ""))
+        self._write(text[self.shown : border], dim=True)
+        self._write(text[border:], dim=False)
+        self.shown = max(self.shown, len(text))
+
+    def _write(self, text: str, *, dim: bool) -> None:
+        if text:
+            self.out.write(f"{DIM}{text}{PLAIN}" if dim and self.dims else text)
+            self.out.flush()
+
+
+def _begun_tag(text: str) -> int:
+    """How many characters at the end of the text may be the beginning of a tag."""
+    return max(k for tag in (OPEN, CLOSE) for k in range(len(tag)) if text.endswith(tag[:k]))
+
+
+def table(answers: list[tuple[str, Answer]]) -> str:
+    """The checkpoints side by side."""
+    width = max(len(name) for name, _ in answers)
+    lines = [f"{'checkpoint':<{width}}  tokens  seconds  verdict"]
+    for name, answer in answers:
+        lines.append(f"{name:<{width}}  {answer.completion.tokens:>6}  {answer.seconds:>7.1f}  {answer.read}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main)
