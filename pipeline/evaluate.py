@@ -89,6 +89,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
                 "gold": row["gold"],
                 "answer": verdict.answer,
                 "correct": verdict.correct,
+                "proxy": verdict.proxy,
                 "answered": verdict.answered and not completion.truncated,
                 "completion": completion.text,
                 "tokens": completion.tokens,
@@ -113,7 +114,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         for path in out.glob("partial-*.jsonl"):
             path.unlink()
         main_split = metrics[settings.splits[0]]["all"]
-        shown = {name: main_split[name]["value"] for name in ("f1", "balanced_accuracy", "unanswered")}
+        names = ("f1", "balanced_accuracy", "accuracy", "proxy", "unanswered")
+        shown = {name: main_split[name]["value"] for name in names if name in main_split}
         runtime.progress.update(done=total, figures=shown)
     return metrics
 

@@ -176,9 +176,8 @@ def needs(recipe: Recipe, cluster: Cluster) -> list[Need] | None:
         return None
     shape, cluster = shape_of(config), resolved(recipe, cluster)
     found = []
-    for stage in ("sft", "grpo"):
-        if stage == "grpo" or recipe.grpo.start == "sft":
-            found += _training(recipe, cluster, shape, "sft" if stage == "sft" else "grpo")
+    for stage in recipe.stages:
+        found += _training(recipe, cluster, shape, stage)
     found.append(_evaluation(recipe, cluster, shape))
     return found
 
@@ -470,4 +469,4 @@ def _changes(recipe: Recipe, cluster: Cluster) -> list[Change]:
 
 
 def _stages(recipe: Recipe) -> dict[str, Any]:
-    return {"sft": recipe.sft, "grpo": recipe.grpo}
+    return {name: getattr(recipe, name) for name in recipe.stages}

@@ -70,7 +70,7 @@ class TaskChoice:
     name: str
     source: Literal["auto", "generated", "path", "hub", "sample"]
     path: str | None
-    revision: str | None
+    revision: str | dict[str, str] | None  # the hub commit; of several data sets {name: commit}
     bad_rows: Literal["stop", "skip"]
     params: dict[str, Any]
 
@@ -117,7 +117,7 @@ class Grpo:
     """Group relative policy optimization (Shao et al. 2024)."""
 
     optimizer: Optimizer
-    start: Literal["sft", "base"]
+    start: Literal["sft", "base", "none"]  # none: the recipe has no GRPO
     rewards: dict[str, Reward]
     epochs: Rate
     max_steps: Positive | None
@@ -165,11 +165,16 @@ class Recipe:
     grpo: Grpo
     evaluate: Evaluate
 
+    @property
+    def stages(self) -> tuple[Literal["sft", "grpo"], ...]:
+        """The training stages it has, in their order."""
+        return {"sft": ("sft", "grpo"), "base": ("grpo",), "none": ("sft",)}[self.grpo.start]  # type: ignore[return-value]
+
     def problems(self) -> list[str]:
         """Combinations that cannot work, each with what would."""
         found = []
         batch, group = self.grpo.global_batch_size, self.grpo.num_generations
-        if batch % group:
+        if batch % group and "grpo" in self.stages:
             near = [n for n in range(2, batch + 1) if batch % n == 0]
             below = [n for n in near if n < group][-1:]
             above = [n for n in near if n > group][:1]
@@ -183,7 +188,7 @@ class Recipe:
                     f"{stage}.optimizer.max_grad_norm: {optimizer.max_grad_norm:g} would shrink every step of muon, "
                     "whose gradients are orthogonal matrices of a far larger norm; use 0"
                 )
-        if not self.grpo.rewards:
+        if not self.grpo.rewards and "grpo" in self.stages:
             found.append("grpo.rewards: empty; list at least one, such as correctness: {weight: 1.0, params: {}}")
         if self.model.quantization != "none" and not self.lora.enabled:
             found.append(

@@ -28,7 +28,7 @@ def pay(name: str, given: Sample) -> float | None:
 
 
 def test_every_reward_is_a_function_of_its_files_name() -> None:
-    assert reward_names() == ["correctness", "format"]
+    assert reward_names() == ["correctness", "format", "match"]
     found, problems = find_rewards({name: Reward(1.0, {}) for name in reward_names()})
     assert set(found) == set(reward_names())
     assert problems == []
@@ -55,8 +55,9 @@ def test_no_known_exploit_pays_under_any_recipe(name: str) -> None:
     task = task_of(recipe.task, recipe.seed)
     rewards, _ = find_rewards(recipe.grpo.rewards)
     weights = {key: reward.weight for key, reward in recipe.grpo.rewards.items()}
-    for gold in ("Yes", "No"):
-        example = Example("1", EXAMPLE.question, gold, "g")
+    examples = task.specimens()
+    assert examples or "grpo" not in recipe.stages
+    for example in examples:
         assert audit(task, rewards, weights, example) == []
 
 
@@ -64,6 +65,6 @@ def test_the_audit_finds_a_reward_that_can_be_hacked(task: Task) -> None:
     """First-substring matching is the mistake of others: the audit has to see it."""
     hackable = {"substring": lambda s: float(f"Therefore: {s.example.gold}" in s.completion)}
     found = audit(task, hackable, {"substring": 1.0}, EXAMPLE)
-    assert any(text.startswith("both verdicts") for text in found)
-    assert any(text.startswith("verdict in the thought") for text in found)
-    assert len(exploits(EXAMPLE)) >= 14
+    assert any(text.startswith("both answers") for text in found)
+    assert any(text.startswith("answer in the thought") for text in found)
+    assert len(exploits("verdict", EXAMPLE)) >= 16

@@ -11,8 +11,6 @@ no proofs: their targets are verdicts.
 
 from __future__ import annotations
 
-import csv
-import json
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -25,6 +23,7 @@ from typing import Annotated, Any, Literal
 
 from pipeline import answers
 from pipeline.errors import DataError
+from pipeline.rows import file_rows, good_rows, lacks
 from pipeline.tasks.corr2cause import text
 from pipeline.tasks.corr2cause.graphs import MAX_N, RELATIONS, EquivalenceClass, classes
 from pipeline.tasks.corr2cause.trace import proof
@@ -94,6 +93,7 @@ class Corr2Cause(Task):
     Params = Corr2CauseParams
     sources = ("generated", "path")
     positive = "Yes"
+    answer_kind = "verdict"
     breakdowns = ("n", "relation")
     published = (
         {"name": "Random", "f1": 0.204},
@@ -160,6 +160,9 @@ class Corr2Cause(Task):
         phase = {"n": [3, 4], "rows": 48, "traces": 1.0, "shuffled": 0.0}
         few = {"grpo_rows": 32, "validation_rows": 0, "test_rows": 12, "perturbed_rows": 6}
         return {"n": [4], "validation_classes": 0.0, "test_classes": 0.4, "phases": [phase], **few}
+
+    def specimens(self) -> list[Example]:
+        return [Example("1", "Premise: x\nHypothesis: y", gold, "g") for gold in ("Yes", "No")]
 
     def split_names(self) -> list[str]:
         perturbed = ["paraphrased", "refactored"] if self.source == "generated" else []
@@ -321,70 +324,27 @@ def _proof_of_split(
 
 
 def read_published(path: Path, instruction: str, *, skip_bad: bool) -> tuple[list[Example], list[str]]:
-    """Rows of a .csv, .json or .jsonl file with `input` and `label`; DataError names each bad one by its line."""
-    if not path.is_file():
-        raise DataError(f"task.path: {path} does not exist; give a .csv, .json or .jsonl file")
-    rows, problems = [], []
-    for line, row in _lines(path):
-        problem = row if isinstance(row, str) else _problem(row)
-        if problem:
-            problems.append(f"{path}:{line}: {problem}")
-            continue
-        premise, _, claim = str(row["input"]).partition("\n")  # type: ignore[index]
+    """Rows of a file with `input` and `label`; DataError names each bad one by its line."""
+    found, skipped = good_rows(file_rows(path), _problem, str(path), skip_bad=skip_bad)
+    rows = []
+    for row in found:
+        premise, _, claim = str(row.values["input"]).partition("\n")
         premise, claim = premise.removeprefix("Premise: "), claim.removeprefix("Hypothesis: ")
         group = sha256(premise.encode()).hexdigest()[:10]
-        label = str(row["label"]).strip()  # type: ignore[index]
-        gold = "Yes" if label == "1" else "No"
+        gold = "Yes" if row.text("label") == "1" else "No"
         tags = {"n": int(premise.split("closed system of ")[1].split()[0])}
         target = f"{answers.OPEN}\n{answers.CLOSE}\nTherefore: {gold}"
-        rows.append(
-            Example(f"{path.stem}-{line}", text.question(premise, claim, instruction), gold, group, tags, target)
-        )
-    if problems and not skip_bad:
-        shown = problems if len(problems) <= 20 else [*problems[:20], f"… and {len(problems) - 20} more bad rows"]
-        raise DataError(*shown, "mend them, or leave them out with task.bad_rows=skip (they are counted)")
-    if not rows:
-        raise DataError(f"{path}: no rows")
-    return rows, problems
+        question = text.question(premise, claim, instruction)
+        rows.append(Example(f"{path.stem}-{row.line}", question, gold, group, tags, target))
+    return rows, skipped
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line, row) for each row; a text in place of a row says why it cannot be read."""
-    with path.open(encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
-            reader = csv.DictReader(file)
-            for row in reader:
-                yield reader.line_num, row
-        elif path.suffix == ".jsonl":
-            for line, content in enumerate(file, 1):
-                if content.strip():
-                    yield line, _json(content)
-        elif path.suffix == ".json":
-            content = _json(file.read())
-            if not isinstance(content, list):
-                yield 1, content if isinstance(content, str) else "not a list of rows"
-                return
-            yield from enumerate(content, 1)
-        else:
-            raise DataError(f"{path}: a {path.suffix or 'nameless'} file; give .csv, .json or .jsonl")
-
-
-def _json(content: str) -> Any:
-    try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
-        return f"not JSON ({error.msg} at character {error.pos + 1})"
-
-
-def _problem(row: Any) -> str | None:
-    if not isinstance(row, dict):
-        return "not a mapping with input and label"
-    if missing := [name for name in ("input", "label") if row.get(name) in (None, "")]:
-        return f"no {' and no '.join(missing)}"
-    if str(row["label"]).strip() not in ("0", "1"):
-        return f"label {row['label']!r} is neither 0 nor 1"
-    words = str(row["input"])
-    if not re.match(r"Premise: .*closed system of \d+ .*\nHypothesis: ", words):
+def _problem(values: Any) -> str | None:
+    if told := lacks(values, "input", "label"):
+        return told
+    if str(values["label"]).strip() not in ("0", "1"):
+        return f"label {values['label']!r} is neither 0 nor 1"
+    if not re.match(r"Premise: .*closed system of \d+ .*\nHypothesis: ", str(values["input"])):
         return 'input is not "Premise: …" and, on the next line, "Hypothesis: …"'
     return None
 
