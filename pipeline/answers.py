@@ -102,7 +102,7 @@ def stated(text: str | None) -> list[str]:
         content = (_braces(rest) if boxed else rest.partition("\n")[0]) or ""
         if not boxed and r"\boxed" in content:
             continue  # "the answer is \boxed{5}": the box says it
-        content = content.strip().strip("*_").strip()
+        content = _MARK.split(content)[0].strip().strip("*_").strip() if not boxed else content.strip()
         if mark.group().lower().startswith("answer"):
             loose.append(content)
         elif not content or len(content) > LONGEST:
@@ -139,7 +139,7 @@ DIGITS, EXPONENT = 40, 200  # what is longer or larger is not read: it would onl
 _WRAPPERS = re.compile(r"\\(?:text|mathrm|mathbf|mathit|operatorname|rm|bf)\s*\{([^{}]*)\}")
 _SPACES = re.compile(r"\\[,;:! ]|\\q?quad|~|\\(?:left|right)(?![A-Za-z])")
 _TEN = r"10\s*\^\s*\{?\s*(?P<%s>[+-]?[0-9]{1,4})(?![0-9])\s*\}?"
-_DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
+_DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 _NUMBER = re.compile(
     r"(?:approximately|about|roughly|\\approx|\\sim|≈|=|\s)*(?P<sign>[+-]?)\s*[$€£]?\s*(?:"
     r"\\[dt]?frac\s*\{\s*(?P<top>[+-]?[0-9]+)\s*\}\s*\{\s*(?P<under>[0-9]+)\s*\}"
@@ -306,7 +306,8 @@ def _harmless(text: str) -> bool:
 # ---------------------------------------------------------------- choices and words
 
 _CHOICE = re.compile(r"\(?(?P<letter>[A-E])\)?(?=\s*(?:$|[.,:;)\]]|because\b|since\b))")
-_OTHER = re.compile(r"(?:\b(?:or|and)\b|[,/&|])\s*\(?[A-E](?![A-Za-z'])")
+_OTHER = re.compile(r"(?:\b(?:or|and)\b|[,;/&|])\s*\(?[A-E](?![A-Za-z'])")
+_LISTED = re.compile(r"(?<![A-Za-z])([A-E])\)")  # a choice as it is listed in a question
 
 
 def choice(completion: str, prefilled: bool) -> str | None:
@@ -315,7 +316,7 @@ def choice(completion: str, prefilled: bool) -> str | None:
     found = stated(answer) or ([answer] if len(answer) <= len("(A).") else [])
     matches = [_CHOICE.match(_WRAPPERS.sub(r"\1", text).strip(" $*_")) for text in found]
     letters = {match["letter"] if match else None for match in matches}
-    if len(letters) != 1 or any(_OTHER.search(text) for text in found):
+    if len(letters) != 1 or any(_OTHER.search(text) or len(set(_LISTED.findall(text))) > 1 for text in found):
         return None
     return letters.pop()
 

@@ -78,9 +78,10 @@ class MathScience(Task):
         return [_math(row) for row in math], [_science(row) for row in science], skipped
 
     def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
-        said = answers.expression(completion, prefilled)
         if not example.gold:
-            return Verdict(None, said is not None, said)
+            text = (answers.answer_text(completion, prefilled) or "").strip()
+            return Verdict(None, bool(text), text or None)
+        said = answers.expression(completion, prefilled)
         if example.tags["set"] == "mathcode":
             return Verdict(said is not None and answers.same_expression(example.gold, said), said is not None, said)
         number, gold = answers.quantity(completion, prefilled), answers.quantity_in(example.gold)
