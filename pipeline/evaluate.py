@@ -55,7 +55,9 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     model = load_model(checkpoint, recipe.model, dtype=choose_dtype(recipe.model)).to(device())
     check_tokenizer(tokenizer, model, checkpoint)
-    sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens)
+    sampling = Sampling(
+        settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens, settings.repetition_penalty
+    )
     prefilled = prefills_thought(tokenizer)
 
     # ---- ask and grade, one line a row, each line kept as soon as it is there

@@ -146,6 +146,7 @@ class Evaluate:
     temperature: NonNegative  # 0: greedy
     top_p: Share
     top_k: Count
+    repetition_penalty: Rate  # 1: none; above, tokens that stand already become less likely (Keskar et al. 2019)
     max_new_tokens: Positive
     draws: Positive  # bootstrap draws
     confidence: Share

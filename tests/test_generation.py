@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.artifact import find_checkpoint
-from pipeline.generation import Draw, Sampling, batches_of, generate, seed_of
+from pipeline.generation import Draw, Repetition, Sampling, batches_of, generate, seed_of
 from pipeline.modeling import load_model, load_tokenizer, make_scratch
 from pipeline.recipe import read
 
@@ -40,8 +40,16 @@ def test_batches_hold_every_prompt_once_and_like_lengths() -> None:
     assert [[lengths[k] for k in batch] for batch in found] == [[9, 5, 4, 4], [2, 1]]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_an_answer_does_not_depend_on_its_batch(tmp_path: Path, temperature: float) -> None:
+def test_a_repetition_penalty_falls_on_what_stands_already_and_not_on_padding() -> None:
+    ids = torch.tensor([[9, 9, 0], [9, 3, 1]])  # the first row is padded with two 9, the second with one
+    scores = torch.tensor([[2.0, 1.0, 0.0, -1.0, 0, 0, 0, 0, 0, 4.0]]).repeat(2, 1)
+    found = Repetition(2.0, [2, 1])(ids, scores)
+    assert found[0].tolist() == [1.0, 1.0, 0.0, -1.0, 0, 0, 0, 0, 0, 4.0]
+    assert found[1].tolist() == [2.0, 0.5, 0.0, -2.0, 0, 0, 0, 0, 0, 4.0]
+
+
+@pytest.mark.parametrize(("temperature", "penalty"), [(0.0, 1.0), (0.8, 1.0), (0.0, 1.5)])
+def test_an_answer_does_not_depend_on_its_batch(tmp_path: Path, temperature: float, penalty: float) -> None:
     recipe, _ = read("tiny", ["model.scratch.hidden_size=32", "model.scratch.layers=1", "seed=3"])
     assert recipe is not None
     assert recipe.model.scratch is not None
@@ -50,7 +58,7 @@ def test_an_answer_does_not_depend_on_its_batch(tmp_path: Path, temperature: flo
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     model = load_model(checkpoint, recipe.model, dtype=torch.float32)
     prompts = [tokenizer(text)["input_ids"] for text in ("A", "A correlates", "B. Therefore: Yes", "with B", "Yes A")]
-    sampling = Sampling(temperature, 0.95, 0, 12)
+    sampling = Sampling(temperature, 0.95, 0, 12, penalty)
 
     def answers(prompts: list[list[int]], batch: int, seed: int = 0) -> dict[int, str]:
         return {k: c.text for k, c in generate(model, tokenizer, prompts, sampling, batch, seed)}
