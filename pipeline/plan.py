@@ -181,7 +181,12 @@ def _recipe_problems(recipe: Recipe, cluster: Cluster | None) -> list[str]:
 
 def _task_problems(recipe: Recipe) -> list[str]:
     task, problems = make_task(recipe.task, recipe.seed)
-    return problems if task is None else split_problems(task, recipe.evaluate.splits)
+    if task is None:
+        return problems
+    problems = split_problems(task, recipe.evaluate.splits)
+    if "grpo" in recipe.stages and not task.rewardable:
+        problems.append(f"grpo.start: {recipe.grpo.start!r}, but nothing of {task.name} can be rewarded; use none")
+    return problems
 
 
 def _recipe_steps(recipe: Recipe, runs: Path) -> list[Step]:
@@ -256,7 +261,7 @@ def evaluation_plan(
     if task is not None:
         overrides.append(f"task.name={task}")
         if made_by and task != made_by[1]["recipe"]["task"]["name"]:
-            values.append({"task": {"source": "auto", "path": None, "params": None}})
+            values.append({"task": {"source": "auto", "path": None, "revision": None, "params": None}})
             overrides.append("task.params={}")
     recipe, problems = read_typed(Recipe, values, overrides, {"name": name})
     where, found = read_cluster(cluster, for_cluster)

@@ -130,3 +130,33 @@ def test_every_bootstrap_sample_has_as_many_groups() -> None:
 
 def test_no_rows_are_no_figures() -> None:
     assert summarize([], 10, 0.95, 0)["rows"] == {"value": 0}
+
+
+def test_a_task_without_a_positive_class_has_accuracy_and_no_f1() -> None:
+    data = [Outcome(str(k), str(k), None, k < 6, k < 8, 10) for k in range(10)]
+    found = summarize(data, 200, 0.95, 0)
+    assert found["accuracy"]["value"] == 0.6
+    assert found["accuracy"]["low"] < 0.6 < found["accuracy"]["high"]
+    assert found["unanswered"]["value"] == 0.2
+    assert not {"f1", "balanced_accuracy", "mcc", "precision", "recall", "proxy"} & set(found)
+    assert baseline_figures(data) == {}
+    assert set(compare(data, data, 50, 0.95, 0)) == {"accuracy", "unanswered", "tokens"}
+
+
+def test_what_cannot_be_verified_has_no_accuracy_and_a_proxy_is_counted_apart() -> None:
+    opened = [Outcome(str(k), str(k), None, None, k < 9, 10) for k in range(10)]
+    found = summarize(opened, 50, 0.95, 0)
+    assert (found["rows"]["value"], found["verified"]["value"]) == (10, 0)
+    assert found["unanswered"]["value"] == 0.1
+    assert not {"accuracy", "f1", "proxy"} & set(found)
+    short = [Outcome(f"s{k}", str(k), None, None, True, 10, proxy=k < 3) for k in range(4)]
+    assert summarize(opened + short, 50, 0.95, 0)["proxy"]["value"] == 0.75  # of the rows that have one
+    verified = [Outcome(f"v{k}", str(k), None, k < 1, True, 10) for k in range(4)]
+    mixed = summarize(opened + verified, 50, 0.95, 0)
+    assert (mixed["accuracy"]["value"], mixed["verified"]["value"]) == (0.25, 4)  # of the rows that can be verified
+
+
+def test_a_truncated_answer_matches_no_proxy() -> None:
+    record = {"id": "1", "group": "g", "gold": "x", "correct": None, "proxy": True, "answered": False, "tokens": 3}
+    assert outcome_of(record, None).proxy is False
+    assert outcome_of({**record, "answered": True}, None) == Outcome("1", "g", None, None, True, 3, True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.recipe import Reward, TaskChoice, read, recipe_names
-from pipeline.rewards.audit import audit, exploits
+from pipeline.rewards.audit import FINAL, audit, exploits
 from pipeline.rewards.reward import Sample, find_rewards, make_sample, reward_names
 from pipeline.tasks.task import Example, Task, Verdict, task_of
 
@@ -42,6 +42,17 @@ def test_correctness_is_the_tasks_verdict(task: Task) -> None:
     assert pay("correctness", unverifiable) is None
 
 
+def test_match_is_the_declared_proxy_and_no_correctness(task: Task) -> None:
+    def judged(verdict: Verdict) -> Sample:
+        return Sample(EXAMPLE, "", True, False, verdict, True)
+
+    assert pay("match", judged(Verdict(None, True, "iron", proxy=True))) == 1
+    assert pay("match", judged(Verdict(None, True, "rest", proxy=False))) == 0
+    assert pay("match", judged(Verdict(None, True, "prose"))) is None
+    assert pay("match", judged(Verdict(True, True, "Yes"))) is None  # where it verifies, correctness is what is paid
+    assert pay("correctness", judged(Verdict(None, True, "iron", proxy=True))) is None
+
+
 def test_format_is_the_tasks_form(task: Task) -> None:
     assert pay("format", sample(task, "x\n</think>\nTherefore: No")) == 1
     assert pay("format", sample(task, "x\n</think>\nTherefore: No, I think")) == 0
@@ -59,6 +70,21 @@ def test_no_known_exploit_pays_under_any_recipe(name: str) -> None:
     assert examples or "grpo" not in recipe.stages
     for example in examples:
         assert audit(task, rewards, weights, example) == []
+
+
+KINDS = {"verdict": "Yes", "number": "72", "expression": "4\\sqrt{3}", "choice": "B", "words": "Vitamin C"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_answer_has_a_catalogue_that_a_careless_reader_fails(kind: str) -> None:
+    """A reader that looks for the gold answer anywhere is caught, whatever is asked."""
+    assert set(KINDS) == set(FINAL)
+    gold = KINDS[kind]
+    example = Example("1", f"Is it {gold}?", gold, "g")
+    found = exploits(kind, example)
+    assert len(found) >= 17
+    assert sum(gold in completion for completion in found.values()) >= 10
+    assert len(set(found.values())) == len(found)
 
 
 def test_the_audit_finds_a_reward_that_can_be_hacked(task: Task) -> None:

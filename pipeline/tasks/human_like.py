@@ -35,7 +35,7 @@ class HumanLike(Task):
     sources = ("hub", "path", "sample")
     hub = ("HumanLLMs/Human-Like-DPO-Dataset",)
     positive = None
-    answer_kind = None
+    rewardable = False
 
     params: HumanLikeParams
 

@@ -69,6 +69,7 @@ class Task(ABC):
     Params: ClassVar[type]
     sources: ClassVar[tuple[str, ...]]  # what `task.source` may be; the first is `auto`
     hub: ClassVar[tuple[str, ...]] = ()  # the data sets of source `hub`
+    rewardable: ClassVar[bool] = True  # whether it has rows for GRPO
     answer_kind: ClassVar[str | None] = None  # of its final answers: a key of `rewards.audit.FINAL`; None: any text
     proxy: ClassVar[str | None] = None  # what `Verdict.proxy` is, in words
     positive: ClassVar[str | None]  # the gold that F1 and recall count, None for tasks without one
