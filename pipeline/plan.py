@@ -117,7 +117,9 @@ def make_plan(
     steps.append(_report_step(recipes, steps, runs))
     chosen = [step for step in steps if not stages or step.stage in stages]
     if not chosen:
-        raise PlanError(f"{' and '.join(names)} has no {' and no '.join(stages)} step: see grpo.start and evaluate.splits")
+        raise PlanError(
+            f"{' and '.join(names)} has no {' and no '.join(stages)} step: see grpo.start and evaluate.splits"
+        )
     plan = Plan(tuple(steps), frozenset(step.label for step in chosen), where, runs)
     if where.launcher == "local" and (missing := plan.missing()):
         raise PlanError(*missing)
