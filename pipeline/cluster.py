@@ -92,6 +92,7 @@ class Cluster:
     grpo: TrainingStage
     generation_batch_size: Positive | Literal["auto"]  # completions that each process generates at once in GRPO
     evaluate_batch_size: Positive | Literal["auto"]  # prompts that each process generates for at once
+    evaluate_memory: Rate | None  # GB of each device for an evaluation's weights; null: all of them on the device
     save_steps: Positive
     keep_checkpoints: Positive
     logging_steps: Positive

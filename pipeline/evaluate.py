@@ -53,7 +53,15 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     runtime.progress.update(note="loading the model")
     checkpoint = find_checkpoint(runtime.checkpoint) if runtime.checkpoint else first_weights(recipe, inputs)
     tokenizer = load_tokenizer(checkpoint, recipe.model)
-    model = load_model(checkpoint, recipe.model, dtype=choose_dtype(recipe.model)).to(device())
+    memory = runtime.cluster.evaluate_memory
+    model = load_model(
+        checkpoint,
+        recipe.model,
+        dtype=choose_dtype(recipe.model),
+        memory=memory,
+        offload=out / f"offload-{runtime.rank}",
+    )
+    model = model.to(device()) if memory is None else model
     check_tokenizer(tokenizer, model, checkpoint)
     sampling = Sampling(
         settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens, settings.repetition_penalty

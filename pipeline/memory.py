@@ -185,7 +185,10 @@ def needs(recipe: Recipe, cluster: Cluster) -> list[Need] | None:
 def _evaluation(recipe: Recipe, cluster: Cluster, shape: Shape) -> Need:
     rows = AUTO_EVALUATE if cluster.evaluate_batch_size == "auto" else cluster.evaluate_batch_size
     cache = _cache(shape, rows, recipe.grpo.max_prompt_length + recipe.evaluate.max_new_tokens)
-    return Need("evaluate", (_weights(recipe, shape), *_dequantized(recipe, shape), cache))
+    weights = _weights(recipe, shape)
+    if cluster.evaluate_memory and cluster.evaluate_memory * 1e9 < weights.bytes:
+        weights = Term(f"{weights.what}, the others on the CPU", cluster.evaluate_memory * 1e9)
+    return Need("evaluate", (weights, *_dequantized(recipe, shape), cache))
 
 
 AUTO_ZERO = {"sft": ("zero2", "zero3", "zero3_offload"), "grpo": ("zero2", "zero3", "zero3_offload")}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -199,12 +200,21 @@ def base_checkpoint(model: Model, data: Path) -> Checkpoint:
 
 
 def load_model(
-    checkpoint: Checkpoint, model: Model, *, dtype: torch.dtype, train_adapter: bool = False
+    checkpoint: Checkpoint,
+    model: Model,
+    *,
+    dtype: torch.dtype,
+    train_adapter: bool = False,
+    memory: float | None = None,
+    offload: Path | None = None,
 ) -> PreTrainedModel | PeftModel:
     """The model of a checkpoint in the recipe's quantization, its adapter loaded unmerged.
 
-    `train_adapter` leaves the adapter's weights trainable, so that GRPO goes on from the SFT adapter.
+    `train_adapter` leaves the adapter's weights trainable, so that GRPO goes on from the SFT adapter. With `memory`
+    (GB) the model comes placed: as many layers on this process's device, the others on the CPU, and what does not fit
+    there (or, where the device is the CPU, the others) in the folder `offload`; each is fetched when it is computed.
     """
+    placed = {} if memory is None else _placement(memory, offload)
     with _hub_errors(checkpoint.base):
         base = AutoModelForCausalLM.from_pretrained(
             checkpoint.base,
@@ -212,10 +222,21 @@ def load_model(
             dtype=dtype,
             attn_implementation=choose_attention(model),
             quantization_config=_quantization(model, dtype),
+            **placed,
         )
     if checkpoint.adapter is None:
         return base
-    return PeftModel.from_pretrained(base, str(checkpoint.adapter), is_trainable=train_adapter)
+    with warnings.catch_warnings():  # of weights that wait elsewhere, which PEFT then puts there itself
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter", category=UserWarning)
+        return PeftModel.from_pretrained(base, str(checkpoint.adapter), is_trainable=train_adapter, **placed)
+
+
+def _placement(memory: float, offload: Path | None) -> dict[str, Any]:
+    """What tells transformers and PEFT to spread a model over this device, the CPU's memory and a folder."""
+    here, room = device(), {"cpu": round(memory * 1e9)}
+    if here.type == "cuda":
+        room = {here.index: room["cpu"], "cpu": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2}  # type: ignore[dict-item]
+    return {"device_map": "auto", "max_memory": room, "offload_folder": str(offload) if offload else None}
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, checkpoint: Checkpoint) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pipeline.artifact import find_checkpoint
 from pipeline.generation import Draw, Repetition, Sampling, batches_of, generate, seed_of
-from pipeline.modeling import load_model, load_tokenizer, make_scratch
+from pipeline.modeling import add_lora, load_model, load_tokenizer, make_scratch
 from pipeline.recipe import read
 
 SCORES = torch.tensor([[2.0, 1.0, 0.0, -1.0, -3.0]])
@@ -69,3 +70,34 @@ def test_an_answer_does_not_depend_on_its_batch(tmp_path: Path, temperature: flo
     ranks = [dict(generate(model, tokenizer, prompts, sampling, 2, 0, rank=rank, world=2)) for rank in (0, 1)]
     assert {k: c.text for found in ranks for k, c in found.items()} == together
     assert (answers(prompts, 5, seed=1) == together) is (temperature == 0.0)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_model_that_is_larger_than_its_memory_answers_the_same(tmp_path: Path, adapter: bool) -> None:
+    """Most of its layers wait on disk here, where the device is the CPU; on a GPU they wait on the CPU."""
+    recipe, _ = read("tiny", ["seed=3", "lora.enabled=true", "lora.r=4"])
+    assert recipe is not None
+    assert recipe.model.scratch is not None
+    make_scratch(recipe.model.scratch, ["A correlates with B. Therefore: Yes"] * 20, "think", tmp_path / "model", 3)
+    checkpoint = find_checkpoint(str(tmp_path / "model"))
+    tokenizer = load_tokenizer(checkpoint, recipe.model)
+    if adapter:
+        torch.manual_seed(0)
+        tuned = add_lora(load_model(checkpoint, recipe.model, dtype=torch.float32), recipe.lora, keep_dtype=False)
+        for name, weights in tuned.named_parameters():
+            if "lora_B" in name:  # an adapter begins as nothing; this one changes the answers
+                torch.nn.init.normal_(weights, std=0.5)
+        tuned.save_pretrained(tmp_path / "adapter")
+        tokenizer.save_pretrained(tmp_path / "adapter")
+        checkpoint = find_checkpoint(str(tmp_path / "adapter"))
+    prompts = [tokenizer(text)["input_ids"] for text in ("A", "B. Therefore: Yes", "with B")]
+
+    def answers(**placed: Any) -> list[str]:
+        model = load_model(checkpoint, recipe.model, dtype=torch.float32, **placed)
+        waiting = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+        assert ("disk" in waiting) is bool(placed)
+        found = dict(generate(model, tokenizer, prompts, Sampling(0.0, 1.0, 0, 12), 3, 0))
+        return [found[k].text for k in range(3)]
+
+    small = 0.0012  # GB: of 2.4 MB of weights the embedding and a layer or two
+    assert answers(memory=small, offload=tmp_path / "offload") == answers()
