@@ -288,7 +288,7 @@ def test_an_evaluation_may_keep_most_weights_on_the_cpu() -> None:
     recipe, _ = read("deepseek7b", ["model.quantization=none"])
     assert recipe is not None
     totals = []
-    for words in ([], ["evaluate_memory=4"]):
+    for words in (["evaluate_batch_size=8"], ["evaluate_batch_size=8", "evaluate_memory=4"]):
         cluster, problems = read_cluster("2x2080ti", words)
         assert cluster is not None, problems
         totals.append(next(need for need in needs(recipe, cluster) or () if need.phase == "evaluate").total)
