@@ -125,9 +125,9 @@ def notes(models: list[dict[str, Any]], splits: Sequence[str], task: Task) -> li
         rows, verified = int(all_["rows"]["value"]), int(all_["verified"]["value"])
         proxies = proxies or "proxy" in all_
         if verified < rows:
-            which = "none" if not verified else f"only {verified}"
+            of = f"of the {rows} answers of {split} can be verified"
             found.append(
-                f"{which} of the {rows} answers of {split} can be verified; no accuracy is given for the others"
+                f"only {verified} {of}; accuracy is of those" if verified else f"none {of}: no accuracy is given"
             )
     if proxies:
         found.append(f"{TITLES['proxy']} is a stand-in, not correctness: {task.proxy}")

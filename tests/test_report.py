@@ -102,13 +102,16 @@ def test_what_cannot_be_verified_is_said_and_a_proxy_called_one() -> None:
     task = task_of(TaskChoice("medical", "sample", None, None, "stop", {}), 0)
     found = notes([unverified(True)], ["short"], task)
     assert found == [
-        "none of the 10 answers of short can be verified; no accuracy is given for the others",
+        "none of the 10 answers of short can be verified: no accuracy is given",
         "match (proxy) is a stand-in, not correctness: the final answer equals the gold one in normalised words",
     ]
     assert notes([unverified(None)], ["short"], task) == found[:1]
     assert headline([unverified(True)], "short") == ["proxy", "unanswered", "tokens"]
     assert headline([unverified(None)], "short") == ["unanswered", "tokens"]
     assert "nothing is said" in notes([], [], task)[0]
+    rows = [Outcome(str(k), str(k), None, True if k < 4 else None, True, 10) for k in range(10)]
+    mixed = {**unverified(None), "splits": {"test": {"all": summarize(rows, 50, 0.95, 0)}}}
+    assert notes([mixed], ["test"], task) == ["only 4 of the 10 answers of test can be verified; accuracy is of those"]
 
 
 def test_nothing_is_claimed_of_what_cannot_be_verified() -> None:

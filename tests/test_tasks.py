@@ -78,6 +78,10 @@ def test_sample_rows_have_exactly_the_published_columns() -> None:
         assert all(set(row.values) == columns for row in rows)
 
 
+def test_the_samples_are_installed_with_the_package() -> None:
+    assert '"tasks/samples/*.jsonl"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", READ)
 def test_sample_rows_load_and_no_question_is_on_both_sides(name: str) -> None:
     task = sample_task(name)
