@@ -428,7 +428,8 @@ def _show_end(plan: Plan, typed: str) -> None:
     if left:
         print(f"  {typed}      ({len(left)} steps are left)")
     else:
-        print(f"  {typed} grpo.beta=0.01      one setting changed; only what depends on it runs")
+        change = "grpo.beta=0.01" if "grpo" in done else "sft.epochs=2"
+        print(f"  {typed} {change}      one setting changed; only what depends on it runs")
 
 
 def status_command(args: argparse.Namespace) -> int:
@@ -576,14 +577,14 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
 
 def audit_command(args: argparse.Namespace) -> int:
-    from pipeline.tasks.corr2cause import read_lines
+    from pipeline.rows import file_rows
     from pipeline.tasks.corr2cause.audit import audit, show
     from pipeline.tasks.corr2cause.graphs import PLUSPLUS, PUBLISHED
 
     if not args.data.is_file():
         raise DataError(f"--data: {args.data} does not exist; give a .csv, .json, .jsonl or .parquet file")
     semantics = {"wording": None, "published": PUBLISHED, "plusplus": PLUSPLUS}[args.semantics]
-    found = audit(read_lines(args.data), semantics, paper=args.paper)
+    found = audit(file_rows(args.data), semantics, paper=args.paper)
     if not found.rows:
         raise DataError(f"{args.data}: no rows")
     print(json.dumps(found.record(), indent=1) if args.json else show(found, str(args.data)))
@@ -698,12 +699,19 @@ def _show_export(step: Step, *, pushed: bool = False) -> Path:
 
 
 def _show_metrics(step: Step) -> None:
+    from pipeline.metrics import HEADLINE
+    from pipeline.tasks.task import task_of
+
     artifact = open_artifact(step.folder)
     for split, figures in artifact.metrics.items():
         print(f"{split}: {int(figures['all']['rows']['value'])} rows, {int(figures['all']['groups']['value'])} groups")
-        for name in ("f1", "balanced_accuracy", "mcc", "accuracy", "unanswered", "tokens"):
+        if figures["all"]["verified"]["value"] < figures["all"]["rows"]["value"]:
+            print(f"  {int(figures['all']['verified']['value'])} of them can be verified")
+        for name in [name for name in HEADLINE if name in figures["all"]]:
             value = figures["all"][name]
             print(f"  {name:<18} {value['value']:7.3f}   {value['low']:.3f} … {value['high']:.3f}")
+        if "proxy" in figures["all"]:
+            print(f"  proxy is no correctness: {task_of(step.recipe.task, step.recipe.seed).proxy}")
     print(f"\n{step.folder}/predictions.jsonl and metrics.json")
 
 

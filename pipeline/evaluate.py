@@ -53,7 +53,9 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     model = load_to_ask(checkpoint, recipe.model, runtime.cluster.max_memory)
     check_tokenizer(tokenizer, model, checkpoint)
-    sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens)
+    sampling = Sampling(
+        settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens, settings.repetition_penalty
+    )
     prefilled = prefills_thought(tokenizer)
 
     # ---- ask and grade, one line a row, each line kept as soon as it is there
@@ -88,6 +90,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
                 "gold": row["gold"],
                 "answer": verdict.answer,
                 "correct": verdict.correct,
+                "proxy": verdict.proxy,
                 "answered": verdict.answered and not completion.truncated,
                 "solved": task.solve(example),
                 "completion": completion.text,
@@ -113,7 +116,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         for path in out.glob("partial-*.jsonl"):
             path.unlink()
         main_split = metrics[settings.splits[0]]["all"]
-        shown = {name: main_split[name]["value"] for name in ("f1", "balanced_accuracy", "unanswered")}
+        names = ("f1", "balanced_accuracy", "accuracy", "proxy", "unanswered")
+        shown = {name: main_split[name]["value"] for name in names if name in main_split}
         runtime.progress.update(done=total, figures=shown)
     return metrics
 

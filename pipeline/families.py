@@ -19,7 +19,7 @@ from pipeline.recipe import CONFIGS, Model
 BUNDLED = CONFIGS / "models"
 # of these families TRL ships the real templates, and of R1-Distill's one that does not delete thoughts
 FAMILIES = ("deepseek_r1_distill", "llama3", "phi3_5", "qwen2_5")
-OURS = ("think", "chatml")
+OURS = ("think", "chatml", "instruction", "plain")
 HERE = Path(__file__).parent / "chat_templates"
 _TRL = importlib.util.find_spec("trl")  # found, not imported
 TRL = Path(_TRL.origin if _TRL and _TRL.origin else "trl").parent / "chat_templates"

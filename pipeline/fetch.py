@@ -32,13 +32,13 @@ class Repository:
 
 
 def repositories(recipe: Recipe) -> list[Repository]:
-    """The recipe's model and data set, as far as they are on the hub."""
+    """The recipe's model and data sets, as far as they are on the hub."""
     found = []
     if not recipe.model.scratch and not recipe.model.gguf and not Path(recipe.model.name).exists():
         found.append(Repository(recipe.model.name, "model", recipe.model.revision))
     task = task_of(recipe.task, recipe.seed)
-    if task.source == "hub" and task.hub:
-        found.append(Repository(task.hub, "dataset", recipe.task.revision))
+    if task.source == "hub":
+        found += [Repository(name, "dataset", revision) for name, revision in task.repositories().items()]
     return found
 
 
@@ -63,7 +63,11 @@ def fetch(recipes: Iterable[Recipe], cluster: Cluster) -> Iterator[str]:
                     "goes on where it stopped"
                 ) from error
             commit = Path(folder).name
-            pin = "" if one.revision else f"; pin it: {one.kind.replace('dataset', 'task')}.revision={commit}"
+            where = "model.revision" if one.kind == "model" else "task.revision"
+            where += (
+                f".{one.name}" if one.kind != "model" and sum(other.kind == one.kind for other in needed) > 1 else ""
+            )
+            pin = "" if one.revision else f"; pin it: {where}={commit}"
             yield f"{name}: {one.kind} {one.name} at {commit}, {_size(Path(folder)) / 1e9:.2f} GB in {folder}{pin}"
 
 

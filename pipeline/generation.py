@@ -35,6 +35,7 @@ class Sampling:
     top_p: float
     top_k: int
     max_new_tokens: int
+    repetition_penalty: float = 1.0  # 1: none
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,22 @@ class Draw(LogitsProcessor):
         return scores - torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))
 
 
+class Repetition(LogitsProcessor):
+    """Makes what a row already holds less likely (Keskar et al. 2019); what was padded is no part of a row."""
+
+    def __init__(self, penalty: float, pads: Sequence[int]) -> None:
+        self.penalty, self.pads = penalty, pads
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores of shape (rows, vocabulary), those of tokens that stand already divided (or, below 0, multiplied)."""
+        scores = scores.clone()
+        for row, pad in enumerate(self.pads):
+            seen = input_ids[row, pad:]
+            old = scores[row, seen]
+            scores[row, seen] = torch.where(old < 0, old * self.penalty, old / self.penalty)
+        return scores
+
+
 @torch.inference_mode()
 def generate_batch(
     model: PreTrainedModel,
@@ -95,8 +112,13 @@ def generate_batch(
         disable_compile=True,
     )
     padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(device)
-    draw = LogitsProcessorList([Draw(sampling, seeds, device)] if sampling.temperature else [])
-    output = model.generate(**padded, generation_config=config, logits_processor=draw, streamer=streamer)
+    shaped = LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        longest = padded["input_ids"].shape[1]
+        shaped.append(Repetition(sampling.repetition_penalty, [longest - len(prompt) for prompt in prompts]))
+    if sampling.temperature:
+        shaped.append(Draw(sampling, seeds, device))
+    output = model.generate(**padded, generation_config=config, logits_processor=shaped, streamer=streamer)
     output = output[:, padded["input_ids"].shape[1] :]
     stops = set(stop_ids(model, tokenizer))
     return [_completion(ids, tokenizer, stops) for ids in output.tolist()]

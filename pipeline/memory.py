@@ -176,9 +176,8 @@ def needs(recipe: Recipe, cluster: Cluster) -> list[Need] | None:
         return None
     shape, cluster = shape_of(config), resolved(recipe, cluster)
     found = []
-    for stage in ("sft", "grpo"):
-        if stage == "grpo" or recipe.grpo.start == "sft":
-            found += _training(recipe, cluster, shape, "sft" if stage == "sft" else "grpo")
+    for stage in recipe.stages:
+        found += _training(recipe, cluster, shape, stage)
     found.append(_evaluation(recipe, cluster, shape))
     return found
 
@@ -186,7 +185,11 @@ def needs(recipe: Recipe, cluster: Cluster) -> list[Need] | None:
 def _evaluation(recipe: Recipe, cluster: Cluster, shape: Shape) -> Need:
     rows = AUTO_EVALUATE if cluster.evaluate_batch_size == "auto" else cluster.evaluate_batch_size
     cache = _cache(shape, rows, recipe.grpo.max_prompt_length + recipe.evaluate.max_new_tokens)
-    return Need("evaluate", (_weights(recipe, shape), *_dequantized(recipe, shape), cache))
+    weights = _weights(recipe, shape)
+    most = cluster.max_memory.gpu if cluster.max_memory else None
+    if most and most * GIB < weights.bytes:
+        weights = Term(f"{weights.what}, the others on the CPU", most * GIB)
+    return Need("evaluate", (weights, *_dequantized(recipe, shape), cache))
 
 
 AUTO_ZERO = {"sft": ("zero2", "zero3", "zero3_offload"), "grpo": ("zero2", "zero3", "zero3_offload")}
@@ -470,4 +473,4 @@ def _changes(recipe: Recipe, cluster: Cluster) -> list[Change]:
 
 
 def _stages(recipe: Recipe) -> dict[str, Any]:
-    return {"sft": recipe.sft, "grpo": recipe.grpo}
+    return {name: getattr(recipe, name) for name in recipe.stages}

@@ -1,6 +1,8 @@
 """Figures and their intervals, from counts: accuracy, balanced accuracy, F1, MCC, unanswered.
 
-Unanswered is never correct: it is a third prediction beside the positive and the negative one. Intervals are
+Unanswered is never correct: it is a third prediction beside the positive and the negative one. Figures that mean
+nothing are left out: F1 and its like for a task without a positive class, every one of correctness where no answer
+can be verified. A proxy of correctness is counted apart, and never as accuracy. Intervals are
 percentile bootstraps that draw whole groups (all rows of one premise), because rows of a group are not
 independent; the difference of two models is drawn on the same groups for both, so it is paired.
 
@@ -21,6 +23,8 @@ Array = NDArray[np.float64]
 
 # columns of a count table
 TP, FN, UNANSWERED_POSITIVE, FP, TN, UNANSWERED_NEGATIVE, TOKENS = range(7)
+UNVERIFIED, UNVERIFIED_UNANSWERED, PROXIED, MATCHED = range(7, 11)  # rows that nothing verifies; of them, by a proxy
+COLUMNS = 11
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,11 @@ class Outcome:
 
     id: str
     group: str
-    positive: bool  # whether the gold is the class that F1 counts; for tasks without one: True
-    correct: bool
+    positive: bool | None  # whether the gold is the class that F1 counts; None for tasks without one
+    correct: bool | None  # None where it cannot be verified
     answered: bool
     tokens: int  # of the completion
+    proxy: bool | None = None  # what stands in for `correct` where that is None
 
 
 def outcome_of(record: Mapping[str, Any], positive: str | None) -> Outcome:
@@ -40,22 +45,28 @@ def outcome_of(record: Mapping[str, Any], positive: str | None) -> Outcome:
     return Outcome(
         record["id"],
         record["group"],
-        positive is None or record["gold"] == positive,
-        bool(record["correct"]) and record["answered"],
+        None if positive is None else record["gold"] == positive,
+        None if record["correct"] is None else record["correct"] and record["answered"],
         record["answered"],
         record["tokens"],
+        None if record.get("proxy") is None else record["proxy"] and record["answered"],
     )
 
 
 def count_table(outcomes: Sequence[Outcome], groups: Sequence[str]) -> Array:
-    """Counts by group, shape (groups, 7), columns TP … TOKENS."""
-    table = np.zeros((len(groups), 7))
+    """Counts by group, shape (groups, 11), columns TP … MATCHED."""
+    table = np.zeros((len(groups), COLUMNS))
     place = {group: i for i, group in enumerate(groups)}
     for outcome in outcomes:
         row = table[place[outcome.group]]
-        if not outcome.answered:
-            row[UNANSWERED_POSITIVE if outcome.positive else UNANSWERED_NEGATIVE] += 1
-        elif outcome.positive:
+        positive = outcome.positive is not False
+        if outcome.correct is None:
+            row[UNVERIFIED if outcome.answered else UNVERIFIED_UNANSWERED] += 1
+            row[PROXIED] += outcome.proxy is not None
+            row[MATCHED] += outcome.proxy is True
+        elif not outcome.answered:
+            row[UNANSWERED_POSITIVE if positive else UNANSWERED_NEGATIVE] += 1
+        elif positive:
             row[TP if outcome.correct else FN] += 1
         else:
             row[TN if outcome.correct else FP] += 1
@@ -69,8 +80,8 @@ def _ratio(top: Array, bottom: Array) -> Array:
 
 
 def figures(counts: Array) -> dict[str, Array]:
-    """Every figure of count tables of shape (…, 7): arrays of shape (…)."""
-    tp, fn, up, fp, tn, un, tokens = np.moveaxis(np.asarray(counts, dtype=float), -1, 0)
+    """Every figure of count tables of shape (…, 11): arrays of shape (…)."""
+    tp, fn, up, fp, tn, un, tokens, uv, uu, proxied, matched = np.moveaxis(np.asarray(counts, dtype=float), -1, 0)
     positives, negatives = tp + fn + up, fp + tn + un
     n = positives + negatives
     correct = tp + tn
@@ -88,14 +99,28 @@ def figures(counts: Array) -> dict[str, Array]:
         "accuracy": _ratio(correct, n),
         "precision": _ratio(tp, tp + fp),
         "recall": recall,
-        "unanswered": _ratio(unanswered, n),
-        "tokens": _ratio(tokens, n),
-        "rows": n,
+        "proxy": _ratio(matched, proxied),
+        "unanswered": _ratio(unanswered + uu, n + uv + uu),
+        "tokens": _ratio(tokens, n + uv + uu),
+        "verified": n,
+        "rows": n + uv + uu,
     }
 
 
-HEADLINE = ("f1", "balanced_accuracy", "mcc", "accuracy", "unanswered", "tokens")
+HEADLINE = ("f1", "balanced_accuracy", "mcc", "accuracy", "proxy", "unanswered", "tokens")
+OF_CLASSES = ("f1", "balanced_accuracy", "mcc", "precision", "recall")  # figures that a positive class gives sense
+COUNTS = ("verified", "rows")  # not figures of a sample
 LOWER_IS_BETTER = ("unanswered",)
+
+
+def told(outcomes: Sequence[Outcome]) -> list[str]:
+    """The figures that mean something for these rows."""
+    verified = any(outcome.correct is not None for outcome in outcomes)
+    classes = verified and any(outcome.positive is not None for outcome in outcomes)
+    left_out = {name for name in OF_CLASSES if not classes}
+    left_out |= set() if verified else {"accuracy"}
+    left_out |= set() if any(outcome.proxy is not None for outcome in outcomes) else {"proxy"}
+    return [name for name in figures(np.zeros(COLUMNS)) if name not in left_out]
 
 
 def draw_groups(groups: int, draws: int, seed: int) -> Array:
@@ -112,17 +137,17 @@ def interval(values: Array, confidence: float) -> tuple[float, float]:
 
 
 def summarize(outcomes: Sequence[Outcome], draws: int, confidence: float, seed: int) -> dict[str, dict[str, float]]:
-    """Each figure as {value, low, high}, with `rows` and `groups` as values."""
+    """Each figure that means something as {value, low, high}, with `rows`, `verified` and `groups` as values."""
     groups = sorted({outcome.group for outcome in outcomes})
     if not groups:
-        return {"rows": {"value": 0}, "groups": {"value": 0}}
+        return {"verified": {"value": 0}, "rows": {"value": 0}, "groups": {"value": 0}}
     table = count_table(outcomes, groups)
     point = figures(table.sum(axis=0))
     drawn = figures(draw_groups(len(groups), draws, seed) @ table)
     found: dict[str, dict[str, float]] = {}
-    for name, value in point.items():
-        found[name] = {"value": float(value)}
-        if name != "rows":
+    for name in told(outcomes):
+        found[name] = {"value": float(point[name])}
+        if name not in COUNTS:
             low, high = interval(drawn[name], confidence)
             found[name] |= {"low": low, "high": high}
     found["groups"] = {"value": len(groups)}
@@ -132,7 +157,7 @@ def summarize(outcomes: Sequence[Outcome], draws: int, confidence: float, seed: 
 def compare(
     before: Sequence[Outcome], after: Sequence[Outcome], draws: int, confidence: float, seed: int
 ) -> dict[str, dict[str, float]]:
-    """The paired difference after − before of each headline figure, on the rows both answered to.
+    """The paired difference after − before of each headline figure that means something, on the rows both were asked.
 
     Raises ValueError when the two were not asked the same rows.
     """
@@ -144,7 +169,7 @@ def compare(
     points = [figures(table.sum(axis=0)) for table in tables]
     samples = [figures(drawn @ table) for table in tables]
     found = {}
-    for name in HEADLINE:
+    for name in [name for name in HEADLINE if name in told(before) and name in told(after)]:
         low, high = interval(samples[1][name] - samples[0][name], confidence)
         found[name] = {"value": float(points[1][name] - points[0][name]), "low": low, "high": high}
     return found
@@ -157,16 +182,20 @@ def baseline_figures(outcomes: Sequence[Outcome], solved: Sequence[Outcome] = ()
     """What needs no model: always the negative answer, always the positive one, a fair coin (in expectation).
 
     `solved` are the outcomes of the task's exact program, where it has one: on labels that are right it is always
-    right, and on others it shows how high any model can get.
+    right, and on others it shows how high any model can get. Nothing for tasks without a positive class.
     """
-    positives = sum(outcome.positive for outcome in outcomes)
+    if not any(outcome.positive is not None for outcome in outcomes):
+        return {}
+    positives = sum(outcome.positive is True for outcome in outcomes)
     negatives = len(outcomes) - positives
-    tables = {
+    tables: dict[str, list[float]] = {
         "always No": [0, positives, 0, 0, negatives, 0, 0],
         "always Yes": [positives, 0, 0, negatives, 0, 0, 0],
         "coin": [positives / 2, positives / 2, 0, negatives / 2, negatives / 2, 0, 0],
     }
-    found = {name: _floats(figures(np.array(counts, dtype=float))) for name, counts in tables.items()}
+    found = {
+        name: _floats(figures(np.array(counts + [0.0] * (COLUMNS - len(counts))))) for name, counts in tables.items()
+    }
     if solved:
         found[SOLVER] = _floats(figures(count_table(solved, sorted({one.group for one in solved})).sum(axis=0)))
     return found

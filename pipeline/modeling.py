@@ -13,6 +13,7 @@ import os
 import shutil
 import struct
 import tempfile
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -228,7 +229,9 @@ def load_model(
         )
     if checkpoint.adapter is None:
         return base
-    return PeftModel.from_pretrained(base, str(checkpoint.adapter), is_trainable=train_adapter, **(spread or {}))
+    with warnings.catch_warnings():  # of weights that wait elsewhere, which PEFT then puts there itself
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter", category=UserWarning)
+        return PeftModel.from_pretrained(base, str(checkpoint.adapter), is_trainable=train_adapter, **(spread or {}))
 
 
 def load_to_ask(checkpoint: Checkpoint, model: Model, limits: MaxMemory | None) -> PreTrainedModel | PeftModel:

@@ -119,6 +119,10 @@ def make_plan(
         steps += _recipe_steps(recipe, runs)
     steps.append(_report_step(recipes, steps, runs))
     chosen = [step for step in steps if not stages or step.stage in stages]
+    if not chosen:
+        raise PlanError(
+            f"{' and '.join(names)} has no {' and no '.join(stages)} step: see grpo.start and evaluate.splits"
+        )
     plan = Plan(tuple(steps), frozenset(step.label for step in chosen), where, runs)
     if where.launcher == "local" and (missing := plan.missing()):
         raise PlanError(*missing)
@@ -176,25 +180,30 @@ def _recipe_problems(recipe: Recipe, cluster: Cluster | None) -> list[str]:
     _, rewards = find_rewards(recipe.grpo.rewards)
     problems = [*problems, *rewards]
     if cluster is not None:
-        problems += batches(cluster, recipe, "sft")[1] + batches(cluster, recipe, "grpo")[1]
+        problems += [text for stage in recipe.stages for text in batches(cluster, recipe, stage)[1]]
     return problems
 
 
 def _task_problems(recipe: Recipe) -> list[str]:
     task, problems = make_task(recipe.task, recipe.seed)
-    return problems if task is None else split_problems(task, recipe.evaluate.splits)
+    if task is None:
+        return problems
+    problems = split_problems(task, recipe.evaluate.splits)
+    if "grpo" in recipe.stages and not task.rewardable:
+        problems.append(f"grpo.start: {recipe.grpo.start!r}, but nothing of {task.name} can be rewarded; use none")
+    return problems
 
 
 def _recipe_steps(recipe: Recipe, runs: Path) -> list[Step]:
     data = _step("preprocess", "preprocess", recipe, {}, runs)
     steps = [data]
     trained: dict[str, Step] = {}
-    if recipe.grpo.start == "sft":
-        trained["sft"] = _step("sft", "sft", recipe, {"data": data}, runs)
-        trained["grpo"] = _step("grpo", "grpo", recipe, {"data": data, "model": trained["sft"]}, runs)
-    else:
-        trained["grpo"] = _step("grpo", "grpo", recipe, {"data": data}, runs)
+    for stage in recipe.stages:  # each begins with the one before it, the first with the base model
+        inputs = {"data": data, "model": trained["sft"]} if "sft" in trained else {"data": data}
+        trained[stage] = _step(stage, stage, recipe, inputs, runs)
     steps += trained.values()
+    if not recipe.evaluate.splits:
+        return steps
     steps.append(_step("evaluate-base", "evaluate", recipe, {"data": data}, runs))
     for name, step in trained.items():
         steps.append(_step(f"evaluate-{name}", "evaluate", recipe, {"data": data, "model": step}, runs))

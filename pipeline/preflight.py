@@ -29,7 +29,7 @@ from pipeline.fetch import not_fetched
 from pipeline.memory import GIB, adapter_parameters, needs, shape_of, what_fits
 from pipeline.plan import Plan
 from pipeline.recipe import Model, Optimizer, Recipe
-from pipeline.rewards.audit import audit, sample
+from pipeline.rewards.audit import audit
 from pipeline.rewards.reward import find_rewards
 from pipeline.slurm import is_here, reason_of
 from pipeline.tasks.task import task_of
@@ -310,7 +310,9 @@ def _lengths(recipe: Recipe) -> Iterator[str]:
     """Prompt and answer against the model's context."""
     context = (model_config(recipe.model) or {}).get("max_position_embeddings")
     grpo = recipe.grpo.max_prompt_length + recipe.grpo.max_completion_length
-    asked = {"sft.max_length": recipe.sft.max_length, "grpo.max_prompt_length + grpo.max_completion_length": grpo}
+    asked = {"sft.max_length": recipe.sft.max_length}
+    if "grpo" in recipe.stages:
+        asked["grpo.max_prompt_length + grpo.max_completion_length"] = grpo
     for name, tokens in asked.items():
         if context and tokens > context:
             yield f"{name}: {tokens} tokens, but {recipe.model.name} reads {context}; use less"
@@ -346,9 +348,9 @@ def _rewards(recipe: Recipe) -> Iterator[str]:
     task = task_of(recipe.task, recipe.seed)
     functions, _ = find_rewards(recipe.grpo.rewards)
     weights = {name: reward.weight for name, reward in recipe.grpo.rewards.items()}
-    for gold in ("Yes", "No") if task.positive else ():
-        for text in audit(task, functions, weights, sample(gold)):
-            yield f"grpo.rewards: an exploit is paid as much as an honest answer: {text} (gold {gold})"
+    for example in task.specimens() if "grpo" in recipe.stages else ():
+        for text in audit(task, functions, weights, example):
+            yield f"grpo.rewards: an exploit is paid as much as an honest answer: {text} (gold {example.gold})"
 
 
 def _notes(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
@@ -360,6 +362,10 @@ def _notes(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
     here = recipe.model.scratch or recipe.model.gguf or Path(recipe.model.name).exists()
     if not here and recipe.model.revision is None:
         yield f"{recipe.name}: model.revision is not pinned; python -m pipeline fetch {recipe.name} prints the commit"
+    task = task_of(recipe.task, recipe.seed)
+    for name, revision in task.repositories().items() if task.source == "hub" else ():
+        if revision is None:
+            yield f"{recipe.name}: {name} is not pinned; python -m pipeline fetch {recipe.name} prints the commit"
 
 
 # ---------------------------------------------------------------- Slurm

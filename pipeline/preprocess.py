@@ -43,7 +43,12 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
             write_rows(task, examples, out / "data" / f"{name}.parquet")
     write_json(out / "splits.json", {"tests": list(splits.tests), **splits.proof})
     counts = {name: len(examples) for name, examples in parts.items()}
-    metrics: dict[str, Any] = {"rows": counts, "overlap": splits.proof.get("overlap")}
+    skipped = splits.proof.get("skipped", [])
+    metrics: dict[str, Any] = {"rows": counts, "overlap": splits.proof.get("overlap"), "skipped": len(skipped)}
+    if skipped:
+        print(
+            f"{len(skipped)} rows that cannot be read are left out (splits.json names them): {skipped[0]}", flush=True
+        )
 
     # ---- a model from nothing
     if recipe.model.scratch:

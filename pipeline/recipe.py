@@ -71,7 +71,7 @@ class TaskChoice:
     name: str
     source: Literal["auto", "generated", "path", "hub", "sample"]
     path: str | None
-    revision: str | None
+    revision: str | dict[str, str] | None  # the hub commit; of several data sets {name: commit}
     bad_rows: Literal["stop", "skip"]
     params: dict[str, Any]
 
@@ -120,7 +120,7 @@ class Grpo:
     """Group relative policy optimization (Shao et al. 2024)."""
 
     optimizer: Optimizer
-    start: Literal["sft", "base"]
+    start: Literal["sft", "base", "none"]  # none: the recipe has no GRPO
     rewards: dict[str, Reward]
     epochs: Rate
     max_steps: Positive | None
@@ -149,6 +149,7 @@ class Evaluate:
     temperature: NonNegative  # 0: greedy
     top_p: Share
     top_k: Count
+    repetition_penalty: Rate  # 1: none; above, tokens that stand already become less likely (Keskar et al. 2019)
     max_new_tokens: Positive
     draws: Positive  # bootstrap draws
     confidence: Share
@@ -168,11 +169,16 @@ class Recipe:
     grpo: Grpo
     evaluate: Evaluate
 
+    @property
+    def stages(self) -> tuple[Literal["sft", "grpo"], ...]:
+        """The training stages it has, in their order."""
+        return {"sft": ("sft", "grpo"), "base": ("grpo",), "none": ("sft",)}[self.grpo.start]  # type: ignore[return-value]
+
     def problems(self) -> list[str]:
         """Combinations that cannot work, each with what would."""
         found = []
         batch, group = self.grpo.global_batch_size, self.grpo.num_generations
-        if batch % group:
+        if batch % group and "grpo" in self.stages:
             near = [n for n in range(2, batch + 1) if batch % n == 0]
             below = [n for n in near if n < group][-1:]
             above = [n for n in near if n > group][:1]
@@ -190,7 +196,7 @@ class Recipe:
             found.append(
                 "sft.early_stopping_patience: nothing to be patient about; set sft.validate_every too, such as 100"
             )
-        if not self.grpo.rewards:
+        if not self.grpo.rewards and "grpo" in self.stages:
             found.append("grpo.rewards: empty; list at least one, such as correctness: {weight: 1.0, params: {}}")
         if self.model.quantization != "none" and not self.lora.enabled:
             found.append(

@@ -3,7 +3,8 @@
     bash run_pipeline.sh deepseek7b --rehearse          in runs/deepseek7b-rehearsal/, marked wherever it is shown
 
 What stays: the stages, the model's architecture, chat format, quantization, LoRA, ZeRO stages, optimizers, rewards and
-launcher. What shrinks: the model (random weights, its own tokenizer), the rows, the steps, the answers and batches.
+launcher. What shrinks: the model (random weights, its own tokenizer), the rows, the steps, the answers and batches. A
+data set of the hub is stood for by the few rows in its schema that the project ships; a file of the user's is read.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any, cast, get_args, get_type_hints
 from pipeline.cluster import Cluster, process_count
 from pipeline.errors import RecipeError
 from pipeline.families import model_config
-from pipeline.recipe import Evaluate, Grpo, Recipe, Scratch, Sft
-from pipeline.tasks.task import task_of
+from pipeline.recipe import Evaluate, Grpo, Recipe, Scratch, Sft, TaskChoice
+from pipeline.tasks.task import Task, task_of
 
 SUFFIX = "-rehearsal"
 STEPS = 4  # of SFT; GRPO takes half as many
@@ -35,7 +36,7 @@ def rehearsal_of(recipe: Recipe, cluster: Cluster | None) -> Recipe:
         name=recipe.name + SUFFIX,
         rehearsal=True,
         model=replace(model, scratch=_scratch(recipe), gguf=None, chat_template=model.chat_template or "chatml"),
-        task=replace(recipe.task, params={**recipe.task.params, **task.rehearsal()}),
+        task=_task(recipe.task, task),
         sft=replace(recipe.sft, max_steps=STEPS, global_batch_size=batch, optimizer=_plain(recipe.sft)),
         grpo=replace(
             recipe.grpo,
@@ -46,6 +47,13 @@ def rehearsal_of(recipe: Recipe, cluster: Cluster | None) -> Recipe:
         ),
         evaluate=_evaluate(recipe.evaluate),
     )
+
+
+def _task(choice: TaskChoice, task: Task) -> TaskChoice:
+    params = {**choice.params, **task.rehearsal()}
+    if task.source == "hub" and "sample" in task.sources:
+        return replace(choice, source="sample", revision=None, params=params)
+    return replace(choice, params=params)
 
 
 def _scratch(recipe: Recipe) -> Scratch:

@@ -5,13 +5,14 @@
 
 `report.json` holds every figure; `report.html` (one file, no network) and `report.md` are drawn from it, and
 `summary.txt` is what the command line prints. A claim that one stage is better than another is made only where
-the paired intervals of their difference, in F1 and in balanced accuracy, both leave out 0.
+the paired intervals of their difference, in F1 and in balanced accuracy, both leave out 0 (in accuracy, for a task
+without a positive class). Where answers cannot be verified, that is what is said, and a proxy is called one.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ TITLES = {
     "balanced_accuracy": "balanced accuracy",
     "mcc": "MCC",
     "accuracy": "accuracy",
+    "proxy": "match (proxy)",
     "precision": "precision",
     "recall": "recall",
     "unanswered": "unanswered",
@@ -47,11 +49,13 @@ CURVES = {
         "reward": "GRPO reward",
         "rewards/correctness/mean": "correctness reward",
         "rewards/format/mean": "format reward",
+        "rewards/match/mean": "match reward (a proxy)",
         "completions/mean_length": "completion length (tokens)",
         "frac_reward_zero_std": "share of groups without spread",
         "entropy": "entropy (nats a token)",
     },
 }
+MAIN = ("balanced_accuracy", "accuracy", "proxy", "unanswered")  # the figure to look at: the first there is
 SAMPLES = 3
 
 
@@ -61,7 +65,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     report = gather(inputs, task, recipe)
     write_json(out / "report.json", report)
     runtime.progress.update(note="drawing")
-    page = {**report, "charts": draw(report, task), "titles": TITLES, "headline": HEADLINE, "task": task}
+    page = {**report, "charts": draw(report, task), "titles": TITLES, "task": task}
     for name in ("report.html", "report.md", "summary.txt"):
         (out / name).write_text(render(name, page), encoding="utf-8")
     return {"claims": report["claims"]}
@@ -71,7 +75,7 @@ def gather(inputs: Mapping[str, Artifact], task: Task, recipe: Recipe) -> dict[s
     """Every figure of the report, from the artifacts of its steps."""
     models = [_model(label, artifact) for label, artifact in inputs.items() if artifact.stage.startswith("evaluate-")]
     models.sort(key=lambda model: (model["recipe"], ("base", "sft", "grpo").index(model["role"])))
-    main_split = recipe.evaluate.splits[0]
+    main_split = recipe.evaluate.splits[0] if recipe.evaluate.splits else ""
     differences = []
     for name in dict.fromkeys(model["recipe"] for model in models):
         mine = [model for model in models if model["recipe"] == name]
@@ -93,6 +97,8 @@ def gather(inputs: Mapping[str, Artifact], task: Task, recipe: Recipe) -> dict[s
         "baselines": first["splits"][main_split]["baselines"] if first else {},
         "differences": differences,
         "claims": [REHEARSED] if recipe.rehearsal else [claim(difference, main_split) for difference in differences],
+        "headline": headline(models, main_split),
+        "notes": notes(models, recipe.evaluate.splits, task),
         "published": list(task.published),
         "breakdowns": list(task.breakdowns),
         "curves": {label: _history(artifact) for label, artifact in trained.items()},
@@ -102,6 +108,30 @@ def gather(inputs: Mapping[str, Artifact], task: Task, recipe: Recipe) -> dict[s
         "steps": {label: _provenance(artifact) for label, artifact in inputs.items()},
         "settings": {artifact.recipe: _settings(artifact) for artifact in inputs.values()},
     }
+
+
+def headline(models: list[dict[str, Any]], split: str) -> list[str]:
+    """The figures that the tables show: those that some model has."""
+    return [name for name in HEADLINE if any(name in model["splits"][split]["all"] for model in models)]
+
+
+def notes(models: list[dict[str, Any]], splits: Sequence[str], task: Task) -> list[str]:
+    """What a reader has to know of the figures: what could not be verified, what is only a proxy."""
+    if not models:
+        return ["no model was asked anything (evaluate.splits is empty), so nothing is said of what was learned"]
+    found, proxies = [], False
+    for split in splits:
+        all_ = models[0]["splits"][split]["all"]
+        rows, verified = int(all_["rows"]["value"]), int(all_["verified"]["value"])
+        proxies = proxies or "proxy" in all_
+        if verified < rows:
+            of = f"of the {rows} answers of {split} can be verified"
+            found.append(
+                f"only {verified} {of}; accuracy is of those" if verified else f"none {of}: no accuracy is given"
+            )
+    if proxies:
+        found.append(f"{TITLES['proxy']} is a stand-in, not correctness: {task.proxy}")
+    return found
 
 
 def _model(label: str, artifact: Artifact) -> dict[str, Any]:
@@ -136,13 +166,20 @@ def _difference(
 def claim(difference: dict[str, Any], split: str) -> str:
     """What may be said of two stages: better or worse only where both paired intervals leave out 0.
 
-    F1 alone would do for a task that is rarely Yes; where half the rows are, always saying Yes has F1 0.667.
+    F1 alone would do for a task that is rarely Yes; where half the rows are, always saying Yes has F1 0.667. Nothing
+    is said of answers that cannot be verified, whatever a proxy shows.
     """
-    figures = [difference["splits"][split][name] for name in ("f1", "balanced_accuracy")]
+    compared = difference["splits"][split]
+    names = ("f1", "balanced_accuracy") if "f1" in compared else ("accuracy",)
+    shown = [name for name in names if name in compared] or ["proxy"] * ("proxy" in compared)
+    figures = [compared[name] for name in shown]
     told = ", ".join(
-        f"{name} {f['value']:+.3f} ({f['low']:+.3f} … {f['high']:+.3f})"
-        for name, f in zip(("F1", "balanced accuracy"), figures, strict=True)
+        f"{TITLES[name]} {f['value']:+.3f} ({f['low']:+.3f} … {f['high']:+.3f})"
+        for name, f in zip(shown, figures, strict=True)
     )
+    if not set(shown) & set(names):
+        told = f"; {told}" if told else ""
+        return f"{difference['after']} against {difference['before']}: the answers cannot be verified{told}"
     if all(figure["low"] > 0 for figure in figures):
         return f"{difference['after']} is better than {difference['before']}: {told}"
     if all(figure["high"] < 0 for figure in figures):
@@ -155,14 +192,14 @@ def _history(artifact: Artifact) -> dict[str, list[list[float]]]:
     history = read_json(artifact.folder / HISTORY) or []
     found = {}
     for key in CURVES[artifact.stage]:
-        points = [[entry["step"], entry[key]] for entry in history if key in entry]
+        points = [[entry["step"], entry[key]] for entry in history if entry.get(key) is not None]
         if points:
             found[key] = points
     return found
 
 
 def _samples(model: dict[str, Any], inputs: Mapping[str, Artifact], task: Task, split: str) -> list[dict[str, Any]]:
-    """A few answers of the last model: right, wrong and unanswered ones, the shortest questions first."""
+    """A few answers of the last model: right, wrong, unverified and unanswered ones, the shortest questions first."""
     records = [record for record in _records(inputs[model["label"]]) if record["split"] == split]
     data = next(a for a in inputs.values() if a.stage == "preprocess" and a.recipe == model["recipe"])
     import pyarrow.parquet as pq
@@ -170,9 +207,10 @@ def _samples(model: dict[str, Any], inputs: Mapping[str, Artifact], task: Task, 
     questions = {
         row["id"]: row["question"] for row in pq.read_table(data.folder / "data" / f"{split}.parquet").to_pylist()
     }
-    kinds = {"right": [], "wrong": [], "unanswered": []}  # type: dict[str, list[dict[str, Any]]]
+    kinds = {"right": [], "wrong": [], "unverified": [], "unanswered": []}  # type: dict[str, list[dict[str, Any]]]
     for record in records:
-        kind = "unanswered" if not record["answered"] else "right" if record["correct"] else "wrong"
+        kind = {True: "right", False: "wrong", None: "unverified"}[record["correct"]]
+        kind = kind if record["answered"] else "unanswered"
         kinds[kind].append({**record, "kind": kind, "question": questions[record["id"]]})
     shown = []
     for found in kinds.values():
@@ -208,33 +246,49 @@ def _settings(artifact: Artifact) -> str:
 def draw(report: dict[str, Any], task: Task) -> dict[str, Any]:
     """Every chart of the page, as SVG."""
     main_split = report["main_split"]
-    charts: dict[str, Any] = {"by": {}, "curves": {}}
-    for metric in ("f1", "balanced_accuracy"):
-        marks = [_mark(m["name"], m["splits"][main_split]["all"][metric], m["role"]) for m in report["models"]]
+    charts: dict[str, Any] = {"by": {}, "curves": {}, "main": {}}
+    shown = [name for name in MAIN if name in report["headline"]][:1]
+    for metric in ["f1", *shown] if "f1" in report["headline"] else shown:
+        marks = [
+            _mark(m["name"], m["splits"][main_split]["all"][metric], m["role"])
+            for m in report["models"]
+            if metric in m["splits"][main_split]["all"]
+        ]
         simple = [(name, figures) for name, figures in report["baselines"].items() if name != SOLVER]
         best = max(simple, key=lambda item: item[1][metric], default=None)
         lines = [(best[1][metric], best[0])] if best else []
-        charts[metric] = intervals(marks, 0.0, 1.0, lines=lines, title=f"{TITLES[metric]} on {main_split}")
+        charts["main"][metric] = intervals(marks, 0.0, 1.0, lines=lines, title=f"{TITLES[metric]} on {main_split}")
+    changed = next(iter(charts["main"]), "unanswered")
+    charts["changed"] = changed
     marks = [
-        _mark(f"{d['after'].split()[-1]} − {d['before'].split()[-1]}, {split}", d["splits"][split]["f1"], d["role"])
+        _mark(f"{d['after'].split()[-1]} − {d['before'].split()[-1]}, {split}", d["splits"][split][changed], d["role"])
         for split in report["splits"]
         for d in report["differences"]
+        if changed in d["splits"][split]
     ]
     if marks:
         low, high = min(0.0, *(m.low for m in marks)), max(0.0, *(m.high for m in marks))
         charts["differences"] = intervals(
-            marks, low, high, lines=[(0.0, "no difference")], signed=True, title="paired differences of F1"
+            marks,
+            low,
+            high,
+            lines=[(0.0, "no difference")],
+            signed=True,
+            title=f"paired differences of {TITLES[changed]}",
         )
+    main = shown[0] if shown else "unanswered"
+    coin = [(0.5, "coin")] if main == "balanced_accuracy" else []
     charts["splits"] = intervals(
         [
-            _mark(f"{m['name']}, {split}", m["splits"][split]["all"]["balanced_accuracy"], m["role"])
+            _mark(f"{m['name']}, {split}", m["splits"][split]["all"][main], m["role"])
             for split in report["splits"]
             for m in report["models"]
+            if main in m["splits"][split]["all"]
         ],
         0.0,
         1.0,
-        lines=[(0.5, "coin")],
-        title="balanced accuracy by test set",
+        lines=coin,
+        title=f"{TITLES[main]} by test set",
     )
     for tag in report["breakdowns"]:
         # recipes may be asked different rows, so a kind of row may be missing from some models
@@ -242,15 +296,15 @@ def draw(report: dict[str, Any], task: Task) -> dict[str, Any]:
         values = sorted({value for figures in by.values() for value in figures})
         charts["by"][tag] = intervals(
             [
-                _mark(f"{value}: {m['name']}", by[m["name"]][value]["balanced_accuracy"], m["role"])
+                _mark(f"{value}: {m['name']}", by[m["name"]][value][main], m["role"])
                 for value in values
                 for m in report["models"]
-                if m["role"] != "base" and value in by[m["name"]]
+                if m["role"] != "base" and main in by[m["name"]].get(value, {})
             ],
             0.0,
             1.0,
-            lines=[(0.5, "coin")],
-            title=f"balanced accuracy by {tag}",
+            lines=coin,
+            title=f"{TITLES[main]} by {tag}",
         )
     for label, history in report["curves"].items():
         stage = label.partition("/")[2]
@@ -281,8 +335,10 @@ def render(name: str, page: dict[str, Any]) -> str:
     return environment.get_template(f"{name}.jinja").render(page)
 
 
-def figure(value: dict[str, float], metric: str) -> str:
-    """`0.812`, or `34` for tokens, or `1.2 %` for a share."""
+def figure(value: dict[str, float] | None, metric: str) -> str:
+    """`0.812`, or `34` for tokens, or `1.2 %` for a share, or `–` where there is none."""
+    if value is None:
+        return "–"
     if metric == "tokens":
         return f"{value['value']:.0f}"
     if metric == "unanswered":

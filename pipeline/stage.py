@@ -60,8 +60,8 @@ STAGES: dict[str, Stage] = {
         ),
         Stage("sft", "supervised fine-tuning on the task's targets", ("seed", "model", "lora", "sft"), 1, "all"),
         Stage("grpo", "reinforcement learning from the task's rewards", ("seed", "model", "lora", "grpo"), 1, "all"),
-        Stage("evaluate", "answers to every test row, graded", ("seed", "model", "evaluate"), 1, "all"),
-        Stage("report", "the models side by side, with intervals and curves", ("seed", "evaluate"), 2, "one"),
+        Stage("evaluate", "answers to every test row, graded", ("seed", "model", "evaluate"), 2, "all"),
+        Stage("report", "the models side by side, with intervals and curves", ("seed", "evaluate"), 3, "one"),
         Stage("export", "a checkpoint for others: adapter, merged model or GGUF, with its card", ("model",), 1, "one"),
     )
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,15 @@ def train(trainer: Trainer, out: Path, runtime: Runtime) -> dict[str, Any]:
     runtime.progress.update(state="saving", note="saving the model")
     save(trainer, out)
     steps = {"steps": trainer.state.global_step, "epochs": trainer.state.epoch, "train_loss": result.training_loss}
-    return {**steps, "resumed_from": resume.name if resume else None, "passed_over": passed}
+    found = {"peak_memory_gb": round(peak_memory(), 3), "resumed_from": resume.name if resume else None}
+    return {**steps, **found, "passed_over": passed}
+
+
+def peak_memory() -> float:
+    """GB that this process has held at most: of its GPU, or of the machine's memory where it has none."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated()) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def save(trainer: Trainer, out: Path) -> None:

@@ -19,8 +19,8 @@ COMMIT = "c0ffee" + "0" * 34
 
 
 @contextlib.contextmanager
-def serve(name: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Serve `folder` as the model `name`. Yields the address and the list of what was asked for."""
+def serve(name: str, folder: Path, kind: str = "model") -> Iterator[tuple[str, list[str]]]:
+    """Serve `folder` as the model (or `dataset`) `name`. Yields the address and the list of what was asked for."""
     asked: list[str] = []
 
     class Hub(BaseHTTPRequestHandler):
@@ -30,18 +30,20 @@ def serve(name: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
         def do_GET(self, body: bool = True) -> None:
             path = self.path.partition("?")[0]
             asked.append(f"{self.command} {path}")
-            files = [file.name for file in sorted(folder.iterdir())]
-            if path in (f"/api/models/{name}", *(f"/api/models/{name}/revision/{rev}" for rev in ("main", COMMIT))):
+            files = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
+            api, place = f"/api/{kind}s/{name}", name if kind == "model" else f"{kind}s/{name}"
+            if path in (api, *(f"{api}/revision/{rev}" for rev in ("main", COMMIT))):
                 info = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
                 return self.answer(json.dumps(info).encode(), "application/json", body)
-            if path.startswith(f"/api/models/{name}/tree/"):
+            if path.startswith(f"{api}/tree/"):
                 tree = [
                     {"type": "file", "path": file, "size": (folder / file).stat().st_size, "oid": "0" * 40}
                     for file in files
                 ]
                 return self.answer(json.dumps(tree).encode(), "application/json", body)
-            file = folder / path.rpartition("/")[2]
-            if path == f"/{name}/resolve/{COMMIT}/{file.name}" and file.is_file():
+            before, _, file_name = path.partition(f"/{place}/resolve/{COMMIT}/")
+            file = folder / file_name
+            if not before and file_name in files:
                 return self.answer(file.read_bytes(), "application/octet-stream", body)
             self.send_response(404)
             self.send_header("X-Error-Code", "RepoNotFound")

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from fractions import Fraction
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.answers import CLOSE, OPEN, is_well_formed, split_thought, verdict
+from pipeline.answers import (
+    CLOSE,
+    OPEN,
+    choice,
+    expression,
+    is_well_formed,
+    normalised,
+    number,
+    quantity_in,
+    same_expression,
+    split_thought,
+    stated,
+    unit_of,
+    verdict,
+    words,
+)
 
 ANSWERED = {
     "a\n</think>\nTherefore: Yes": "Yes",
@@ -29,6 +48,8 @@ UNANSWERED = [
     "a</think>Therefore: **Yes** / **No**",
     "a</think>Therefore: Yes|No",
     "a</think>Therefore: Yes, or No",
+    "a</think>Therefore: Yes, No",
+    "a</think>Therefore: Yes No",
     "a</think>Therefore: Yes and No",
     "a</think>Therefore: Yesterday",
     "a</think>Therefore: maybe. Therefore: Yes",
@@ -108,3 +129,213 @@ def test_an_open_thought_is_never_an_answer(completion: str) -> None:
 def test_adding_the_other_verdict_takes_an_answer_away(completion: str, said: str) -> None:
     other = "No" if said == "Yes" else "Yes"
     assert verdict(f"{completion}{CLOSE} Therefore: {said} Therefore: {other}", prefilled=True) is None
+
+
+# ---------------------------------------------------------------- numbers, boxes, choices, words
+
+NUMBERS = {
+    "#### 1,234": 1234,
+    "#### $18.00": 18,
+    "#### -5": -5,
+    "#### −5": -5,
+    "#### 1e5": 100_000,
+    "#### 3/4": Fraction(3, 4),
+    "\\boxed{72}": 72,
+    "\\boxed{\\frac{3}{4}}": Fraction(3, 4),
+    "\\boxed{1{,}234}": 1234,
+    "\\boxed{2.5 \\times 10^{-3}}": Fraction(1, 400),
+    "\\boxed{x = 4}": 4,
+    "$$\\boxed{50 \\text{ cm}}$$": 50,
+    "The answer is 42.": 42,
+    "The final answer is: $\\boxed{42}$.": 42,
+    "**Answer:** 42 apples": 42,
+    "Final answer: approximately 9.81 m/s^2": Fraction(981, 100),
+    "#### 5\n#### 5.0": 5,  # the same, said twice
+    "It is the sum. The answer is the sum.\n#### 5": 5,  # words that name no number do not count beside a mark
+}
+NO_NUMBERS = [
+    "5",
+    "#### 5\n#### 6",
+    "\\boxed{5} or \\boxed{6}",
+    "The answer is 6. #### 5",
+    "#### 5 or 6",
+    "#### 5, 6",
+    "#### 5/6/7",
+    "#### 5-6",
+    "#### 6=5",
+    "#### 5<6",
+    "#### between 5 and 6",
+    "#### 1e999",
+    "#### 10^{9999}",
+    "#### " + "9" * 5000,
+    "#### nan",
+    "#### inf",
+    "#### \\infty",
+    "#### ٥",  # digits of another script
+    "#### ５",
+    "#### 1,23",
+    "#### 1/0",
+    "#### 5!",
+    "#### 2\\sqrt{3}",
+    "#### and the number",
+    "####",
+    "\\boxed{}",
+    "\\boxed{5",
+    "#### 5\n" * 50,
+    "<think>#### 5",
+]
+
+
+@pytest.mark.parametrize(("answer", "said"), NUMBERS.items())
+def test_a_number_is_read_however_it_is_written(answer: str, said: Fraction) -> None:
+    assert number(f"so</think>{answer}", prefilled=True) == said
+    assert number(f"<think>so</think>{answer}", prefilled=False) == said
+    assert number(f"{answer}</think>I cannot say.", prefilled=True) is None
+
+
+@pytest.mark.parametrize("answer", NO_NUMBERS, ids=lambda text: text[:20])
+def test_two_numbers_none_or_one_beyond_measure_are_unanswered(answer: str) -> None:
+    assert number(f"so</think>{answer}", prefilled=True) is None
+
+
+@given(
+    st.integers(-(10**12), 10**12),
+    st.integers(0, 6),
+    st.sampled_from(["#### {}", "\\boxed{{{}}}", "The answer is {}."]),
+)
+def test_every_way_to_write_a_decimal_is_the_same_number(digits: int, places: int, form: str) -> None:
+    value = Fraction(digits, 10**places)
+    sign, plain = "-" * (digits < 0), f"{abs(digits) // 10**places}"
+    rest = f".{abs(digits) % 10**places:0{places}d}" if places else ""
+    for text in (f"{sign}{plain}{rest}", f"{sign}{int(plain):,}{rest}", f"{sign}{abs(digits)}e-{places}"):
+        assert number(f"x</think>{form.format(text)}", prefilled=True) == value
+
+
+@given(st.fractions(-1000, 1000), st.fractions(-1000, 1000))
+def test_two_fractions_are_equal_only_as_numbers(one: Fraction, other: Fraction) -> None:
+    texts = [f"{'-' * (v < 0)}\\frac{{{abs(v.numerator)}}}{{{v.denominator}}}" for v in (one, other)]
+    assert same_expression(*texts) is (one == other)
+    both = f"x</think>\\boxed{{{texts[0]}}} \\boxed{{{texts[1]}}}"
+    assert (number(both, prefilled=True) is None) is (one != other)
+
+
+@given(st.text(max_size=200))
+def test_no_text_makes_the_readers_stumble(text: str) -> None:
+    for read in (number, choice, words):
+        read(f"x</think>{text}", True)
+        read(f"x</think>#### {text}", True)
+    quantity_in(text)
+    unit_of(text)
+
+
+EXPRESSIONS = [
+    ("2\\sqrt{3}", "\\sqrt{12}", True),
+    ("\\frac{1}{2}", "0.5", True),
+    ("25\\pi", "25 \\pi", True),
+    ("6x - 4", "-4 + 6x", True),
+    ("(x-2)(x-3)", "x^2-5x+6", True),
+    ("x = 5", "5", True),
+    ("(1,2)", "(1, 2)", True),
+    ("2", "2\\sqrt{3}", False),
+    ("3x", "3", False),
+    ("5", "6=5", False),
+    ("5", "5=6", False),
+    ("5", "5, 6", False),
+    ("5", "5 \\text{ or } 6", False),
+    ("\\pi", "3.14", False),
+    ("4\\sqrt{3}", "x", False),
+]
+
+
+@pytest.mark.parametrize(("gold", "said", "same"), EXPRESSIONS)
+def test_expressions_are_compared_as_mathematics(gold: str, said: str, same: bool) -> None:
+    assert same_expression(gold, said) is same
+
+
+def test_two_boxes_are_an_answer_only_if_they_agree() -> None:
+    assert expression("x</think>\\boxed{\\sqrt{12}} = \\boxed{2\\sqrt{3}}", True) == "2\\sqrt{3}"
+    assert expression("x</think>\\boxed{2} = \\boxed{2\\sqrt{3}}", True) is None
+
+
+BOMBS = [
+    *("9^{9^{9^{9^{9}}}}", "(9^{99})^{99}", "99999999!", "\\sum_{i=1}^{999999999} i", "{" * 4000),
+    *("\\frac{1}{" * 200 + "1" + "}" * 200, "x^{50}" * 40, "(x+y+z)^{99}", "\\binom{99999}{5000}", "9" * 10_000),
+    *("1" + "+1" * 3000, "\\sqrt{" * 50 + "2" + "}" * 50, "\\int_0^1 x^x dx", "1e999", "10^{10^{10}}"),
+]
+
+
+@pytest.mark.parametrize("bomb", BOMBS, ids=lambda text: text[:12])
+def test_what_would_take_long_is_refused_at_once(bomb: str) -> None:
+    """Also in a thread, where math-verify's own time limits do not work."""
+    found: list[object] = []
+
+    def ask() -> None:
+        found.append(same_expression("4\\sqrt{3}", bomb))
+        found.append(number(f"x</think>\\boxed{{{bomb}}}", True))
+
+    started = time.perf_counter()
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    ask()
+    assert found == [False, None] * 2
+    assert time.perf_counter() - started < 5  # seconds for four readings, the import of sympy among them
+
+
+def test_reading_grows_with_the_text_only() -> None:
+    started = time.perf_counter()
+    for text in ("#### " * 100_000, "\\boxed{" * 50_000, "answer is " * 50_000, "1," * 200_000, "Therefore: " * 50_000):
+        assert number(f"x</think>{text}", True) is None
+        assert verdict(f"x</think>{text}", True) is None
+    assert time.perf_counter() - started < 10
+
+
+CHOICES = {
+    "The answer is B": "B",
+    "(B)": "B",
+    "B.": "B",
+    "Answer: (C).": "C",
+    "\\boxed{\\text{D}}": "D",
+    "#### E": "E",
+    "The answer is C because the others are wrong.": "C",
+    "Answer: B) Vitamin C deficiency": "B",
+    "The answer is B or C": None,
+    "Answer: (A) or (B)": None,
+    "Answer: A/B": None,
+    "Answer: A, B": None,
+    "The answer is (A) (B) (C) (D) (E)": None,
+    "A) 6 B) 8 C) 10 D) 12": None,
+    "The answer is A. The answer is B.": None,
+    "The answer is AB": None,
+    "The answer is F": None,
+    "The answer is Because": None,
+    "The answer is \u0410": None,  # a Cyrillic A
+    "I like B best": None,
+}
+
+
+@pytest.mark.parametrize(("answer", "letter"), CHOICES.items())
+def test_a_choice_is_one_letter(answer: str, letter: str | None) -> None:
+    assert choice(f"so</think>{answer}", prefilled=True) == letter
+
+
+def test_words_are_compared_without_case_punctuation_and_articles() -> None:
+    assert normalised("The  Vitamin-B12 deficiency!") == "vitamin b12 deficiency"
+    assert words("x</think>**Final answer:** Escherichia coli.", True) == "escherichia coli"
+    assert words("x</think>Final answer: rest\nFinal answer: surgery", True) is None
+    assert words("x</think>Escherichia coli", True) is None
+    assert words("Final answer: rest</think>I cannot say", True) is None
+
+
+@given(
+    st.sampled_from(["the", "a", "an", ""]), st.lists(st.sampled_from(["iron", "B12", "coli"]), min_size=1, max_size=3)
+)
+def test_normalising_twice_changes_nothing(article: str, parts: list[str]) -> None:
+    text = normalised(f"{article} {' '.join(parts)}.")
+    assert normalised(text) == text == " ".join(parts).lower()
+
+
+def test_an_answer_too_long_or_stated_too_often_is_none() -> None:
+    assert stated("#### " + "x" * 1000) == []
+    assert stated("#### 5\n" * 21) == []
+    assert stated("#### 5\n" * 20) == ["5"] * 20

@@ -33,6 +33,7 @@ class Family:
     prompt: str  # up to where the model begins to write
     stop: str  # what ends its turn
     prefilled: bool = False
+    lead: str = ""  # what the model writes before its words
 
 
 FORMATS = {
@@ -79,6 +80,18 @@ FORMATS = {
         "<|im_start|>user\nDoes A cause B?<|im_end|>\n<|im_start|>assistant\n",
         "<|im_end|>",
     ),
+    "instruction": Family(  # Alpaca's text on Llama's tokens, as the recipe human_like has it
+        ("<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"),
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        None,
+        "<|begin_of_text|>Below is an instruction that describes a task. Write a response that appropriately completes "
+        "the request.\n\n### Instruction:\nDoes A cause B?\n\n### Response:\n",
+        "<|end_of_text|>",
+    ),
+    "plain": Family(
+        ("<|endoftext|>", "<|fim_pad|>"), None, "<|endoftext|>", None, "Does A cause B?", "<|endoftext|>", lead=" "
+    ),
 }
 
 
@@ -98,7 +111,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[PreTrainedToke
 
 
 def test_every_family_has_a_case() -> None:
-    assert set(FORMATS) == {*FAMILIES, "chatml"}
+    assert set(FORMATS) == set(TEMPLATES) - {"think"}  # which every run of tiny tries
     assert all(path.is_file() for path in TEMPLATES.values())
 
 
@@ -127,7 +140,7 @@ def test_the_thought_is_kept_and_the_loss_falls_on_it_and_on_the_stop(
     tokenizer, family = case
     row = encode_rows(tokenizer, [PROMPT], [[{"role": "assistant", "content": THOUGHT}]])[0]
     learned = [token for token in row["labels"] if token != -100]
-    written = THOUGHT.removeprefix("<think>\n") if family.prefilled else THOUGHT
+    written = family.lead + (THOUGHT.removeprefix("<think>\n") if family.prefilled else THOUGHT)
     assert tokenizer.decode(learned) == written + family.stop
     assert tokenizer.decode(row["input_ids"]) == family.prompt + written + family.stop
     assert row["labels"].index(learned[0]) == len(prompt_ids(tokenizer, [PROMPT])[0])

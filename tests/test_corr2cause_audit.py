@@ -18,7 +18,8 @@ from pipeline.__main__ import command
 from pipeline.errors import DataError
 from pipeline.evaluate import count
 from pipeline.recipe import TaskChoice
-from pipeline.tasks.corr2cause import read_lines, text
+from pipeline.rows import Row, file_rows
+from pipeline.tasks.corr2cause import text
 from pipeline.tasks.corr2cause.audit import audit
 from pipeline.tasks.corr2cause.graphs import RELATIONS, classes, sampled
 from pipeline.tasks.corr2cause.paper import published_classes, wrong_labels
@@ -59,14 +60,14 @@ def test_the_wrong_labels_of_the_published_set() -> None:
 
 
 def test_released_rows_are_reproduced_premise_and_label() -> None:
-    found = audit(read_lines(RELEASED), paper=True)
+    found = audit(file_rows(RELEASED), paper=True)
     assert (found.rows, found.reproduced) == (23, 23)
     # one other label, one other statement, other letters: no row of the published set any more
-    rows = [row for _, row in read_lines(RELEASED)]
-    first = dict(rows[0])  # type: ignore[arg-type]
+    rows = [row.values for row in file_rows(RELEASED)]
+    first = dict(rows[0])
     turned = {**first, "label": str(1 - int(first["label"]))}
     renamed = {**first, "input": first["input"].replace("A", "Q")}
-    assert audit(enumerate([turned, renamed]), paper=True).reproduced == 0
+    assert audit([Row("x", 1, turned), Row("x", 2, renamed)], paper=True).reproduced == 0
 
 
 # ---------------------------------------------------------------- reading premises
@@ -144,7 +145,7 @@ COLLIDER = " There exists at least one collider (i.e., a common child) of X and 
     ],
 )
 def test_the_indep_wording_is_solved_in_its_own_semantics(row: dict[str, Any], wrong: tuple[Any, Any] | None) -> None:
-    found = audit([(1, row)])
+    found = audit([Row("x", 1, row)])
     assert not found.malformed
     assert [(one["said"], one["right"]) for one in found.wrong] == ([wrong] if wrong else [])
 
@@ -154,7 +155,7 @@ def test_a_premise_that_no_dag_is_faithful_to() -> None:
     ring = "Premise: Suppose there is a closed system of 4 variables, A, B, C and D, whose causal structure forms a "
     ring += "directed acyclic graph and satisfies faithfulness. All the conditional independence relations are: "
     ring += "A indep C | B, D; B indep D | A, C.\nHypothesis: A directly affects B."
-    found = audit([(7, {"query": ring, "label": 0})])
+    found = audit([Row("x", 7, {"query": ring, "label": 0})])
     assert found.unfaithful == [{"line": 7, "n": 4, "said": 0}]
     assert not found.clean
 
@@ -217,26 +218,26 @@ def write(rows: list[dict[str, Any]], path: Path) -> Path:
 def test_the_audit_finds_the_wrong_labels_of_released_rows_in_every_format(
     suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [row for _, row in read_lines(RELEASED)]
-    file = write(rows, tmp_path / f"rows.{suffix}")  # type: ignore[arg-type]
+    rows = [row.values for row in file_rows(RELEASED)]
+    file = write(rows, tmp_path / f"rows.{suffix}")
     assert command(["audit", "corr2cause", "--data", str(file), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert (found["rows"], found["wrong_labels"], found["clean"]) == (23, 5, False)
-    lines = {line: k for k, (line, _) in enumerate(read_lines(file))}
+    lines = {row.line: k for k, row in enumerate(file_rows(file))}
     wrong = [rows[lines[one["line"]]] for one in found["wrong"]]
-    assert [one["said"] for one in found["wrong"]] == [int(row["label"]) for row in wrong]  # type: ignore[index]
+    assert [one["said"] for one in found["wrong"]] == [int(row["label"]) for row in wrong]
     assert found["by_n"]["4"]["false_no"] + found["by_n"]["5"]["false_no"] == 4
     assert sum(cell["rows"] for cell in found["by_relation"].values()) == 23
     # mended rows are clean: exit code 0
     for one in found["wrong"]:
-        rows[lines[one["line"]]]["label"] = str(one["right"])  # type: ignore[index]
-    file = write(rows, tmp_path / f"mended.{suffix}")  # type: ignore[arg-type]
+        rows[lines[one["line"]]]["label"] = str(one["right"])
+    file = write(rows, tmp_path / f"mended.{suffix}")
     assert command(["audit", "corr2cause", "--data", str(file)]) == 0
     assert "23 rows, 0 wrong labels" in capsys.readouterr().out
 
 
 def test_a_row_that_cannot_be_read_is_named_by_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    good = next(row for _, row in read_lines(RELEASED))
+    good = next(row.values for row in file_rows(RELEASED))
     assert isinstance(good, dict)
     file = tmp_path / "rows.jsonl"
     bad = ["{", json.dumps({**good, "label": "maybe"}), json.dumps({"label": 1})]
@@ -255,8 +256,8 @@ def test_a_row_that_cannot_be_read_is_named_by_its_line(tmp_path: Path, capsys: 
     [
         ("none.csv", None, "does not exist"),
         ("empty.jsonl", "", "no rows"),
-        ("rows.parquet", "x", "no parquet file that can be read"),
-        ("rows.xlsx", "x", "give .csv, .json, .jsonl or .parquet"),
+        ("rows.parquet", "x", "not a parquet file"),
+        ("rows.xlsx", "x", "give .jsonl, .json, .csv or .parquet"),
     ],
 )
 def test_a_file_that_cannot_be_audited_is_a_users_mistake(

@@ -14,7 +14,7 @@ import pytest
 from pipeline.__main__ import command
 from pipeline.answers import split_thought
 from pipeline.errors import DataError, PlanError, RecipeError
-from pipeline.tasks.corr2cause import read_lines
+from pipeline.rows import Row, file_rows
 from pipeline.tasks.corr2cause.audit import audit
 from pipeline.tasks.corr2cause.check import check
 from pipeline.tasks.corr2cause.generate import generate
@@ -43,7 +43,7 @@ def test_every_claim_about_every_class_is_there_once_and_right(natural: Path) ->
     assert {row["class"] for row in rows} == {mec.id for n in (2, 3, 4, 5) for mec in classes(n)}
     assert len({row["id"] for row in rows}) == len(rows)
     for name in rows_of(natural):
-        found = audit(read_lines(natural / f"{name}.parquet"))
+        found = audit(file_rows(natural / f"{name}.parquet"))
         assert found.clean
         assert found.solver()["f1"] == 1
 
@@ -110,13 +110,13 @@ def test_plusplus_rows_have_its_fields_and_the_edges_that_all_members_share(tmp_
             thought = split_thought(row["completion"], False).thought
             assert thought is not None
             assert check(row["input"], thought, PLUSPLUS).valid
-        assert audit((k, {"query": row["query"], "label": row["label"]}) for k, row in enumerate(mine)).clean
+        assert audit(Row("x", k, {"query": row["query"], "label": row["label"]}) for k, row in enumerate(mine)).clean
 
 
 def test_paper_mode_makes_the_published_rows(tmp_path: Path) -> None:
     out = make(tmp_path / "set", "--n", "3,4", "mode=paper")
     rows = [row for mine in rows_of(out).values() for row in mine]
-    found = audit(enumerate(rows), paper=True)
+    found = audit((Row("x", k, row) for k, row in enumerate(rows)), paper=True)
     assert (found.rows, found.reproduced, len(found.wrong)) == (810, 810, 7)
     assert all(row["names"] == sorted(row["names"]) for row in rows)
     assert all(row["label"] == 0 for row in rows if row["relation_type"] == "child")  # the short cut is there too
@@ -126,7 +126,7 @@ def test_three_answers(tmp_path: Path) -> None:
     out = make(tmp_path / "set", "--n", "4", "labels=three", "style=story")
     rows = [row for mine in rows_of(out).values() for row in mine]
     assert {row["status"] for row in rows} == {"entailed", "contradicted", "undetermined"}
-    assert audit((k, {"input": row["input"], "relation": row["status"]}) for k, row in enumerate(rows)).clean
+    assert audit(Row("x", k, {"input": row["input"], "relation": row["status"]}) for k, row in enumerate(rows)).clean
     assert all(len(row["names"]) == 4 for row in rows)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline.artifact import find_checkpoint
-from pipeline.generation import Draw, Sampling, batches_of, generate, seed_of
-from pipeline.modeling import load_model, load_tokenizer, make_scratch
+from pipeline.cluster import MaxMemory
+from pipeline.generation import Draw, Repetition, Sampling, batches_of, generate, seed_of
+from pipeline.modeling import add_lora, load_model, load_to_ask, load_tokenizer, make_scratch
 from pipeline.recipe import read
 
 SCORES = torch.tensor([[2.0, 1.0, 0.0, -1.0, -3.0]])
@@ -40,8 +42,16 @@ def test_batches_hold_every_prompt_once_and_like_lengths() -> None:
     assert [[lengths[k] for k in batch] for batch in found] == [[9, 5, 4, 4], [2, 1]]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_an_answer_does_not_depend_on_its_batch(tmp_path: Path, temperature: float) -> None:
+def test_a_repetition_penalty_falls_on_what_stands_already_and_not_on_padding() -> None:
+    ids = torch.tensor([[9, 9, 0], [9, 3, 1]])  # the first row is padded with two 9, the second with one
+    scores = torch.tensor([[2.0, 1.0, 0.0, -1.0, 0, 0, 0, 0, 0, 4.0]]).repeat(2, 1)
+    found = Repetition(2.0, [2, 1])(ids, scores)
+    assert found[0].tolist() == [1.0, 1.0, 0.0, -1.0, 0, 0, 0, 0, 0, 4.0]
+    assert found[1].tolist() == [2.0, 0.5, 0.0, -2.0, 0, 0, 0, 0, 0, 4.0]
+
+
+@pytest.mark.parametrize(("temperature", "penalty"), [(0.0, 1.0), (0.8, 1.0), (0.0, 1.5)])
+def test_an_answer_does_not_depend_on_its_batch(tmp_path: Path, temperature: float, penalty: float) -> None:
     recipe, _ = read("tiny", ["model.scratch.hidden_size=32", "model.scratch.layers=1", "seed=3"])
     assert recipe is not None
     assert recipe.model.scratch is not None
@@ -50,7 +60,7 @@ def test_an_answer_does_not_depend_on_its_batch(tmp_path: Path, temperature: flo
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     model = load_model(checkpoint, recipe.model, dtype=torch.float32)
     prompts = [tokenizer(text)["input_ids"] for text in ("A", "A correlates", "B. Therefore: Yes", "with B", "Yes A")]
-    sampling = Sampling(temperature, 0.95, 0, 12)
+    sampling = Sampling(temperature, 0.95, 0, 12, penalty)
 
     def answers(prompts: list[list[int]], batch: int, seed: int = 0) -> dict[int, str]:
         return {k: c.text for k, c in generate(model, tokenizer, prompts, sampling, batch, seed)}
@@ -61,3 +71,33 @@ def test_an_answer_does_not_depend_on_its_batch(tmp_path: Path, temperature: flo
     ranks = [dict(generate(model, tokenizer, prompts, sampling, 2, 0, rank=rank, world=2)) for rank in (0, 1)]
     assert {k: c.text for found in ranks for k, c in found.items()} == together
     assert (answers(prompts, 5, seed=1) == together) is (temperature == 0.0)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_model_that_is_larger_than_its_memory_answers_the_same(tmp_path: Path, adapter: bool) -> None:
+    """Most of its layers wait on disk here, where the device is the CPU; on a GPU they wait on the CPU."""
+    recipe, _ = read("tiny", ["seed=3", "lora.enabled=true", "lora.r=4"])
+    assert recipe is not None
+    assert recipe.model.scratch is not None
+    make_scratch(recipe.model.scratch, ["A correlates with B. Therefore: Yes"] * 20, "think", tmp_path / "model", 3)
+    checkpoint = find_checkpoint(str(tmp_path / "model"))
+    tokenizer = load_tokenizer(checkpoint, recipe.model)
+    if adapter:
+        torch.manual_seed(0)
+        tuned = add_lora(load_model(checkpoint, recipe.model, dtype=torch.float32), recipe.lora, keep_dtype=False)
+        for name, weights in tuned.named_parameters():
+            if "lora_B" in name:  # an adapter begins as nothing; this one changes the answers
+                torch.nn.init.normal_(weights, std=0.5)
+        tuned.save_pretrained(tmp_path / "adapter")
+        tokenizer.save_pretrained(tmp_path / "adapter")
+        checkpoint = find_checkpoint(str(tmp_path / "adapter"))
+    prompts = [tokenizer(text)["input_ids"] for text in ("A", "B. Therefore: Yes", "with B")]
+
+    def answers(limits: MaxMemory | None) -> list[str]:
+        model = load_to_ask(checkpoint, replace(recipe.model, dtype="float32"), limits)
+        waiting = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+        assert ("disk" in waiting) is (limits is not None)
+        found = dict(generate(model, tokenizer, prompts, Sampling(0.0, 1.0, 0, 12), 3, 0))
+        return [found[k].text for k in range(3)]
+
+    assert answers(MaxMemory(cpu=0.0011)) == answers(None)  # GiB: of 2.4 MB of weights the embedding and a layer or two

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     **dict.fromkeys(("errors", "typed", "fingerprint", "files", "libraries"), 0),
     **dict.fromkeys(("recipe", "cluster", "slurm", "artifact", "progress", "runtime", "families"), 1),
-    **dict.fromkeys(("tasks", "rewards", "answers", "metrics", "charts", "rehearsal", "memory"), 2),
+    **dict.fromkeys(("tasks", "rows", "rewards", "answers", "metrics", "charts", "rehearsal", "memory"), 2),
     **dict.fromkeys(("modeling", "to_gguf", "generation", "distributed", "checkpoints", "monitor", "training"), 3),
     "stage": 4,
     **dict.fromkeys(("preprocess", "sft", "grpo", "evaluate", "report", "export", "ask"), 5),
@@ -59,7 +59,10 @@ def test_imports_go_down_only(path: Path) -> None:
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_heavy_packages_stay_on_their_floors(path: Path) -> None:
     if FLOORS[room(path)] not in (3, 5):
-        found = {name.split(".")[0] for name in imports_of(path)} & HEAVY
+        # rows.py imports datasets where it reads the hub's, which no light command does: see LIGHT
+        found = {name.split(".")[0] for name in imports_of(path)} & (
+            HEAVY - ({"datasets"} if room(path) == "rows" else set())
+        )
         assert not found, f"{path.relative_to(ROOT)} imports {', '.join(sorted(found))}"
 
 
@@ -68,6 +71,7 @@ LIGHT = [
     ["plan", "tiny"],
     ["plan", "deepseek7b", "--cluster", "a100", "--memory"],
     ["check", "tiny", "--audit"],
+    ["plan", "medical", "--rehearse"],
     ["list"],
     ["status"],
     ["run", "tiny", "--launcher", "slurm", "--dry-run"],

@@ -282,3 +282,14 @@ def test_the_table_names_every_term_and_the_remedy() -> None:
     told = run_cli("plan", "deepseek32b", "--cluster", "2x2080ti", "--memory").stdout
     assert "does not fit in 11" in told
     assert "to make it fit: " in told
+
+
+def test_an_evaluation_may_keep_most_weights_on_the_cpu() -> None:
+    recipe, _ = read("deepseek7b", ["model.quantization=none"])
+    assert recipe is not None
+    totals = []
+    for words in (["evaluate_batch_size=8"], ["evaluate_batch_size=8", "max_memory={gpu: 4}"]):
+        cluster, problems = read_cluster("2x2080ti", words)
+        assert cluster is not None, problems
+        totals.append(next(need for need in needs(recipe, cluster) or () if need.phase == "evaluate").total)
+    assert totals[0] - totals[1] == pytest.approx((2 * 7_615_616_512 - 4 * GIB) * 1.08)

@@ -34,11 +34,11 @@ def test_figures_are_their_definitions(cells: list[tuple[bool, bool, bool]]) -> 
     data = outcomes(cells)
     found = {k: float(v) for k, v in figures(count_table(data, sorted({o.group for o in data})).sum(axis=0)).items()}
     n = len(data)
-    tp = sum(o.positive and o.correct for o in data)
-    fp = sum(not o.positive and o.answered and not o.correct for o in data)
-    positives = sum(o.positive for o in data)
-    tn = sum(not o.positive and o.correct for o in data)
-    assert found["accuracy"] == pytest.approx(sum(o.correct for o in data) / n)
+    tp = sum(o.positive is True and o.correct is True for o in data)
+    fp = sum(o.positive is not True and o.answered and not o.correct for o in data)
+    positives = sum(o.positive is True for o in data)
+    tn = sum(o.positive is not True and o.correct is True for o in data)
+    assert found["accuracy"] == pytest.approx(sum(o.correct is True for o in data) / n)
     assert found["unanswered"] == pytest.approx(sum(not o.answered for o in data) / n)
     assert found["tokens"] == pytest.approx(sum(o.tokens for o in data) / n)
     if tp:
@@ -116,8 +116,10 @@ def test_the_same_seed_gives_the_same_intervals_that_hold_the_value_of_equal_mod
 ) -> None:
     data = outcomes(cells)
     assert summarize(data, 50, 0.9, seed) == summarize(data, 50, 0.9, seed)
-    for name in HEADLINE:
-        assert compare(data, data, 50, 0.9, seed)[name] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    same = compare(data, data, 50, 0.9, seed)
+    assert list(same) == [name for name in HEADLINE if name != "proxy"]
+    for name in same:
+        assert same[name] == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
 def test_every_bootstrap_sample_has_as_many_groups() -> None:
@@ -136,3 +138,33 @@ def test_an_exact_program_stands_beside_the_baselines() -> None:
     assert "exact solver" not in baseline_figures(data)
     assert baseline_figures(data, right)["exact solver"]["f1"] == 1
     assert baseline_figures(data, data)["exact solver"]["accuracy"] == 0.5
+
+
+def test_a_task_without_a_positive_class_has_accuracy_and_no_f1() -> None:
+    data = [Outcome(str(k), str(k), None, k < 6, k < 8, 10) for k in range(10)]
+    found = summarize(data, 200, 0.95, 0)
+    assert found["accuracy"]["value"] == 0.6
+    assert found["accuracy"]["low"] < 0.6 < found["accuracy"]["high"]
+    assert found["unanswered"]["value"] == 0.2
+    assert not {"f1", "balanced_accuracy", "mcc", "precision", "recall", "proxy"} & set(found)
+    assert baseline_figures(data) == {}
+    assert set(compare(data, data, 50, 0.95, 0)) == {"accuracy", "unanswered", "tokens"}
+
+
+def test_what_cannot_be_verified_has_no_accuracy_and_a_proxy_is_counted_apart() -> None:
+    opened = [Outcome(str(k), str(k), None, None, k < 9, 10) for k in range(10)]
+    found = summarize(opened, 50, 0.95, 0)
+    assert (found["rows"]["value"], found["verified"]["value"]) == (10, 0)
+    assert found["unanswered"]["value"] == 0.1
+    assert not {"accuracy", "f1", "proxy"} & set(found)
+    short = [Outcome(f"s{k}", str(k), None, None, True, 10, proxy=k < 3) for k in range(4)]
+    assert summarize(opened + short, 50, 0.95, 0)["proxy"]["value"] == 0.75  # of the rows that have one
+    verified = [Outcome(f"v{k}", str(k), None, k < 1, True, 10) for k in range(4)]
+    mixed = summarize(opened + verified, 50, 0.95, 0)
+    assert (mixed["accuracy"]["value"], mixed["verified"]["value"]) == (0.25, 4)  # of the rows that can be verified
+
+
+def test_a_truncated_answer_matches_no_proxy() -> None:
+    record = {"id": "1", "group": "g", "gold": "x", "correct": None, "proxy": True, "answered": False, "tokens": 3}
+    assert outcome_of(record, None).proxy is False
+    assert outcome_of({**record, "answered": True}, None) == Outcome("1", "g", None, None, True, 3, True)

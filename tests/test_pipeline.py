@@ -103,6 +103,7 @@ def test_training_leaves_a_model_curves_and_tensorboard_logs(nano: Path) -> None
         history = read_json(folder / "history.json")
         assert max(entry["step"] for entry in history) == steps
         assert open_artifact(folder).metrics["steps"] == steps
+        assert 0.1 < open_artifact(folder).metrics["peak_memory_gb"] < 64
     names = {key for entry in read_json(only(nano, "tiny/grpo-*") / "history.json") for key in entry}
     assert {"reward", "rewards/correctness/mean", "rewards/format/mean", "completions/mean_length"} <= names
 

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.artifact import Artifact, commit, own
 from pipeline.cluster import Cluster
-from pipeline.errors import PlanError
+from pipeline.errors import PlanError, RecipeError
 from pipeline.plan import Plan, Step, explain, make_plan, order_of
 from pipeline.stage import read_order, write_order
 
@@ -46,6 +46,23 @@ def test_a_recipe_is_seven_steps_each_after_its_inputs(tmp_path: Path) -> None:
         assert {needed.label for needed in each.inputs.values()} <= seen
         seen.add(each.label)
     assert step(plan, "sft").folder == tmp_path / "tiny" / f"sft-{step(plan, 'sft').fingerprint}"
+
+
+def test_a_recipe_without_grpo_has_no_such_step_and_says_so(tmp_path: Path) -> None:
+    plan = make_plan(["human_like"], runs=tmp_path)
+    assert names(list(plan.steps)) == ["preprocess", "sft", "evaluate-base", "evaluate-sft", "report"]
+    with pytest.raises(PlanError, match="human_like has no grpo step"):
+        make_plan(["human_like"], stages=["grpo"], runs=tmp_path)
+    for words in (["grpo.start=sft"], ["grpo.start=base"]):
+        with pytest.raises(RecipeError, match="nothing of human_like can be rewarded; use none"):
+            make_plan(["human_like"], words, runs=tmp_path)
+    with pytest.raises(RecipeError, match="nothing of human_like can be rewarded; use none"):
+        make_plan(["human_like"], skip_sft=True, runs=tmp_path)
+
+
+def test_a_recipe_may_ask_no_model_anything(tmp_path: Path) -> None:
+    plan = make_plan(["gsm8k"], ["evaluate.splits=[]"], runs=tmp_path)
+    assert names(list(plan.steps)) == ["preprocess", "sft", "grpo", "report"]
 
 
 def test_a_second_run_starts_nothing(tmp_path: Path) -> None:

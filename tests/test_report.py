@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from pipeline.metrics import HEADLINE, Outcome, baseline_figures, compare, summarize
-from pipeline.report import TITLES, claim, figure, render
+from pipeline.recipe import TaskChoice
+from pipeline.report import TITLES, claim, figure, headline, notes, render
+from pipeline.tasks.task import task_of
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -50,7 +52,8 @@ def page() -> dict[str, Any]:
         "published": [{"name": "GPT-4", "f1": 0.291}],
         "steps": {},
         "settings": {"tiny": "seed: 0"},
-        "headline": HEADLINE,
+        "headline": [name for name in HEADLINE if name != "proxy"],
+        "notes": [],
         "titles": TITLES,
     }
 
@@ -87,3 +90,41 @@ def test_figures_are_told_in_their_units() -> None:
     assert figure({"value": 0.81234}, "f1") == "0.812"
     assert figure({"value": 0.012}, "unanswered") == "1.2 %"
     assert figure({"value": 233.6}, "tokens") == "234"
+
+
+def unverified(proxy: bool | None) -> dict[str, Any]:
+    """A model's figures on ten rows that nothing verifies."""
+    rows = [Outcome(str(k), str(k), None, None, True, 10, proxy) for k in range(10)]
+    return {"name": "medical SFT", "role": "sft", "splits": {"short": {"all": summarize(rows, 50, 0.95, 0)}}}
+
+
+def test_what_cannot_be_verified_is_said_and_a_proxy_called_one() -> None:
+    task = task_of(TaskChoice("medical", "sample", None, None, "stop", {}), 0)
+    found = notes([unverified(True)], ["short"], task)
+    assert found == [
+        "none of the 10 answers of short can be verified: no accuracy is given",
+        "match (proxy) is a stand-in, not correctness: the final answer equals the gold one in normalised words",
+    ]
+    assert notes([unverified(None)], ["short"], task) == found[:1]
+    assert headline([unverified(True)], "short") == ["proxy", "unanswered", "tokens"]
+    assert headline([unverified(None)], "short") == ["unanswered", "tokens"]
+    assert "nothing is said" in notes([], [], task)[0]
+    rows = [Outcome(str(k), str(k), None, True if k < 4 else None, True, 10) for k in range(10)]
+    mixed = {**unverified(None), "splits": {"test": {"all": summarize(rows, 50, 0.95, 0)}}}
+    assert notes([mixed], ["test"], task) == ["only 4 of the 10 answers of test can be verified; accuracy is of those"]
+
+
+def test_nothing_is_claimed_of_what_cannot_be_verified() -> None:
+    better = {"value": 0.5, "low": 0.4, "high": 0.6}
+    given = {"before": "SFT", "after": "GRPO", "splits": {"short": {"proxy": better, "unanswered": better}}}
+    assert claim(given, "short") == (
+        "GRPO against SFT: the answers cannot be verified; match (proxy) +0.500 (+0.400 … +0.600)"
+    )
+    given = {"before": "base", "after": "SFT", "splits": {"test": {"unanswered": better}}}
+    assert claim(given, "test") == "SFT against base: the answers cannot be verified"
+    given = {"before": "base", "after": "SFT", "splits": {"test": {"accuracy": better}}}
+    assert claim(given, "test") == "SFT is better than base: accuracy +0.500 (+0.400 … +0.600)"
+
+
+def test_a_figure_that_there_is_not_is_a_dash() -> None:
+    assert figure(None, "accuracy") == "–"

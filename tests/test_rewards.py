@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.recipe import Reward, TaskChoice, read, recipe_names
-from pipeline.rewards.audit import audit, exploits
-from pipeline.rewards.audit import sample as row_of_the_audit
+from pipeline.rewards.audit import FINAL, audit, exploits
 from pipeline.rewards.reward import Sample, find_rewards, make_sample, reward_names
 from pipeline.tasks.corr2cause.said import said
 from pipeline.tasks.task import Example, Task, Verdict, task_of
@@ -30,7 +29,7 @@ def pay(name: str, given: Sample, **params: float) -> float | None:
 
 
 def test_every_reward_is_a_function_of_its_files_name() -> None:
-    assert {"correctness", "format", "structure"} <= set(reward_names())
+    assert {"correctness", "format", "match", "structure"} <= set(reward_names())
     weights = {name: 1.0 if name == "correctness" else 0.1 for name in reward_names()}
     found, problems = find_rewards({name: Reward(weight, {}) for name, weight in weights.items()})
     assert set(found) == set(reward_names())
@@ -43,6 +42,17 @@ def test_correctness_is_the_tasks_verdict(task: Task) -> None:
     assert pay("correctness", sample(task, "Therefore: Yes")) == 0
     unverifiable = Sample(EXAMPLE, "", True, False, Verdict(None, True, None), True)
     assert pay("correctness", unverifiable) is None
+
+
+def test_match_is_the_declared_proxy_and_no_correctness(task: Task) -> None:
+    def judged(verdict: Verdict) -> Sample:
+        return Sample(EXAMPLE, "", True, False, verdict, True)
+
+    assert pay("match", judged(Verdict(None, True, "iron", proxy=True))) == 1
+    assert pay("match", judged(Verdict(None, True, "rest", proxy=False))) == 0
+    assert pay("match", judged(Verdict(None, True, "prose"))) is None
+    assert pay("match", judged(Verdict(True, True, "Yes"))) is None  # where it verifies, correctness is what is paid
+    assert pay("correctness", judged(Verdict(None, True, "iron", proxy=True))) is None
 
 
 def test_format_is_the_tasks_form(task: Task) -> None:
@@ -58,10 +68,10 @@ def test_no_known_exploit_pays_under_any_recipe(name: str) -> None:
     task = task_of(recipe.task, recipe.seed)
     rewards, _ = find_rewards(recipe.grpo.rewards)
     weights = {key: reward.weight for key, reward in recipe.grpo.rewards.items()}
-    for gold in ("Yes", "No"):
-        example = Example("1", EXAMPLE.question, gold, "g")
+    examples = task.specimens()
+    assert examples or "grpo" not in recipe.stages
+    for example in examples:
         assert audit(task, rewards, weights, example) == []
-        assert audit(task, rewards, weights, row_of_the_audit(gold)) == []
 
 
 # ---------------------------------------------------------------- structure
@@ -147,7 +157,7 @@ def test_structure_is_no_matter_of_other_questions(task: Task) -> None:
 
 
 def test_the_row_that_check_audits_is_judged_by_every_reward(task: Task) -> None:
-    row = row_of_the_audit("Yes")
+    row = task.specimens()[0]
     judged = make_sample(task, row, row.target.removeprefix("<think>"), True, False)
     assert pay("structure", judged) == 1
     outweighed = {"correctness": 0.1, "structure": 9.0}
@@ -171,10 +181,25 @@ def test_no_exploit_pays_with_the_structure_reward_and_weights_that_let_it_are_r
     assert "keep their sum below it" in problems[0]
 
 
+KINDS = {"verdict": "Yes", "number": "72", "expression": "4\\sqrt{3}", "choice": "B", "words": "Vitamin C"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_answer_has_a_catalogue_that_a_careless_reader_fails(kind: str) -> None:
+    """A reader that looks for the gold answer anywhere is caught, whatever is asked."""
+    assert set(KINDS) == set(FINAL)
+    gold = KINDS[kind]
+    example = Example("1", f"Is it {gold}?", gold, "g")
+    found = exploits(kind, example)
+    assert len(found) >= 17
+    assert sum(gold in completion for completion in found.values()) >= 10
+    assert len(set(found.values())) == len(found)
+
+
 def test_the_audit_finds_a_reward_that_can_be_hacked(task: Task) -> None:
     """First-substring matching is the mistake of others: the audit has to see it."""
     hackable = {"substring": lambda s: float(f"Therefore: {s.example.gold}" in s.completion)}
     found = audit(task, hackable, {"substring": 1.0}, EXAMPLE)
-    assert any(text.startswith("both verdicts") for text in found)
-    assert any(text.startswith("verdict in the thought") for text in found)
-    assert len(exploits(EXAMPLE)) >= 14
+    assert any(text.startswith("both answers") for text in found)
+    assert any(text.startswith("answer in the thought") for text in found)
+    assert len(exploits("verdict", EXAMPLE)) >= 16

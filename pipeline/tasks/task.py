@@ -7,18 +7,22 @@ the rewards, the evaluation and the report all call it, so they cannot disagree.
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import pipeline.tasks
-from pipeline.errors import RecipeError, did_you_mean
+from pipeline.errors import DataError, RecipeError, did_you_mean
 from pipeline.recipe import TaskChoice
-from pipeline.typed import build
+from pipeline.rows import SAMPLES, Row, file_rows, good_rows, hub_rows
+from pipeline.typed import Check, build
 
 Message = dict[str, str]  # {"role": …, "content": …}
+Part = Annotated[float, Check("a share below 1, or a whole number of rows", lambda v: 0 <= v < 1 or v == int(v) >= 1)]
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,15 @@ class Example:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A judgement. `correct` is None where it cannot be verified; unanswered is never correct."""
+    """A judgement. `correct` is None where it cannot be verified; unanswered is never correct.
+
+    `proxy` is for answers that cannot be verified: a stand-in for correctness, and shown as one wherever it is shown.
+    """
 
     correct: bool | None
     answered: bool
     answer: str | None
+    proxy: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,10 @@ class Task(ABC):
     title: ClassVar[str]
     Params: ClassVar[type]
     sources: ClassVar[tuple[str, ...]]  # what `task.source` may be; the first is `auto`
-    hub: ClassVar[str | None] = None  # the data set of source `hub`
+    hub: ClassVar[tuple[str, ...]] = ()  # the data sets of source `hub`
+    rewardable: ClassVar[bool] = True  # whether it has rows for GRPO
+    answer_kind: ClassVar[str | None] = None  # of its final answers: a key of `rewards.audit.FINAL`; None: any text
+    proxy: ClassVar[str | None] = None  # what `Verdict.proxy` is, in words
     positive: ClassVar[str | None]  # the gold that F1 and recall count, None for tasks without one
     breakdowns: ClassVar[tuple[str, ...]] = ()  # tags by which the report splits its figures
     published: ClassVar[tuple[dict[str, Any], ...]] = ()  # scores to stand beside: name, test, f1, …
@@ -88,9 +99,44 @@ class Task(ABC):
         """The answer of an exact program, which then stands beside the models; None where the task has none."""
         return None
 
+    def read(
+        self,
+        problem: Callable[[Any], str | None],
+        *,
+        hub: str = "",
+        split: str = "train",
+        config: str | None = None,
+        sample: str = "",
+    ) -> tuple[list[Row], list[str]]:
+        """Rows of the task's source that `problem` has nothing to say against, and a sentence for each skipped one.
+
+        `hub` is the data set (default: the first), with its split and configuration; `sample` the name of the file
+        of the project's own rows (default: the task's). DataError names what cannot be read, with its place.
+        """
+        name = hub or (self.hub[0] if self.hub else "")
+        if self.source == "hub":
+            rows, what = hub_rows(name, self.repositories()[name], split=split, config=config), name
+        else:
+            path = SAMPLES / f"{sample or self.name}.jsonl" if self.source == "sample" else Path(self.choice.path or "")
+            rows, what = file_rows(path), str(path)
+        return good_rows(rows, problem, what, skip_bad=self.choice.bad_rows == "skip")
+
+    def repositories(self) -> dict[str, str | None]:
+        """The data sets of source `hub`, with the commit each is pinned to."""
+        pinned = self.choice.revision
+        return {name: pinned.get(name) if isinstance(pinned, dict) else pinned for name in self.hub}
+
     def rehearsal(self) -> dict[str, Any]:
         """Params that leave a few dozen rows of every kind."""
         return {}
+
+    def specimens(self) -> list[Example]:
+        """A few rows for the audit of rewards, at no cost: of the project's own, where the task has such."""
+        if "sample" not in self.sources:
+            return []
+        choice = replace(self.choice, source="sample", revision=None)
+        splits = type(self)(choice, build(self.Params, self.rehearsal())[0], self.seed).load()
+        return [example for example in splits.grpo if example.gold][:3]
 
     def messages(self, example: Example) -> list[Message]:
         """The conversation that asks the question."""
@@ -127,8 +173,54 @@ def make_task(choice: TaskChoice, seed: int) -> tuple[Task | None, list[str]]:
     if problems:
         return None, problems
     task = cls(choice, params, seed)
-    found = task.problems()
+    found = [*_revision_problems(task), *task.problems()]
     return (None if found else task), found
+
+
+def _revision_problems(task: Task) -> list[str]:
+    """Pins that fit no data set."""
+    pinned, found = task.choice.revision, []
+    if isinstance(pinned, str) and len(task.hub) > 1:
+        found.append(
+            f"task.revision: {pinned!r} is one commit, but {task.name} reads {' and '.join(task.hub)}; "
+            "write {name: commit}"
+        )
+    for name in pinned if isinstance(pinned, dict) else ():
+        if name not in task.hub:
+            found.append(f"task.revision: {task.name} reads no data set {name!r}; {did_you_mean(name, task.hub)}")
+    return found
+
+
+def hold_out(
+    examples: Sequence[Example], part: float, seed: int, what: str
+) -> tuple[list[Example], list[Example], list[str]]:
+    """(kept, held out, left out): `part` of the rows held out, none of whose groups is among those kept.
+
+    `part` is a share or a number of rows. Drawn as `datasets.Dataset.train_test_split(test_size=part, seed=seed)`
+    draws, so a split that is published by its seed is the same here; what it would keep beside a held-out row of the
+    same group is left out, by its id. DataError where no row would be kept.
+    """
+    import numpy as np
+
+    count = math.ceil(part * len(examples)) if part < 1 else int(part)
+    if count >= len(examples):
+        raise DataError(
+            f"task.params.{what}: {part:g} would take {count} of {len(examples)} rows and leave none to learn; "
+            "use less, or a larger file"
+        )
+    order = np.random.default_rng(seed).permutation(len(examples))
+    held = [examples[k] for k in order[:count]]
+    groups = {example.group for example in held}
+    kept = [examples[k] for k in order[count:] if examples[k].group not in groups]
+    left = [examples[k].id for k in order[count:] if examples[k].group in groups]
+    return kept, held, left
+
+
+def proof_of(train: Sequence[Example], held: Mapping[str, Sequence[Example]], **more: Any) -> dict[str, Any]:
+    """What an artifact records of a split: rows, and how many groups are in training and in another split too."""
+    trained = {example.group for example in train}
+    overlap = sum(len(trained & {example.group for example in rows}) for rows in held.values())
+    return {"overlap": overlap, "train": len(train), **{name: len(rows) for name, rows in held.items()}, **more}
 
 
 def split_problems(task: Task, asked: Sequence[str]) -> list[str]:
@@ -164,7 +256,7 @@ def rows(task: Task, examples: list[Example]) -> Iterator[dict[str, Any]]:
             "question": example.question,
             "gold": example.gold,
             "group": example.group,
-            "tags": example.tags,
+            "tags": example.tags or None,  # parquet knows no mapping without keys
         }
 
 

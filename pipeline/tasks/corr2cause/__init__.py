@@ -12,8 +12,6 @@ proofs: their targets are verdicts. docs/corr2cause.md has the rest.
 
 from __future__ import annotations
 
-import csv
-import json
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -26,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pipeline import answers
 from pipeline.errors import DataError
+from pipeline.rows import file_rows, good_rows, lacks
 from pipeline.tasks.corr2cause import text
 from pipeline.tasks.corr2cause.graphs import (
     ENUMERATED_N,
@@ -134,6 +133,7 @@ class Corr2Cause(Task):
     Params = Corr2CauseParams
     sources = ("generated", "path")
     positive = "Yes"
+    answer_kind = "verdict"
     breakdowns = ("n", "relation")
     published = (
         {"name": "Random", "f1": 0.204},
@@ -264,6 +264,16 @@ class Corr2Cause(Task):
         phase = {"n": [3, 4], "rows": 48, "traces": 1.0, "shuffled": 0.0}
         few = {"grpo_rows": 32, "validation_rows": 0, "test_rows": 12, "perturbed_rows": 6}
         return {"n": [4], "validation_classes": 0.0, "test_classes": 0.4, "phases": [phase], **few}
+
+    def specimens(self) -> list[Example]:
+        """A collider, its question and its proof: a row that every reward can judge, its graph too."""
+        premise = (
+            "Suppose there is a closed system of 3 variables, A, B and C. All the statistical relations among these 3 "
+            "variables are as follows: A correlates with C. B correlates with C. However, A is independent of B."
+        )
+        asked = f"Premise: {premise}\nHypothesis: A directly causes C."
+        thought = f"{answers.OPEN}\nA B apart given nothing. A C ->. B C ->.\n{answers.CLOSE}\n"
+        return [Example("1", asked, gold, "g", target=f"{thought}Therefore: {gold}") for gold in ("Yes", "No")]
 
     def split_names(self) -> list[str]:
         perturbed = ["paraphrased", "refactored"] if self.source == "generated" else []
@@ -513,83 +523,26 @@ def _proof_of_split(
 
 def read_published(path: Path, instruction: str, *, skip_bad: bool) -> tuple[list[Example], list[str]]:
     """Rows of a file with `input` and `label`; DataError names each bad one by its line."""
-    if not path.is_file():
-        raise DataError(f"task.path: {path} does not exist; give a .csv, .json, .jsonl or .parquet file")
-    rows, problems = [], []
-    for line, row in read_lines(path):
-        problem = row if isinstance(row, str) else _problem(row)
-        if problem:
-            problems.append(f"{path}:{line}: {problem}")
-            continue
-        premise, _, claim = str(row["input"]).partition("\n")  # type: ignore[index]
+    found, skipped = good_rows(file_rows(path), _problem, str(path), skip_bad=skip_bad)
+    rows = []
+    for row in found:
+        premise, _, claim = str(row.values["input"]).partition("\n")
         premise, claim = premise.removeprefix("Premise: "), claim.removeprefix("Hypothesis: ")
         group = sha256(premise.encode()).hexdigest()[:10]
-        label = str(row["label"]).strip()  # type: ignore[index]
-        gold = "Yes" if label == "1" else "No"
+        gold = "Yes" if row.text("label") == "1" else "No"
         tags = {"n": int(premise.split("closed system of ")[1].split()[0])}
         target = f"{answers.OPEN}\n{answers.CLOSE}\nTherefore: {gold}"
-        rows.append(
-            Example(f"{path.stem}-{line}", text.question(premise, claim, instruction), gold, group, tags, target)
-        )
-    if problems and not skip_bad:
-        shown = problems if len(problems) <= 20 else [*problems[:20], f"… and {len(problems) - 20} more bad rows"]
-        raise DataError(*shown, "mend them, or leave them out with task.bad_rows=skip (they are counted)")
-    if not rows:
-        raise DataError(f"{path}: no rows")
-    return rows, problems
+        question = text.question(premise, claim, instruction)
+        rows.append(Example(f"{path.stem}-{row.line}", question, gold, group, tags, target))
+    return rows, skipped
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line, row) for each row; a text in place of a row says why it cannot be read. Parquet has rows, not lines."""
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet as pq
-
-        line = 0
-        try:
-            for batch in pq.ParquetFile(path).iter_batches():
-                for row in batch.to_pylist():
-                    yield (line := line + 1), row
-        except pyarrow.ArrowException as error:
-            raise DataError(f"{path}: no parquet file that can be read ({error})") from None
-        return
-    with path.open(encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
-            reader = csv.DictReader(file)
-            line = 2
-            for row in reader:
-                yield line, row  # where it begins: an input has two lines
-                line = reader.line_num + 1
-        elif path.suffix == ".jsonl":
-            for line, content in enumerate(file, 1):
-                if content.strip():
-                    yield line, _json(content)
-        elif path.suffix == ".json":
-            content = _json(file.read())
-            if not isinstance(content, list):
-                yield 1, content if isinstance(content, str) else "not a list of rows"
-                return
-            yield from enumerate(content, 1)
-        else:
-            raise DataError(f"{path}: a {path.suffix or 'nameless'} file; give .csv, .json, .jsonl or .parquet")
-
-
-def _json(content: str) -> Any:
-    try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
-        return f"not JSON ({error.msg} at character {error.pos + 1})"
-
-
-def _problem(row: Any) -> str | None:
-    if not isinstance(row, dict):
-        return "not a mapping with input and label"
-    if missing := [name for name in ("input", "label") if row.get(name) in (None, "")]:
-        return f"no {' and no '.join(missing)}"
-    if str(row["label"]).strip() not in ("0", "1"):
-        return f"label {row['label']!r} is neither 0 nor 1"
-    words = str(row["input"])
-    if not re.match(r"Premise: .*closed system of \d+ .*\nHypothesis: ", words):
+def _problem(values: Any) -> str | None:
+    if told := lacks(values, "input", "label"):
+        return told
+    if str(values["label"]).strip() not in ("0", "1"):
+        return f"label {values['label']!r} is neither 0 nor 1"
+    if not re.match(r"Premise: .*closed system of \d+ .*\nHypothesis: ", str(values["input"])):
         return 'input is not "Premise: …" and, on the next line, "Hypothesis: …"'
     return None
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.metrics import Outcome, count_table, figures
+from pipeline.rows import Row
 from pipeline.tasks.corr2cause.graphs import PLUSPLUS, PUBLISHED, EquivalenceClass, Semantics, holds
 from pipeline.tasks.corr2cause.premise import Claim, Premise, class_of, read_claim, read_premise
 
@@ -108,17 +109,16 @@ class Solver:
         return Solved(premise, claim, status)
 
 
-def audit(
-    lines: Iterable[tuple[int, Mapping[str, Any] | str]], semantics: Semantics | None = None, *, paper: bool = False
-) -> Audit:
-    """Audit rows as (line, row); a text in place of a row says why it cannot be read."""
+def audit(rows: Iterable[Row], semantics: Semantics | None = None, *, paper: bool = False) -> Audit:
+    """Audit rows of a file, as `rows.file_rows` reads them."""
     solver, found = Solver(semantics), Audit(reproduced=0 if paper else None)
-    for line, row in lines:
+    for row in rows:
         found.rows += 1
+        line = row.line
         try:
-            if isinstance(row, str):
-                raise ValueError(row)
-            words, said = _words(row), _label(row)
+            if isinstance(row.values, str):
+                raise ValueError(row.values)
+            words, said = _words(row.values), _label(row.values)
             solved = solver.solve(words)
         except ValueError as error:
             found.malformed.append({"line": line, "problem": str(error)})

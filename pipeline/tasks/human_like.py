@@ -1,0 +1,82 @@
+"""Human-like answers: conversational questions with an answer as a person gives it, and one that was rejected.
+
+    task: {name: human_like, source: hub, params: {test: 200}}
+
+The published pairs (`prompt`, `chosen`, `rejected`; Çalık & Akkuş 2025), or a file of the same shape. SFT learns the
+chosen answers. Whether an answer is human-like cannot be verified, so nothing is graded right or wrong and there is
+no GRPO. Every row keeps its rejected answer (`tags["rejected"]`), so that a model can be asked which it prefers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+from pipeline import answers
+from pipeline.rows import Row, lacks
+from pipeline.tasks.task import Example, Part, Splits, Task, Verdict, hold_out, proof_of
+from pipeline.typed import Positive
+
+
+@dataclass(frozen=True)
+class HumanLikeParams:
+    """`task.params`: how many rows, and which are held out."""
+
+    rows: Positive | None = None  # training rows; null: all
+    validation: Part = 200
+    test: Part = 200
+
+
+class HumanLike(Task):
+    name = "human_like"
+    title = "Human-like answers"
+    Params = HumanLikeParams
+    sources = ("hub", "path", "sample")
+    hub = ("HumanLLMs/Human-Like-DPO-Dataset",)
+    positive = None
+    rewardable = False
+
+    params: HumanLikeParams
+
+    def load(self) -> Splits:
+        p = self.params
+        rows, skipped = self.read(_problem)
+        train, test, left = hold_out([self._example(row) for row in rows], p.test, self.seed, "test")
+        train, validation, left_too = hold_out(train, p.validation, self.seed, "validation")
+        train = train[: p.rows]
+        proof = proof_of(
+            train, {"validation": validation, "test": test}, same_question=left + left_too, skipped=skipped
+        )
+        return Splits(train, [], validation, {"test": test} if test else {}, proof)
+
+    def _example(self, row: Row) -> Example:
+        prompt = row.text("prompt")
+        return Example(
+            id=f"{row.source.rpartition('/')[2]}-{row.line}",
+            question=prompt,
+            gold="",
+            group=sha256(answers.normalised(prompt).encode()).hexdigest()[:10],
+            tags={"rejected": row.text("rejected")},
+            target=row.text("chosen"),
+        )
+
+    def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
+        said = (answers.answer_text(completion, prefilled) or "").strip()
+        return Verdict(None, bool(said), said or None)
+
+    def is_well_formed(self, completion: str, prefilled: bool) -> bool:
+        return bool((answers.answer_text(completion, prefilled) or "").strip())
+
+    def rehearsal(self) -> dict[str, Any]:
+        return {"validation": 4, "test": 8, "rows": None}
+
+
+def _problem(values: Any) -> str | None:
+    if told := lacks(values, "prompt", "chosen", "rejected"):
+        return told
+    same = str(values["chosen"]).strip() == str(values["rejected"]).strip()
+    return "chosen and rejected are the same" if same else None
+
+
+TASK = HumanLike

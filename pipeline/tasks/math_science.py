@@ -1,0 +1,174 @@
+r"""Mathematics and science: MathCodeInstruct (Wang et al. 2024) and SciBench (Wang et al. 2024), mixed.
+
+    task: {name: math_science, source: hub, params: {mathcode_rows: 24308, tolerance: 0.05}}
+
+A row of MathCodeInstruct (`messages`: text, code and what the code printed, by turns) becomes a thought of all its
+parts and its last text as the answer, whose final answer is the gold: a number, or an expression that math-verify
+compares. A row of SciBench (`problem_text`, `solution`, `answer_number`, `unit`) is a number with a unit, right within
+a tolerance, powers of ten and SI prefixes folded in; those without a worked solution are asked and not learned from.
+A file may hold rows of both kinds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import Any
+
+from pipeline import answers
+from pipeline.rows import Row, lacks
+from pipeline.tasks.task import Example, Part, Splits, Task, Verdict, hold_out, proof_of
+from pipeline.typed import Positive, Share
+
+MATHCODE, SCIBENCH = "MathLLMs/MathCodeInstruct", "xw27/scibench"
+SCIENCE_FIELDS = ("problem_text", "answer_number")
+INSTRUCTION = r"Think step by step, then put the final answer in \boxed{}."
+FENCES = {"text": "{}", "code": "```python\n{}\n```", "execution": "```output\n{}\n```"}
+
+
+@dataclass(frozen=True)
+class MathScienceParams:
+    """`task.params`: how many rows of each set, which are held out, how near a number has to be."""
+
+    mathcode_rows: Positive | None = None  # drawn from MathCodeInstruct; null: all
+    scibench_rows: Positive | None = None
+    validation: Part = 0.1
+    test: Part = 500
+    grpo_rows: Positive | None = None  # of the training rows that have a gold answer; null: all
+    tolerance: Share = 0.05  # of SciBench's numbers
+
+
+class MathScience(Task):
+    name = "math_science"
+    title = "Mathematics and science"
+    Params = MathScienceParams
+    sources = ("hub", "path", "sample")
+    hub = (MATHCODE, SCIBENCH)
+    positive = None
+    answer_kind = "expression"
+    breakdowns = ("set",)
+
+    params: MathScienceParams
+
+    def load(self) -> Splits:
+        p = self.params
+        math, science, skipped = self._read()
+        examples = [*_draw(math, p.mathcode_rows, self.seed), *_draw(science, p.scibench_rows, self.seed)]
+        train, test, left = hold_out(examples, p.test, self.seed, "test")
+        train, validation, more = hold_out(train, p.validation, self.seed, "validation")
+        sft = [example for example in train if example.target]
+        grpo = [replace(example, target="") for example in train if example.gold][: p.grpo_rows]
+        held = {"validation": validation, "test": test}
+        proof = proof_of(
+            train, held, same_question=left + more, skipped=skipped, without_solution=len(train) - len(sft)
+        )
+        validation = [example for example in validation if example.target]
+        return Splits(sft, grpo, validation, {"test": test} if test else {}, proof)
+
+    def _read(self) -> tuple[list[Example], list[Example], list[str]]:
+        """(rows of MathCodeInstruct, rows of SciBench, skipped)."""
+        if self.source == "path":
+            rows, skipped = self.read(_problem)
+            math = [row for row in rows if "messages" in row.values]
+            science = [row for row in rows if "messages" not in row.values]
+        else:
+            math, skipped = self.read(_math_problem, sample="mathcode")
+            science, more = self.read(_science_problem, hub=SCIBENCH, sample="scibench")
+            skipped = skipped + more
+        return [_math(row) for row in math], [_science(row) for row in science], skipped
+
+    def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
+        if not example.gold:
+            text = (answers.answer_text(completion, prefilled) or "").strip()
+            return Verdict(None, bool(text), text or None)
+        said = answers.expression(completion, prefilled)
+        if example.tags["set"] == "mathcode":
+            return Verdict(said is not None and answers.same_expression(example.gold, said), said is not None, said)
+        number, gold = answers.quantity(completion, prefilled), answers.quantity_in(example.gold)
+        right = number is not None and gold is not None
+        if number is not None and gold is not None:
+            right = answers.same_quantity(gold.value, example.tags["unit"], number, self.params.tolerance)
+        return Verdict(right, number is not None, said)
+
+    def is_well_formed(self, completion: str, prefilled: bool) -> bool:
+        said = answers.expression(completion, prefilled)
+        return answers.thinks_then_answers(completion, prefilled) and said is not None
+
+    def rehearsal(self) -> dict[str, Any]:
+        return {"mathcode_rows": None, "scibench_rows": None, "validation": 4, "test": 8, "grpo_rows": None}
+
+
+def _draw(examples: list[Example], count: int | None, seed: int) -> list[Example]:
+    """`count` of the rows, or all where there are no more."""
+    if count is None or count >= len(examples):
+        return examples
+    return hold_out(examples, count, seed, "mathcode_rows")[1]
+
+
+def _parts(content: Any) -> list[tuple[str, str]]:
+    """(kind, text) of each part of a message; a message may also be one text."""
+    if isinstance(content, str):
+        return [("text", content.strip())]
+    return [(str(part["type"]), str(part["content"]).strip()) for part in content]
+
+
+def _message(values: Any, role: str) -> list[tuple[str, str]]:
+    found = [_parts(message["content"]) for message in values["messages"] if message["role"] == role]
+    return [part for parts in found for part in parts if part[1]]
+
+
+def _math(row: Row) -> Example:
+    question = "\n".join(text for _, text in _message(row.values, "user"))
+    parts = _message(row.values, "assistant")
+    last = parts[-1][1] if parts[-1][0] == "text" else ""
+    gold = (answers.stated(last) or [""])[-1]
+    thought = "\n".join(FENCES.get(kind, "{}").format(text) for kind, text in (parts[:-1] or parts))
+    answer = last if last and len(parts) > 1 else rf"The answer is $\boxed{{{gold}}}$." if gold else last
+    return _example(f"mathcode-{row.line}", question, gold.strip("$ ."), "mathcode", "", thought, answer)
+
+
+def _science(row: Row) -> Example:
+    unit = str(row.values.get("unit") or "").strip()
+    question = row.text("problem_text") + (f" Give the answer in {unit}." if unit else "")
+    gold, solution = row.text("answer_number"), str(row.values.get("solution") or "").strip()
+    bare = unit.replace("$", "").strip()
+    joined = gold + ((r" \times " if bare.startswith("10") else r"\ ") + bare if bare else "")
+    answer = rf"Final Answer: $\boxed{{{joined}}}$"
+    return _example(f"scibench-{row.line}", question, gold, "scibench", unit, solution, answer)
+
+
+def _example(id: str, question: str, gold: str, set_: str, unit: str, thought: str, answer: str) -> Example:
+    return Example(
+        id=id,
+        question=f"{question}\n\n{INSTRUCTION}",
+        gold=gold,
+        group=sha256(answers.normalised(question).encode()).hexdigest()[:10],
+        tags={"set": set_, "unit": unit},
+        target=f"{answers.OPEN}\n{thought}\n{answers.CLOSE}\n\n{answer}" if thought else "",
+    )
+
+
+def _problem(values: Any) -> str | None:
+    """Of a row of a file, which may be of either set."""
+    turns = isinstance(values, dict) and "messages" in values
+    return _math_problem(values) if turns else _science_problem(values)
+
+
+def _math_problem(values: Any) -> str | None:
+    if not isinstance(values, dict) or not isinstance(values.get("messages"), list):
+        return "no messages, a list of turns with role and content"
+    try:
+        asked, said = (_message(values, role) for role in ("user", "assistant"))
+    except (KeyError, TypeError):
+        return "a message is no {role, content} with a text or a list of {type, content}"
+    return None if asked and said else f"messages have no {'turn of the user' if said else 'turn of the assistant'}"
+
+
+def _science_problem(values: Any) -> str | None:
+    if told := lacks(values, *SCIENCE_FIELDS):
+        return told
+    number = str(values["answer_number"])
+    return None if answers.quantity_in(number) else f"answer_number {number!r} is no number"
+
+
+TASK = MathScience

@@ -1,0 +1,132 @@
+"""Medical reasoning: a question, a long thought, an open answer (Chen et al. 2024, HuatuoGPT-o1).
+
+    task: {name: medical, source: hub, params: {language: en, rows: 5000}}
+
+SFT learns thought and answer of medical-o1-reasoning-SFT (`Question`, `Complex_CoT`, `Response`). Open answers cannot
+be verified. The companion set medical-o1-verifiable-problem (`Open-ended Verifiable Question`, `Ground-True Answer`)
+has short gold answers: GRPO and the test set `short` compare them by normalised words. That is a proxy (another
+wording of the right answer counts as a miss, and nobody has checked the reasoning), never called correctness.
+A question that both sets hold is in training or held out, not in both. Not for use on patients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any, Literal
+
+from pipeline import answers
+from pipeline.rows import Row, lacks
+from pipeline.tasks.task import Example, Part, Splits, Task, Verdict, hold_out, proof_of
+from pipeline.typed import Positive
+
+REASONING, VERIFIABLE = (
+    "FreedomIntelligence/medical-o1-reasoning-SFT",
+    "FreedomIntelligence/medical-o1-verifiable-problem",
+)
+OPEN_FIELDS = ("Question", "Complex_CoT", "Response")
+SHORT_FIELDS = ("Open-ended Verifiable Question", "Ground-True Answer")
+INSTRUCTION = 'Think step by step, then end with "Final answer:" and the answer in a few words.'
+
+
+@dataclass(frozen=True)
+class MedicalParams:
+    """`task.params`: which rows, and how many."""
+
+    language: Literal["en", "zh", "en_mix", "zh_mix"] = "en"  # a configuration of the reasoning set
+    rows: Positive | None = None  # SFT rows; null: all
+    grpo_rows: Positive | None = None  # rows of the companion set; null: all
+    validation: Part = 100  # open answers
+    test: Part = 100  # open answers
+    short: Part = 500  # of the companion set
+
+
+class Medical(Task):
+    name = "medical"
+    title = "Medical reasoning with open answers"
+    Params = MedicalParams
+    sources = ("hub", "path", "sample")
+    hub = (REASONING, VERIFIABLE)
+    positive = None
+    answer_kind = "words"
+    proxy = "the final answer equals the gold one in normalised words"
+
+    params: MedicalParams
+
+    def load(self) -> Splits:
+        p = self.params
+        opened, short, skipped = self._read()
+        train, test, left = hold_out(opened, p.test, self.seed, "test") if opened else ([], [], [])
+        train, validation, more = hold_out(train, p.validation, self.seed, "validation") if opened else ([], [], [])
+        grpo, asked, most = hold_out(short, p.short, self.seed, "short") if short else ([], [], [])
+        # the two sets hold the same questions: what is held out of one is not learned from the other
+        held = {example.group for rows in (test, validation, asked) for example in rows}
+        left += more + most + [example.id for example in train + grpo if example.group in held]
+        train = [example for example in train if example.group not in held][: p.rows]
+        grpo = [example for example in grpo if example.group not in held][: p.grpo_rows]
+        tests = {name: rows for name, rows in (("test", test), ("short", asked)) if rows}
+        proof = proof_of(train + grpo, {"validation": validation, **tests}, same_question=left, skipped=skipped)
+        return Splits(train, grpo, validation, tests, proof)
+
+    def _read(self) -> tuple[list[Example], list[Example], list[str]]:
+        """(rows of open answers, rows of short gold answers, skipped); one file may hold both."""
+        if self.source == "path":
+            rows, skipped = self.read(_problem)
+            opened = [row for row in rows if SHORT_FIELDS[0] not in row.values]
+            short = [row for row in rows if SHORT_FIELDS[0] in row.values]
+        else:
+            opened, skipped = self.read(_open_problem, config=self.params.language)
+            short, more = self.read(_short_problem, hub=VERIFIABLE, sample="medical_verifiable")
+            skipped = skipped + more
+        return [_open(row) for row in opened], [_short(row) for row in short], skipped
+
+    def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
+        if not example.gold:
+            said = (answers.answer_text(completion, prefilled) or "").strip()
+            return Verdict(None, bool(said), said or None)
+        final = answers.words(completion, prefilled)
+        return Verdict(None, final is not None, final, proxy=final == answers.normalised(example.gold))
+
+    def is_well_formed(self, completion: str, prefilled: bool) -> bool:
+        return answers.thinks_then_answers(completion, prefilled)
+
+    def split_names(self) -> list[str]:
+        return ["test", "short", "validation"]
+
+    def rehearsal(self) -> dict[str, Any]:
+        return {"validation": 4, "test": 6, "short": 6, "rows": None, "grpo_rows": None}
+
+
+def _open(row: Row) -> Example:
+    question, thought, answer = (row.text(name) for name in OPEN_FIELDS)
+    target = f"{answers.OPEN}\n{thought}\n{answers.CLOSE}\n\n{answer}"
+    return Example(f"open-{row.line}", question, "", _group(question), {"short": False}, target)
+
+
+def _short(row: Row) -> Example:
+    question, gold = (row.text(name) for name in SHORT_FIELDS)
+    return Example(f"short-{row.line}", f"{question}\n\n{INSTRUCTION}", gold, _group(question), {"short": True})
+
+
+def _group(question: str) -> str:
+    return sha256(answers.normalised(question).encode()).hexdigest()[:10]
+
+
+def _problem(values: Any) -> str | None:
+    """Of a row of a file, which may be of either set."""
+    short = isinstance(values, dict) and SHORT_FIELDS[0] in values
+    return _short_problem(values) if short else _open_problem(values)
+
+
+def _open_problem(values: Any) -> str | None:
+    return lacks(values, *OPEN_FIELDS)
+
+
+def _short_problem(values: Any) -> str | None:
+    if told := lacks(values, *SHORT_FIELDS):
+        return told
+    gold = str(values[SHORT_FIELDS[1]])
+    return None if answers.normalised(gold) else f"{SHORT_FIELDS[1]} {gold!r} has no words"
+
+
+TASK = Medical
