@@ -88,6 +88,12 @@ def answer_text(completion: str, prefilled: bool) -> str | None:
     return None if answer is None or OPEN in answer or CLOSE in answer else answer
 
 
+def has_thought(completion: str, prefilled: bool) -> bool:
+    """Whether the completion thinks and comes to an end of it."""
+    parts = split_thought(completion, prefilled)
+    return parts.answer is not None and bool((parts.thought or "").strip())
+
+
 def thinks_then_answers(completion: str, prefilled: bool) -> bool:
     """Whether the completion is one thought that is not empty, then an answer."""
     parts = split_thought(completion, prefilled)

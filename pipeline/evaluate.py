@@ -16,16 +16,20 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from pipeline import distributed
-from pipeline.artifact import Artifact, find_checkpoint
+from pipeline.answers import has_thought
+from pipeline.artifact import PROMPTS, Artifact, find_checkpoint
 from pipeline.checkpoints import leave_if_asked
 from pipeline.cluster import AUTO_EVALUATE
 from pipeline.errors import DataError
 from pipeline.files import read_lines, write_json
-from pipeline.generation import Sampling, generate
+from pipeline.generation import Sampling, generate, mean_log_likelihood
 from pipeline.metrics import baseline_figures, outcome_of, summarize
 from pipeline.modeling import (
     check_tokenizer,
+    encode_rows,
     load_to_ask,
     load_tokenizer,
     prefills_thought,
@@ -93,6 +97,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
                 "proxy": verdict.proxy,
                 "answered": verdict.answered and not completion.truncated,
                 "solved": task.solve(example),
+                "thought": has_thought(completion.text, prefilled),
+                "preferred": prefers(model, tokenizer, row),
                 "completion": completion.text,
                 "tokens": completion.tokens,
                 "truncated": completion.truncated,
@@ -103,6 +109,13 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
             runtime.progress.update(done=min(total, len(answered) + mine * runtime.world))
             leave_if_asked(runtime)
     distributed.barrier()
+
+    # ---- the questions whose answers are only shown
+    if runtime.rank == 0 and settings.prompts:
+        shown = prompt_ids(tokenizer, [task.messages(task.asked(prompt)) for prompt in settings.prompts])
+        told = dict(generate(model, tokenizer, shown, sampling, 1, recipe.seed))
+        answers = [{"prompt": prompt, "answer": told[k].text} for k, prompt in enumerate(settings.prompts)]
+        write_json(out / PROMPTS, answers)
 
     # ---- count
     metrics: dict[str, Any] = {}
@@ -116,10 +129,26 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         for path in out.glob("partial-*.jsonl"):
             path.unlink()
         main_split = metrics[settings.splits[0]]["all"]
-        names = ("f1", "balanced_accuracy", "accuracy", "proxy", "unanswered")
-        shown = {name: main_split[name]["value"] for name in names if name in main_split}
-        runtime.progress.update(done=total, figures=shown)
+        names = ("f1", "balanced_accuracy", "accuracy", "proxy", "preference", "unanswered")
+        figures = {name: main_split[name]["value"] for name in names if name in main_split}
+        runtime.progress.update(done=total, figures=figures)
     return metrics
+
+
+def prefers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> bool | None:
+    """Whether the row's wanted answer is likelier, by its mean log-probability a token, than its rejected one.
+
+    None for a row without a rejected answer.
+    """
+    rejected = (row["tags"] or {}).get("rejected")
+    if not rejected:
+        return None
+    pair = [row["completion"], [{"role": "assistant", "content": rejected}]]
+    wanted, other = (
+        mean_log_likelihood(model, one["input_ids"], one["labels"])
+        for one in encode_rows(tokenizer, [row["prompt"]] * 2, pair)
+    )
+    return wanted > other
 
 
 def test_rows(recipe: Recipe, task: Task, inputs: Mapping[str, Artifact], split: str) -> list[dict[str, Any]]:

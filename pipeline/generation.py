@@ -194,6 +194,17 @@ def generate(
             yield from zip(batch, completions, strict=True)
 
 
+@torch.inference_mode()
+def mean_log_likelihood(model: PreTrainedModel, ids: list[int], labels: list[int]) -> float:
+    """Mean log-probability of the tokens of one row that have a label, in nats."""
+    where = input_device(model)
+    logits = model(input_ids=torch.tensor([ids], device=where)).logits[0, :-1]
+    wanted = torch.tensor(labels[1:], device=logits.device)
+    scored = wanted != -100
+    chosen = torch.log_softmax(logits[scored].float(), -1).gather(-1, wanted[scored][:, None])
+    return float(chosen.mean())
+
+
 def seed_of(seed: int, prompt: Sequence[int]) -> int:
     """A seed of 63 bits from the recipe's seed and a prompt's tokens."""
     return int.from_bytes(sha256(f"{seed}/{list(prompt)}".encode()).digest()[:8], "big") >> 1

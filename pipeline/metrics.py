@@ -24,7 +24,8 @@ Array = NDArray[np.float64]
 # columns of a count table
 TP, FN, UNANSWERED_POSITIVE, FP, TN, UNANSWERED_NEGATIVE, TOKENS = range(7)
 UNVERIFIED, UNVERIFIED_UNANSWERED, PROXIED, MATCHED = range(7, 11)  # rows that nothing verifies; of them, by a proxy
-COLUMNS = 11
+THOUGHTS, COMPARED, PREFERRED = range(11, 14)  # rows with a thought; with a rejected answer; that prefer the wanted one
+COLUMNS = 14
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Outcome:
     answered: bool
     tokens: int  # of the completion
     proxy: bool | None = None  # what stands in for `correct` where that is None
+    thought: bool = False  # whether the completion thinks before it answers
+    preferred: bool | None = None  # whether the wanted answer is likelier than the rejected one; None without one
 
 
 def outcome_of(record: Mapping[str, Any], positive: str | None) -> Outcome:
@@ -50,11 +53,13 @@ def outcome_of(record: Mapping[str, Any], positive: str | None) -> Outcome:
         record["answered"],
         record["tokens"],
         None if record.get("proxy") is None else record["proxy"] and record["answered"],
+        bool(record.get("thought")),
+        record.get("preferred"),
     )
 
 
 def count_table(outcomes: Sequence[Outcome], groups: Sequence[str]) -> Array:
-    """Counts by group, shape (groups, 11), columns TP … MATCHED."""
+    """Counts by group, shape (groups, 14), columns TP … PREFERRED."""
     table = np.zeros((len(groups), COLUMNS))
     place = {group: i for i, group in enumerate(groups)}
     for outcome in outcomes:
@@ -71,6 +76,9 @@ def count_table(outcomes: Sequence[Outcome], groups: Sequence[str]) -> Array:
         else:
             row[TN if outcome.correct else FP] += 1
         row[TOKENS] += outcome.tokens
+        row[THOUGHTS] += outcome.thought
+        row[COMPARED] += outcome.preferred is not None
+        row[PREFERRED] += outcome.preferred is True
     return table
 
 
@@ -80,8 +88,9 @@ def _ratio(top: Array, bottom: Array) -> Array:
 
 
 def figures(counts: Array) -> dict[str, Array]:
-    """Every figure of count tables of shape (…, 11): arrays of shape (…)."""
-    tp, fn, up, fp, tn, un, tokens, uv, uu, proxied, matched = np.moveaxis(np.asarray(counts, dtype=float), -1, 0)
+    """Every figure of count tables of shape (…, 14): arrays of shape (…)."""
+    columns = np.moveaxis(np.asarray(counts, dtype=float), -1, 0)
+    tp, fn, up, fp, tn, un, tokens, uv, uu, proxied, matched, thoughts, compared, preferred = columns
     positives, negatives = tp + fn + up, fp + tn + un
     n = positives + negatives
     correct = tp + tn
@@ -100,6 +109,8 @@ def figures(counts: Array) -> dict[str, Array]:
         "precision": _ratio(tp, tp + fp),
         "recall": recall,
         "proxy": _ratio(matched, proxied),
+        "preference": _ratio(preferred, compared),
+        "thoughts": _ratio(thoughts, n + uv + uu),
         "unanswered": _ratio(unanswered + uu, n + uv + uu),
         "tokens": _ratio(tokens, n + uv + uu),
         "verified": n,
@@ -107,7 +118,7 @@ def figures(counts: Array) -> dict[str, Array]:
     }
 
 
-HEADLINE = ("f1", "balanced_accuracy", "mcc", "accuracy", "proxy", "unanswered", "tokens")
+HEADLINE = ("f1", "balanced_accuracy", "mcc", "accuracy", "proxy", "preference", "unanswered", "tokens")
 OF_CLASSES = ("f1", "balanced_accuracy", "mcc", "precision", "recall")  # figures that a positive class gives sense
 COUNTS = ("verified", "rows")  # not figures of a sample
 LOWER_IS_BETTER = ("unanswered",)
@@ -120,6 +131,7 @@ def told(outcomes: Sequence[Outcome]) -> list[str]:
     left_out = {name for name in OF_CLASSES if not classes}
     left_out |= set() if verified else {"accuracy"}
     left_out |= set() if any(outcome.proxy is not None for outcome in outcomes) else {"proxy"}
+    left_out |= set() if any(outcome.preferred is not None for outcome in outcomes) else {"preference"}
     return [name for name in figures(np.zeros(COLUMNS)) if name not in left_out]
 
 

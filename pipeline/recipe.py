@@ -141,6 +141,14 @@ class Grpo:
 
 
 @dataclass(frozen=True)
+class Goal:
+    """What a figure has to be for a run to count as a success."""
+
+    below: float | None = None
+    above: float | None = None
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """How a model is asked and how its answers are counted."""
 
@@ -153,6 +161,8 @@ class Evaluate:
     max_new_tokens: Positive
     draws: Positive  # bootstrap draws
     confidence: Share
+    prompts: tuple[str, ...]  # questions whose answers stand side by side in the report, model by model
+    goals: dict[str, Goal]  # success indicators: a figure of SFT's validation or of the last model -> its bound
 
 
 @dataclass(frozen=True)

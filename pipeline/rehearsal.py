@@ -37,7 +37,13 @@ def rehearsal_of(recipe: Recipe, cluster: Cluster | None) -> Recipe:
         rehearsal=True,
         model=replace(model, scratch=_scratch(recipe), gguf=None, chat_template=model.chat_template or "chatml"),
         task=_task(recipe.task, task),
-        sft=replace(recipe.sft, max_steps=STEPS, global_batch_size=batch, optimizer=_plain(recipe.sft)),
+        sft=replace(
+            recipe.sft,
+            max_steps=STEPS,
+            global_batch_size=batch,
+            validate_every=STEPS // 2 if recipe.sft.validate_every else None,
+            optimizer=_plain(recipe.sft),
+        ),
         grpo=replace(
             recipe.grpo,
             max_steps=STEPS // 2,

@@ -21,12 +21,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import OmegaConf
 
 from pipeline import __version__
-from pipeline.artifact import Artifact
+from pipeline.artifact import PROMPTS, Artifact
 from pipeline.charts import Mark, Series, curves, intervals, number
 from pipeline.files import read_json, read_lines, write_json
 from pipeline.metrics import HEADLINE, LOWER_IS_BETTER, SOLVER, compare, outcome_of
 from pipeline.monitor import HISTORY
-from pipeline.recipe import Recipe
+from pipeline.recipe import Goal, Recipe
 from pipeline.runtime import Runtime
 from pipeline.stage import main, read_order
 from pipeline.tasks.task import Task, task_of
@@ -40,11 +40,15 @@ TITLES = {
     "proxy": "match (proxy)",
     "precision": "precision",
     "recall": "recall",
+    "preference": "preference accuracy",
+    "thoughts": "answers with a thought",
+    "validation_loss": "validation loss",
+    "validation_loss_gap": "validation loss − training loss",
     "unanswered": "unanswered",
     "tokens": "mean tokens",
 }
 CURVES = {
-    "sft": {"loss": "SFT loss"},
+    "sft": {"loss": "SFT loss", "eval_loss": "SFT validation loss"},
     "grpo": {
         "reward": "GRPO reward",
         "rewards/correctness/mean": "correctness reward",
@@ -104,6 +108,8 @@ def gather(inputs: Mapping[str, Artifact], task: Task, recipe: Recipe) -> dict[s
         "curves": {label: _history(artifact) for label, artifact in trained.items()},
         "training": {label: artifact.metrics for label, artifact in trained.items()},
         "data": {label: artifact.metrics for label, artifact in data.items()},
+        "goals": _goals(models, trained, main_split, inputs),
+        "prompts": _prompts(models, inputs),
         "samples": _samples(models[-1], inputs, task, main_split) if models else [],
         "steps": {label: _provenance(artifact) for label, artifact in inputs.items()},
         "settings": {artifact.recipe: _settings(artifact) for artifact in inputs.values()},
@@ -217,6 +223,39 @@ def _samples(model: dict[str, Any], inputs: Mapping[str, Artifact], task: Task, 
         found.sort(key=lambda record: (len(record["question"]), record["id"]))
         shown += found[:: max(1, len(found) // SAMPLES)][:SAMPLES]
     return shown
+
+
+def _goals(
+    models: list[dict[str, Any]], trained: Mapping[str, Artifact], split: str, inputs: Mapping[str, Artifact]
+) -> list[dict[str, Any]]:
+    """The recipes' success indicators: each figure, its bound, and whether it is met (None: not measured)."""
+    found = []
+    last = {model["recipe"]: model for model in models}
+    for name, model in last.items():
+        sft = next((a.metrics for a in trained.values() if a.stage == "sft" and a.recipe == name), {})
+        figures = {key: figure["value"] for key, figure in model["splits"][split]["all"].items()} if split else {}
+        order = read_order(inputs[model["label"]].folder)
+        for key, goal in order.recipe.evaluate.goals.items():
+            value = sft.get(key, figures.get(key))
+            met = None if value is None else goal_met(goal, value)
+            found.append(
+                {"recipe": name, "name": key, "below": goal.below, "above": goal.above, "value": value, "met": met}
+            )
+    return found
+
+
+def goal_met(goal: Goal, value: float) -> bool:
+    return (goal.below is None or value < goal.below) and (goal.above is None or value > goal.above)
+
+
+def _prompts(models: list[dict[str, Any]], inputs: Mapping[str, Artifact]) -> list[dict[str, Any]]:
+    """Each shown question with the answers of the models that were asked it, side by side."""
+    found: dict[str, dict[str, Any]] = {}
+    for model in models:
+        for one in read_json(inputs[model["label"]].folder / PROMPTS) or []:
+            row = found.setdefault(one["prompt"], {"prompt": one["prompt"], "answers": {}})
+            row["answers"][model["name"]] = one["answer"]
+    return list(found.values())
 
 
 def _provenance(artifact: Artifact) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pipeline.answers import (
     OPEN,
     choice,
     expression,
+    has_thought,
     is_well_formed,
     normalised,
     number,
@@ -339,3 +340,17 @@ def test_an_answer_too_long_or_stated_too_often_is_none() -> None:
     assert stated("#### " + "x" * 1000) == []
     assert stated("#### 5\n" * 21) == []
     assert stated("#### 5\n" * 20) == ["5"] * 20
+
+
+@pytest.mark.parametrize(
+    ("completion", "prefilled", "thinks"),
+    [
+        ("so\n</think>\nYes", True, True),
+        ("so it never ends", True, False),
+        (" \n</think>\nYes", True, False),
+        ("<think>so</think>Yes", False, True),
+        ("Yes", False, False),
+    ],
+)
+def test_a_thought_counts_when_it_ends(completion: str, prefilled: bool, thinks: bool) -> None:
+    assert has_thought(completion, prefilled) is thinks

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.artifact import find_checkpoint
 from pipeline.cluster import MaxMemory
-from pipeline.generation import Draw, Repetition, Sampling, batches_of, generate, seed_of
+from pipeline.generation import Draw, Repetition, Sampling, batches_of, generate, mean_log_likelihood, seed_of
 from pipeline.modeling import add_lora, load_model, load_to_ask, load_tokenizer, make_scratch
 from pipeline.recipe import read
 
@@ -101,3 +101,16 @@ def test_a_model_that_is_larger_than_its_memory_answers_the_same(tmp_path: Path,
         return [found[k].text for k in range(3)]
 
     assert answers(MaxMemory(cpu=0.0011)) == answers(None)  # GiB: of 2.4 MB of weights the embedding and a layer or two
+
+
+def test_the_likelihood_of_an_answer_is_that_of_its_own_tokens(tmp_path: Path) -> None:
+    recipe, _ = read("tiny")
+    assert recipe is not None
+    assert recipe.model.scratch is not None
+    make_scratch(recipe.model.scratch, ["A correlates with B."] * 20, "think", tmp_path, 0)
+    model = load_model(find_checkpoint(str(tmp_path)), recipe.model, dtype=torch.float32).eval()
+    ids, start = [3, 9, 4, 7, 5], 3
+    found = mean_log_likelihood(model, ids, [-100] * start + ids[start:])
+    with torch.inference_mode():
+        logs = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
+    assert found == pytest.approx(float((logs[2, 7] + logs[3, 5]) / 2), rel=1e-5)

@@ -117,7 +117,7 @@ def test_the_same_seed_gives_the_same_intervals_that_hold_the_value_of_equal_mod
     data = outcomes(cells)
     assert summarize(data, 50, 0.9, seed) == summarize(data, 50, 0.9, seed)
     same = compare(data, data, 50, 0.9, seed)
-    assert list(same) == [name for name in HEADLINE if name != "proxy"]
+    assert list(same) == [name for name in HEADLINE if name not in ("proxy", "preference")]
     for name in same:
         assert same[name] == {"value": 0.0, "low": 0.0, "high": 0.0}
 
@@ -168,3 +168,16 @@ def test_a_truncated_answer_matches_no_proxy() -> None:
     record = {"id": "1", "group": "g", "gold": "x", "correct": None, "proxy": True, "answered": False, "tokens": 3}
     assert outcome_of(record, None).proxy is False
     assert outcome_of({**record, "answered": True}, None) == Outcome("1", "g", None, None, True, 3, True)
+
+
+def test_a_preference_is_counted_of_the_rows_that_have_a_rejected_answer() -> None:
+    rows = [Outcome(str(k), str(k), None, None, True, 5, preferred=k < 3 if k < 4 else None) for k in range(6)]
+    found = summarize(rows, 50, 0.95, 0)
+    assert found["preference"]["value"] == 0.75
+    assert found["preference"]["low"] <= 0.75 <= found["preference"]["high"]
+    assert "preference" not in summarize([Outcome("1", "g", True, True, True, 5)], 50, 0.95, 0)
+
+
+def test_thoughts_are_a_share_of_all_answers() -> None:
+    rows = [Outcome(str(k), str(k), True, True, True, 5, thought=k < 1) for k in range(4)]
+    assert summarize(rows, 50, 0.95, 0)["thoughts"]["value"] == 0.25

@@ -121,6 +121,19 @@ def test_a_rehearsal_runs_from_rows_to_report_and_says_what_it_is(
     assert "REHEARSAL" in (only(runs, "report-*") / "report.html").read_text()
 
 
+def test_what_a_recipe_wants_shown_is_in_its_report(rehearsed: dict[str, subprocess.CompletedProcess[str]]) -> None:
+    """Mathematics and science: the seed's questions to each model, and its success indicators; answers: preferences."""
+    words = rehearsed["math_science"].args
+    runs = Path(words[words.index("--runs") + 1])
+    report = read_json(only(runs, "math_science-rehearsal/report-*") / "report.json")
+    assert [len(one["answers"]) for one in report["prompts"]] == [3, 3, 3]
+    assert {goal["name"] for goal in report["goals"]} == {"validation_loss", "validation_loss_gap", "thoughts"}
+    assert all(goal["met"] is not None for goal in report["goals"])
+    figures = read_json(only(runs, "human_like-rehearsal/evaluate-sft-*") / "metrics.json")["test"]["all"]
+    assert 0 <= figures["preference"]["value"] <= 1
+    assert "accuracy" not in figures
+
+
 def test_a_model_that_nobody_knows_cannot_be_rehearsed(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("model: {name: someone/unknown}\n")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from pipeline.metrics import HEADLINE, Outcome, baseline_figures, compare, summarize
-from pipeline.recipe import TaskChoice
-from pipeline.report import TITLES, claim, figure, headline, notes, render
+from pipeline.recipe import Goal, TaskChoice
+from pipeline.report import TITLES, claim, figure, goal_met, headline, notes, render
 from pipeline.tasks.task import task_of
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -52,8 +52,14 @@ def page() -> dict[str, Any]:
         "published": [{"name": "GPT-4", "f1": 0.291}],
         "steps": {},
         "settings": {"tiny": "seed: 0"},
-        "headline": [name for name in HEADLINE if name != "proxy"],
+        "headline": [name for name in HEADLINE if name not in ("proxy", "preference")],
         "notes": [],
+        "goals": [
+            {"recipe": "tiny", "name": "thoughts", "below": None, "above": 0.9, "value": 0.95, "met": True},
+            {"recipe": "tiny", "name": "validation_loss", "below": 1.0, "above": None, "value": 1.5, "met": False},
+            {"recipe": "tiny", "name": "validation_loss_gap", "below": 0.5, "above": None, "value": None, "met": None},
+        ],
+        "prompts": [{"prompt": "Why?", "answers": {"tiny base": "so\nso", "tiny GRPO": "Therefore: No"}}],
         "titles": TITLES,
     }
 
@@ -84,6 +90,19 @@ def difference(f1: tuple[float, float], balanced: tuple[float, float]) -> dict[s
 )
 def test_a_claim_needs_both_intervals(f1: tuple[float, float], balanced: tuple[float, float], told: str) -> None:
     assert claim(difference(f1, balanced), "test").startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("goal", "value", "met"),
+    [
+        (Goal(below=1.0), 0.99, True),
+        (Goal(below=1.0), 1.0, False),
+        (Goal(above=0.9), 0.91, True),
+        (Goal(0.5, 0.1), 0.05, False),
+    ],
+)
+def test_a_goal_is_met_within_its_bounds(goal: Goal, value: float, met: bool) -> None:
+    assert goal_met(goal, value) is met
 
 
 def test_figures_are_told_in_their_units() -> None:
