@@ -106,6 +106,7 @@ def generate_batch(
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=False,
+        repetition_penalty=1.0,  # said, because what is not said is taken from the model's own generation config
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=stop_ids(model, tokenizer),
         cache_implementation=cache_for(device),

@@ -103,6 +103,23 @@ def test_a_model_that_is_larger_than_its_memory_answers_the_same(tmp_path: Path,
     assert answers(MaxMemory(cpu=0.0011)) == answers(None)  # GiB: of 2.4 MB of weights the embedding and a layer or two
 
 
+def test_a_models_own_generation_config_changes_no_answer(tmp_path: Path) -> None:
+    """Qwen2.5's asks for a repetition penalty, which no recipe has asked for."""
+    recipe, _ = read("tiny")
+    assert recipe is not None
+    assert recipe.model.scratch is not None
+    make_scratch(recipe.model.scratch, ["A correlates with B."] * 20, "think", tmp_path, 0)
+    checkpoint = find_checkpoint(str(tmp_path))
+    tokenizer = load_tokenizer(checkpoint, recipe.model)
+    found = []
+    for penalty in (1.0, 1.9):
+        model = load_model(checkpoint, recipe.model, dtype=torch.float32)
+        model.generation_config.repetition_penalty = penalty
+        answers = dict(generate(model, tokenizer, [[5, 6, 7]], Sampling(0.0, 1.0, 0, 24), 1, 0))
+        found.append(answers[0].text)
+    assert found[0] == found[1]
+
+
 def test_the_likelihood_of_an_answer_is_that_of_its_own_tokens(tmp_path: Path) -> None:
     recipe, _ = read("tiny")
     assert recipe is not None

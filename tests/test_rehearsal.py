@@ -92,7 +92,15 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.
 
     def rehearse(name: str) -> subprocess.CompletedProcess[str]:
         words = ["cluster.threads=1", *layout[name], "--runs", str(runs)]
-        return run_cli("run", name, "--rehearse", *words, timeout=900)
+        done = run_cli("run", name, "--rehearse", *words, timeout=900)
+        if done.returncode == 0 and recipe_of(name).task.name != "corr2cause":
+            trained = sorted((runs / f"{name}-rehearsal").glob("[gs][rf][pt]*"))[
+                0
+            ]  # grpo, where there is one, else sft
+            export = ["export", "--ckpt", str(trained), "--format", "merged16", "--out", str(runs / "exports" / name)]
+            exported = run_cli(*export, "--runs", str(runs), timeout=300)
+            assert exported.returncode == 0, exported.stderr
+        return done
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(layout, pool.map(rehearse, layout), strict=True))
@@ -119,6 +127,10 @@ def test_a_rehearsal_runs_from_rows_to_report_and_says_what_it_is(
     known = model_config(recipe_of(name).model) or {"model_type": "qwen2"}
     assert config["model_type"] == known["model_type"]
     assert "REHEARSAL" in (only(runs, "report-*") / "report.html").read_text()
+    if recipe_of(name).task.name != "corr2cause":
+        exported = runs.parent / "exports" / name
+        assert list(exported.glob("model/*.safetensors"))
+        assert "rehearsal" in next(exported.rglob("README.md")).read_text().lower()
 
 
 def test_what_a_recipe_wants_shown_is_in_its_report(rehearsed: dict[str, subprocess.CompletedProcess[str]]) -> None:
