@@ -31,7 +31,9 @@ from pipeline.memory import (
     needs,
     resolved,
     shape_of,
+    states_of,
     what_fits,
+    zero_of,
 )
 from pipeline.plan import make_plan, order_of
 from pipeline.recipe import Lora, Recipe, read, recipe_names
@@ -101,6 +103,19 @@ def test_parameters_are_exactly_the_published_ones(name: str) -> None:
     config = model_config(replace(recipe_of("deepseek7b").model, name=name))
     assert config is not None
     assert shape_of(config).parameters == PUBLISHED[name]
+
+
+def test_seventy_billion_parameters_on_up_to_64_gpus() -> None:
+    """R1-Distill-Llama-70B, from its published configuration: full training, whose states ZeRO-3 shares out."""
+    large = {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672}
+    shape = shape_of(config_of("llama", **large))
+    assert shape.parameters == 70_553_706_496
+    optimizer = recipe_of("llama8b").sft.optimizer
+    totals = [
+        sum(term.bytes for term in states_of(shape.parameters, optimizer, zero_of("zero3"), gpus, False))
+        for gpus in (1, 64)
+    ]
+    assert totals == pytest.approx([16 * shape.parameters, 16 * shape.parameters / 64])
 
 
 @pytest.mark.parametrize("kind", KINDS)
