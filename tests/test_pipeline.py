@@ -242,23 +242,6 @@ def test_early_stopping_ends_at_the_best_weights_and_every_logger_is_told(tmp_pa
     assert list(step.glob("tensorboard/**/events.*"))
 
 
-def test_an_adapter_is_trained_by_sft_and_trained_on_by_grpo(with_data: Path) -> None:
-    """LoRA under ZeRO-2, then ZeRO-3: the same adapter, not a second one, and any of it can be evaluated."""
-    lora = [*ADAMW, "lora.enabled=true", "lora.r=4", "lora.targets=[all-linear]", "grpo.beta=0.1"]
-    sub_run(with_data, *lora, stages="sft,grpo")
-    sft, grpo = (only(with_data, f"tiny/{stage}-*") for stage in ("sft", "grpo"))
-    for folder in (sft, grpo):
-        assert (folder / "adapter" / "adapter_model.safetensors").is_file()
-        assert not (folder / "model").exists()
-        config = read_json(folder / "adapter" / "adapter_config.json")
-        assert config["r"] == 4
-        assert "preprocess" in config["base_model_name_or_path"]
-    first = next(entry for entry in read_json(grpo / "history.json") if "kl" in entry)
-    assert abs(first["kl"]) < 1e-3  # the reference is the SFT policy, so there is no distance at the first step
-    done = run_cli("evaluate", "--ckpt", str(grpo / "adapter"), "--limit", "2", "--runs", str(with_data))
-    assert done.returncode == 0, done.stderr
-
-
 def test_direct_grpo_starts_from_the_base_model(with_data: Path) -> None:
     """Here with half of a step's completions generated at once, and then the other half."""
     halves = ["cluster.grpo.per_device_batch_size=1", "cluster.generation_batch_size=2"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from every_way import RECIPES, WAYS
+from every_way import cells
 from running import ROOT
 from safetensors.torch import load_file
 
@@ -20,7 +20,7 @@ from pipeline.modeling import choose_attention, choose_dtype
 from pipeline.recipe import Model, Recipe, read
 from pipeline.training import adapters_kept
 
-CELLS = [(name, way) for name in RECIPES for way in WAYS]
+CELLS = cells()
 
 
 def recipe_of(name: str, *words: str) -> Recipe:
@@ -31,7 +31,7 @@ def recipe_of(name: str, *words: str) -> Recipe:
 
 @pytest.fixture(scope="module", params=["none", "zero2", "zero3"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """Fifteen small models, SFT and GRPO, in two processes of one torchrun."""
+    """Thirteen small models, SFT and GRPO, in two processes of one torchrun."""
     out = tmp_path_factory.mktemp(request.param)
     command = [
         sys.executable,
