@@ -13,7 +13,6 @@ import os
 import shutil
 import struct
 import tempfile
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -229,9 +228,14 @@ def load_model(
         )
     if checkpoint.adapter is None:
         return base
-    with warnings.catch_warnings():  # of weights that wait elsewhere, which PEFT then puts there itself
-        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter", category=UserWarning)
-        return PeftModel.from_pretrained(base, str(checkpoint.adapter), is_trainable=train_adapter, **(spread or {}))
+    if "disk" in {str(place) for place in getattr(base, "hf_device_map", {}).values()}:
+        # PEFT 0.21 would write the base's files again, by a path without its root: a relative one is the original's
+        raise RecipeError(
+            f"cluster.max_memory: {checkpoint.adapter} is an adapter, and some of its base would have to wait on disk, "
+            "where an adapter cannot be put on it; allow more (cpu: GiB), or ask what "
+            "python -m pipeline export --format merged16 makes of it"
+        )
+    return PeftModel.from_pretrained(base, str(checkpoint.adapter), is_trainable=train_adapter, **(spread or {}))
 
 
 def load_to_ask(checkpoint: Checkpoint, model: Model, limits: MaxMemory | None) -> PreTrainedModel | PeftModel:

@@ -10,6 +10,7 @@ import torch
 
 from pipeline.artifact import find_checkpoint
 from pipeline.cluster import MaxMemory
+from pipeline.errors import RecipeError
 from pipeline.generation import Draw, Repetition, Sampling, batches_of, generate, mean_log_likelihood, seed_of
 from pipeline.modeling import add_lora, load_model, load_to_ask, load_tokenizer, make_scratch
 from pipeline.recipe import read
@@ -74,8 +75,13 @@ def test_an_answer_does_not_depend_on_its_batch(tmp_path: Path, temperature: flo
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_a_model_that_is_larger_than_its_memory_answers_the_same(tmp_path: Path, adapter: bool) -> None:
-    """Most of its layers wait on disk here, where the device is the CPU; on a GPU they wait on the CPU."""
+def test_a_model_that_is_larger_than_its_memory_answers_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: bool
+) -> None:
+    """Most of its layers wait on disk here, where the device is the CPU; on a GPU they wait on the CPU.
+
+    The base of an adapter may not wait on disk, and nothing is written where it was about to.
+    """
     recipe, _ = read("tiny", ["seed=3", "lora.enabled=true", "lora.r=4"])
     assert recipe is not None
     assert recipe.model.scratch is not None
@@ -93,14 +99,24 @@ def test_a_model_that_is_larger_than_its_memory_answers_the_same(tmp_path: Path,
         checkpoint = find_checkpoint(str(tmp_path / "adapter"))
     prompts = [tokenizer(text)["input_ids"] for text in ("A", "B. Therefore: Yes", "with B")]
 
-    def answers(limits: MaxMemory | None) -> list[str]:
+    def answers(limits: MaxMemory | None, *, disk: bool = False) -> list[str]:
         model = load_to_ask(checkpoint, replace(recipe.model, dtype="float32"), limits)
         waiting = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-        assert ("disk" in waiting) is (limits is not None)
+        assert ("disk" in waiting) is disk
         found = dict(generate(model, tokenizer, prompts, Sampling(0.0, 1.0, 0, 12), 3, 0))
         return [found[k].text for k in range(3)]
 
-    assert answers(MaxMemory(cpu=0.0011)) == answers(None)  # GiB: of 2.4 MB of weights the embedding and a layer or two
+    little, enough = MaxMemory(cpu=0.0011), MaxMemory(cpu=1.0)  # GiB: of 2.4 MB of weights a layer or two; all of them
+    if not adapter:
+        assert answers(little, disk=True) == answers(None)
+        return
+    assert answers(enough) == answers(None)
+    before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    monkeypatch.chdir(tmp_path)  # PEFT would write below the working folder
+    with pytest.raises(RecipeError, match="is an adapter, and some of its base would have to wait on disk"):
+        answers(little)
+    assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "adapter"}
 
 
 def test_a_models_own_generation_config_changes_no_answer(tmp_path: Path) -> None:
