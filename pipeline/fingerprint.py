@@ -13,12 +13,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+from pipeline.typed import is_neutral
+
 LENGTH = 10  # hexadecimal characters of a fingerprint
 
 
 def plain(value: Any, path: str = "") -> Any:
     """`value` as dicts, lists, strings, finite numbers, booleans and None.
 
+    Dataclass fields that were `typed.added` are left out while they are neutral.
     Raises TypeError, naming the path, for anything without a deterministic form (sets, floats that are not
     finite, objects).
     """
@@ -29,7 +32,11 @@ def plain(value: Any, path: str = "") -> Any:
             raise TypeError(f"{path or 'value'} is {value}: only finite numbers have a fingerprint")
         return int(value) if value.is_integer() and abs(value) < 2**53 else value  # 1 and 1.0 are one setting
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name), f"{path}.{f.name}") for f in dataclasses.fields(value)}
+        return {
+            f.name: plain(item, f"{path}.{f.name}")
+            for f in dataclasses.fields(value)
+            if not is_neutral(f, item := getattr(value, f.name))
+        }
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
             raise TypeError(f"{path or 'value'} has keys that are not strings")

@@ -194,6 +194,7 @@ def _disk(plan: Plan, recipes: list[Recipe]) -> Iterator[str]:
             )
 
 
+QUOTA_WAIT = 2.0  # seconds
 QUOTA = re.compile(r"\s*/?\S+\s+(?P<used>\d+)\*?\s+(?P<soft>\d+)\s+(?P<hard>\d+)\s")  # in KiB; 0: no limit
 
 
@@ -203,7 +204,10 @@ def _quotas(place: Path) -> Iterator[int]:
     asked = (["quota", "-w", "-f", str(mount)], ["lfs", "quota", "-q", "-u", str(os.getuid()), str(place)])
     for command in asked:
         if shutil.which(command[0]):
-            told = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+            try:
+                told = subprocess.run(command, capture_output=True, text=True, timeout=QUOTA_WAIT).stdout
+            except subprocess.TimeoutExpired:
+                continue  # a file server that does not answer: the job will tell
             for found in filter(None, map(QUOTA.match, told.splitlines())):
                 limit = int(found["hard"]) or int(found["soft"])
                 if limit:

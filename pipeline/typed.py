@@ -2,7 +2,8 @@
 
 `build(Recipe, values)` checks names, types and the `Check` of each annotated field, and returns the typed object
 with the list of what is wrong, each as `sft.learning_rate: 'fast' is not a number > 0`. The dataclass is the
-schema: no other list of keys exists. Values are never guessed: a missing key is a problem, not a default.
+schema: no other list of keys exists. Values are never guessed: a missing key is a problem, not a default, except for
+fields that were `added` later.
 """
 
 from __future__ import annotations
@@ -18,6 +19,26 @@ from pipeline.errors import did_you_mean
 
 T = TypeVar("T")
 MISSING = object()
+
+
+def added(neutral: Any) -> Any:
+    """A dataclass field that came after records were first written: `field: Type = added(neutral)`.
+
+    `neutral` is the behaviour from before the field existed. Older records are read as if they held it, and
+    `fingerprint.plain` leaves the field out while it is neutral, so a finished step stays finished.
+    """
+    metadata = {"added": True}
+    if isinstance(neutral, dict):
+        return dataclasses.field(default_factory=lambda: dict(neutral), metadata=metadata)
+    return dataclasses.field(default=neutral, metadata=metadata)
+
+
+def is_neutral(field: dataclasses.Field[Any], value: Any) -> bool:
+    """Whether a field was `added` and holds its neutral value."""
+    if not field.metadata.get("added"):
+        return False
+    factory = field.default_factory
+    return bool(value == (field.default if factory is dataclasses.MISSING else factory()))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.fingerprint import canonical_json, describe_drift, file_identity, fingerprint, plain
+from pipeline.typed import added, build
 
 leaves = st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False)
 values = st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
@@ -32,6 +34,30 @@ def test_equal_values_have_equal_text_whatever_the_order_of_keys(value: Any) -> 
 def test_what_has_no_single_written_form_is_refused(value: Any) -> None:
     with pytest.raises(TypeError, match=r"a\.b"):
         plain({"b": value}, "a")
+
+
+@dataclass(frozen=True)
+class Before:
+    rate: float
+
+
+@dataclass(frozen=True)
+class After:
+    rate: float
+    limit: int | None = added(None)
+    words: dict[str, int] = added({})
+
+
+def test_a_field_added_later_changes_no_finished_step_and_old_records_are_read() -> None:
+    assert plain(After(0.5)) == plain(Before(0.5))
+    assert fingerprint(After(0.5)) == fingerprint(Before(0.5))
+    assert build(After, plain(Before(0.5))) == (After(0.5), [])
+
+
+@pytest.mark.parametrize("changed", [After(0.5, limit=3), After(0.5, words={"a": 1})])
+def test_a_field_added_later_counts_where_it_is_set(changed: After) -> None:
+    assert fingerprint(changed) != fingerprint(Before(0.5))
+    assert build(After, plain(changed)) == (changed, [])
 
 
 def test_a_known_fingerprint_stays() -> None:
