@@ -416,6 +416,10 @@ def _show_end(plan: Plan, typed: str) -> None:
         print()
         print((report.folder / "summary.txt").read_text(encoding="utf-8").rstrip())
         print(f"\nreport    {report.folder}/report.html   (report.md and report.json beside it)")
+    else:  # the report's summary has them
+        for step in done.values():
+            for warning in open_artifact(step.folder, verify=False).warnings:
+                print(f"warning: {step.label}: {warning}")
     for step in plan.steps:
         if step.done and step.stage in ("sft", "grpo"):
             print(f"{step.label:<9} {step.folder}")
@@ -703,7 +707,7 @@ def _show_metrics(step: Step) -> None:
     from pipeline.tasks.task import task_of
 
     artifact = open_artifact(step.folder)
-    for split, figures in artifact.metrics.items():
+    for split, figures in artifact.figures.items():
         print(f"{split}: {int(figures['all']['rows']['value'])} rows, {int(figures['all']['groups']['value'])} groups")
         if figures["all"]["verified"]["value"] < figures["all"]["rows"]["value"]:
             print(f"  {int(figures['all']['verified']['value'])} of them can be verified")
@@ -712,6 +716,7 @@ def _show_metrics(step: Step) -> None:
             print(f"  {name:<18} {value['value']:7.3f}   {value['low']:.3f} … {value['high']:.3f}")
         if "proxy" in figures["all"]:
             print(f"  proxy is no correctness: {task_of(step.recipe.task, step.recipe.seed).proxy}")
+    print("".join(f"warning: {warning}\n" for warning in artifact.warnings), end="")
     print(f"\n{step.folder}/predictions.jsonl and metrics.json")
 
 

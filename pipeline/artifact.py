@@ -34,6 +34,7 @@ TRANSIENT = {
 }  # folders that may change or go without hurting the result
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 ADAPTER = "adapter_config.json"
+WARNINGS = "warnings"  # the key of `metrics` that lists them; absent where there are none
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,16 @@ class Artifact:
     metrics: dict[str, Any]
     provenance: dict[str, Any]  # versions, machine, git commit, command, timings
     folder: Path = field(default=Path(), compare=False)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What `Runtime.warn` reported while the step ran."""
+        return list(self.metrics.get(WARNINGS, ()))
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The metrics without the warnings: of an evaluation, the figures of each split."""
+        return {name: value for name, value in self.metrics.items() if name != WARNINGS}
 
 
 def inventory(folder: Path, *, leave_out: set[str] = NOT_PAYLOAD | TRANSIENT) -> dict[str, FileEntry]:

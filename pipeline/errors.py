@@ -19,7 +19,7 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 EXIT_FAULT, EXIT_MISTAKE, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 75, 130
@@ -68,6 +68,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     menu = sorted(known)
     close = difflib.get_close_matches(word, menu, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(menu) or 'none'}"
+
+
+def some_of(names: Sequence[str], shown: int = 3, between: str = ", ") -> str:
+    """The first few of a list: `a, b, c and 9 more`."""
+    more = len(names) - shown
+    return between.join(names[:shown]) + (f" and {more} more" if more > 0 else "")
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -34,6 +34,7 @@ from pipeline.training import (
     require_rows,
     train,
     trainable,
+    warn_of_long_rows,
 )
 
 
@@ -49,7 +50,9 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     prompts = load_rows(inputs["data"], "grpo").remove_columns("completion")
     lengths = prompt_lengths(tokenizer, prompts["prompt"])
     kept = [k for k, length in enumerate(lengths) if length <= settings.max_prompt_length]
-    require_rows(len(kept), "GRPO prompts", f"grpo.max_prompt_length {settings.max_prompt_length} tokens")
+    limit = f"grpo.max_prompt_length {settings.max_prompt_length} tokens"
+    require_rows(len(kept), "GRPO prompts", limit)
+    warn_of_long_rows(runtime, prompts["id"], kept, "GRPO prompts", limit)
 
     # ---- rewards
     task = task_of(recipe.task, recipe.seed)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.artifact import Artifact
-from pipeline.errors import DataError
+from pipeline.errors import DataError, some_of
 from pipeline.files import write_json
 from pipeline.recipe import Recipe
 from pipeline.runtime import Runtime
@@ -46,9 +46,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     skipped = splits.proof.get("skipped", [])
     metrics: dict[str, Any] = {"rows": counts, "overlap": splits.proof.get("overlap"), "skipped": len(skipped)}
     if skipped:
-        print(
-            f"{len(skipped)} rows that cannot be read are left out (splits.json names them): {skipped[0]}", flush=True
-        )
+        first = some_of(skipped, between="; ")
+        runtime.warn(f"{len(skipped)} rows cannot be read and were left out (splits.json names all): {first}")
 
     # ---- a model from nothing
     if recipe.model.scratch:

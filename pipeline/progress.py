@@ -33,6 +33,7 @@ class Progress:
     figures: dict[str, float] = field(default_factory=dict)  # the last loss, reward, …
     note: str = ""  # what it is doing, in a few words
     problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # of this attempt: what the user should read before they trust the result
     exit_code: int | None = None
     attempt: int = 1
     host: str = ""
@@ -55,7 +56,8 @@ def read_progress(folder: Path) -> Progress | None:
     record = read_json(folder / PROGRESS)
     if not record:
         return None
-    return Progress(**{**record, "problems": tuple(record["problems"])})
+    lists = {name: tuple(record.get(name, ())) for name in ("problems", "warnings")}
+    return Progress(**{**record, **lists})
 
 
 class ProgressFile:
@@ -86,6 +88,11 @@ class ProgressFile:
         self.now = replace(self.now, figures=merged, updated=time.time(), **changes)
         if changed_state or force or self.now.updated - self._written >= MIN_SECONDS:
             self._write()
+
+    def warn(self, sentence: str) -> None:
+        """Add a warning; the same sentence counts once."""
+        if sentence not in self.now.warnings:
+            self.update(warnings=(*self.now.warnings, sentence), force=True)
 
     def _write(self) -> None:
         if self.folder:

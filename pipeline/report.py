@@ -103,6 +103,7 @@ def gather(inputs: Mapping[str, Artifact], task: Task, recipe: Recipe) -> dict[s
         "claims": [REHEARSED] if recipe.rehearsal else [claim(difference, main_split) for difference in differences],
         "headline": headline(models, main_split),
         "notes": notes(models, recipe.evaluate.splits, task),
+        "warnings": [f"{label}: {text}" for label, artifact in inputs.items() for text in artifact.warnings],
         "published": list(task.published),
         "breakdowns": list(task.breakdowns),
         "curves": {label: _history(artifact) for label, artifact in trained.items()},
@@ -148,7 +149,7 @@ def _model(label: str, artifact: Artifact) -> dict[str, Any]:
         "recipe": artifact.recipe,
         "role": role,
         "name": f"{artifact.recipe} {names[role]}",
-        "splits": artifact.metrics,
+        "splits": artifact.figures,
     }
 
 

@@ -29,6 +29,16 @@ class Runtime:
         """Whether someone asked this step to save and leave (rank 0 looks, all ranks agree elsewhere)."""
         return (self.folder / STOP).exists()
 
+    def warn(self, sentence: str) -> None:
+        """Report something that the user should read before they trust the result: rows left out, nothing learned.
+
+        The sentence goes to the log, to progress.json and, when the step is done, to `metrics["warnings"]` of its
+        artifact; `run`, `status` and the report show it. Every rank may call this; what rank 0 reports is kept.
+        """
+        if self.rank == 0 and sentence not in self.progress.now.warnings:
+            print(f"warning: {sentence}", flush=True)
+        self.progress.warn(sentence)
+
     def check_still_owner(self) -> None:
         """ArtifactError when another attempt has taken the folder over: this one must not write any more."""
         if self.owner and not is_owner(self.folder, self.owner):

@@ -32,6 +32,7 @@ from pipeline.training import (
     require_rows,
     train,
     trainable,
+    warn_of_long_rows,
 )
 
 WINDOW = 16  # global batches that are sorted by length together: little padding, yet a random order
@@ -49,7 +50,9 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     rows = load_rows(inputs["data"], "sft")
     encoded = encode_rows(tokenizer, rows["prompt"], rows["completion"])
     kept = short_enough(encoded, settings.max_length)
-    require_rows(len(kept), "SFT rows", f"sft.max_length {settings.max_length} tokens")
+    limit = f"sft.max_length {settings.max_length} tokens"
+    require_rows(len(kept), "SFT rows", limit)
+    warn_of_long_rows(runtime, rows["id"], kept, "SFT rows", limit)
     if settings.order != "shuffled":
         phases = [tags.get("phase", 0) if settings.order == "curriculum" else 0 for tags in rows["tags"]]
         # like prompts, not like answers: rows of short answers, alone in their batches, would weigh many times more
@@ -62,8 +65,10 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     if settings.validate_every:
         held_out = load_rows(inputs["data"], "validation")
         others = encode_rows(tokenizer, held_out["prompt"], held_out["completion"])
-        validation = Dataset.from_list([others[k] for k in short_enough(others, settings.max_length)])
-        require_rows(len(validation), "validation rows", f"sft.max_length {settings.max_length} tokens")
+        short = short_enough(others, settings.max_length)
+        validation = Dataset.from_list([others[k] for k in short])
+        require_rows(len(validation), "validation rows", limit)
+        warn_of_long_rows(runtime, held_out["id"], short, "validation rows", limit)
 
     # ---- the trainer
     shared = arguments(recipe, settings.optimizer, layout, sizes, out, runtime)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.artifact import STEP, STOP, Artifact, commit, is_done, open_artifact, own
+from pipeline.artifact import STEP, STOP, WARNINGS, Artifact, commit, is_done, open_artifact, own
 from pipeline.cluster import Cluster, process_count
 from pipeline.errors import EXIT_FAULT, ArtifactError, PipelineError, Stopped, explain_disk, run_main
 from pipeline.files import read_json, write_json
@@ -146,6 +146,8 @@ def _work(folder: Path, run: Run) -> int:
             if rank == 0:
                 print(f"{order.name} {order.fingerprint}: {world} processes, {versions()}", flush=True)
             metrics = run(order.recipe, inputs, folder, runtime)
+            if warnings := progress.now.warnings:
+                metrics = {**metrics, WARNINGS: list(warnings)}
             runtime.check_still_owner()
             if rank == 0:
                 commit(_artifact(order, folder, metrics, started, world))

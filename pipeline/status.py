@@ -59,6 +59,7 @@ class Row:
     what: str  # the same in words
     restarts: int
     reasons: tuple[str, ...]  # why it waits, or why it ended
+    warnings: tuple[str, ...]  # what the step reported: rows left out, nothing learned
     log: str
     updated: float | None
 
@@ -138,6 +139,7 @@ def _row(folder: Path, job: Job | None, before: dict[Path, Row], *, asked: bool)
         what=describe(progress) if progress else "",
         restarts=max(progress.attempt - 1 if progress else 0, job.restarts if job else 0),
         reasons=tuple(reasons),
+        warnings=progress.warnings if progress else (),
         log=record.log if record and record.log else str(folder / LOG),
         updated=progress.updated if progress else None,
     )
@@ -225,6 +227,7 @@ def show(rows: Sequence[Row], troubles: Sequence[str] = ()) -> str:
         row = rows[number - 1] if number else None
         if row:
             lines += [f"{'':<{widths[0]}}  {reason}" for reason in row.reasons if reason]
+            lines += [f"{'':<{widths[0]}}  warning: {warning}" for warning in row.warnings]
             if row.state in (*ACTIVE, "failed", "lost", "stopped", "ending"):
                 lines.append(f"{'':<{widths[0]}}  log: {row.log}")
     return "\n".join(lines)
@@ -302,4 +305,4 @@ def cancel(rows: Iterable[Row]) -> list[str]:
 
 
 def as_record(row: Row) -> dict[str, Any]:
-    return {**vars(row), "reasons": list(row.reasons)}
+    return {**vars(row), "reasons": list(row.reasons), "warnings": list(row.warnings)}

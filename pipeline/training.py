@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from pipeline import distributed
 from pipeline.artifact import Artifact, Checkpoint, find_checkpoint
 from pipeline.checkpoints import SaveAndStop, newest_good
 from pipeline.cluster import DEEPSPEED, Batches, TrainingStage, batches
-from pipeline.errors import DataError, LaunchError, RecipeError, Stopped
+from pipeline.errors import DataError, LaunchError, RecipeError, Stopped, some_of
 from pipeline.modeling import add_lora, add_lora_by_unsloth, base_checkpoint, choose_dtype, load_model
 from pipeline.monitor import Watch, write_history
 from pipeline.recipe import Optimizer, Recipe
@@ -218,6 +218,14 @@ def save(trainer: Trainer, out: Path) -> None:
     trainer.save_model(str(folder))
     (folder / "training_args.bin").unlink(missing_ok=True)
     distributed.barrier()
+
+
+def warn_of_long_rows(runtime: Runtime, ids: Sequence[str], kept: Sequence[int], what: str, limit: str) -> None:
+    """A warning that names how many rows were longer than the limit, and the first few of them."""
+    dropped = sorted(set(range(len(ids))) - set(kept))
+    if dropped:
+        first = some_of([ids[k] for k in dropped])
+        runtime.warn(f"{len(dropped)} of {len(ids)} {what} are longer than {limit} and were left out: {first}")
 
 
 def require_rows(kept: int, what: str, limit: str) -> None:

@@ -54,6 +54,7 @@ def page() -> dict[str, Any]:
         "settings": {"tiny": "seed: 0"},
         "headline": [name for name in HEADLINE if name not in ("proxy", "preference")],
         "notes": [],
+        "warnings": ["tiny/sft: 5 of 96 SFT rows are longer than sft.max_length 64 tokens and were left out"],
         "goals": [
             {"recipe": "tiny", "name": "thoughts", "below": None, "above": 0.9, "value": 0.95, "met": True},
             {"recipe": "tiny", "name": "validation_loss", "below": 1.0, "above": None, "value": 1.5, "met": False},

@@ -214,3 +214,5 @@ class _Bar:
         mark = "done" if done else ended
         text = describe(progress) if progress else ""
         tqdm.write(f"{self.title}  {mark} in {clock(seconds)}  {text}".rstrip(), file=sys.stderr)
+        for warning in progress.warnings if progress else ():
+            tqdm.write(f"  warning: {warning}", file=sys.stderr)
