@@ -23,6 +23,7 @@ from pipeline.fingerprint import file_sha256
 
 ARTIFACT, OWNER, STEP, PROGRESS, STOP = "artifact.json", "owner.json", "step.json", "progress.json", "stop"
 LOG, SCRIPT = "log.txt", "job.slurm"
+HISTORY = "history.json"  # of a training stage: what its trainer logged, step by step
 PROMPTS = "prompts.json"  # of an evaluation: the questions that are only shown, with their answers
 NOT_PAYLOAD = {ARTIFACT, OWNER, PROGRESS, STOP, LOG, SCRIPT, slurm.JOB}  # of the folder, not of the result
 TRANSIENT = {

@@ -30,16 +30,17 @@ from pipeline.metrics import baseline_figures, outcome_of, summarize
 from pipeline.modeling import (
     check_tokenizer,
     encode_rows,
+    first_weights,
     load_to_ask,
     load_tokenizer,
     prefills_thought,
     prompt_ids,
 )
 from pipeline.recipe import Recipe
+from pipeline.rows import read_split
 from pipeline.runtime import Runtime
 from pipeline.stage import main
 from pipeline.tasks.task import Task, example_of, rows, task_of
-from pipeline.training import first_weights, load_rows
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runtime) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
 
     # ---- the model
     runtime.progress.update(note="loading the model")
-    checkpoint = find_checkpoint(runtime.checkpoint) if runtime.checkpoint else first_weights(recipe, inputs)
+    checkpoint = find_checkpoint(runtime.checkpoint) if runtime.checkpoint else first_weights(recipe.model, inputs)
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     model = load_to_ask(checkpoint, recipe.model, runtime.cluster.max_memory)
     check_tokenizer(tokenizer, model, checkpoint)
@@ -156,7 +157,7 @@ def test_rows(recipe: Recipe, task: Task, inputs: Mapping[str, Artifact], split:
     if "data" in inputs:
         known = [path.stem for path in sorted((inputs["data"].folder / "data").glob("*.parquet"))]
         if split in known:
-            return list(load_rows(inputs["data"], split).to_list())
+            return list(read_split(inputs["data"], split).to_pylist())
     else:
         splits = task.load()
         parts = {**splits.tests, "validation": splits.validation}

@@ -19,7 +19,7 @@ from pipeline.artifact import Artifact, Checkpoint
 from pipeline.cluster import generation_sizes
 from pipeline.errors import RecipeError
 from pipeline.generation import cache_for, stop_ids
-from pipeline.modeling import device, load_tokenizer, prefills_thought, prompt_lengths
+from pipeline.modeling import device, first_weights, load_tokenizer, prefills_thought, prompt_lengths
 from pipeline.recipe import Recipe
 from pipeline.rewards.reward import RewardFunction, find_rewards, make_sample
 from pipeline.runtime import Runtime
@@ -28,7 +28,6 @@ from pipeline.tasks.task import Task, example_of, task_of
 from pipeline.training import (
     adapters_kept,
     arguments,
-    first_weights,
     layout_of,
     load_rows,
     require_rows,
@@ -45,7 +44,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
 
     # ---- prompts; what is too long is dropped and counted
     runtime.progress.update(note="reading prompts")
-    checkpoint = first_weights(recipe, inputs)
+    checkpoint = first_weights(recipe.model, inputs)
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     prompts = load_rows(inputs["data"], "grpo").remove_columns("completion")
     lengths = prompt_lengths(tokenizer, prompts["prompt"])

@@ -13,7 +13,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 
 from pipeline.answers import OPEN
-from pipeline.artifact import Checkpoint, find_checkpoint
+from pipeline.artifact import Artifact, Checkpoint, find_checkpoint
 from pipeline.cluster import AMPERE, MaxMemory, half_precision
 from pipeline.errors import ArtifactError, RecipeError
 from pipeline.families import TEMPLATES, gguf_file, special_in
@@ -200,6 +200,13 @@ def base_checkpoint(model: Model, data: Path) -> Checkpoint:
     if model.scratch or model.gguf:
         return find_checkpoint(str(data / "model"))
     return find_checkpoint(model.name) if Path(model.name).exists() else Checkpoint(model.name, None, model.name)
+
+
+def first_weights(model: Model, inputs: Mapping[str, Artifact]) -> Checkpoint:
+    """Where training or an evaluation starts: the weights of the step before it, else the base model."""
+    if "model" in inputs:
+        return find_checkpoint(str(inputs["model"].folder))
+    return base_checkpoint(model, inputs["data"].folder)
 
 
 def load_model(

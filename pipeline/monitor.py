@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pipeline.artifact import HISTORY
 from pipeline.files import write_json
 from pipeline.runtime import Runtime
 
-HISTORY = "history.json"
 SHOWN = ("loss", "eval_loss", "reward", "completions/mean_length")  # on the progress bar, where they are logged
 
 

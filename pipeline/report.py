@@ -21,11 +21,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import OmegaConf
 
 from pipeline import __version__
-from pipeline.artifact import PROMPTS, Artifact
+from pipeline.artifact import HISTORY, PROMPTS, Artifact
 from pipeline.charts import Mark, Series, curves, intervals, number
 from pipeline.files import read_json, read_lines, write_json
 from pipeline.metrics import HEADLINE, LOWER_IS_BETTER, SOLVER, compare, outcome_of
-from pipeline.monitor import HISTORY
 from pipeline.recipe import Goal, Recipe
 from pipeline.runtime import Runtime
 from pipeline.stage import main, read_order

@@ -13,9 +13,13 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pipeline.artifact import Artifact
 from pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SAMPLES = Path(__file__).parent / "tasks" / "samples"  # small files in the hub's schemas, written for rehearsals
 SHOWN = 20  # bad rows that are named; the others are counted
@@ -35,6 +39,16 @@ class Row:
 
     def text(self, name: str) -> str:
         return str(self.values[name]).strip()
+
+
+def read_split(data: Artifact, split: str) -> pa.Table:
+    """The rows that preprocess has written: `data/<split>.parquet` of its step."""
+    import pyarrow.parquet as pq
+
+    path = data.folder / "data" / f"{split}.parquet"
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: the task has no rows for this stage; leave it out with --stages")
+    return pq.read_table(path)
 
 
 def file_rows(path: Path) -> Iterator[Row]:

@@ -19,14 +19,13 @@ from trl import SFTConfig, SFTTrainer
 
 from pipeline import distributed
 from pipeline.artifact import Artifact
-from pipeline.modeling import encode_rows, load_tokenizer
+from pipeline.modeling import encode_rows, first_weights, load_tokenizer
 from pipeline.recipe import Recipe
 from pipeline.runtime import Runtime
 from pipeline.stage import main
 from pipeline.training import (
     adapters_kept,
     arguments,
-    first_weights,
     layout_of,
     load_rows,
     require_rows,
@@ -45,7 +44,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
 
     # ---- rows: tokens and labels; what is too long is dropped and counted
     runtime.progress.update(note="tokenizing")
-    checkpoint = first_weights(recipe, inputs)
+    checkpoint = first_weights(recipe.model, inputs)
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     rows = load_rows(inputs["data"], "sft")
     encoded = encode_rows(tokenizer, rows["prompt"], rows["completion"])

@@ -9,42 +9,32 @@ import contextlib
 import json
 import os
 import resource
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
 from pipeline import distributed
-from pipeline.artifact import Artifact, Checkpoint, find_checkpoint
+from pipeline.artifact import Artifact, Checkpoint
 from pipeline.checkpoints import SaveAndStop, newest_good
 from pipeline.cluster import DEEPSPEED, Batches, TrainingStage, batches
 from pipeline.errors import DataError, LaunchError, RecipeError, Stopped, some_of
-from pipeline.modeling import add_lora, add_lora_by_unsloth, base_checkpoint, choose_dtype, load_model
+from pipeline.modeling import add_lora, add_lora_by_unsloth, choose_dtype, load_model
 from pipeline.monitor import Watch, write_history
 from pipeline.recipe import Optimizer, Recipe
+from pipeline.rows import read_split
 from pipeline.runtime import Runtime
 
 PROJECT = "therefore"  # the name under which wandb and trackio keep the runs
 
 
 def load_rows(data: Artifact, split: str) -> Dataset:
-    """A split of the preprocess step: `data/<split>.parquet`."""
-    path = data.folder / "data" / f"{split}.parquet"
-    if not path.is_file():
-        raise DataError(f"{path} does not exist: the task has no rows for this stage; leave it out with --stages")
-    return Dataset(pq.read_table(path))
-
-
-def first_weights(recipe: Recipe, inputs: Mapping[str, Artifact]) -> Checkpoint:
-    """Where training starts: the step before it, else the base model."""
-    if "model" in inputs:
-        return find_checkpoint(str(inputs["model"].folder))
-    return base_checkpoint(recipe.model, inputs["data"].folder)
+    """A split of the preprocess step."""
+    return Dataset(read_split(data, split))
 
 
 def trainable(recipe: Recipe, checkpoint: Checkpoint, layout: TrainingStage) -> PreTrainedModel | PeftModel:

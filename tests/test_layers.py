@@ -43,27 +43,41 @@ def room(path: Path) -> str:
     return path.relative_to(ROOT / "pipeline").parts[0].removesuffix(".py")
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_down_only(path: Path) -> None:
-    here = FLOORS[room(path)]
-    for name in imports_of(path):
-        parts = name.split(".")
-        if parts[0] == "pipeline" and len(parts) > 1 and parts[1] in FLOORS:
-            there = FLOORS[parts[1]]
-            beside = there == here and here < 5  # stages, launchers and the command line do not know their like
-            assert there < here or parts[1] == room(path) or beside, (
-                f"{path.relative_to(ROOT)} (floor {here}) imports pipeline.{parts[1]} (floor {there})"
-            )
+def test_imports_go_down_only() -> None:
+    climbing = []
+    for path in modules():
+        here = FLOORS[room(path)]
+        for name in imports_of(path):
+            parts = name.split(".")
+            if parts[0] == "pipeline" and len(parts) > 1 and parts[1] in FLOORS:
+                there = FLOORS[parts[1]]
+                beside = there == here and here < 5  # stages, launchers and the command line do not know their like
+                if there >= here and parts[1] != room(path) and not beside:
+                    climbing.append(f"{path.relative_to(ROOT)} ({here}) imports pipeline.{parts[1]} ({there})")
+    assert not climbing
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_heavy_packages_stay_on_their_floors(path: Path) -> None:
-    if FLOORS[room(path)] not in (3, 5):
-        # rows.py imports datasets where it reads the hub's, which no light command does: see LIGHT
-        found = {name.split(".")[0] for name in imports_of(path)} & (
-            HEAVY - ({"datasets"} if room(path) == "rows" else set())
-        )
-        assert not found, f"{path.relative_to(ROOT)} imports {', '.join(sorted(found))}"
+def test_heavy_packages_stay_on_their_floors() -> None:
+    found = {}
+    for path in modules():
+        if FLOORS[room(path)] not in (3, 5):
+            # rows.py imports datasets where it reads the hub's, which no light command does: see LIGHT
+            allowed = {"datasets"} if room(path) == "rows" else set()
+            found[path.name] = {name.split(".")[0] for name in imports_of(path)} & (HEAVY - allowed)
+    assert not {name: heavy for name, heavy in found.items() if heavy}
+
+
+def test_the_report_imports_nothing_heavy() -> None:
+    """It runs once a chain, and importing torch would cost it more than its own work."""
+    code = "import sys, pipeline.report; print(sorted({name.split('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not set(ast.literal_eval(done.stdout)) & HEAVY
+
+
+def test_an_evaluation_imports_no_trainer() -> None:
+    code = "import sys, pipeline.evaluate; print(sorted(name for name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not set(ast.literal_eval(done.stdout)) & {"pipeline.training", "trl", "datasets", "transformers.trainer"}
 
 
 LIGHT = [

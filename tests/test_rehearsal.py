@@ -9,15 +9,19 @@ from pathlib import Path
 import pytest
 from running import only, run_cli
 
-from pipeline import preflight
-from pipeline.artifact import open_artifact
+from pipeline import preflight, preprocess
+from pipeline.artifact import Artifact, find_checkpoint, open_artifact
 from pipeline.cluster import cluster_names
 from pipeline.errors import RecipeError
 from pipeline.families import BUNDLED, model_config
 from pipeline.files import read_json
+from pipeline.modeling import load_tokenizer, prompt_ids
 from pipeline.plan import make_plan
+from pipeline.progress import ProgressFile
 from pipeline.recipe import Recipe, read, recipe_names
 from pipeline.rehearsal import STEPS
+from pipeline.rows import read_split
+from pipeline.runtime import Runtime
 
 PUBLISHED = {  # parameters, from the models' cards
     "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
@@ -83,11 +87,32 @@ def test_a_rehearsal_fits_every_cluster(cluster: str, tmp_path: Path) -> None:
 OFFLOAD = ["cluster.sft.deepspeed=zero2_offload", "cluster.grpo.deepspeed=zero3_offload"]
 
 
+# one recipe of each task runs whole; what the others differ in (architecture, quantization, chat format) is trained in
+# tests/every_way.py and read in tests/test_chat_formats.py
+WHOLE = ("gsm8k", "math_science", "medical", "human_like", "phi3.5")
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name not in WHOLE])
+def test_every_recipe_makes_its_rows_and_its_small_model(name: str, tmp_path: Path) -> None:
+    plan = make_plan([name], rehearse=True, runs=tmp_path)
+    step = plan.steps[0]
+    step.folder.mkdir(parents=True)
+    runtime = Runtime(plan.cluster, ProgressFile(None, step.name), 0, 1, step.folder, None, None)
+    preprocess.run(step.recipe, {}, step.folder, runtime)
+    config = read_json(step.folder / "model" / "config.json")
+    assert config["model_type"] == (model_config(recipe_of(name).model) or {"model_type": "qwen2"})["model_type"]
+    tokenizer = load_tokenizer(find_checkpoint(str(step.folder / "model")), step.recipe.model)
+    for split in ("sft", "grpo"):
+        rows = read_split(Artifact("preprocess", name, "", {}, {}, {}, {}, {}, step.folder), split)
+        prompt = prompt_ids(tokenizer, [rows["prompt"][0].as_py()])[0]
+        assert tokenizer.decode(prompt).count(rows["prompt"][0].as_py()[-1]["content"].strip()[:40]) == 1
+
+
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
-    """Every recipe from rows to report, two commands at a time with one process each; one with two, offloading."""
+    """One recipe a task from rows to report, two commands at a time with one process each; one with two, offloading."""
     runs = tmp_path_factory.mktemp("rehearsals")
-    layout = {name: ["cluster.processes=1"] for name in recipe_names()}
+    layout = {name: ["cluster.processes=1"] for name in WHOLE}
     layout["phi3.5"] = ["cluster.processes=2", *OFFLOAD]
 
     def rehearse(name: str) -> subprocess.CompletedProcess[str]:
@@ -106,7 +131,7 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.
         return dict(zip(layout, pool.map(rehearse, layout), strict=True))
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", WHOLE)
 def test_a_rehearsal_runs_from_rows_to_report_and_says_what_it_is(
     rehearsed: dict[str, subprocess.CompletedProcess[str]], name: str
 ) -> None:
