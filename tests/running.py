@@ -40,11 +40,13 @@ NANO = [
 ]
 
 
-def run_cli(*words: str, env: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_cli(
+    *words: str, env: dict[str, str] | None = None, timeout: float = 300, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     """`python -m pipeline …`, its output captured."""
     return subprocess.run(
         [sys.executable, "-m", "pipeline", *words],
-        cwd=ROOT,
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -1,0 +1,88 @@
+"""Runs of an earlier version stay readable and usable: tests/fixtures/records-v1, whose README says how it was made."""
+
+from __future__ import annotations
+
+import shutil
+from functools import reduce
+from pathlib import Path
+
+import pytest
+from running import ROOT, only, run_cli
+from safetensors.torch import load_file
+
+from pipeline import status
+from pipeline.artifact import open_artifact
+from pipeline.files import read_lines
+from pipeline.fingerprint import fingerprint, plain
+from pipeline.progress import read_progress
+from pipeline.stage import STAGES, read_order
+
+RECORDS = ROOT / "tests" / "fixtures" / "records-v1"
+STEPS = sorted(path.parent for path in RECORDS.glob("*/*/artifact.json"))
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project's folder whose `runs/` is the old one, as its records name it."""
+    shutil.copytree(RECORDS, tmp_path / "runs")
+    for name in ("configs", "deepspeed"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return tmp_path
+
+
+def test_the_fixture_is_whole() -> None:
+    names = [folder.name.rpartition("-")[0] for folder in STEPS]
+    assert len(names) == 9
+    assert {"preprocess", "sft", "grpo", "evaluate-base", "evaluate-sft", "evaluate-grpo", "report"} <= set(names)
+
+
+@pytest.mark.parametrize("folder", STEPS, ids=lambda folder: folder.name)
+def test_every_record_is_read_and_keeps_its_fingerprint(folder: Path) -> None:
+    order, artifact = read_order(folder), open_artifact(folder, deep=True)
+    progress = read_progress(folder)
+    assert progress is not None
+    assert (progress.state, progress.warnings, artifact.warnings) == ("done", (), [])
+    assert order.fingerprint == artifact.fingerprint == fingerprint(artifact.payload) == fingerprint(order.payload)
+    assert folder.name.endswith(order.fingerprint)
+    if folder.parent.name == "tiny-rehearsal":  # settings added since are neutral, so they leave no trace
+        reads = STAGES[order.stage].reads
+        settings = {path: plain(reduce(getattr, path.split("."), order.recipe)) for path in reads}
+        assert settings == order.payload["settings"]
+
+
+def test_status_shows_every_step_done(project: Path) -> None:
+    rows, troubles = status.table(Path("runs"))
+    assert not troubles
+    assert [row.state for row in rows] == ["done"] * len(STEPS)
+
+
+def test_a_model_can_be_asked(project: Path) -> None:
+    model = only(project, "runs/tiny-rehearsal/grpo-*").relative_to(project)
+    done = run_cli("ask", "--ckpt", str(model), "--max-new-tokens", "4", "Does A cause B?", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_a_model_can_be_evaluated_on_the_rows_of_its_own_run(project: Path) -> None:
+    model = only(project, "runs/tiny-rehearsal/grpo-*").relative_to(project)
+    words = ["--limit", "2", "--split", "test", "cluster.processes=1", "evaluate.draws=50"]
+    done = run_cli("evaluate", "--ckpt", str(model), *words, cwd=project)
+    assert done.returncode == 0, done.stderr
+    before, after = sorted(project.glob("runs/evaluations/*"), key=lambda path: (path / "log.txt").exists())
+    assert read_order(after).inputs == read_order(before).inputs
+    old = {line["id"]: line["prompt_sha256"] for line in read_lines(before / "predictions.jsonl")}
+    new = {line["id"]: line["prompt_sha256"] for line in read_lines(after / "predictions.jsonl")}
+    assert len(new) == 2
+    assert new.items() <= old.items()
+
+
+def test_a_model_can_be_exported_as_it_was(project: Path) -> None:
+    model = only(project, "runs/tiny-rehearsal/grpo-*").relative_to(project)
+    done = run_cli("export", "--ckpt", str(model), "--format", "merged16", "--out", "mine", cwd=project)
+    assert done.returncode == 0, done.stderr
+    before = load_file(only(project, "runs/exports/*") / "model" / "model.safetensors")
+    after = load_file(project / "mine" / "model" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all((before[name] == after[name]).all() for name in before)
