@@ -298,7 +298,7 @@ def submit_command(args: argparse.Namespace, plan: Plan) -> int:
 def check_command(args: argparse.Namespace) -> int:
     """Everything at once, with what sbatch itself would say."""
     from pipeline import preflight
-    from pipeline.launchers.slurm import script
+    from pipeline.launchers.batch_script import script
 
     plan = _plan(args)
     wrong, notes = preflight.problems(plan, audited=args.audit)

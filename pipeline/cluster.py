@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pipeline.recipe import CONFIGS, Recipe, find_yaml, read_typed
-from pipeline.typed import Check, Count, Positive, Rate
+from pipeline.typed import Check, Count, Positive, Rate, added
 
 CLUSTERS = CONFIGS / "clusters"
 DEEPSPEED = Path("deepspeed")
@@ -68,6 +68,7 @@ class Slurm:
     modules: tuple[str, ...]  # loaded on the node before Python starts
     environment: dict[str, str]  # variables of the job
     venv: str | None  # its virtual environment; null: the one that submits
+    clusters: str | None = added(None)  # the cluster to submit to, by sbatch --clusters, where a site has several
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import LaunchError, MissingDependency, PlanError
@@ -162,6 +162,7 @@ class JobRecord:
     submitted: float  # seconds since the epoch
     id: str | None = None
     log: str | None = None
+    cluster: str | None = None  # the cluster of a site with several, as sbatch answered it; None: the default
 
 
 def read_job(folder: Path) -> JobRecord | None:
@@ -189,13 +190,26 @@ def live_jobs(folders: Iterable[Path]) -> dict[Path, Job]:
         if job and job.live:
             found[folder] = job
             if record.id is None:
-                write_job(folder, JobRecord(record.token, record.launcher, record.submitted, job.id, record.log))
+                write_job(folder, replace(record, id=job.id))
     return found
 
 
 def this_job() -> str | None:
     """The id of the job this process runs in."""
     return os.environ.get("SLURM_JOB_ID")
+
+
+def submitted_as(answer: str) -> tuple[str, str | None]:
+    """The job's id and its cluster in what `sbatch --parsable` printed: `41`, or `41;cluster` with `--clusters`.
+
+    LaunchError where there is no id: the job's token tells whether Slurm has taken it.
+    """
+    number, _, cluster = (answer.strip().splitlines() or [""])[-1].partition(";")
+    if not number.isdigit():
+        raise LaunchError(
+            f"sbatch printed {answer.strip()!r}; expected the id of a job. Fix: run the same command again"
+        )
+    return number, cluster or None
 
 
 def claim(folders: Iterable[Path], job: str) -> None:

@@ -22,7 +22,8 @@ from pipeline import slurm, status
 from pipeline.artifact import Owner, is_alive, own, read_owner
 from pipeline.cluster import Cluster, minutes, read_cluster
 from pipeline.errors import ArtifactError, LaunchError, PlanError
-from pipeline.launchers.slurm import render, run_plan, script
+from pipeline.launchers.batch_script import render, script
+from pipeline.launchers.slurm import run_plan
 from pipeline.launchers.torchrun import PORTS, Meeting, command, exit_code, meeting, port_of
 from pipeline.plan import Plan, make_plan, order_of
 from pipeline.progress import ProgressFile
@@ -338,6 +339,30 @@ def test_the_id_is_found_by_the_token_when_it_could_not_be_written(tmp_path: Pat
     found = slurm.read_job(folder)
     assert found is not None
     assert found.id == first["grpo"].job
+
+
+@pytest.mark.parametrize(
+    ("answer", "job", "cluster"),
+    [("41\n", "41", None), ("41;west\n", "41", "west"), ("sbatch: lua: welcome\n41;west\n", "41", "west")],
+)
+def test_the_cluster_that_took_a_job_is_written_down(answer: str, job: str, cluster: str | None) -> None:
+    assert slurm.submitted_as(answer) == (job, cluster)
+
+
+def test_an_answer_without_an_id_is_an_error() -> None:
+    with pytest.raises(LaunchError, match="expected the id of a job"):
+        slurm.submitted_as("Submitted\n")
+
+
+def test_a_job_record_from_before_clusters_is_read(tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text('{"token": "t", "launcher": "slurm", "submitted": 1.0, "id": "41", "log": null}')
+    assert slurm.read_job(tmp_path) == slurm.JobRecord("t", "slurm", 1.0, "41", None, None)
+
+
+def test_a_job_is_submitted_to_the_cluster_that_the_file_names(tmp_path: Path, fake: Path) -> None:
+    found = run_plan(make_plan(["tiny"], ["cluster.slurm.clusters=west"], cluster="slurm", runs=tmp_path / "runs"))
+    assert {job["clusters"] for job in jobs(fake).values()} == {"west"}
+    assert {slurm.read_job(one.step.folder).cluster for one in found} == {"west"}  # type: ignore[union-attr]
 
 
 def test_a_refusal_in_the_middle_is_told_and_the_next_command_completes(

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING
 from pipeline.artifact import STOP
 from pipeline.cluster import minutes
 from pipeline.errors import EXIT_STOPPED, MissingDependency
-from pipeline.launchers.slurm import refused, resources
+from pipeline.launchers.batch_script import resources
+from pipeline.launchers.slurm import refused
 from pipeline.plan import Plan, Step
 from pipeline.slurm import JobRecord, reason_of
 from pipeline.stage import STAGES
