@@ -17,6 +17,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -76,6 +77,18 @@ def some_of(names: Sequence[str], shown: int = 3, between: str = ", ") -> str:
     return between.join(names[:shown]) + (f" and {more} more" if more > 0 else "")
 
 
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text of a model, a file or a job as a terminal may show it: one visible character for each control character.
+
+    Line feeds and tabs stay. Escape sequences, carriage returns, overrides of the writing direction and lone surrogates
+    lose their effect; the length stays, so a text that grows can be shown piece by piece.
+    """
+    return CONTROL.sub(lambda found: chr(0x2400 + ord(found[0])) if ord(found[0]) < 0x20 else "\ufffd", text)
+
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NEARLY_FULL = 1 << 20  # bytes
 
@@ -100,7 +113,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
     except PipelineError as error:
-        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        print("\n".join(f"error: {printable(problem)}" for problem in error.problems), file=sys.stderr)
         code = error.exit_code
     except BrokenPipeError:  # `… | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
