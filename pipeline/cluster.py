@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pipeline.recipe import CONFIGS, Recipe, find_yaml, read_typed
-from pipeline.typed import Check, Count, Positive, Rate, added
+from pipeline.recipe import CONFIGS, Recipe, divisors, find_yaml, read_typed
+from pipeline.typed import Check, Count, Name, Positive, Rate, added
 
 CLUSTERS = CONFIGS / "clusters"
 DEEPSPEED = Path("deepspeed")
@@ -90,7 +90,7 @@ class MaxMemory:
 
 @dataclass(frozen=True)
 class Cluster:
-    name: str
+    name: Name
     launcher: Literal["local", "slurm", "submitit"]
     nodes: Positive  # of a training stage or an evaluation
     gpus: Count | Literal["auto"]  # of each node; auto: those of this machine
@@ -202,8 +202,7 @@ AUTO_EVALUATE = 100
 
 def generation_sizes(recipe: Recipe, sizes: Batches) -> list[int]:
     """How many completions each process may generate at once, the most first: whole groups, a whole share of a step."""
-    steps = (n for n in range(sizes.accumulation, 0, -1) if sizes.accumulation % n == 0)
-    rows = [sizes.per_device * n for n in steps]
+    rows = [sizes.per_device * n for n in reversed(divisors(sizes.accumulation))]
     return [n for n in rows if n * sizes.processes % recipe.grpo.num_generations == 0] or rows[:1]
 
 
@@ -226,13 +225,13 @@ def batches(
             f"use {' or '.join(str(n) for n in (lower, upper) if n)}, or other numbers of cluster.nodes and processes"
         ]
     share = wanted // processes
-    divisors = [n for n in range(1, share + 1) if share % n == 0]
+    shares = divisors(share)
     if layout.per_device_batch_size == "auto":
-        per_device = max(n for n in divisors if n <= AUTO_PER_DEVICE)
+        per_device = max(n for n in shares if n <= AUTO_PER_DEVICE)
     else:
         per_device = layout.per_device_batch_size
     if share % per_device:
-        near = [n for n in divisors if n < per_device][-1:] + [n for n in divisors if n > per_device][:1]
+        near = [n for n in shares if n < per_device][-1:] + [n for n in shares if n > per_device][:1]
         return None, [
             f"cluster.{stage}.per_device_batch_size: {per_device} does not divide the {share} rows "
             f"that each of {processes} processes has of {stage}.global_batch_size {wanted}; "
@@ -243,6 +242,6 @@ def batches(
         return None, [
             f"cluster.generation_batch_size: {cluster.generation_batch_size} is no whole share of the {share} "
             f"completions of each process with whole groups of {recipe.grpo.num_generations}; use "
-            f"{' or '.join(str(n) for n in known)}, or auto"
+            f"{' or '.join(str(n) for n in known[:8])}, or auto"
         ]
     return made, []

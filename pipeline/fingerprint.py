@@ -6,8 +6,10 @@ change because a default moved. The encoder raises on anything that has no singl
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import math
 from pathlib import Path
@@ -67,10 +69,14 @@ ENDS = 1 << 20
 
 
 def file_identity(path: Path) -> str:
-    """A local file's part in an identity: its sha256; for weights over 64 MiB that of its size and both ends."""
+    """A local file's part in an identity: its sha256; for weights over 64 MiB that of its size and both ends.
+
+    No more is read than the size on disk: files such as those of /proc have none and may never end.
+    """
     size = path.stat().st_size
     if size <= WHOLE:
-        return file_sha256(path)
+        with path.open("rb") if size else contextlib.nullcontext(io.BytesIO()) as file:
+            return hashlib.sha256(file.read(size)).hexdigest()
     with path.open("rb") as file:
         head = file.read(ENDS)
         file.seek(-ENDS, 2)

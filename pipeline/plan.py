@@ -18,18 +18,19 @@ from typing import Any
 
 from pipeline.artifact import ARTIFACT, STEP, find_checkpoint, is_alive, is_done, read_owner, step_of
 from pipeline.cluster import Cluster, batches, read_cluster
-from pipeline.errors import PlanError, RecipeError, did_you_mean
+from pipeline.errors import ArtifactError, PlanError, RecipeError, did_you_mean
 from pipeline.families import gguf_file
 from pipeline.files import read_json
 from pipeline.fingerprint import describe_drift, file_identity, fingerprint, plain
 from pipeline.memory import resolved
-from pipeline.recipe import CONFIGS, Recipe, find_yaml, local_files, read, read_typed, recipe_names
+from pipeline.recipe import CONFIGS, Recipe, find_yaml, local_files, local_problems, read, read_typed, recipe_names
 from pipeline.rehearsal import rehearsal_of
 from pipeline.rewards.reward import find_rewards
 from pipeline.stage import STAGES, Order
 from pipeline.tasks.task import make_task, resolved_params, split_problems, task_of
 
 RUNS = Path("runs")
+LONGEST_PLACE = 150  # characters of a folder that holds a report of several recipes
 REHEARSED = ("sft.per_device_batch_size=auto", "grpo.per_device_batch_size=auto", "save_steps=2", "logging_steps=1")
 
 
@@ -144,6 +145,7 @@ def _resolve(
     except RecipeError as error:
         problems += error.problems
     recipes: list[Recipe] = []
+    sources: dict[str, str] = {}  # a recipe's name -> the word it was named by
     for name in dict.fromkeys(names):
         try:
             recipe, found = read(name, for_recipe)
@@ -155,7 +157,12 @@ def _resolve(
             continue
         found = found if recipe is None else _recipe_problems(recipe, where)
         problems += [f"{name}: {text}" if len(names) > 1 else text for text in found]
-        if recipe is not None and not found:
+        if recipe is not None and (other := sources.setdefault(recipe.name, name)) != name:
+            problems.append(
+                f"recipes: got {other} and {name}, both called {recipe.name!r}; expected one name each, which is their "
+                "folder. Fix: rename one of the files"
+            )
+        elif recipe is not None and not found:
             recipes.append(_with_task_params(recipe))
     if problems or where is None:
         raise RecipeError(*dict.fromkeys(problems))
@@ -176,7 +183,7 @@ def _with_task_params(recipe: Recipe) -> Recipe:
 
 def _recipe_problems(recipe: Recipe, cluster: Cluster | None) -> list[str]:
     """What only the task, the rewards and the cluster together with the recipe can tell."""
-    problems = _task_problems(recipe)
+    problems = [*local_problems(recipe), *_task_problems(recipe)]
     _, rewards = find_rewards(recipe.grpo.rewards)
     problems = [*problems, *rewards]
     if cluster is not None:
@@ -213,6 +220,8 @@ def _recipe_steps(recipe: Recipe, runs: Path) -> list[Step]:
 def _report_step(recipes: Sequence[Recipe], steps: Sequence[Step], runs: Path) -> Step:
     shown = {step.label: step for step in steps if step.stage != "report"}
     place = "+".join(recipe.name for recipe in recipes)
+    if len(place) > LONGEST_PLACE:  # a folder's name has its limit
+        place = f"{recipes[0].name}+{len(recipes) - 1}-{fingerprint(place)}"
     return _step("report", "report", recipes[0], shown, runs, place=place)
 
 
@@ -330,12 +339,14 @@ def recipe_of(
     find_checkpoint(checkpoint)  # what cannot be loaded is told before anything is started
     overrides, for_cluster = _of_recipe_and_cluster([word for word in words if "=" in word])
     made_by = step_of(Path(checkpoint))
+    if made_by and not (isinstance(made_by[1], dict) and isinstance(made_by[1].get("recipe"), dict)):
+        raise ArtifactError(f"{made_by[0] / STEP}: got no recipe; expected a step's record. Fix: name another folder")
     values: list[Path | dict[str, Any]]
     if names:
         file = find_yaml(names[0], "recipe", CONFIGS, recipe_names())
         values, name = [CONFIGS / "base.yaml", file], file.stem
     elif made_by:
-        values, name = [made_by[1]["recipe"]], made_by[1]["recipe"]["name"]
+        values, name = [made_by[1]["recipe"]], made_by[1]["recipe"].get("name")
     else:
         values, name = [CONFIGS / "base.yaml", {"model": {"name": checkpoint}}], "base"
     if task is not None:
@@ -356,8 +367,11 @@ def _identity(checkpoint: str) -> dict[str, str]:
     folder = Path(checkpoint)
     if not folder.is_dir():
         return {"checkpoint": checkpoint}
-    kept = [p for p in sorted(folder.rglob("*")) if p.suffix in (".safetensors", ".bin", ".json", ".jinja")]
-    return {p.relative_to(folder).as_posix(): file_identity(p) for p in kept if "global_step" not in str(p)}
+    endings = (".safetensors", ".bin", ".json", ".jinja")
+    kept = [p for p in sorted(folder.rglob("*")) if p.suffix in endings and p.is_file()]
+    named = {path.relative_to(folder): path for path in kept}
+    weights = {name: path for name, path in named.items() if not any("global_step" in part for part in name.parts)}
+    return {name.as_posix(): file_identity(path) for name, path in weights.items()}
 
 
 def order_of(step: Step, cluster: Cluster) -> Order:

@@ -8,18 +8,24 @@ below. A recipe is an identity: nothing about where or how wide it runs is in it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal
 
 from pipeline.errors import RecipeError, did_you_mean
 from pipeline.fingerprint import file_identity
-from pipeline.typed import Check, Count, NonNegative, Positive, Rate, Share, build
+from pipeline.loading import read_typed as read_typed
+from pipeline.typed import Check, Count, Name, NonNegative, Positive, Rate, Share
 
 CONFIGS = Path("configs")
 
 Even = Annotated[int, Check("a whole number ≥ 2", lambda v: v >= 2)]
+Epochs = Annotated[float, Check("a number > 0 of at most 100000", lambda v: 0 < v <= 100_000)]
+Draws = Annotated[int, Check("a whole number from 1 to 1000000", lambda v: 1 <= v <= 1_000_000)]
+MODEL_FILES = 10_000  # in a model's folder: more is another kind of folder
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class Sft:
     """Supervised fine-tuning on the task's targets."""
 
     optimizer: Optimizer
-    epochs: Rate
+    epochs: Epochs
     max_steps: Positive | None
     global_batch_size: Positive  # rows in one optimizer step, over all processes
     max_length: Positive  # tokens of prompt and completion; longer rows are dropped and counted
@@ -122,7 +128,7 @@ class Grpo:
     optimizer: Optimizer
     start: Literal["sft", "base", "none"]  # none: the recipe has no GRPO
     rewards: dict[str, Reward]
-    epochs: Rate
+    epochs: Epochs
     max_steps: Positive | None
     global_batch_size: Even  # completions in one optimizer step, over all processes
     num_generations: Even  # completions of one prompt
@@ -159,7 +165,7 @@ class Evaluate:
     top_k: Count
     repetition_penalty: Rate  # 1: none; above, tokens that stand already become less likely (Keskar et al. 2019)
     max_new_tokens: Positive
-    draws: Positive  # bootstrap draws
+    draws: Draws  # of the bootstrap
     confidence: Share
     prompts: tuple[str, ...]  # questions whose answers stand side by side in the report, model by model
     goals: dict[str, Goal]  # success indicators: a figure of SFT's validation or of the last model -> its bound
@@ -169,7 +175,7 @@ class Evaluate:
 class Recipe:
     """All of it, resolved. `name` is where it came from and is not part of its identity."""
 
-    name: str
+    name: Name  # a folder of runs/
     rehearsal: bool  # a shrunken copy by --rehearse: its figures are no result
     seed: Count
     model: Model
@@ -189,7 +195,7 @@ class Recipe:
         found = []
         batch, group = self.grpo.global_batch_size, self.grpo.num_generations
         if batch % group and "grpo" in self.stages:
-            near = [n for n in range(2, batch + 1) if batch % n == 0]
+            near = [n for n in divisors(batch) if n > 1]
             below = [n for n in near if n < group][-1:]
             above = [n for n in near if n > group][:1]
             found.append(
@@ -221,6 +227,10 @@ class Recipe:
             )
         if scratch := self.model.scratch:
             found.extend(self._scratch_problems(scratch))
+        paths = {"model.name": self.model.name, "model.gguf": self.model.gguf, "task.path": self.task.path}
+        for key, path in {**paths, "model.chat_template": self.model.chat_template}.items():
+            if path is not None and not is_path(path):
+                found.append(f"{key}: got {path[:40]!r}…; expected a name or path. Fix: shorten it, on one line")
         if self.task.source == "path" and not self.task.path:
             found.append("task.path: null, but task.source is 'path'; name a .jsonl, .json, .csv or .parquet file")
         return found
@@ -250,13 +260,16 @@ class Recipe:
         return found
 
 
-class Checked(Protocol):
-    """What knows its own impossible combinations."""
+def is_path(text: str) -> bool:
+    """Whether a file system could hold such a path at all."""
+    parts = text.encode(errors="replace").split(b"/")
+    return bool(text) and "\0" not in text and "\n" not in text and max(map(len, parts)) < 256 and len(text) < 4096
 
-    def problems(self) -> list[str]: ...
 
-
-T = TypeVar("T", bound=Checked)
+def divisors(number: int) -> list[int]:
+    """What divides a number, in ascending order. Time grows with the square root of the number."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return [*small, *(number // n for n in reversed(small) if n * n != number)]
 
 
 def recipe_names(configs: Path = CONFIGS) -> list[str]:
@@ -272,6 +285,8 @@ def read(name: str, overrides: Sequence[str] = (), configs: Path = CONFIGS) -> t
 
 def find_yaml(name: str, what: str, folder: Path, known: list[str]) -> Path:
     """`folder/name.yaml`, or `name` itself where it is the path of a YAML file."""
+    if not is_path(name):
+        raise RecipeError(f"{what}: got {name[:40]!r}…; expected its name or the path of its YAML file")
     direct = Path(name)
     if direct.suffix in (".yaml", ".yml"):
         if direct.is_file():
@@ -283,47 +298,6 @@ def find_yaml(name: str, what: str, folder: Path, known: list[str]) -> Path:
     return file
 
 
-def read_typed(
-    cls: type[T],
-    sources: Sequence[Path | dict[str, Any]],
-    overrides: Sequence[str],
-    extra: dict[str, Any],
-) -> tuple[T | None, list[str]]:
-    """Merge YAML files (or values) and `key=value` overrides, type them as `cls`, and gather every problem."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    problems: list[str] = []
-    layers = []
-    for file in sources:
-        try:
-            layers.append(OmegaConf.create(file) if isinstance(file, dict) else OmegaConf.load(file))
-        except FileNotFoundError:
-            problems.append(f"{file}: no such file; run from the project's root, where configs/ is")
-        except YAMLError as error:
-            problems.append(f"{file}: {' '.join(str(error).split())}")
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not all(key.split(".")):
-            problems.append(f"{override!r}: not an override; write key=value, such as grpo.beta=0.01")
-            continue
-        try:
-            layers.append(OmegaConf.from_dotlist([override]))
-        except YAMLError as error:
-            problems.append(f"{override!r}: the value is not YAML ({' '.join(str(error).split())})")
-    try:
-        values: Any = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True) if layers else {}
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
-        where = next((source for source in reversed(sources) if isinstance(source, Path)), "the command line")
-        return None, [*problems, f"{where}: {' '.join(str(error).split())}"]
-    result, found = build(cls, {**values, **extra} if isinstance(values, dict) else values)
-    problems += found
-    if result is not None:
-        problems += result.problems()
-    return (None if problems else result), problems
-
-
 def local_files(recipe: Recipe) -> dict[str, str]:
     """The identity of every local file the recipe names, so that its content enters the identity."""
     named = {"task.path": recipe.task.path, "model.chat_template": recipe.model.chat_template}
@@ -332,8 +306,38 @@ def local_files(recipe: Recipe) -> dict[str, str]:
         if name and Path(name).is_file():
             found[key] = file_identity(Path(name))
     folder = Path(recipe.model.name)
-    if not recipe.model.scratch and folder.is_dir():
+    if not recipe.model.scratch and folder.is_dir() and _holds_model(folder):
         for file in sorted(folder.iterdir()):
             if file.is_file():
                 found[f"model.name/{file.name}"] = file_identity(file)
     return found
+
+
+def local_problems(recipe: Recipe) -> list[str]:
+    """Paths of the recipe that are not what they should be. Nothing is opened: a device or a pipe may never end."""
+    found = []
+    for key, name in {"task.path": recipe.task.path, "model.chat_template": recipe.model.chat_template}.items():
+        path = Path(name or "")
+        if name and path.exists() and not path.is_dir() and not path.is_file():
+            found.append(f"{key}: got {name}, a device or pipe; expected a regular file. Fix: copy it into a file")
+        elif name and path.is_file() and not path.stat().st_size:
+            found.append(f"{key}: got {name}, an empty file; expected one with content. Fix: name another file")
+    folder = Path(recipe.model.name)
+    if recipe.model.scratch or recipe.model.gguf or not folder.is_dir():
+        return found
+    if not _holds_model(folder):
+        found.append(
+            f"model.name: got {folder}, a folder without config.json; expected a model's folder or a hub id. "
+            "Fix: name the folder that holds config.json and the weights"
+        )
+    elif sum(1 for _ in islice(folder.iterdir(), MODEL_FILES + 1)) > MODEL_FILES:
+        found.append(
+            f"model.name: got {folder}, a folder of more than {MODEL_FILES} files; expected a model's folder. "
+            "Fix: move the model into a folder of its own"
+        )
+    return found
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether a folder is a model's, an adapter's or a step's."""
+    return any((folder / name).exists() for name in ("config.json", "adapter_config.json", "artifact.json"))

@@ -17,8 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from omegaconf import OmegaConf
 
 from pipeline import __version__
 from pipeline.artifact import HISTORY, PROMPTS, Artifact
@@ -276,7 +276,8 @@ def _settings(artifact: Artifact) -> str:
     """The resolved recipe as YAML."""
     from pipeline.fingerprint import plain
 
-    return str(OmegaConf.to_yaml(OmegaConf.create(plain(read_order(artifact.folder).recipe))))
+    settings = plain(read_order(artifact.folder).recipe)  # data: a prompt with ${x} in it is no template
+    return str(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
 # ---------------------------------------------------------------- drawing

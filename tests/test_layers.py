@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    **dict.fromkeys(("errors", "typed", "fingerprint", "files", "libraries"), 0),
+    **dict.fromkeys(("errors", "typed", "fingerprint", "files", "loading", "libraries"), 0),
     **dict.fromkeys(("recipe", "cluster", "slurm", "artifact", "progress", "runtime", "families"), 1),
     **dict.fromkeys(("tasks", "rows", "rewards", "answers", "metrics", "charts", "rehearsal", "memory"), 2),
     **dict.fromkeys(("modeling", "to_gguf", "generation", "distributed", "checkpoints", "monitor", "training"), 3),
