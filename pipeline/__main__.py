@@ -25,7 +25,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline import __version__, slurm, status
+from pipeline import __version__, refresh, slurm, status
 from pipeline.artifact import open_artifact
 from pipeline.errors import (
     EXIT_FAULT,
@@ -53,6 +53,7 @@ EPILOG = """examples:
   python -m pipeline run tiny                              everything, from rows to report
   python -m pipeline run tiny grpo.beta=0.01               the same with one setting changed: SFT is not run again
   python -m pipeline run tiny --skip-sft                   GRPO from the base model
+  python -m pipeline run tiny --refresh changed            steps whose task or rewards were edited, and what needs them
   python -m pipeline run tiny --launcher slurm             the same as a chain of Slurm jobs
   python -m pipeline status --watch                        how far they are
   python -m pipeline plan tiny                             what would run, and why
@@ -116,6 +117,9 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--stages", default="", metavar="A,B", help=f"only these: {', '.join(STAGES)}")
         sub.add_argument("--skip-sft", action="store_true", help="GRPO from the base model (grpo.start=base)")
         sub.add_argument("--rehearse", action="store_true", help="the same in small: every wire tried, no result")
+        if name in ("run", "plan"):
+            about = "make these again where the code of their task or rewards has changed, or all such: changed"
+            sub.add_argument("--refresh", default="", metavar="A,B", help=about)
         if name == "run":
             sub.add_argument(
                 "--dry-run", action="store_true", help="print the plan, or the batch scripts, and start nothing"
@@ -245,6 +249,12 @@ def _plan(args: argparse.Namespace, changes: Sequence[str] = ()) -> Plan:
 
 def run_command(args: argparse.Namespace) -> int:
     plan = _plan(args)
+    if args.refresh:
+        outdated = _outdated(plan, args)
+        if args.dry_run:
+            return _show_plan(plan, outdated)
+        print("".join(f"{line}\n" for line in refresh.move_aside(outdated, plan.runs)), end="", file=sys.stderr)
+    print("".join(f"note: {note}\n" for note in refresh.code_notes(plan)), end="", file=sys.stderr)
     if plan.cluster.launcher != "local":
         return submit_command(args, plan)
     if args.dry_run:
@@ -325,7 +335,7 @@ def _refuse_what_would_fail(plan: Plan) -> None:
 def plan_command(args: argparse.Namespace) -> int:
     plan = _plan(args)
     if not args.memory:
-        return _show_plan(plan)
+        return _show_plan(plan, _outdated(plan, args) if args.refresh else ())
     from pipeline.memory import show
 
     recipes = {step.recipe.name: step.recipe for step in plan.steps}
@@ -333,17 +343,30 @@ def plan_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show_plan(plan: Plan) -> int:
+def _outdated(plan: Plan, args: argparse.Namespace) -> list[Path]:
+    """The results that --refresh makes again; what stays is said."""
+    folders, notes = refresh.outdated_folders(plan, [name for name in args.refresh.split(",") if name])
+    print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
+    return folders
+
+
+def _show_plan(plan: Plan, outdated: Sequence[Path] = ()) -> int:
+    """The steps and why each runs. `outdated`: results that the run would make again."""
     width = max(len(step.label) for step in plan.steps)
+    count = 0
     for step in plan.steps:
         reasons = explain(step) if step.label in plan.wanted else ["done" if step.done else "not asked for"]
-        state = "done" if step.done else "run " if step.label in plan.wanted else "-   "
+        done = step.done
+        if step.folder in outdated:
+            reasons, done = ["made again: its code, or that of a step before it, has changed"], False
+        state = "done" if done else "run " if step.label in plan.wanted else "-   "
+        count += state == "run "
         print(
             f"{state}  {step.label:<{width}}  {step.fingerprint}  {reasons[0] if reasons[0] != 'done' else ''}".rstrip()
         )
         for reason in reasons[1:]:
             print(f"{'':<{width + 20}}{reason}")
-    print(f"\n{len(plan.to_run)} of {len(plan.wanted)} steps to run, under {plan.runs}/")
+    print(f"\n{count} of {len(plan.wanted)} steps to run, under {plan.runs}/")
     return 0
 
 
@@ -571,6 +594,7 @@ def ask_command(args: argparse.Namespace) -> int:
 
 def evaluate_command(args: argparse.Namespace) -> int:
     plan = _evaluation_plan(args)
+    print("".join(f"note: {note}\n" for note in refresh.code_notes(plan)), end="", file=sys.stderr)
     if plan.cluster.launcher != "local":
         return submit_command(args, plan)
     from pipeline.launchers.local import run_plan

@@ -27,6 +27,7 @@ from pipeline.recipe import CONFIGS, Recipe, find_yaml, local_files, local_probl
 from pipeline.rehearsal import rehearsal_of
 from pipeline.rewards.reward import find_rewards
 from pipeline.stage import STAGES, Order
+from pipeline.task_code import code_changes
 from pipeline.tasks.task import make_task, resolved_params, split_problems, task_of
 
 RUNS = Path("runs")
@@ -60,6 +61,13 @@ class Step:
     @property
     def done(self) -> bool:
         return is_done(self.folder)
+
+    @property
+    def outdated(self) -> str | None:
+        """That the step is done and its task's or rewards' code has changed since, and the remedy; else None."""
+        changed = code_changes(self.folder, self.stage, self.recipe.task.name, self.recipe.grpo.rewards)
+        again = f"delete {self.folder} to make it again" if self.checkpoint else f"rerun with --refresh {self.name}"
+        return f"done, but its code has changed since: {', '.join(changed)}; {again}" if changed else None
 
 
 @dataclass(frozen=True)
@@ -392,7 +400,7 @@ def order_of(step: Step, cluster: Cluster) -> Order:
 def explain(step: Step) -> list[str]:
     """Why a step will run, or that it will not: one line, or one line a field that differs from the last run."""
     if step.done:
-        return ["done"]
+        return [step.outdated or "done"]
     owner = read_owner(step.folder)
     if owner and is_alive(owner):
         return [f"running: {owner}"]

@@ -30,6 +30,7 @@ from pipeline.fingerprint import plain
 from pipeline.progress import ProgressFile
 from pipeline.recipe import Recipe
 from pipeline.runtime import Runtime
+from pipeline.task_code import code_of
 from pipeline.typed import build
 
 
@@ -141,6 +142,7 @@ def _work(folder: Path, run: Run) -> int:
     with own(folder) if rank == 0 else contextlib.nullcontext() as owner:
         progress = ProgressFile(folder if rank == 0 else None, order.name)
         runtime = Runtime(order.cluster, progress, rank, world, folder, owner, order.checkpoint, order.options)
+        code = code_of(order.stage, order.recipe.task.name, order.recipe.grpo.rewards)  # as this process imported it
         try:
             inputs = {role: open_artifact(Path(where)) for role, where in order.inputs.items()}
             if rank == 0:
@@ -150,7 +152,7 @@ def _work(folder: Path, run: Run) -> int:
                 metrics = {**metrics, WARNINGS: list(warnings)}
             runtime.check_still_owner()
             if rank == 0:
-                commit(_artifact(order, folder, metrics, started, world))
+                commit(_artifact(order, folder, metrics, started, world, code))
                 progress.update(state="done", note="")
         except Stopped as error:
             progress.update(state="stopped", problems=error.problems, exit_code=error.exit_code)
@@ -166,7 +168,9 @@ def _work(folder: Path, run: Run) -> int:
     return 0
 
 
-def _artifact(order: Order, folder: Path, metrics: dict[str, Any], started: float, world: int) -> Artifact:
+def _artifact(
+    order: Order, folder: Path, metrics: dict[str, Any], started: float, world: int, code: dict[str, str]
+) -> Artifact:
     ended = time.time()
     return Artifact(
         stage=order.name,
@@ -186,6 +190,7 @@ def _artifact(order: Order, folder: Path, metrics: dict[str, Any], started: floa
             "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "git": git_commit(),
+            "code": code,  # of tasks and rewards: compared, but no part of the fingerprint
         },
         folder=folder,
     )

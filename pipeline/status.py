@@ -23,6 +23,7 @@ from pipeline.files import read_json
 from pipeline.progress import Progress, clock, describe, read_progress
 from pipeline.slurm import Job, JobRecord, ask, call, find, read_job, reason_of
 from pipeline.stage import STAGES
+from pipeline.task_code import code_changes_of
 
 ACTIVE = ("starting", "running", "saving")
 
@@ -148,7 +149,8 @@ def _row(folder: Path, job: Job | None, before: dict[Path, Row], *, asked: bool)
 def _state(folder: Path, progress: Progress | None, job: Job | None, record: JobRecord | None) -> tuple[str, list[str]]:
     """A step's state and why: what Slurm says of a job that lives, else what the step itself has said last."""
     if is_done(folder):
-        return "done", []
+        changed = code_changes_of(folder)
+        return "done", [f"its code has changed since: {', '.join(changed)}"] if changed else []
     owner = read_owner(folder)
     working = progress.state if progress and progress.state in ACTIVE else None
     ended = progress.state if progress and progress.state in ("failed", "stopped") else None

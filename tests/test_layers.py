@@ -15,12 +15,14 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     **dict.fromkeys(("errors", "typed", "fingerprint", "files", "loading", "libraries"), 0),
     **dict.fromkeys(("recipe", "cluster", "slurm", "artifact", "progress", "runtime", "families"), 1),
-    **dict.fromkeys(("tasks", "rows", "rewards", "answers", "metrics", "charts", "rehearsal", "memory"), 2),
+    **dict.fromkeys(
+        ("tasks", "rows", "rewards", "answers", "metrics", "charts", "rehearsal", "memory", "task_code"), 2
+    ),
     **dict.fromkeys(("modeling", "to_gguf", "generation", "distributed", "checkpoints", "monitor", "training"), 3),
     "stage": 4,
     **dict.fromkeys(("preprocess", "sft", "grpo", "evaluate", "report", "export", "ask"), 5),
     **dict.fromkeys(("plan", "status", "fetch", "push"), 6),
-    "preflight": 7,
+    **dict.fromkeys(("preflight", "refresh"), 7),
     "launchers": 8,
     "__main__": 9,
 }
