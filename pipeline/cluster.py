@@ -109,6 +109,7 @@ class Cluster:
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...]
     stop_grace: Positive  # seconds a process has to end after it was asked to
     slurm: Slurm
+    max_idle_steps: Positive | None = added(None)  # GRPO steps in a row without spread that end it; None: it only warns
 
     def problems(self) -> list[str]:
         """What cannot be, before any recipe is looked at."""

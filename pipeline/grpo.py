@@ -19,6 +19,7 @@ from pipeline.artifact import Artifact, Checkpoint
 from pipeline.cluster import generation_sizes
 from pipeline.errors import RecipeError
 from pipeline.generation import cache_for, stop_ids
+from pipeline.kernels import choose_head
 from pipeline.modeling import device, first_weights, load_tokenizer, prefills_thought, prompt_lengths
 from pipeline.recipe import Recipe
 from pipeline.rewards.reward import RewardFunction, find_rewards, make_sample
@@ -41,6 +42,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     settings = recipe.grpo
     layout, sizes = layout_of(recipe, runtime, "grpo")
     distributed.start(deepspeed=layout.deepspeed != "none")
+    choose_head()
 
     # ---- prompts; what is too long is dropped and counted
     runtime.progress.update(note="reading prompts")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import shutil
 import struct
@@ -30,6 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations import sdpa_attention
 from transformers.utils import is_flash_attn_2_available
 
 from pipeline.answers import OPEN
@@ -192,6 +194,17 @@ def choose_attention(model: Model) -> str:
     return "flash_attention_2" if fast else "sdpa"
 
 
+def repeat_keys_before_ampere() -> None:
+    """Below compute capability 8 have transformers repeat the keys that heads share before it calls SDPA.
+
+    Without a mask it passes `enable_gqa` instead, which on such a GPU only SDPA's math kernel takes: that one keeps the
+    whole score matrix in float32 (2 to 3 GiB a layer of a 7B model at 2,500 tokens). On other devices nothing changes.
+    """
+    gpu = compute_capability()
+    if gpu and gpu < AMPERE:
+        sdpa_attention.use_gqa_in_sdpa = lambda *_: False
+
+
 # ---------------------------------------------------------------- weights
 
 
@@ -215,13 +228,18 @@ def load_model(
     *,
     dtype: torch.dtype,
     train_adapter: bool = False,
+    keep_dtype: bool = False,
     spread: dict[str, Any] | None = None,
 ) -> PreTrainedModel | PeftModel:
     """The model of a checkpoint in the recipe's quantization, its adapter loaded unmerged.
 
-    `train_adapter` leaves the adapter's weights trainable, so that GRPO goes on from the SFT adapter; `spread` are
-    accelerate's arguments for a model on several devices.
+    `train_adapter` leaves the adapter's weights trainable, so that GRPO continues from the SFT adapter; `keep_dtype`
+    holds them in the base's precision, as `add_lora` does; `spread` are accelerate's arguments for a model on several
+    devices.
     """
+    repeat_keys_before_ampere()
+    if model.quantization == "int8":
+        INT8_LOGGER.addFilter(is_not_about_casts)
     quantization = _quantization(model, dtype, spread=spread is not None)
     arguments = {"quantization_config": quantization} if quantization else {}  # None would undo the model's own
     with _hub_errors(checkpoint.base):
@@ -242,7 +260,22 @@ def load_model(
             "where an adapter cannot be put on it; allow more (cpu: GiB), or ask what "
             "python -m pipeline export --format merged16 makes of it"
         )
-    return PeftModel.from_pretrained(base, str(checkpoint.adapter), is_trainable=train_adapter, **(spread or {}))
+    return PeftModel.from_pretrained(
+        base,
+        str(checkpoint.adapter),
+        is_trainable=train_adapter,
+        autocast_adapter_dtype=not keep_dtype,
+        torch_device="cpu",  # PEFT's own choice is the first GPU, in every process
+        **(spread or {}),
+    )
+
+
+INT8_LOGGER = logging.getLogger("bitsandbytes.autograd._functions")
+
+
+def is_not_about_casts(record: logging.LogRecord) -> bool:
+    """Whether to show a record: not where bitsandbytes warns, at every int8 matmul, that the input is not float16."""
+    return "inputs will be cast from" not in str(record.msg)
 
 
 def load_to_ask(checkpoint: Checkpoint, model: Model, limits: MaxMemory | None) -> PreTrainedModel | PeftModel:

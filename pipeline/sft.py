@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from pipeline import distributed
 from pipeline.artifact import Artifact
+from pipeline.kernels import choose_head
 from pipeline.modeling import encode_rows, first_weights, load_tokenizer
 from pipeline.recipe import Recipe
 from pipeline.runtime import Runtime
@@ -41,6 +42,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     settings = recipe.sft
     layout, sizes = layout_of(recipe, runtime, "sft")
     distributed.start(deepspeed=layout.deepspeed != "none")
+    choose_head()
 
     # ---- rows: tokens and labels; what is too long is dropped and counted
     runtime.progress.update(note="tokenizing")
@@ -72,7 +74,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     # ---- the trainer
     shared = arguments(recipe, settings.optimizer, layout, sizes, out, runtime)
     if settings.early_stopping_patience:
-        shared["save_steps"] = settings.validate_every  # the best weights have to be there to come back to
+        shared["save_steps"] = settings.validate_every  # the best weights have to be there to come back to; Watch adds
+        # the saves at cluster.save_steps, so that a node that dies costs no more than those
     config = SFTConfig(
         **shared,
         num_train_epochs=settings.epochs,

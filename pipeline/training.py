@@ -6,9 +6,11 @@ Everything here translates the typed recipe and cluster to transformers' Trainer
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import resource
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,13 @@ from pipeline.checkpoints import SaveAndStop, newest_good
 from pipeline.cluster import DEEPSPEED, Batches, TrainingStage, batches
 from pipeline.errors import DataError, LaunchError, RecipeError, Stopped, some_of
 from pipeline.modeling import add_lora, add_lora_by_unsloth, choose_dtype, load_model
-from pipeline.monitor import Watch, write_history
+from pipeline.monitor import AT_MINIMUM, NothingLeft, Signal, Watch, restore_callbacks, write_history
 from pipeline.recipe import Optimizer, Recipe
 from pipeline.rows import read_split
 from pipeline.runtime import Runtime
 
 PROJECT = "therefore"  # the name under which wandb and trackio keep the runs
+MANY_SKIPS = 0.1  # share of the steps that is worth a warning
 
 
 def load_rows(data: Artifact, split: str) -> Dataset:
@@ -54,12 +57,21 @@ def trainable(recipe: Recipe, checkpoint: Checkpoint, layout: TrainingStage) -> 
             seed=recipe.seed,
         )
     full = not recipe.lora.enabled and checkpoint.adapter is None
+    keep_dtype = recipe.model.quantization == "none" and zero_stage(layout) == 3
     model = load_model(
-        checkpoint, recipe.model, dtype=torch.float32 if full else choose_dtype(recipe.model), train_adapter=True
+        checkpoint,
+        recipe.model,
+        dtype=torch.float32 if full else choose_dtype(recipe.model),
+        train_adapter=True,
+        keep_dtype=keep_dtype,
     )
     if recipe.lora.enabled and checkpoint.adapter is None:
-        plain_weights = recipe.model.quantization == "none"
-        model = add_lora(model, recipe.lora, keep_dtype=plain_weights and zero_stage(layout) == 3)
+        torch.manual_seed(recipe.seed)  # the trainer seeds later, and the adapter is drawn here
+        model = add_lora(model, recipe.lora, keep_dtype=keep_dtype)
+    if isinstance(
+        model, PeftModel
+    ):  # the trainer resumes through it; PEFT's own choice is the first GPU for every rank
+        model.load_adapter = functools.partial(model.load_adapter, torch_device="cpu")
     model.config.use_cache = False
     return model
 
@@ -167,31 +179,84 @@ def arguments(
 def train(trainer: Trainer, out: Path, runtime: Runtime) -> dict[str, Any]:
     """Resume from the newest checkpoint that verifies, train, save the result. Returns the stage's metrics.
 
-    Raises Stopped after an agreed stop, its work saved.
+    Raises Stopped after an agreed stop, its work saved; LaunchError where training diverged or took no step.
     """
-    stopper, watch = SaveAndStop(runtime), Watch(runtime)
+    stopper, watch, signal = SaveAndStop(runtime), Watch(runtime, trainer), Signal(runtime)
+    trainer.callback_handler.callbacks.insert(0, watch)  # so that the loggers after it get the figures that it adds
     trainer.add_callback(stopper)
-    trainer.add_callback(watch)
+    trainer.add_callback(signal)
     resume, passed = newest_good(out / "checkpoints")
     if runtime.rank == 0:
         for sentence in passed:
             print(sentence, flush=True)
         print(f"goes on from {resume.name}" if resume else "begins at step 0", flush=True)
-    result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if resume:
+        restore_callbacks(trainer, resume)
+    loss = run_trainer(trainer, watch, resume)
     if runtime.rank == 0:
         write_history(trainer.state.log_history, out)
+    raise_if_useless(trainer, watch, signal, stopped=stopper.stopped, out=out)
+    if stopper.stopped:
+        raise Stopped(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved")
+    signal.warn()
+    runtime.progress.update(state="saving", note="saving the model")
+    save(trainer, out)
+    steps = {"steps": trainer.state.global_step, "epochs": trainer.state.epoch, "train_loss": loss}
+    scaled = {"skipped_steps": watch.skipped, "loss_scale": loss_scale(trainer)} if trainer.args.fp16 else {}
+    found = {"peak_memory_gb": round(peak_memory(), 3), "resumed_from": resume.name if resume else None}
+    return {**steps, **scaled, **signal.metrics(), **found, "passed_over": passed}
+
+
+def run_trainer(trainer: Trainer, watch: Watch, resume: Path | None) -> float | None:
+    """The trainer's loop. Returns the mean loss; None where the checkpoint left no step to take."""
+    try:
+        return float(trainer.train(resume_from_checkpoint=str(resume) if resume else None).training_loss)
+    except NothingLeft:
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+            trainer._load_best_model()
+    except Exception as error:
+        if AT_MINIMUM not in str(error):
+            raise
+        watch.broken = (
+            f"the gradients of {watch.in_a_row + 1} steps in a row overflowed float16, down to a loss scale of 1"
+        )
+    return None
+
+
+def raise_if_useless(trainer: Trainer, watch: Watch, signal: Signal, *, stopped: bool, out: Path) -> None:
+    """LaunchError where training diverged, had nothing to learn for too long, or took no optimizer step at all."""
     if watch.broken:
         raise LaunchError(
             f"training broke down: {watch.broken}; lower the learning rate, raise the warm-up, "
             "or compute with model.dtype=float32"
         )
-    if stopper.stopped:
-        raise Stopped(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved")
-    runtime.progress.update(state="saving", note="saving the model")
-    save(trainer, out)
-    steps = {"steps": trainer.state.global_step, "epochs": trainer.state.epoch, "train_loss": result.training_loss}
-    found = {"peak_memory_gb": round(peak_memory(), 3), "resumed_from": resume.name if resume else None}
-    return {**steps, **found, "passed_over": passed}
+    if signal.broken:
+        raise LaunchError(
+            f"GRPO had nothing to learn: {signal.broken}; cluster.max_idle_steps ended it. Fix: change the rewards, "
+            "the prompts or grpo.max_completion_length, or set cluster.max_idle_steps=null to be warned only"
+        )
+    steps = trainer.state.global_step
+    if watch.skipped and watch.skipped >= steps and not stopped:
+        distributed.barrier()
+        if watch.runtime.rank == 0:
+            shutil.rmtree(
+                out / "checkpoints", ignore_errors=True
+            )  # the first weights: a rerun must not resume at the end
+        raise LaunchError(
+            f"no optimizer step was taken: the gradients of all {steps} steps overflowed float16, and the loss scale "
+            "was still too high at the end. Fix: train more steps, lower fp16.initial_scale_power in the stage's file "
+            "of deepspeed/, or compute with model.dtype=float32"
+        )
+    if watch.skipped >= MANY_SKIPS * max(steps, 1):
+        watch.runtime.warn(f"{watch.skipped} of {steps} steps were skipped: their gradients overflowed float16")
+
+
+def loss_scale(trainer: Trainer) -> float:
+    """What the loss is multiplied by in float16, at this moment."""
+    if trainer.deepspeed is not None:
+        return float(trainer.deepspeed.optimizer.loss_scale)
+    scaler = trainer.accelerator.scaler  # None on a CPU
+    return float(scaler.get_scale()) if scaler else 1.0
 
 
 def peak_memory() -> float:

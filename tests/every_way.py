@@ -2,33 +2,43 @@
 
     torchrun --nproc_per_node=2 tests/every_way.py zero2 OUT
 
-Each way is the recipe's rehearsal, run by the stages themselves. Leaves OUT/<recipe>/<way>/{sft,grpo}/ as a run does.
-tests/test_training.py starts it and looks at what it left.
+Each way is the recipe's rehearsal, run by the stages themselves. Leaves OUT/<recipe>/<way>/{sft,grpo}/ as a run does,
+with the stage's metrics and, under DeepSpeed, what its optimizer holds (engine.json); OUT/overflow/ has SFT in float16
+from loss scales that are too high. tests/test_training.py starts it and looks at what it left.
 """
 
 from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from accelerate.state import AcceleratorState
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from pipeline import distributed, grpo, preprocess, sft
+from pipeline import distributed, grpo, preprocess, sft, training
 from pipeline.artifact import Artifact
-from pipeline.cluster import Cluster
+from pipeline.cluster import Cluster, TrainingStage
+from pipeline.errors import LaunchError
+from pipeline.files import write_json
 from pipeline.plan import make_plan
 from pipeline.progress import ProgressFile
 from pipeline.recipe import Recipe
 from pipeline.runtime import Runtime
 
 RECIPES = ("qwen1.5b", "phi3.5", "llama8b")
-ONCE = ("fp16",)  # ways that no architecture has a say in: the first recipe's only
+ONCE = ("fp16", "fp16 lora", "bf16")  # ways that no architecture has a say in: the first recipe's only
+CHECKPOINTING = [f"cluster.{stage}.gradient_checkpointing=true" for stage in ("sft", "grpo")]
 WAYS = {
     "nf4": ["lora.dropout=0"],  # so that the policy is its own reference to the last bit
     "fp16": ["model.dtype=float16"],  # nf4, as on a Turing GPU
+    "fp16 lora": ["model.dtype=float16", "model.quantization=none", *CHECKPOINTING],
+    "bf16": ["model.dtype=bfloat16", *CHECKPOINTING],  # nf4, as on an Ampere GPU
     "int8": ["model.quantization=int8"],
     "lora": ["model.quantization=none"],
     "full": ["model.quantization=none", "lora.enabled=false"],
@@ -45,33 +55,91 @@ def cells() -> list[tuple[str, str]]:
 
 
 def main(layout: str, out: Path) -> None:
+    # DeepSpeed refuses float16 on a CPU without AVX512-FP16, and computes it there all the same
+    CPU_Accelerator.is_fp16_supported = lambda self: True
+    training.save = observed(training.save)  # type: ignore[assignment]
     distributed.start(deepspeed=layout != "none")
     where = [f"cluster.{stage}.deepspeed={layout}" for stage in ("sft", "grpo")]
     for name, way in cells():
         plan = make_plan([name], [*SHORT, *where, *WAYS[way]], rehearse=True, runs=out)
         train(plan.steps[0].recipe, plan.cluster, out / name / way)
+    if layout != "none":  # accelerate scales nothing on a CPU
+        plan = make_plan(RECIPES[:1], [*SHORT, *where, *WAYS["fp16 lora"]], rehearse=True, runs=out)
+        overflow(plan.steps[0].recipe, plan.cluster, out / "overflow")
     distributed.finish()
 
 
 def train(recipe: Recipe, cluster: Cluster, out: Path) -> None:
     """Rows, SFT, GRPO, as the harness would run them in processes of their own."""
     recipe = replace(recipe, sft=replace(recipe.sft, max_steps=2), grpo=replace(recipe.grpo, max_steps=1))
-    rank, world = distributed.rank(), distributed.world_size()
     steps: dict[str, Artifact] = {}
-    for stage, run in (("preprocess", preprocess.run), ("sft", sft.run), ("grpo", grpo.run)):
-        folder = out / stage
-        folder.mkdir(parents=True, exist_ok=True)
+    for stage in ("preprocess", "sft", "grpo"):
         inputs = {"data": steps["preprocess"]} if steps else {}
         if stage == "grpo":
             inputs["model"] = steps["sft"]
+        steps[stage] = run(stage, recipe, cluster, inputs, out / stage)
+
+
+def run(stage: str, recipe: Recipe, cluster: Cluster, inputs: dict[str, Artifact], folder: Path) -> Artifact:
+    """One stage, in every process but for preprocess."""
+    rank, world = distributed.rank(), distributed.world_size()
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics: dict[str, Any] = {}
+    try:
         if stage != "preprocess" or rank == 0:
-            runtime = Runtime(cluster, ProgressFile(None, stage), rank, world, out, None, None)
-            run(recipe, inputs, folder, runtime)
-        steps[stage] = Artifact(stage, recipe.name, "", {}, {}, {}, {}, {}, folder)
-        distributed.barrier()
+            runtime = Runtime(cluster, ProgressFile(None, stage), rank, world, folder, None, None)
+            metrics = {"preprocess": preprocess.run, "sft": sft.run, "grpo": grpo.run}[stage](
+                recipe, inputs, folder, runtime
+            )
+    finally:
         AcceleratorState._reset_state()  # a process of the pipeline trains once
         unset_hf_deepspeed_config()
         gc.collect()
+    distributed.barrier()
+    if rank == 0:
+        write_json(folder / "metrics.json", metrics)
+    return Artifact(stage, recipe.name, "", {}, {}, {}, metrics, {}, folder)
+
+
+def overflow(recipe: Recipe, cluster: Cluster, out: Path) -> None:
+    """SFT from a loss scale that DeepSpeed lowers in time (2^20), and from one that it does not (2^60)."""
+    data = run("preprocess", recipe, cluster, {}, out / "preprocess")
+    read = training.read_deepspeed
+    for power, steps in ((20, 10), (60, 2)):
+
+        def scaled(stage: TrainingStage, power: int = power) -> dict[str, Any] | None:
+            settings = read(stage)
+            return settings and {**settings, "fp16": {**settings["fp16"], "initial_scale_power": power}}
+
+        training.read_deepspeed = scaled  # type: ignore[assignment]
+        few = replace(recipe, sft=replace(recipe.sft, max_steps=steps))
+        try:
+            run("sft", few, cluster, {"data": data}, out / f"sft-{power}")
+        except LaunchError as error:
+            if distributed.rank() == 0:
+                write_json(out / f"sft-{power}" / "error.json", list(error.problems))
+
+
+def observed(save: Callable[[Trainer, Path], None]) -> Callable[[Trainer, Path], None]:
+    """A stage's save, which also writes what DeepSpeed's optimizer holds at the end of training."""
+
+    def save_and_write(trainer: Trainer, out: Path) -> None:
+        save(trainer, out)
+        if trainer.deepspeed is None or distributed.rank():
+            return
+        optimizer = trainer.deepspeed.optimizer
+        if hasattr(optimizer, "setup_buckets"):
+            optimizer.setup_buckets()  # ZeRO-2 allocates them at each backward pass
+        buffers = [bucket.buffer for bucket in optimizer.ipg_buckets.values()]
+        facts = {
+            "dtype": str(optimizer.dtype),
+            "summed_in": str(optimizer.gradient_accumulation_dtype),
+            "bucket": max(b.numel() for group in buffers for b in (group if isinstance(group, list) else [group])),
+            "width": trainer.model.config.hidden_size,
+        }
+        write_json(out / "engine.json", facts)
+
+    return save_and_write
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ FLOORS = {
         ("tasks", "rows", "rewards", "answers", "metrics", "charts", "rehearsal", "memory", "task_code"), 2
     ),
     **dict.fromkeys(("modeling", "to_gguf", "generation", "distributed", "checkpoints", "monitor", "training"), 3),
+    "kernels": 3,
     "stage": 4,
     **dict.fromkeys(("preprocess", "sft", "grpo", "evaluate", "report", "export", "ask"), 5),
     **dict.fromkeys(("plan", "status", "fetch", "push"), 6),

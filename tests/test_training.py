@@ -1,4 +1,4 @@
-"""Every architecture trains in every way here: QLoRA (bf16 and fp16), 8 bit, LoRA, full; plain, ZeRO-2, ZeRO-3."""
+"""Every architecture trains in every way here: QLoRA and LoRA (bf16 and fp16), 8 bit, full; plain, ZeRO-2, ZeRO-3."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from every_way import cells
+from every_way import WAYS, cells
 from running import ROOT
 from safetensors.torch import load_file
 
@@ -31,7 +31,7 @@ def recipe_of(name: str, *words: str) -> Recipe:
 
 @pytest.fixture(scope="module", params=["none", "zero2", "zero3"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """Thirteen small models, SFT and GRPO, in two processes of one torchrun."""
+    """Fifteen small models, SFT and GRPO, in two processes of one torchrun."""
     out = tmp_path_factory.mktemp(request.param)
     command = [
         sys.executable,
@@ -61,7 +61,7 @@ def test_it_learns_and_grpo_goes_on_from_it(trained: tuple[str, Path], name: str
     sft, grpo = weights_of(folder / "sft"), weights_of(folder / "grpo")
     assert sft.keys() == grpo.keys()  # the same adapter, not a second one
     assert any("lora_B" in key for key in sft) == (way != "full")
-    half = torch.float16 if way == "fp16" else choose_dtype(recipe_of(name).model)
+    half = choose_dtype(recipe_of(name, *(word for word in WAYS[way] if not word.startswith("cluster."))).model)
     wanted = {torch.float32} if layout == "none" else {half, torch.float32}
     assert {weights.dtype for weights in grpo.values()} <= wanted  # never another 16-bit format (trl#4901)
     moved = max((sft[key].float() - grpo[key].float()).abs().max().item() for key in sft)
@@ -87,6 +87,53 @@ def test_deepspeed_shares_out_the_optimizer_as_the_planner_says(trained: tuple[s
     for shard in shards:
         saved = torch.load(shard, weights_only=False, map_location="cpu")["optimizer_state_dict"]
         assert size_of(saved) == pytest.approx(wanted, rel=0.001)
+
+
+@pytest.mark.parametrize("way", ["fp16", "fp16 lora", "bf16"])
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_deepspeed_computes_in_16_bit_and_sums_gradients_in_32(trained: tuple[str, Path], stage: str, way: str) -> None:
+    """Also where GRPO starts from SFT's adapter, which PEFT would load in float32: then nothing would be scaled."""
+    layout, out = trained
+    step = out / "qwen1.5b" / way / stage
+    metrics = read_json(step / "metrics.json")
+    assert ("loss_scale" in metrics) == (way != "bf16")
+    if layout == "none":
+        assert metrics.get("loss_scale", 1) == 1  # accelerate scales nothing on a CPU
+        return
+    engine = read_json(step / "engine.json")
+    assert engine["dtype"] == ("torch.bfloat16" if way == "bf16" else "torch.float16")
+    assert engine["summed_in"] == "torch.float32"
+    assert engine["bucket"] == engine["width"] ** 2  # not DeepSpeed's own 500 million elements
+    if way != "bf16":
+        assert metrics["loss_scale"] == 2**12
+
+
+def test_an_overflow_of_float16_is_a_skipped_step(trained: tuple[str, Path]) -> None:
+    if trained[0] == "none":
+        pytest.skip("accelerate scales nothing on a CPU")
+    step = trained[1] / "overflow" / "sft-20"
+    assert not (step / "error.json").exists()
+    metrics = read_json(step / "metrics.json")
+    assert metrics["steps"] == 10
+    assert 1 <= metrics["skipped_steps"] <= 8
+    assert metrics["loss_scale"] < 2**20
+    entries = [entry for entry in read_json(step / "history.json") if "loss" in entry]
+    counts = [entry["skipped_steps"] for entry in entries]
+    assert counts == sorted(counts)
+    assert counts[-1] == metrics["skipped_steps"]
+    skipped = [entry["skipped_steps"] > before for before, entry in zip([0, *counts], entries, strict=False)]
+    assert [entry["grad_norm"] is None for entry in entries] == skipped
+    assert any(weights.any() for key, weights in weights_of(step).items() if "lora_B" in key)  # 0 before training
+
+
+def test_a_stage_whose_every_step_overflows_fails(trained: tuple[str, Path]) -> None:
+    if trained[0] == "none":
+        pytest.skip("accelerate scales nothing on a CPU")
+    step = trained[1] / "overflow" / "sft-60"
+    (problem,) = read_json(step / "error.json")
+    assert problem.startswith("no optimizer step was taken: the gradients of all 2 steps overflowed float16")
+    assert not (step / "adapter").exists()
+    assert not (step / "checkpoints").exists()  # or a rerun would resume at the end
 
 
 def size_of(value: Any) -> int:

@@ -1,0 +1,75 @@
+"""Kernels that are compiled on the node: whether Triton can compile TRL's fused head there, and where it keeps it.
+
+TRL computes log-probabilities with a Triton kernel on CUDA and has no other path once it has chosen that one. Triton
+builds its launchers with a C compiler and Python.h, which a compute node may lack although the login node has them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import torch
+from trl.kernels import chunked_logprob
+
+PROGRAM = "#include <Python.h>\n#include <stdlib.h>\nint main(void) { return PY_MAJOR_VERSION == 0; }\n"
+
+
+def choose_head() -> None:
+    """Have TRL compute the head with torch where Triton cannot compile on this node; keep Triton's cache on its disk.
+
+    Called in every process of a training stage, before its model is made; prints one sentence a node.
+    """
+    if not torch.cuda.is_available() or not chunked_logprob._TRITON_AVAILABLE:
+        return
+    os.environ.setdefault("TRITON_CACHE_DIR", str(private_folder("therefore-triton")))
+    problem = why_triton_cannot_compile()
+    if problem is None:
+        return
+    chunked_logprob._TRITON_AVAILABLE = False
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(
+            f"Triton cannot compile on this node: {problem}; torch computes the head instead, which is slower. "
+            "Fix: load a compiler module, or install gcc and Python's headers (Debian: apt install gcc python3-dev)",
+            flush=True,
+        )
+
+
+def why_triton_cannot_compile() -> str | None:
+    """What Triton lacks on this machine, found by compiling a file as it does; None where nothing is missing."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return "no C compiler (gcc or clang on PATH, or CC)"
+    headers = sysconfig.get_paths()["include"]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "try.c").write_text(PROGRAM, encoding="utf-8")
+        command = [*compiler.split(), "-shared", "-fPIC", f"-I{headers}", "try.c", "-o", "try.so"]
+        try:
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"the C compiler {compiler} cannot be run ({error})"
+    if done.returncode == 0:
+        return None
+    if not (Path(headers) / "Python.h").is_file():
+        return f"no Python.h in {headers}"
+    return f"{compiler} fails ({(done.stderr.strip().splitlines() or ['no message'])[0]})"
+
+
+def private_folder(name: str) -> Path:
+    """A folder of this user on the node's own disk, `<tmp>/<name>-<uid>`; a new one where that belongs to someone else.
+
+    Compiled code is loaded from it, so nobody else may be able to write there.
+    """
+    folder = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):  # a file, a link, or the folder from before: looked at next
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+        return folder
+    return Path(tempfile.mkdtemp(prefix=f"{name}-"))
