@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 SAMPLES = Path(__file__).parent / "tasks" / "samples"  # small files in the hub's schemas, written for rehearsals
 SHOWN = 20  # bad rows that are named; the others are counted
+MISSING = ("nan", "NaN", "NaT", "<NA>")  # what str() and pandas make of a missing number, date or text
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class Row:
         return f"{self.source}:{self.line}"
 
     def text(self, name: str) -> str:
-        return str(self.values[name]).strip()
+        """The text of a cell; empty where the value is missing."""
+        value = self.values.get(name)
+        return "" if is_missing(value) else str(value).strip()
 
 
 def read_split(data: Artifact, split: str) -> pa.Table:
@@ -149,13 +153,32 @@ def good_rows(
     return good, bad
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a cell holds nothing: null, a blank text, NaN, NaT, or the text that libraries write for those."""
+    return value is None or str(value).strip() in ("", *MISSING)
+
+
 def lacks(values: Any, *names: str) -> str | None:
-    """What a row lacks: each name has to be there, a text or a number, and not empty."""
+    """What a row lacks: each name has to be there, a text or a number, and not missing."""
     if not isinstance(values, dict):
         return f"not a mapping with {' and '.join(names)}"
-    if missing := [name for name in names if values.get(name) is None or not str(values[name]).strip()]:
+    found = []
+    if absent := [name for name in names if name not in values]:
         has = ", ".join(str(key) for key in values) or "nothing"
-        return f"no {' and no '.join(missing)} (it has {has})"
-    if wrong := [name for name in names if not isinstance(values[name], str | int | float)]:
-        return f"{' and '.join(wrong)} is no text"
-    return None
+        found.append(f"no {' and no '.join(absent)} (it has {has})")
+    for name in names:
+        if name in values and is_missing(values[name]):
+            found.append(f"no {name} (it is {str(values[name]).strip() or 'empty'})")
+    return "; ".join(found) or no_text(values, *names)
+
+
+def no_text(values: dict[str, Any], *names: str) -> str | None:
+    """What is wrong with cells that may be missing, and have to be texts or numbers where they are not."""
+    there = {name: values[name] for name in names if not is_missing(values.get(name))}
+    booleans = [name for name, value in there.items() if isinstance(value, bool)]
+    infinite = [name for name, value in there.items() if isinstance(value, float) and math.isinf(value)]
+    others = [name for name, value in there.items() if not isinstance(value, str | int | float)]
+    found = [f"{name} is {str(there[name]).lower()}, not a text: quote it if the word is meant" for name in booleans]
+    found += [f"{name} is {there[name]}, not a text or a finite number" for name in infinite]
+    found += [f"{' and '.join(others)} is no text"] if others else []
+    return "; ".join(found) or None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 import re
@@ -29,6 +30,7 @@ from pipeline.rewards.audit import FINAL, audit
 from pipeline.rewards.reward import find_rewards
 from pipeline.rows import SAMPLES, file_rows
 from pipeline.runtime import Runtime
+from pipeline.tasks.corr2cause import read_published
 from pipeline.tasks.task import Example, Task, example_of, hold_out, make_task, task_names, task_of
 
 ROOT = Path(__file__).parent.parent
@@ -140,6 +142,36 @@ BAD = [
     ("gsm8k", '{"question": "q", "answer": "x\\n#### 2 or 3"}', 'answer does not end with one number after "####"'),
     ("gsm8k", '{"question": "q", "answer": "#### 2"}', "answer has no steps"),
     ("gsm8k", '{"question": ["q"], "answer": "x\\n#### 2"}', "question is no text"),
+    ("gsm8k", '{"question": "q", "answer": NaN}', "no answer (it is nan)"),
+    ("gsm8k", '{"question": "nan", "answer": "x\\n#### 2"}', "no question (it is nan)"),
+    ("gsm8k", '{"question": true, "answer": "x\\n#### 2"}', "question is true, not a text"),
+    ("human_like", '{"prompt": "p", "chosen": true, "rejected": "r"}', "chosen is true, not a text"),
+    (
+        "human_like",
+        '{"prompt": "p", "chosen": null, "rejected": NaN}',
+        "no chosen (it is None); no rejected (it is nan)",
+    ),
+    (
+        "human_like",
+        '{"prompt": "p", "chosen": Infinity, "rejected": "r"}',
+        "chosen is inf, not a text or a finite number",
+    ),
+    ("medical", '{"Question": "q", "Complex_CoT": NaN, "Response": "r"}', "no Complex_CoT (it is nan)"),
+    ("medical", '{"Question": "q", "Complex_CoT": "t", "Response": false}', "Response is false, not a text"),
+    (
+        "medical",
+        '{"Open-ended Verifiable Question": "q", "Ground-True Answer": NaN}',
+        "no Ground-True Answer (it is nan)",
+    ),
+    ("math_science", '{"problem_text": "q", "answer_number": NaN}', "no answer_number (it is nan)"),
+    ("math_science", '{"problem_text": "q", "answer_number": "2", "unit": true}', "unit is true, not a text"),
+    ("math_science", '{"problem_text": "q", "answer_number": "2", "solution": false}', "solution is false, not a text"),
+    ("math_science", '{"messages": [{"role": "user", "content": true}]}', "a message is no {role, content}"),
+    (
+        "math_science",
+        '{"messages": [{"role": "user", "content": NaN}, {"role": "assistant", "content": "4"}]}',
+        "messages have no turn of the user",
+    ),
     ("gsm8k", "{oops", "not JSON"),
     ("gsm8k", "[1]", "not a mapping with question and answer"),
     ("human_like", '{"prompt": "p", "chosen": "c"}', "no rejected"),
@@ -175,6 +207,59 @@ def test_a_bad_row_is_named_by_file_and_line_or_skipped_and_counted(
     splits = path_task(name, path, bad_rows="skip", **few).load()
     assert len(splits.sft) == 4
     assert [text.partition(": ")[0] for text in splits.proof["skipped"]] == [f"{path}:4"]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
+def test_what_is_missing_is_never_a_target(tmp_path: Path, suffix: str) -> None:
+    """Missing values as files of each kind have them: NaN of a float column, null, NaT, an empty cell."""
+    path = tmp_path / f"rows{suffix}"
+    columns: dict[str, list[Any]] = {
+        "prompt": [f"p {k}" for k in range(9)],
+        "chosen": ["a", "b", "c", "d", "e", "f", "nan", "NaT", None],
+        "rejected": [1.5, float("nan"), 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
+    }
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if suffix == ".parquet":
+        pq.write_table(pa.table(columns), path)
+    elif suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(columns))
+            writer.writeheader()
+            writer.writerows(rows)
+    splits = path_task("human_like", path, bad_rows="skip", test=1, validation=1).load()
+    kept = [*splits.sft, *splits.validation, *splits.tests["test"]]
+    assert {example.target for example in kept} == {"a", "c", "d", "e", "f"}
+    assert {example.tags["rejected"] for example in kept} == {"1.5", "2.0", "3.0", "4.0", "5.0"}
+    assert len(splits.proof["skipped"]) == 4
+
+
+def test_missing_units_and_solutions_are_left_out_of_a_target(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = {"problem_text": "How far?", "answer_number": "2", "unit": float("nan"), "solution": float("nan")}
+    path.write_text("\n".join(json.dumps({**row, "problem_text": f"How far? {k}"}) for k in range(4)))
+    splits = path_task("math_science", path, test=1, validation=1).load()
+    assert [(example.tags["unit"], example.target) for example in splits.grpo] == [("", "")] * 2
+    assert not any("nan" in example.question for example in splits.grpo)
+    assert splits.sft == []
+    parts = [{"type": "text", "content": "so"}, {"type": "code", "content": None}, {"type": "text", "content": "4"}]
+    turns = [[{"role": "user", "content": f"q {k}"}, {"role": "assistant", "content": parts}] for k in range(4)]
+    path.write_text("\n".join(json.dumps({"messages": both}) for both in turns))
+    splits = path_task("math_science", path, test=1, validation=1).load()
+    assert len(splits.sft) == 2
+    assert all("None" not in example.target for example in splits.sft)
+
+
+def test_labels_of_a_column_with_missing_values_are_read(tmp_path: Path) -> None:
+    with (ROOT / "tests" / "fixtures" / "corr2cause_released.csv").open(newline="") as file:
+        rows = [(row["input"], float(row["label"])) for row in csv.DictReader(file)]
+    path = tmp_path / "rows.parquet"
+    inputs, labels = zip(*rows, (rows[0][0], float("nan")), strict=True)
+    pq.write_table(pa.table({"input": inputs, "label": labels}), path)
+    found, skipped = read_published(path, "", skip_bad=True)
+    assert [example.gold for example in found] == ["Yes" if label else "No" for _, label in rows]
+    assert [text.partition(": ")[2] for text in skipped] == ["no label (it is nan)"]
 
 
 def test_every_bad_row_is_told_at_once_and_too_many_are_counted(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hashlib import sha256
 from typing import Any
 
 from pipeline import answers
-from pipeline.rows import Row, lacks
+from pipeline.rows import Row, is_missing, lacks, no_text
 from pipeline.tasks.task import Example, Part, Splits, Task, Verdict, hold_out, proof_of
 from pipeline.typed import Positive, Share
 
@@ -106,10 +106,16 @@ def _draw(examples: list[Example], count: int | None, seed: int) -> list[Example
 
 
 def _parts(content: Any) -> list[tuple[str, str]]:
-    """(kind, text) of each part of a message; a message may also be one text."""
-    if isinstance(content, str):
-        return [("text", content.strip())]
-    return [(str(part["type"]), str(part["content"]).strip()) for part in content]
+    """(kind, text) of each part of a message; a message may also be one text. A missing text is empty.
+
+    Raises TypeError for a content that is not a text, a number or a list of parts.
+    """
+    if isinstance(content, str | float) or content is None:
+        content = [{"type": "text", "content": content}]
+    for part in content:
+        if not isinstance(part, dict) or no_text(part, "content"):
+            raise TypeError("a part of a message is not a {type, content} with a text")
+    return [(str(p["type"]), "" if is_missing(p["content"]) else str(p["content"]).strip()) for p in content]
 
 
 def _message(values: Any, role: str) -> list[tuple[str, str]]:
@@ -128,9 +134,9 @@ def _math(row: Row) -> Example:
 
 
 def _science(row: Row) -> Example:
-    unit = str(row.values.get("unit") or "").strip()
+    unit = row.text("unit")
     question = row.text("problem_text") + (f" Give the answer in {unit}." if unit else "")
-    gold, solution = row.text("answer_number"), str(row.values.get("solution") or "").strip()
+    gold, solution = row.text("answer_number"), row.text("solution")
     bare = unit.replace("$", "").strip()
     joined = gold + ((r" \times " if bare.startswith("10") else r"\ ") + bare if bare else "")
     answer = rf"Final Answer: $\boxed{{{joined}}}$"
@@ -165,7 +171,7 @@ def _math_problem(values: Any) -> str | None:
 
 
 def _science_problem(values: Any) -> str | None:
-    if told := lacks(values, *SCIENCE_FIELDS):
+    if told := lacks(values, *SCIENCE_FIELDS) or no_text(values, "unit", "solution"):
         return told
     number = str(values["answer_number"])
     return None if answers.quantity_in(number) else f"answer_number {number!r} is no number"

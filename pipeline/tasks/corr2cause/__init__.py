@@ -521,6 +521,9 @@ def _proof_of_split(
     return {"overlap": overlap, "classes": ids, "tested": len(tested)}
 
 
+LABELS = {"0": "No", "1": "Yes", "0.0": "No", "1.0": "Yes"}  # a column with missing values has fractions
+
+
 def read_published(path: Path, instruction: str, *, skip_bad: bool) -> tuple[list[Example], list[str]]:
     """Rows of a file with `input` and `label`; DataError names each bad one by its line."""
     found, skipped = good_rows(file_rows(path), _problem, str(path), skip_bad=skip_bad)
@@ -529,7 +532,7 @@ def read_published(path: Path, instruction: str, *, skip_bad: bool) -> tuple[lis
         premise, _, claim = str(row.values["input"]).partition("\n")
         premise, claim = premise.removeprefix("Premise: "), claim.removeprefix("Hypothesis: ")
         group = sha256(premise.encode()).hexdigest()[:10]
-        gold = "Yes" if row.text("label") == "1" else "No"
+        gold = LABELS[row.text("label")]
         tags = {"n": int(premise.split("closed system of ")[1].split()[0])}
         target = f"{answers.OPEN}\n{answers.CLOSE}\nTherefore: {gold}"
         question = text.question(premise, claim, instruction)
@@ -540,7 +543,7 @@ def read_published(path: Path, instruction: str, *, skip_bad: bool) -> tuple[lis
 def _problem(values: Any) -> str | None:
     if told := lacks(values, "input", "label"):
         return told
-    if str(values["label"]).strip() not in ("0", "1"):
+    if str(values["label"]).strip() not in LABELS:
         return f"label {values['label']!r} is neither 0 nor 1"
     if not re.match(r"Premise: .*closed system of \d+ .*\nHypothesis: ", str(values["input"])):
         return 'input is not "Premise: …" and, on the next line, "Hypothesis: …"'

@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.metrics import Outcome, count_table, figures
-from pipeline.rows import Row
+from pipeline.rows import Row, is_missing
 from pipeline.tasks.corr2cause.graphs import PLUSPLUS, PUBLISHED, EquivalenceClass, Semantics, holds
 from pipeline.tasks.corr2cause.premise import Claim, Premise, class_of, read_claim, read_premise
 
 THREE = {"entailment": "entailed", "entailed": "entailed", "neutral": "undetermined", "undetermined": "undetermined"}
 THREE |= {"contradiction": "contradicted", "contradicted": "contradicted"}
 TWO = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False}
+TWO |= {"1.0": True, "0.0": False}  # a column with missing values has fractions
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,9 @@ def audit(rows: Iterable[Row], semantics: Semantics | None = None, *, paper: boo
 
 def _words(row: Mapping[str, Any]) -> str:
     for name in ("input", "query", "question"):
-        if row.get(name):
+        if not is_missing(row.get(name)):
             return str(row[name])
-    if row.get("premise") and row.get("hypothesis"):
+    if not is_missing(row.get("premise")) and not is_missing(row.get("hypothesis")):
         return f"Premise: {row['premise']}\nHypothesis: {row['hypothesis']}"
     raise ValueError("no input (or query, or question, or premise and hypothesis)")
 
@@ -160,7 +161,7 @@ def _words(row: Mapping[str, Any]) -> str:
 def _label(row: Mapping[str, Any]) -> bool | str:
     """True or False, or one of three classes."""
     for name in ("label", "gold", "relation"):
-        if row.get(name) not in (None, ""):
+        if not is_missing(row.get(name)):
             said = str(row[name]).strip().lower()
             if said in TWO:
                 return TWO[said]
