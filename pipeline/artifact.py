@@ -236,7 +236,11 @@ def find_checkpoint(where: str) -> Checkpoint:
     Raises ArtifactError for a folder that is missing, empty or half-written, saying what was found in it.
     """
     folder = Path(where)
-    if not folder.exists():
+    try:
+        there = folder.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be searched
+        raise ArtifactError(f"checkpoint {where[:200]}: cannot be read ({error.strerror})") from error
+    if not there:
         if where.count("/") == 1 and not where.startswith((".", "/", "~")) and not folder.parent.exists():
             return Checkpoint(where, None, where)  # a hub id: owner/name
         raise ArtifactError(f"checkpoint {where}: no such folder; give a step's folder, a checkpoint or a hub id")
@@ -267,13 +271,31 @@ def find_checkpoint(where: str) -> Checkpoint:
 
 
 def _adapter(folder: Path) -> Checkpoint:
-    base = (read_json(folder / ADAPTER) or {}).get("base_model_name_or_path")
-    if not base:
+    record = read_json(folder / ADAPTER)
+    base = record.get("base_model_name_or_path") if isinstance(record, dict) else None
+    if not base or not isinstance(base, str):
         raise ArtifactError(f"checkpoint {folder}: {ADAPTER} is half-written or does not name its base model")
     if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
         raise ArtifactError(f"checkpoint {folder}: half-written, {ADAPTER} without adapter_model.safetensors")
-    below = find_checkpoint(base if Path(base).is_absolute() or not Path(base).exists() else str(Path(base)))
+    try:
+        below = find_checkpoint(base) if not _is_adapter(Path(base)) else None
+    except ArtifactError as error:
+        raise ArtifactError(f"checkpoint {folder}: base_model_name_or_path: {error}") from error
+    if below is None:  # also itself, and any circle of adapters
+        raise ArtifactError(
+            f"checkpoint {folder}: base_model_name_or_path: got {base!r}, an adapter itself; expected a whole model. "
+            f"Fix: export {base} as merged16 first and name that"
+        )
     return Checkpoint(below.base, folder, str(folder) if (folder / "tokenizer.json").is_file() else below.tokenizer)
+
+
+def _is_adapter(folder: Path) -> bool:
+    """Whether a folder is an adapter, or a step's folder with an adapter and no whole model."""
+    with contextlib.suppress(OSError):  # `find_checkpoint` tells it
+        return (folder / ADAPTER).exists() or (
+            not (folder / "model").is_dir() and (folder / "adapter" / ADAPTER).exists()
+        )
+    return False
 
 
 def _names(folder: Path) -> str:

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 from pipeline.answers import CLOSE, OPEN, split_thought
 from pipeline.artifact import find_checkpoint
 from pipeline.cluster import MaxMemory
-from pipeline.errors import PlanError, run_main
+from pipeline.errors import PlanError, printable, run_main
 from pipeline.generation import Completion, Sampling, Stream, generate_batch, seed_of, stop_ids
 from pipeline.modeling import check_tokenizer, load_to_ask, load_tokenizer, prefills_thought, prompt_ids
 from pipeline.recipe import Recipe
@@ -87,7 +87,7 @@ class Answer:
         """The answer the task reads, or why there is none."""
         if self.completion.truncated:
             return f"none: cut off after {self.completion.tokens} tokens (--max-new-tokens)"
-        return self.verdict.answer or "yes" if self.verdict.answered else "none that can be read"
+        return printable(self.verdict.answer or "yes") if self.verdict.answered else "none that can be read"
 
 
 def main() -> int:
@@ -198,7 +198,8 @@ class Screen:
 
     def __init__(self, prefilled: bool, out: TextIO) -> None:
         self.prefilled, self.out, self.shown = prefilled, out, 0
-        self.dims = out.isatty() and "NO_COLOR" not in os.environ
+        self.terminal = out.isatty()
+        self.dims = self.terminal and "NO_COLOR" not in os.environ
         if prefilled:  # the prompt has opened the thought already
             self._write(f"{OPEN}\n", dim=True)
 
@@ -219,6 +220,7 @@ class Screen:
 
     def _write(self, text: str, *, dim: bool) -> None:
         if text:
+            text = printable(text) if self.terminal else text.encode(errors="replace").decode()
             self.out.write(f"{DIM}{text}{PLAIN}" if dim and self.dims else text)
             self.out.flush()
 

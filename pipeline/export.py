@@ -23,13 +23,23 @@ from pipeline import __version__
 from pipeline.artifact import ADAPTER, Artifact, Checkpoint, find_checkpoint, is_done, open_artifact, step_of
 from pipeline.families import FORMATS
 from pipeline.generation import stop_ids
+from pipeline.markdown import cell, fenced
 from pipeline.metrics import HEADLINE
-from pipeline.modeling import check_tokenizer, choose_dtype, load_tokenizer, merged, revision_of
+from pipeline.modeling import (
+    check_adapter_alone,
+    check_tokenizer,
+    choose_dtype,
+    input_device,
+    load_tokenizer,
+    merged,
+    revision_of,
+)
 from pipeline.recipe import Evaluate, Recipe
 from pipeline.runtime import Runtime
 from pipeline.stage import git_commit, main, versions
 from pipeline.tasks.task import Task, task_of
 from pipeline.to_gguf import write_gguf
+from pipeline.weight_checks import NO_CODE, NO_PICKLE, check_computes, reading
 
 REHEARSED = "REHEARSAL of a shrunken model with random weights: nothing here is a result."
 
@@ -47,6 +57,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     metrics: dict[str, Any] = {"format": kind}
     if kind == "adapter":
         assert checkpoint.adapter is not None  # the plan has looked
+        check_adapter_alone(checkpoint, recipe.model)
         for name in (ADAPTER, "adapter_model.safetensors", "adapter_model.bin"):
             if (checkpoint.adapter / name).is_file():
                 shutil.copy(checkpoint.adapter / name, place)
@@ -55,6 +66,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         runtime.progress.update(note="merging in 16 bit" if checkpoint.adapter else "loading the model")
         model = merged(checkpoint, recipe.model, sixteen_bit(recipe, checkpoint))
         check_tokenizer(tokenizer, model, checkpoint)
+        check_computes(model, str(checkpoint.adapter or checkpoint.base), input_device(model))
         stops = stop_ids(model, tokenizer)
         metrics["parameters"] = int(model.num_parameters())
         whole = place if kind == "merged16" else out / ".merged16"
@@ -94,17 +106,19 @@ def sixteen_bit(recipe: Recipe, checkpoint: Checkpoint) -> torch.dtype:
     asked = choose_dtype(recipe.model)
     if asked != torch.float32:
         return asked
-    own = AutoConfig.from_pretrained(checkpoint.base, revision=revision_of(checkpoint, recipe.model)).dtype
+    with reading(f"model {checkpoint.base}"):
+        revision = revision_of(checkpoint, recipe.model)
+        own = AutoConfig.from_pretrained(checkpoint.base, revision=revision, **NO_CODE).dtype
     return own if own in (torch.bfloat16, torch.float16) else torch.bfloat16
 
 
 def four_bit(folder: Path) -> Any:
     """A model folder of 16 bit in bitsandbytes' nf4, as its own serialization has it."""
-    dtype = AutoConfig.from_pretrained(folder).dtype
+    dtype = AutoConfig.from_pretrained(folder, **NO_CODE).dtype
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=quantization)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=quantization, **NO_PICKLE)
 
 
 def generation_config(tokenizer: PreTrainedTokenizerBase, stops: list[int], asked: Evaluate) -> GenerationConfig:
@@ -139,6 +153,7 @@ def card(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"fenced": fenced, "cell": cell}
     hub = not (recipe.model.scratch or recipe.model.gguf or Path(recipe.model.name).exists())
     return environment.get_template("card.md.jinja").render(
         title=f"{recipe.name}: {task.title}",

@@ -8,12 +8,14 @@ Every prompt draws from a random stream of its own, so batches, processes and in
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import (
     LogitsProcessor,
@@ -24,7 +26,8 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from pipeline.modeling import as_list, input_device
+from pipeline.modeling import input_device
+from pipeline.weight_checks import as_list
 
 
 @dataclass(frozen=True)
@@ -103,12 +106,12 @@ def generate_batch(
     `streamer` is told each token of a single prompt as it is drawn.
     """
     device = input_device(model)
+    stops = stop_ids(model, tokenizer)
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=False,
-        repetition_penalty=1.0,  # said, because what is not said is taken from the model's own generation config
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=stop_ids(model, tokenizer),
+        eos_token_id=stops,
         cache_implementation=cache_for(device),
         disable_compile=True,
     )
@@ -119,10 +122,26 @@ def generate_batch(
         shaped.append(Repetition(sampling.repetition_penalty, [longest - len(prompt) for prompt in prompts]))
     if sampling.temperature:
         shaped.append(Draw(sampling, seeds, device))
-    output = model.generate(**padded, generation_config=config, logits_processor=shaped, streamer=streamer)
+    with own_settings_alone(model):
+        output = model.generate(**padded, generation_config=config, logits_processor=shaped, streamer=streamer)
     output = output[:, padded["input_ids"].shape[1] :]
-    stops = set(stop_ids(model, tokenizer))
-    return [_completion(ids, tokenizer, stops) for ids in output.tolist()]
+    return [_completion(ids, tokenizer, set(stops)) for ids in output.tolist()]
+
+
+@contextlib.contextmanager
+def own_settings_alone(model: PreTrainedModel) -> Iterator[None]:
+    """While `model.generate` runs: what the call leaves open is transformers' default, not the model's own wish.
+
+    transformers fills every open setting from the model's generation config: beams, penalties, time limits, and any
+    number of answers to one prompt.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    kept = inner.generation_config
+    inner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = kept
 
 
 class Stream(BaseStreamer):
@@ -160,9 +179,13 @@ def cache_for(device: torch.device, *, mixed: bool = False) -> str | None:
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a turn: the tokenizer's and those of the model's generation config."""
+    """Every token that ends a turn: the tokenizer's, and the special ones that the model's generation config lists.
+
+    An ordinary word in that list would cut answers short.
+    """
     listed = model.generation_config.eos_token_id if model.generation_config else None
-    return sorted({tokenizer.eos_token_id, *as_list(listed)})
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return sorted({tokenizer.eos_token_id, *(special & set(as_list(listed)))})
 
 
 def _completion(ids: list[int], tokenizer: PreTrainedTokenizerBase, stops: set[int]) -> Completion:

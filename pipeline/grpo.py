@@ -92,7 +92,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     model = trainable(
         recipe, checkpoint, layout
     )  # after the arguments: under ZeRO-3 they say that it is loaded in parts
-    stops = {*stop_ids(model, tokenizer), tokenizer.pad_token_id}
+    model.generation_config.eos_token_id = stop_ids(model, tokenizer)  # TRL fills its own settings from this config
+    stops = {*model.generation_config.eos_token_id, tokenizer.pad_token_id}
     rewards = [_for_trl(task, name, f, prefills_thought(tokenizer), stops) for name, f in functions.items()]
     with adapters_kept(model):
         trainer = GRPOTrainer(

@@ -8,11 +8,9 @@ where no hub can be reached.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import os
 import shutil
-import struct
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -21,12 +19,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -40,6 +38,21 @@ from pipeline.cluster import AMPERE, MaxMemory, half_precision
 from pipeline.errors import ArtifactError, RecipeError
 from pipeline.families import TEMPLATES, gguf_file, special_in
 from pipeline.recipe import Lora, Model, Scratch
+from pipeline.template_trial import try_template
+from pipeline.weight_checks import (
+    NO_CODE,
+    NO_PICKLE,
+    as_list,
+    check_adapter_fits,
+    check_computes,
+    check_finite,
+    check_keys,
+    check_reads_back,
+    check_sizes,
+    forget_generation_config,
+    put_adapter,
+    reading,
+)
 
 PADS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|fim_pad|>", "<|vision_pad|>", "<|endoftext|>")
 SPECIAL = {"pad_token": "<|pad|>", "eos_token": "<|end|>"}
@@ -54,24 +67,41 @@ def load_tokenizer(checkpoint: Checkpoint, model: Model) -> PreTrainedTokenizerB
     """The tokenizer of a checkpoint with the recipe's chat template.
 
     Its eos token is what ends a turn in that template (Phi-3.5's own is another); pad is another token than eos where
-    the vocabulary has one; padding is left.
+    the vocabulary has one; padding is left. ArtifactError where it cannot read back a sentence or a chat.
     """
-    with _hub_errors(checkpoint.tokenizer):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer, revision=revision_of(checkpoint, model))
+    where = checkpoint.tokenizer
+    check_sizes(checkpoint.base, revision_of(checkpoint, model))  # the tokenizer's class is in the model's config
+    with reading(f"tokenizer {where}"):
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision_of(checkpoint, model), **NO_CODE)
     if model.chat_template:
         tokenizer.chat_template = read_template(model.chat_template)
     if not tokenizer.chat_template:
         raise RecipeError(
-            f"model.chat_template: null, and the tokenizer of {checkpoint.tokenizer} has none; "
+            f"model.chat_template: null, and the tokenizer of {where} has none; "
             f"use one of {', '.join(TEMPLATES)} or the path of a .jinja file"
         )
-    tokenizer.eos_token = end_of_turn(tokenizer)
-    if tokenizer.pad_token in (None, tokenizer.eos_token):
-        known = tokenizer.get_vocab()
-        spare = (pad for pad in PADS if pad in known and pad != tokenizer.eos_token)
-        tokenizer.pad_token = next(spare, tokenizer.eos_token)
-    tokenizer.padding_side = "left"
+    with reading(f"tokenizer {where}"):
+        template = str(tokenizer.get_chat_template())
+        if not _is_known(template):
+            try_template(template, tokenizer.special_tokens_map, model.chat_template or f"tokenizer {where}")
+        tokenizer.eos_token = end_of_turn(tokenizer)
+        if tokenizer.pad_token in (None, tokenizer.eos_token):
+            known = tokenizer.get_vocab()
+            spare = (pad for pad in PADS if pad in known and pad != tokenizer.eos_token)
+            tokenizer.pad_token = next(spare, tokenizer.eos_token)
+        tokenizer.padding_side = "left"
+        check_reads_back(tokenizer, _chat_text(tokenizer, add_generation_prompt=True), where)
     return tokenizer
+
+
+def _is_known(template: str) -> bool:
+    """Whether a chat template is one of this project or of TRL, which end."""
+    return any(path.read_text(encoding="utf-8") == template for path in TEMPLATES.values() if path.is_file())
+
+
+def _chat_text(tokenizer: PreTrainedTokenizerBase, **arguments: Any) -> str:
+    """One question in the tokenizer's chat format."""
+    return str(tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False, **arguments))
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -79,6 +109,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
     words = "Therefore"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}]
     text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    if words not in text:
+        raise RecipeError("model.chat_template: leaves out what an assistant says; use a template that writes it")
     after = tokenizer(text[text.rindex(words) + len(words) :], add_special_tokens=False)["input_ids"]
     if after and after[0] in tokenizer.added_tokens_decoder:
         return str(tokenizer.convert_ids_to_tokens(after[0]))
@@ -102,10 +134,7 @@ def read_template(name: str) -> str:
 
 def prefills_thought(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the generation prompt already opens `<think>`, so that a completion begins inside the thought."""
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "?"}], add_generation_prompt=True, tokenize=False
-    )
-    return str(prompt).rstrip().endswith(OPEN)
+    return _chat_text(tokenizer, add_generation_prompt=True).rstrip().endswith(OPEN)
 
 
 def prompt_lengths(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> list[int]:
@@ -242,15 +271,24 @@ def load_model(
         INT8_LOGGER.addFilter(is_not_about_casts)
     quantization = _quantization(model, dtype, spread=spread is not None)
     arguments = {"quantization_config": quantization} if quantization else {}  # None would undo the model's own
-    with _hub_errors(checkpoint.base):
-        base = AutoModelForCausalLM.from_pretrained(
-            checkpoint.base,
-            revision=revision_of(checkpoint, model),
+    name, revision = checkpoint.base, revision_of(checkpoint, model)
+    check_sizes(name, revision)
+    with reading(f"model {name}"):
+        base, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
             dtype=dtype,
             attn_implementation=choose_attention(model),
+            generation_config=GenerationConfig(),  # not the checkpoint's: see forget_generation_config
+            ignore_mismatched_sizes=True,  # they are named below, with their shapes
+            output_loading_info=True,
+            **NO_PICKLE,
             **arguments,
             **(spread or {}),
         )
+    check_keys(base, info, name, revision)
+    check_finite(base, name, revision, dtype)
+    forget_generation_config(base, name, revision)
     if checkpoint.adapter is None:
         return base
     if "disk" in {str(place) for place in getattr(base, "hf_device_map", {}).values()}:
@@ -260,9 +298,9 @@ def load_model(
             "where an adapter cannot be put on it; allow more (cpu: GiB), or ask what "
             "python -m pipeline export --format merged16 makes of it"
         )
-    return PeftModel.from_pretrained(
+    return put_adapter(
         base,
-        str(checkpoint.adapter),
+        checkpoint.adapter,
         is_trainable=train_adapter,
         autocast_adapter_dtype=not keep_dtype,
         torch_device="cpu",  # PEFT's own choice is the first GPU, in every process
@@ -286,7 +324,9 @@ def load_to_ask(checkpoint: Checkpoint, model: Model, limits: MaxMemory | None) 
     """
     dtype = choose_dtype(model)
     if limits is None:
-        return load_model(checkpoint, model, dtype=dtype).to(device())
+        loaded = load_model(checkpoint, model, dtype=dtype).to(device())
+        check_computes(loaded, str(checkpoint.adapter or checkpoint.base), device())
+        return loaded
     mine = [device().index] if int(os.environ.get("WORLD_SIZE", "1")) > 1 else range(torch.cuda.device_count())
     sizes: dict[int | str, float] = {}
     if limits.gpu is not None:
@@ -297,7 +337,10 @@ def load_to_ask(checkpoint: Checkpoint, model: Model, limits: MaxMemory | None) 
     atexit.register(shutil.rmtree, aside, ignore_errors=True)
     most = {where: int(size * 2**30) for where, size in sizes.items()} or None
     spread = {"device_map": "auto", "max_memory": most, "offload_folder": aside}
-    return load_model(checkpoint, model, dtype=dtype, spread=spread)
+    loaded = load_model(checkpoint, model, dtype=dtype, spread=spread)
+    if "disk" not in getattr(loaded, "hf_device_map", {}).values():  # reading all of it once more would take long
+        check_computes(loaded, str(checkpoint.adapter or checkpoint.base), input_device(loaded))
+    return loaded
 
 
 def merged(checkpoint: Checkpoint, model: Model, dtype: torch.dtype) -> PreTrainedModel:
@@ -312,8 +355,18 @@ def merged(checkpoint: Checkpoint, model: Model, dtype: torch.dtype) -> PreTrain
         loaded = loaded.dequantize(dtype=dtype)
     if checkpoint.adapter is None:
         return loaded
-    adapted = PeftModel.from_pretrained(loaded, str(checkpoint.adapter), torch_device=str(loaded.device))
-    return adapted.merge_and_unload(safe_merge=True)
+    adapted = put_adapter(loaded, checkpoint.adapter, torch_device=str(loaded.device))
+    with reading(f"adapter {checkpoint.adapter}"):
+        return adapted.merge_and_unload(safe_merge=True)
+
+
+def check_adapter_alone(checkpoint: Checkpoint, model: Model) -> None:
+    """ArtifactError where an adapter does not fit its base model, whose weights are not loaded for it."""
+    assert checkpoint.adapter is not None
+    with reading(f"model {checkpoint.base}"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(checkpoint.base, revision=revision_of(checkpoint, model), **NO_CODE)
+        skeleton = AutoModelForCausalLM.from_config(config, **NO_CODE)
+    check_adapter_fits(skeleton, checkpoint.adapter)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -341,11 +394,6 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, 
         )
 
 
-def as_list(ids: int | list[int] | None) -> list[int]:
-    """Configurations name one stop token, several, or none."""
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-
-
 def add_lora(base: PreTrainedModel, lora: Lora, *, keep_dtype: bool) -> PeftModel:
     """A fresh adapter on a base model. `keep_dtype`: ZeRO-3 needs the adapter in the base's precision."""
     targets: Any = lora.targets[0] if lora.targets == ("all-linear",) else list(lora.targets)
@@ -361,7 +409,7 @@ def add_lora_by_unsloth(
     """A fresh adapter on a base model, both by Unsloth (`model.backend`); what it saves loads as any adapter."""
     from unsloth import FastLanguageModel
 
-    with _hub_errors(checkpoint.base):
+    with reading(f"model {checkpoint.base}"):
         base, _ = FastLanguageModel.from_pretrained(
             model_name=checkpoint.base,
             revision=revision_of(checkpoint, model),
@@ -371,7 +419,10 @@ def add_lora_by_unsloth(
             load_in_8bit=model.quantization == "int8",
             load_in_16bit=model.quantization == "none",
             use_gradient_checkpointing="unsloth" if checkpointing else False,
+            **NO_CODE,
         )
+    check_finite(base, checkpoint.base, revision_of(checkpoint, model), dtype)
+    forget_generation_config(base, checkpoint.base, revision_of(checkpoint, model))
     return FastLanguageModel.get_peft_model(
         base,
         r=lora.r,
@@ -403,30 +454,21 @@ def revision_of(checkpoint: Checkpoint, model: Model) -> str | None:
     return model.revision if checkpoint.base == model.name else None
 
 
-@contextlib.contextmanager
-def _hub_errors(name: str) -> Any:
-    """Turn transformers' long stories about a model that cannot be had into one sentence."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError, struct.error, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ArtifactError(f"model {name}: cannot be loaded ({first})") from error
-
-
 def unpack_gguf(model: Model, out: Path) -> int:
     """Save the model of a GGUF file, its weights in 32 bit, as an ordinary model folder. Returns its parameters."""
     path = gguf_file(model)
     if path is None:
         raise ArtifactError(f"model.gguf: {model.gguf} is no file, nor one of an installed package")
-    with _hub_errors(str(path)):
-        unpacked = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    with reading(f"model.gguf: {path}"):
+        unpacked, info = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True, **NO_CODE
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, **NO_CODE)
+    check_keys(unpacked, info, str(path), None)
     config = unpacked.config  # a model that came from a packed file is not saved: its weights move to one that did not
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    plain = AutoModelForCausalLM.from_config(config)
+    plain = AutoModelForCausalLM.from_config(config, **NO_CODE)
     plain.load_state_dict(unpacked.state_dict())
     plain.generation_config = unpacked.generation_config
     plain.save_pretrained(out)
@@ -467,7 +509,7 @@ def make_scratch(scratch: Scratch, texts: Iterable[str], template: str, out: Pat
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, **NO_CODE)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return int(model.num_parameters())

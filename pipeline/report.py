@@ -23,7 +23,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipeline import __version__
 from pipeline.artifact import HISTORY, PROMPTS, Artifact
 from pipeline.charts import Mark, Series, curves, intervals, number
+from pipeline.errors import printable
 from pipeline.files import read_json, read_lines, write_json
+from pipeline.fingerprint import plain
+from pipeline.markdown import cell, fenced
 from pipeline.metrics import HEADLINE, LOWER_IS_BETTER, SOLVER, compare, outcome_of
 from pipeline.recipe import Goal, Recipe
 from pipeline.runtime import Runtime
@@ -274,8 +277,6 @@ def _provenance(artifact: Artifact) -> dict[str, Any]:
 
 def _settings(artifact: Artifact) -> str:
     """The resolved recipe as YAML."""
-    from pipeline.fingerprint import plain
-
     settings = plain(read_order(artifact.folder).recipe)  # data: a prompt with ${x} in it is no template
     return str(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
@@ -371,6 +372,7 @@ def render(name: str, page: dict[str, Any]) -> str:
     )
     environment.filters["figure"] = figure
     environment.filters["number"] = number
+    environment.filters |= {"fenced": fenced, "cell": cell, "printable": printable}
     environment.globals["lower_is_better"] = LOWER_IS_BETTER
     return environment.get_template(f"{name}.jinja").render(page)
 

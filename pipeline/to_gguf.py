@@ -25,6 +25,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pipeline.artifact import WEIGHTS
 from pipeline.errors import ArtifactError, LaunchError
+from pipeline.weight_checks import NO_CODE
 
 ARCHITECTURES = ("qwen2", "llama", "phi3")
 # how a byte-level vocabulary splits text before it merges: the name llama.cpp has for a pattern
@@ -54,21 +55,21 @@ def write_gguf(folder: Path, file: Path, quant: str, name: str, told: Callable[[
             whole.unlink(missing_ok=True)
     else:
         _write(folder, file, quant, name, told)
-    check_tokenizer_of(file, AutoTokenizer.from_pretrained(folder))
+    check_tokenizer_of(file, AutoTokenizer.from_pretrained(folder, **NO_CODE))
     return file.stat().st_size
 
 
 def _write(folder: Path, file: Path, quant: str, name: str, told: Callable[[str], None]) -> None:
     from gguf import GGUFWriter, LlamaFileType
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, **NO_CODE)
     if config.model_type not in ARCHITECTURES:
         raise ArtifactError(
             f"{folder}: a model of type {config.model_type} cannot be written as GGUF here; known: "
             f"{', '.join(ARCHITECTURES)}; export it as merged16 and use llama.cpp's convert_hf_to_gguf.py"
         )
     writer = GGUFWriter(file, config.model_type)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
     writer.add_name(name_in_file(name, tokenizer))
     types = {"q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0", "f16": "MOSTLY_F16"}
     writer.add_file_type(LlamaFileType[types[quant]])
@@ -306,7 +307,7 @@ def split_name(said: dict[str, Any]) -> str:
 
 def check_tokenizer_of(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """ArtifactError where the tokenizer read back from the file splits a prompt otherwise than the model's own."""
-    packed = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    packed = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, **NO_CODE)
     turns = [{"role": "user", "content": PROBE}]
     prompt = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
     ours, theirs = (one(prompt, add_special_tokens=False)["input_ids"] for one in (tokenizer, packed))

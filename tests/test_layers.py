@@ -13,13 +13,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    **dict.fromkeys(("errors", "typed", "fingerprint", "files", "loading", "libraries"), 0),
+    **dict.fromkeys(("errors", "typed", "fingerprint", "files", "loading", "libraries", "markdown"), 0),
     **dict.fromkeys(("recipe", "cluster", "slurm", "artifact", "progress", "runtime", "families"), 1),
     **dict.fromkeys(
         ("tasks", "rows", "rewards", "answers", "metrics", "charts", "rehearsal", "memory", "task_code"), 2
     ),
-    **dict.fromkeys(("modeling", "to_gguf", "generation", "distributed", "checkpoints", "monitor", "training"), 3),
-    "kernels": 3,
+    **dict.fromkeys(("modeling", "weight_checks", "template_trial", "to_gguf", "generation", "kernels"), 3),
+    **dict.fromkeys(("distributed", "checkpoints", "monitor", "training"), 3),
     "stage": 4,
     **dict.fromkeys(("preprocess", "sft", "grpo", "evaluate", "report", "export", "ask"), 5),
     **dict.fromkeys(("plan", "status", "fetch", "push"), 6),

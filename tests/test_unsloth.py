@@ -69,7 +69,9 @@ class FastLanguageModel:
         load_in_16bit: bool,
         revision: str | None,
         use_gradient_checkpointing: str | bool,
+        trust_remote_code: bool,
     ) -> tuple[Any, Any]:
+        assert not trust_remote_code
         FastLanguageModel.asked = {"4bit": load_in_4bit, "8bit": load_in_8bit, "length": max_seq_length}
         model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype)
         return model, AutoTokenizer.from_pretrained(model_name)
