@@ -17,5 +17,5 @@ def fenced(text: str, language: str = "") -> str:
 
 
 def cell(text: object) -> str:
-    """One line of a table or a list: line ends are blanks, and no character of it is Markdown or HTML."""
-    return re.sub(r"([\\`*_\[\]<>|!#~$&])", r"\\\1", printable(" ".join(str(text).split())))
+    """One line of a table or a list: line ends are blanks, and no character of it is a link, a tag or a border."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", printable(" ".join(str(text).split())))

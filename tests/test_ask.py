@@ -167,6 +167,19 @@ def test_a_terminal_shows_the_thought_dim_and_the_answer_plain(
     assert DIM not in quiet.getvalue()
 
 
+def test_an_answer_cannot_steer_the_terminal_and_a_pipe_gets_it_whole() -> None:
+    text = "a\x1b]0;title\x07\x1b[2J\x9b1m\r</think>\x1b[31mYes"
+    terminal, pipe = Terminal(), io.StringIO()
+    for out in (terminal, pipe):
+        screen = Screen(True, out)
+        for end in range(len(text) + 1):
+            screen.show(text[:end])
+        screen.end(text)
+    shown = terminal.getvalue().replace(DIM, "").replace(PLAIN, "")
+    assert shown == f"{OPEN}\na␛]0;title␇␛[2J\ufffd1m␍</think>␛[31mYes"
+    assert pipe.getvalue() == f"{OPEN}\n{text}"
+
+
 # ---------------------------------------------------------------- how it is asked
 
 

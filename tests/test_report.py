@@ -70,6 +70,30 @@ def test_the_texts_in_full(page: dict[str, Any], name: str) -> None:
     assert render(name, page) == (FIXTURES / name).read_text(encoding="utf-8")
 
 
+HOSTILE = "x\n```\n````\n</pre><script>alert(1)</script>\n# Title ![i](http://x) | cell\x1b[2J\x9b1m\u202e\ud800"
+
+
+def test_what_a_model_or_a_file_says_cannot_leave_its_place(page: dict[str, Any]) -> None:
+    page["prompts"] = [{"prompt": HOSTILE, "answers": {"tiny base": HOSTILE}}]
+    page["settings"] = {"tiny": f"prompt: |\n  {HOSTILE}"}
+    page["warnings"] = [HOSTILE]
+    text = render("report.md", page)
+    outside, fence = [], ""
+    for line in text.splitlines():
+        run = line[: len(line) - len(line.lstrip("`"))]
+        if fence:  # CommonMark: a fence ends at one that is at least as long, alone on its line
+            fence = "" if len(run) >= len(fence) and not line.strip("` ") else fence
+        elif len(run) >= 3:
+            fence = run
+        else:
+            outside.append(line)
+    assert not fence
+    assert not any("<script>" in line.replace("\\<", "") or line.startswith("# Title") for line in outside)
+    assert sum("script" in line for line in outside) == 1  # the warning, on one line
+    for name in ("report.md", "summary.txt"):
+        assert not set(render(name, page)) & set("\x1b\x9b\u202e\ud800")
+
+
 def difference(f1: tuple[float, float], balanced: tuple[float, float]) -> dict[str, Any]:
     def interval(low: float, high: float) -> dict[str, float]:
         return {"value": (low + high) / 2, "low": low, "high": high}
