@@ -20,17 +20,23 @@ from safetensors import safe_open
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline.artifact import find_checkpoint, open_artifact
+from pipeline.artifact import Artifact, find_checkpoint, open_artifact
+from pipeline.ask import Order as AskOrder
+from pipeline.ask import ask
+from pipeline.cluster import read_cluster
 from pipeline.errors import ArtifactError, PlanError
 from pipeline.export import evaluations, lineage
 from pipeline.export import run as export
+from pipeline.fingerprint import plain
 from pipeline.modeling import add_lora, load_model, load_tokenizer, make_scratch, merged, prompt_ids, train_tokenizer
-from pipeline.plan import export_plan, make_plan, order_of
+from pipeline.plan import evaluation_plan, export_plan, make_plan, order_of
 from pipeline.progress import ProgressFile
-from pipeline.recipe import Lora, Model, Scratch
+from pipeline.recipe import Lora, Model, Scratch, read
+from pipeline.report import _settings
 from pipeline.runtime import Runtime
-from pipeline.stage import read_order
+from pipeline.stage import Order, read_order, write_order
 from pipeline.to_gguf import interleaved, name_in_file, write_gguf
+from pipeline.typed import build
 
 ARCHITECTURES = ("qwen2", "llama", "phi3")
 ANSWER = "Pairs: A B linked. Links: A - B. naïve → 你好\n</think>\nTherefore: Yes"
@@ -105,6 +111,53 @@ def run_export(checkpoint: Path, out: Path, *words: str, format: str, quant: str
     progress = ProgressFile(None, "export")
     export(order.recipe, {}, out, Runtime(plan.cluster, progress, 0, 1, out, None, str(checkpoint), order.options))
     return out / {"adapter": "adapter", "gguf": "gguf"}.get(format, "model")
+
+
+def test_an_order_is_data_and_no_secret_of_the_environment_enters_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The step.json of somebody else names ${oc.env:…} wherever a text may stand; each text stays as it is."""
+    token = "hf_planted0token"
+    monkeypatch.setenv("HF_TOKEN", token)
+    planted = "What is ${oc.env:HF_TOKEN}? ${seed} ${x"
+    recipe, _ = read("tiny", ["model.dtype=float32", "evaluate.max_new_tokens=4"])
+    assert recipe is not None
+    recipe = replace(
+        recipe,
+        model=replace(recipe.model, revision=planted),
+        task=replace(recipe.task, params={**recipe.task.params, "instruction": planted}),
+        evaluate=replace(recipe.evaluate, prompts=(planted,)),
+    )
+    cluster, _ = read_cluster("local")
+    assert cluster is not None
+    step = tmp_path / "runs" / "tiny" / "sft-0"
+    make_scratch(Scratch("qwen2", 400, 16, 1, 2, 2, 32, 128, 10000.0, 0.05), ["A B"] * 9, "think", step / "model", 0)
+    write_order(step, Order("sft", "sft", "0", {}, recipe, cluster, {}))
+    place = str(step / "model")
+    for plan in (export_plan(place, format="merged16"), evaluation_plan(place, runs=tmp_path / "runs")):
+        folder = tmp_path / plan.steps[0].stage
+        write_order(folder, order_of(plan.steps[0], plan.cluster))
+        order = read_order(folder)
+        assert order.recipe.evaluate.prompts == (planted,)
+        assert order.recipe.task.params["instruction"] == planted
+        if order.stage == "export":
+            runtime = Runtime(order.cluster, ProgressFile(None, "export"), 0, 1, folder, None, place, order.options)
+            export(order.recipe, {}, folder, runtime)
+            assert planted in (folder / "model" / "README.md").read_text(encoding="utf-8")
+    artifact = Artifact("sft", "tiny", "0", {}, {}, {}, {}, {}, step)
+    (tmp_path / "settings.yaml").write_text(_settings(artifact), encoding="utf-8")
+    options = {"question": planted, "chat": False, "sample": False, "max_new_tokens": 3, "max_memory": None}
+    options |= dict.fromkeys(("temperature", "top_p", "top_k", "seed"))
+    asked, problems = build(
+        AskOrder,
+        json.loads(json.dumps({"asked": [{"checkpoint": place, "recipe": plain(recipe)}], "options": options})),
+    )
+    assert asked is not None, problems
+    ask(asked)
+    seen = capsys.readouterr()
+    assert token not in seen.out + seen.err
+    for file in (path for path in tmp_path.rglob("*") if path.is_file()):
+        assert token.encode() not in file.read_bytes(), file
 
 
 # ---------------------------------------------------------------- merged, and adapters
