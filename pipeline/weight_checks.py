@@ -1,7 +1,7 @@
 """What has to hold before a checkpoint is used: every tensor, adapter key and tokenizer file fits.
 
     with reading(f"model {folder}"):          any failure of library code on a user's file becomes one sentence
-        model, info = AutoModelForCausalLM.from_pretrained(folder, **SAFE, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(folder, **NO_PICKLE, output_loading_info=True)
     check_keys(model, info, folder, revision)
 
 transformers draws missing tensors at random and drops unexpected ones with a warning, PEFT does the same with an
