@@ -11,6 +11,7 @@ The floors, imports going down only (tests/test_layers.py):
     4  stage                                             the table of stages and the harness
     3  modeling to_gguf generation checkpoints monitor training distributed     torch and its libraries
     2  tasks/ rewards/ answers metrics                   what is asked, and what counts
+       answers reads with verdicts quantities expressions units arithmetic reading
     1  recipe cluster artifact progress                  what travels, typed
     0  errors typed fingerprint
 """

@@ -1,26 +1,68 @@
-"""The only reader of model text: the thought, what follows it, the verdict, number, expression, choice or words.
+r"""The only reader of model text: the thought, what follows it, the verdict, number, expression, choice or words.
 
-The verdict is what stands after the first `</think>`. An unclosed thought, no verdict, or two that disagree are
-unanswered, and so is a verdict that names both answers, quotes the instruction or stands in a second thought. Nothing
-that stands inside the thought counts. A chat format that pre-fills `<think>` (R1-Distill, tiny) makes a completion
-begin inside it.
+The final answer is what stands after the first `</think>`. Nothing inside the thought counts. An unclosed thought, no
+answer, or two that disagree are unanswered, and each reader gives the reason, a word of `pipeline.reading.REASONS`:
+`read_verdict`, `read_quantity`, `read_expression`, `read_choice` and `read_words`; `verdict`, `number` and their like
+are the same without it. A chat format that pre-fills `<think>` (R1-Distill, tiny) makes a completion begin inside it.
 
-Other final answers have to be marked as such (`stated`): after `####`, in `\\boxed{}`, after "answer is". Marks that
-disagree are unanswered too. Everything is read in time that grows with the length of the text only.
+Final answers other than verdicts have to be marked as such (`stated`): after `####`, in `\boxed{}` or `<answer>`,
+after "answer is". Everything is read in time that grows with the length of the text only, and nothing is evaluated.
+The readers of one short text are in verdicts, quantities, units, arithmetic and expressions.
 """
 
 from __future__ import annotations
 
-import math
 import re
-import threading
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 
+from pipeline.expressions import same_expression
+from pipeline.quantities import LONGEST, Quantity, quantity_in, same_quantity, same_value
+from pipeline.reading import REASONS, Reading, compatible, normalised, unread, unwrapped, without_invisible
+from pipeline.units import Unit, unit_of
+from pipeline.verdicts import YES_NO, verdict_in
+
+__all__ = [  # what tasks and rewards may use, the other readers' too
+    "CLOSE",
+    "LONGEST",
+    "OPEN",
+    "REASONS",
+    "YES_NO",
+    "Parts",
+    "Quantity",
+    "Reading",
+    "Unit",
+    "answer_text",
+    "choice",
+    "expression",
+    "final_text",
+    "has_thought",
+    "is_well_formed",
+    "normalised",
+    "number",
+    "quantity",
+    "quantity_in",
+    "read_choice",
+    "read_expression",
+    "read_quantity",
+    "read_text",
+    "read_verdict",
+    "read_words",
+    "same_expression",
+    "same_quantity",
+    "same_value",
+    "split_thought",
+    "stated",
+    "thinks_then_answers",
+    "unit_of",
+    "verdict",
+    "words",
+]
+
 OPEN, CLOSE = "<think>", "</think>"
+MOST = 100_000  # characters after a thought, blanks taken together: no model is asked for as many
 
 
 @dataclass(frozen=True)
@@ -46,159 +88,206 @@ def split_thought(completion: str, prefilled: bool) -> Parts:
     return Parts(thought, after, opened and tags == 2)
 
 
-_MENTION = re.compile(r"\bTherefore\s*:", re.IGNORECASE)
-YES_NO = ("Yes", "No")
-
-
-@cache
-def _verdicts(words: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """Where one of these verdicts is given, and an answer that is nothing but one of them."""
-    one = "|".join(words)
-    other = rf"[\s*_]*(?:/|\||,?\s*(?:or|and)\b|[ \t,;.*_]*(?:{one})\b)"
-    said = rf"\bTherefore\s*:[\s*_]*(?P<word>{one})\b(?!{other})"
-    return re.compile(said, re.IGNORECASE), re.compile(rf"\s*Therefore: (?:{one})\s*")
-
-
-def verdict(completion: str, prefilled: bool, words: Sequence[str] = YES_NO) -> str | None:
-    """`Yes`, `No` (or another of `words`), or None where the completion does not commit to one of them."""
-    answer = answer_text(completion, prefilled)
-    if answer is None:
-        return None
-    said = [match["word"].capitalize() for match in _verdicts(tuple(words))[0].finditer(answer)]
-    if len(said) != len(_MENTION.findall(answer)) or len(set(said)) != 1:
-        return None
-    return said[0]
-
-
-def is_well_formed(completion: str, prefilled: bool, words: Sequence[str] = YES_NO) -> bool:
-    """Whether the completion is one thought that is not empty, then `Therefore: Yes` or `Therefore: No` alone."""
-    answer = split_thought(completion, prefilled).answer
-    return thinks_then_answers(completion, prefilled) and bool(_verdicts(tuple(words))[1].fullmatch(answer or ""))
-
-
-# ---------------------------------------------------------------- final answers that are marked as such
-
-LONGEST, MARKS = 300, 20  # characters of a final answer, and how often one is stated: what is more is none
-_MARK = re.compile(r"####|\\boxed(?![A-Za-z])|\banswer\b[\s*_]*(?:is\b|:|=)[\s*_:]*", re.IGNORECASE)
-
-
 def answer_text(completion: str, prefilled: bool) -> str | None:
     """What stands after the thought; None where the thought never ends or a second one begins."""
     answer = split_thought(completion, prefilled).answer
     return None if answer is None or OPEN in answer or CLOSE in answer else answer
 
 
+def final_text(completion: str, prefilled: bool) -> Reading[str]:
+    """The text that holds the final answer, or why there is none."""
+    answer = split_thought(completion, prefilled).answer
+    if answer is None:
+        return unread("unclosed_thought")
+    if OPEN in answer or CLOSE in answer:
+        return unread("two_thoughts")
+    if len(answer) > MOST:
+        answer = re.sub(r"\s{2,}", lambda blanks: "\n" if "\n" in blanks[0] else " ", answer)
+        if len(answer) > MOST:
+            return unread("too_long")
+    return Reading(answer) if answer.strip() else unread("empty")
+
+
+def read_text(completion: str, prefilled: bool) -> Reading[str]:
+    """The answer as prose, for tasks whose answers nothing verifies."""
+    text = answer_text(completion, prefilled)
+    if text is None:
+        return unread(final_text(completion, prefilled).reason or "unread")
+    return Reading(text.strip()) if text.strip() else unread("empty")
+
+
+def _has_words(text: str | None) -> bool:
+    """Whether a thought says something: a dot or blanks are no thought."""
+    return re.search(r"[^\W_]", text or "") is not None
+
+
 def has_thought(completion: str, prefilled: bool) -> bool:
-    """Whether the completion thinks and comes to an end of it."""
+    """Whether the completion thinks, in words, and comes to an end of it."""
     parts = split_thought(completion, prefilled)
-    return parts.answer is not None and bool((parts.thought or "").strip())
+    return parts.answer is not None and _has_words(parts.thought)
 
 
 def thinks_then_answers(completion: str, prefilled: bool) -> bool:
-    """Whether the completion is one thought that is not empty, then an answer."""
+    """Whether the completion is one thought that has words, then an answer."""
     parts = split_thought(completion, prefilled)
-    return bool(parts.well_formed and parts.thought and parts.thought.strip() and parts.answer and parts.answer.strip())
+    return bool(parts.well_formed and _has_words(parts.thought) and parts.answer and parts.answer.strip())
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+@cache
+def _verdict_alone(words: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(rf"\s*Therefore: (?:{'|'.join(map(re.escape, words))})\s*")
+
+
+def read_verdict(completion: str, prefilled: bool, words: Sequence[str] = YES_NO) -> Reading[str]:
+    """`Yes`, `No` (or another of `words`), or why the completion does not commit to one of them."""
+    text = final_text(completion, prefilled)
+    return text if text.value is None else verdict_in(text.value, words)
+
+
+def verdict(completion: str, prefilled: bool, words: Sequence[str] = YES_NO) -> str | None:
+    """`Yes`, `No` (or another of `words`), or None where the completion does not commit to one of them."""
+    return read_verdict(completion, prefilled, words).value
+
+
+def is_well_formed(completion: str, prefilled: bool, words: Sequence[str] = YES_NO) -> bool:
+    """Whether the completion is one thought that has words, then `Therefore: Yes` or `Therefore: No` alone."""
+    answer = split_thought(completion, prefilled).answer
+    return thinks_then_answers(completion, prefilled) and bool(_verdict_alone(tuple(words)).fullmatch(answer or ""))
+
+
+# ---------------------------------------------------------------- final answers that are marked as such
+
+MARKS = 20  # how often a final answer is stated: what is more is none
+_MARK = re.compile(
+    r"(?P<hashes>(?<!\#)\#{4}(?!\#))|(?P<box>\\(?:boxed|fbox)(?![A-Za-z]))|(?P<tag><answer>)"
+    r"|(?P<loose>\banswer\b[\s*_\"']*(?:(?:is|are)\b|[:：=])|\bcorrect\s(?:option|choice)\b[\s*_]*(?:is\b|[:：])"
+    r"|答案\s?(?:是|为|[:：])|^[\#*_ \t]*(?:the[ \t])?(?:final[ \t])?answer[*_ \t]*$)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_LEAD = re.compile(r"(?:[\s*_:：]|\\\[|\\\(|\$\$|(?:therefore|thus|then|hence|simply|clearly)\b,?)+", re.IGNORECASE)
+_LEADS_ON = re.compile(
+    r"(?:^|[.,;:\s])\s{0,9}(?:(?:so|thus|hence|therefore),?\s{0,9})?(?:the|my|our)?\s{0,9}(?:final|correct|right)?\s{0,9}$",
+    re.IGNORECASE,
+)
+_HOPE = re.compile(r"[\s$.]*\bI hope (?:it|this) is correct\b.*", re.IGNORECASE | re.DOTALL)
+_DENIED_BEFORE = re.compile(
+    r"(?:\b(?:not|never|cannot\s{1,9}be)|n['’]t"
+    r"|\b(?:not|n['’]t|wrong|false|incorrect|untrue|den(?:y|ies)|doubt|reject)\b[^.,;:!?\n]{0,40}\bthat\b"
+    r"(?:\s{1,9}(?:the|my|our))?(?:\s{1,9}(?:final|correct))?(?:\s{1,9}answer\s{1,9}is)?"
+    r"|\b(?:wrong|incorrect|false|not)\s{1,9}to\s{1,9}(?:say|write|answer|claim|conclude))[\s\"'“$:*_({\\\[]{0,20}$",
+    re.IGNORECASE,
+)
+_DENIED_AFTER = re.compile(
+    r"[\s$.*_\"'”)\]\\}]{0,9}(?:is|are|was|would\s{1,9}be)\s{1,9}(?:not|wrong|incorrect|false|untrue)\b", re.IGNORECASE
+)
 
 
 def stated(text: str | None) -> list[str]:
-    r"""Every final answer that is marked as one: after `####`, in `\boxed{}`, after "answer is" or "Answer:".
+    r"""Every final answer that is marked as one: after `####`, in `\boxed{}` or `<answer>`, after "answer is".
 
-    Empty where there is none, and where a box or `####` has nothing after it (an instruction that is quoted). Beside
-    those two, the looser words count only where they name a number: `The answer is 6. #### 5` is two answers.
+    Four # mark one only with mathematics or a letter on their line or the next (`#### Step 1` is a heading), and an
+    empty box marks none. Beside a strict mark the looser words count only where they name a number: `The answer is 6.
+    #### 5` is two answers. Empty where there is none, and where one is too long, denied or marked too often.
     """
-    strict, loose, text = [], [], text or ""
+    return _stated(text or "").value or []
+
+
+def _stated(text: str) -> Reading[list[str]]:
+    strict, loose = list[str](), list[str]()
+    text = text if text.isascii() else without_invisible(text, "\ufffd")
     for count, mark in enumerate(_MARK.finditer(text), 1):
         if count > MARKS:
-            return []
-        rest = text[mark.end() : mark.end() + LONGEST + 20]
-        boxed = mark.group().lower() == r"\boxed"
-        content = (_braces(rest) if boxed else rest.partition("\n")[0]) or ""
-        if not boxed and r"\boxed" in content:
-            continue  # "the answer is \boxed{5}": the box says it
-        content = _MARK.split(content)[0].strip().strip("*_").strip() if not boxed else content.strip()
-        if mark.group().lower().startswith("answer"):
+            return unread("too_many_answers")
+        found = _content(text, mark)
+        if found is None:
+            return unread("no_answer")
+        content, end = found
+        if not content or (mark["hashes"] and not _is_final(content)):
+            continue
+        if _DENIED_BEFORE.search(text, max(0, mark.start() - 120), mark.start()) or _DENIED_AFTER.match(text, end):
+            return unread("denied_answer")
+        if mark["loose"]:
             loose.append(content)
-        elif not content or len(content) > LONGEST:
-            return []
+        elif len(content) > LONGEST:
+            return unread("too_long")
         else:
             strict.append(content)
     if strict:
-        return [*(content for content in loose if quantity_in(content)), *strict]
-    return [content for content in loose if content and len(content) <= LONGEST]
+        return Reading([*(content for content in loose if quantity_in(content)), *strict])
+    short = [content for content in loose if len(content) <= LONGEST]
+    return Reading(short) if short else unread("too_long" if loose else "no_answer")
+
+
+def _content(text: str, mark: re.Match[str]) -> tuple[str, int] | None:
+    """(what a mark states, where that ends), empty where another mark states it; None for braces that never close."""
+    place = mark.end()
+    if mark["box"]:
+        inner = _braces(text[place : place + LONGEST + 20])
+        if inner is None:
+            return None
+        return ("" if re.search(r"\\(?:boxed|fbox)(?![A-Za-z])", inner) else inner.strip(), place + len(inner) + 2)
+    if lead := _LEAD.match(text, place):
+        place = lead.end()
+    rest = text[place : place + LONGEST + 20]
+    content = rest.partition("</answer>")[0] if mark["tag"] and "</answer>" in rest else rest.partition("\n")[0]
+    end = place + len(content)
+    if re.search(r"\\(?:boxed|fbox)(?![A-Za-z])", content):
+        return "", end  # "the answer is \boxed{5}": the box says it
+    parts = _MARK.split(content, maxsplit=1)
+    if len(parts) > 1:
+        content = _LEADS_ON.sub("", parts[0])
+    return _HOPE.sub("", content).replace(r"\]", "").replace("$$", "").strip().strip("*_").strip(), end
+
+
+def _is_final(text: str) -> bool:
+    """Whether what follows four # is an answer: a number, a formula, a letter; not a heading."""
+    if quantity_in(text):
+        return True
+    plain = re.sub(r"\\[A-Za-z]+", " ", unwrapped(text, " "))
+    return re.search(r"[^\W_]", text) is not None and re.search(r"[^\W\d_]{2}", plain) is None
 
 
 def _braces(text: str) -> str | None:
-    """The content of the braces that the text begins with; None where they never close."""
-    depth, text = 0, text.lstrip()
-    for place, letter in enumerate(text):
+    """The content of the braces that the text begins with; None where there are none or they never close."""
+    text, depth, place = text.lstrip(), 0, 0
+    while place < len(text):
+        letter = text[place]
+        if letter == "\\":
+            place += 2
+            continue
         depth += (letter == "{") - (letter == "}")
         if depth == 0:
             return text[1:place] if place else None
+        place += 1
     return None
 
 
-# ---------------------------------------------------------------- numbers and quantities
+def _marked(completion: str, prefilled: bool) -> Reading[list[str]]:
+    text = final_text(completion, prefilled)
+    return unread(text.reason or "unread") if text.value is None else _stated(text.value)
 
 
-@dataclass(frozen=True)
-class Quantity:
-    """A number, powers of ten folded in, and the unit that follows it, as written."""
-
-    value: Fraction
-    unit: str
+# ---------------------------------------------------------------- numbers and expressions
 
 
-DIGITS, EXPONENT = 40, 200  # what is longer or larger is not read: it would only cost time
-_WRAPPERS = re.compile(r"\\(?:text|mathrm|mathbf|mathit|operatorname|rm|bf)\s*\{([^{}]*)\}")
-_SPACES = re.compile(r"\\[,;:! ]|\\q?quad|~|\\(?:left|right)(?![A-Za-z])")
-_TEN = r"10\s*\^\s*\{?\s*(?P<%s>[+-]?[0-9]{1,4})(?![0-9])\s*\}?"
-_DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-_NUMBER = re.compile(
-    r"(?:approximately|about|roughly|\\approx|\\sim|≈|=|\s)*(?P<sign>[+-]?)\s*[$€£]?\s*(?:"
-    r"\\[dt]?frac\s*\{\s*(?P<top>[+-]?[0-9]+)\s*\}\s*\{\s*(?P<under>[0-9]+)\s*\}"
-    rf"|{_TEN % 'alone'}"
-    rf"|(?P<number>{_DECIMAL})(?:\s*/\s*(?P<divisor>[0-9]+)(?![0-9A-Za-z.]))?)"
-    rf"(?:[eE](?P<e>[+-]?[0-9]{{1,4}})(?![0-9A-Za-z])|\s*(?:×|\\times|\\cdot|·|\*|x)?\s*{_TEN % 'power'})?"
-    r"(?P<unit>.*)",
-    re.DOTALL,
-)
-_NAMED = re.compile(r"\s*\\?[A-Za-z](?:[A-Za-z]{0,11}|_\{?[A-Za-z0-9]{1,8}\}?)\s*(?==)")  # "v = " before the number
-_NO_UNIT = re.compile(
-    r"\s*[0-9,^/+\-({!]|.*(?:[=<>≤≥;]|\b(?:or|and|to)\b|\\(?!circ|degree|mu|Omega|AA|cdot))|.*(?<![\^_{A-Za-z0-9-])[+-]?[0-9]",
-    re.DOTALL,
-)
-
-
-def quantity_in(text: str) -> Quantity | None:
-    r"""The one number of a short text with its unit: `1,234`, `$18.00`, `v = -2.5 \times 10^{-3}\ \mathrm{m/s^2}`.
-
-    None where there is none, or two (`5 or 6`, `6=5`), or one that is too long or too large (`1e999`). Only the
-    digits 0-9 are read.
-    """
-    if len(text) > LONGEST:
-        return None
-    text = text.replace("−", "-").replace(r"\$", "$").replace("{,}", ",").replace(r"\%", "%")
-    text = re.sub(r"\\[()\[\]]", "", _SPACES.sub(" ", _WRAPPERS.sub(r" \1 ", _WRAPPERS.sub(r" \1 ", text))))
-    text = re.sub(r"\$(?![0-9\s.])|(?<=[0-9A-Za-z}\s])\$", "", text).strip().strip("$*").strip()
-    match = _NUMBER.fullmatch(_NAMED.sub("", text, count=1))
-    if match is None:
-        return None
-    unit = re.split(r"\.(?=\s|$)", match["unit"], maxsplit=1)[0].rstrip(" .,;*")
-    said = (match["number"] or match["top"] or "1").replace(",", "")
-    under = match["under"] or match["divisor"] or "1"
-    power = sum(int(match[name] or 0) for name in ("e", "alone", "power"))
-    if _NO_UNIT.match(unit) or max(len(said), len(under)) > DIGITS or abs(power) > EXPONENT or not int(under):
-        return None
-    value = Fraction(said) / int(under) * Fraction(10) ** power
-    return Quantity(-value if match["sign"] == "-" else value, unit.strip())
+def read_quantity(completion: str, prefilled: bool) -> Reading[Quantity]:
+    """The number (with its unit) that the completion states as its final answer, or why there is none."""
+    texts = _marked(completion, prefilled)
+    if texts.value is None:
+        return unread(texts.reason or "unread")
+    found = [quantity_in(text) for text in texts.value]
+    one = found[-1]
+    if one is None or None in found:
+        return unread("no_number")
+    return Reading(one) if all(same_value(one, other) for other in found if other) else unread("two_numbers")
 
 
 def quantity(completion: str, prefilled: bool) -> Quantity | None:
     """The number (with its unit) that the completion states as its final answer; None where two disagree."""
-    found = [quantity_in(text) for text in stated(answer_text(completion, prefilled))]
-    if not found or None in found or len({one.value for one in found if one}) != 1:
-        return None
-    return found[-1]
+    return read_quantity(completion, prefilled).value
 
 
 def number(completion: str, prefilled: bool) -> Fraction | None:
@@ -207,141 +296,82 @@ def number(completion: str, prefilled: bool) -> Fraction | None:
     return found.value if found else None
 
 
-_PREFIXES = {"T": 12, "G": 9, "M": 6, "k": 3, "d": -1, "c": -2, "m": -3, "µ": -6, "μ": -6, "n": -9, "p": -12, "f": -15}
-_UNITS = ("m", "g", "s", "J", "N", "Pa", "W", "V", "A", "Hz", "K", "mol", "eV", "C", "F", "T", "L", "Ω", "cal", "bar")
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A unit taken apart: `$10^{6} \\mathrm{~km/s}$` has ten 6, prefix 3 and bases {m: 1, s: -1}."""
-
-    ten: int  # the power of ten that is written in front of it
-    prefix: int  # that of its SI prefixes
-    bases: dict[str, int] | None  # None where not all of it is understood
-
-
-def unit_of(text: str) -> Unit:
-    text = _SPACES.sub(" ", _WRAPPERS.sub(r" \1 ", text.replace("$", " ")))
-    text = re.sub(r"\\mu\s*", "µ", re.sub(r"[{}]", "", text)).replace("\\", " ").strip()
-    ten = re.match(r"(?:×|times|x)?\s*10\s*\^\s*([+-]?[0-9]{1,3})", text)
-    prefix, bases, side = 0, dict[str, int](), 1
-    for token in re.findall(r"/|[A-Za-zµμΩ]+(?:\s*\^\s*[+-]?[0-9]{1,2})?|[^\s·*]", text[ten.end() :] if ten else text):
-        if token == "/":
-            side = -1
-            continue
-        name, _, high = token.replace(" ", "").partition("^")
-        scale, base = (0, name) if name in _UNITS else (_PREFIXES.get(name[:1]), name[1:])
-        if base not in _UNITS or scale is None:
-            return Unit(int(ten[1]) if ten else 0, 0, None)
-        prefix += scale * side * int(high or 1)
-        bases[base] = bases.get(base, 0) + side * int(high or 1)
-    return Unit(int(ten[1]) if ten else 0, prefix, {base: high for base, high in bases.items() if high})
-
-
-def same_quantity(gold: Fraction, unit: str, said: Quantity, tolerance: float) -> bool:
-    """Whether a stated quantity is the gold one, within a share `tolerance` of it.
-
-    Powers of ten and SI prefixes of both units are folded in. An answer without a unit may leave out the gold unit's
-    power of ten too. A unit that is not understood is not held against an answer: only its number counts.
-    """
-    asked, given = unit_of(unit), unit_of(said.unit)
-    values = [said.value]
-    if not said.unit:
-        values.append(said.value * Fraction(10) ** asked.ten)
-    elif asked.bases is not None and asked.bases == given.bases:
-        values = [said.value * Fraction(10) ** (given.prefix - asked.prefix)]
-    right = gold * Fraction(10) ** asked.ten
-    return any(abs(value - right) <= Fraction(str(tolerance)) * abs(right) for value in values)
-
-
-# ---------------------------------------------------------------- expressions
-
-_COMMANDS = re.compile(
-    "[dt]?frac|sqrt|pi|cdot|times|left|right|infty|cup|pm|ln|log|sin|cos|tan|exp|circ|leq?|geq?|theta|alpha|beta|quad"
-)
-SECONDS = 2  # for one comparison
+def read_expression(completion: str, prefilled: bool) -> Reading[str]:
+    """The final answer as written, or why there is none."""
+    texts = _marked(completion, prefilled)
+    if texts.value is None:
+        return unread(texts.reason or "unread")
+    found = [_formula(text) for text in texts.value]
+    return Reading(found[-1]) if all(same_expression(found[-1], one) for one in found[:-1]) else unread("two_answers")
 
 
 def expression(completion: str, prefilled: bool) -> str | None:
     """The final answer as written; None where there is none, or two that are not the same."""
-    found = stated(answer_text(completion, prefilled))
-    if not found or any(not same_expression(found[-1], other) for other in found[:-1]):
-        return None
-    return found[-1]
+    return read_expression(completion, prefilled).value
 
 
-def same_expression(gold: str, said: str) -> bool:
-    """Whether two final answers are equal: as numbers, as texts, or by math-verify (Kydlíček 2025).
-
-    What could take long (towers of exponents, factorials, long numbers, sums) and what says two things (`6=5`) is
-    not handed to math-verify. Its own time limits work in the main thread only, and are used there.
-    """
-    numbers = quantity_in(gold), quantity_in(said)
-    if numbers[0] and numbers[1] and all(_is_unit(one.unit) for one in numbers if one):
-        return numbers[0].value == numbers[1].value
-    if _bare(gold) == _bare(said):
-        return True
-    if not (_harmless(gold) and _harmless(said)):
-        return False
-    from math_verify import parse, verify
-
-    seconds = SECONDS if threading.current_thread() is threading.main_thread() else None
-    both = [parse(rf"\boxed{{{text}}}", parsing_timeout=seconds) for text in (gold, said)]
-    return bool(both[0] and both[1] and verify(both[0], both[1], timeout_seconds=seconds))
-
-
-def _is_unit(text: str) -> bool:
-    """Whether what follows a number is a unit or a word, and no variable (`3x`)."""
-    return unit_of(text).bases is not None or re.match(r"[A-Za-z]{3}|[%°]|\^?\\circ", text) is not None
-
-
-def _bare(text: str) -> str:
-    """An expression without what does not change it: spaces, dollars, sizes of brackets, fonts."""
-    text = _SPACES.sub("", _WRAPPERS.sub(r"\1", text)).replace("dfrac", "frac").replace("tfrac", "frac")
-    return re.sub(r"\\[()\[\]]|[\s$]", "", text).rstrip(".")
-
-
-def _harmless(text: str) -> bool:
-    """Whether comparing an expression costs little and it says one thing."""
-    if len(text) > 120 or not re.fullmatch(r"[0-9A-Za-z\\{}()\[\]+\-*/^_.,=<>|\s$]*", text):
-        return False
-    if not all(_COMMANDS.fullmatch(name) for name in re.findall(r"\\([A-Za-z]+)", text)):
-        return False
-    if re.search(r"[0-9]{13}", text) or ("=" in text and not re.fullmatch(r"[\s$]*[A-Za-z]{1,3}\s*=[^=]*", text)):
-        return False
-    powers = re.findall(r"\^\s*(?:\{([^{}^]{1,8})\}|([0-9A-Za-z]))", text)
-    if len(powers) != text.count("^"):
-        return False
-    high = [int(digits) for pair in powers for digits in re.findall(r"[0-9]+", "".join(pair))]
-    return math.prod(max(1, exponent) for exponent in high) <= 50
+def _formula(text: str) -> str:
+    """A final answer without the sentence around it: `$x = 5$, which …` is `x = 5`."""
+    formula = re.match(r"\$([^$]+)\$\s*(?:[.,;]\s|[.,;]?$)|\\\((.+?)\\\)\s*(?:[.,;]\s|[.,;]?$)", text)
+    if formula and not re.search(r"\$", text[formula.end() :]):
+        return (formula[1] or formula[2]).strip()
+    return re.split(r"\.(?=\s|$)", text, maxsplit=1)[0].strip()
 
 
 # ---------------------------------------------------------------- choices and words
 
-_CHOICE = re.compile(r"\(?(?P<letter>[A-E])\)?(?=\s*(?:$|[.,:;)\]]|because\b|since\b))")
-_OTHER = re.compile(r"(?:\b(?:or|and)\b|[,;/&|])\s*\(?[A-E](?![A-Za-z'])")
+_CHOICE = re.compile(r"\(?(?P<letter>[A-E])\)?(?=\s*(?:$|[.,:;)\]]|because\b|since\b|\n))")
+_OTHER = re.compile(
+    r"(?:\b(?:or|and|but|not|rather|actually)\b|[,;/&|])[^.\n]{0,24}?\(?(?<![A-Za-z])[A-E](?![A-Za-z'])(?!\s+[a-z])"
+)
 _LISTED = re.compile(r"(?<![A-Za-z])([A-E])\)")  # a choice as it is listed in a question
+
+
+def read_choice(completion: str, prefilled: bool) -> Reading[str]:
+    """The letter A-E that the completion states, marked as its answer or alone, or why there is none."""
+    text = final_text(completion, prefilled)
+    if text.value is None:
+        return text
+    marked = _stated(text.value)
+    found = marked.value or []
+    if not found and marked.reason == "no_answer" and len(text.value.strip()) <= len("**(A)**."):
+        found = [text.value.strip()]
+    if not found:
+        return unread(marked.reason or "no_answer")
+    plain = [
+        re.sub(
+            r"^(?:option|choice|letter)\s+",
+            "",
+            unwrapped(compatible(one), r"\1").strip(" $*_\"'`"),
+            flags=re.IGNORECASE,
+        )
+        for one in found
+    ]
+    letters = {match["letter"] if match else None for match in map(_CHOICE.match, plain)}
+    if None in letters:
+        return unread("no_choice")
+    if len(letters) != 1 or any(_OTHER.search(one) or len(set(_LISTED.findall(one))) > 1 for one in plain):
+        return unread("two_choices")
+    return Reading(letters.pop())
 
 
 def choice(completion: str, prefilled: bool) -> str | None:
     """The letter A-E that the completion states, marked as its answer or alone; None where it names two."""
-    answer = (answer_text(completion, prefilled) or "").strip()
-    found = stated(answer) or ([answer] if len(answer) <= len("(A).") else [])
-    matches = [_CHOICE.match(_WRAPPERS.sub(r"\1", text).strip(" $*_")) for text in found]
-    letters = {match["letter"] if match else None for match in matches}
-    if len(letters) != 1 or any(_OTHER.search(text) or len(set(_LISTED.findall(text))) > 1 for text in found):
-        return None
-    return letters.pop()
+    return read_choice(completion, prefilled).value
 
 
-def normalised(text: str) -> str:
-    """Words only: one case, no punctuation, no articles, one space between them."""
-    text = unicodedata.normalize("NFKC", _WRAPPERS.sub(r"\1", text)).casefold()
-    words = re.sub(r"[^\w]+", " ", text).split()
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
+def read_words(completion: str, prefilled: bool) -> Reading[str]:
+    """The final answer in normalised words, or why there is none."""
+    texts = _marked(completion, prefilled)
+    if texts.value is None:
+        return unread(texts.reason or "unread")
+    found = {normalised(text) for text in texts.value}
+    if len(found) != 1:
+        return unread("two_answers")
+    said = found.pop()
+    return Reading(said) if said else unread("no_words")
 
 
 def words(completion: str, prefilled: bool) -> str | None:
     """The final answer in normalised words; None where there is none, or two that differ."""
-    found = {normalised(text) for text in stated(answer_text(completion, prefilled))}
-    return found.pop() or None if len(found) == 1 else None
+    return read_words(completion, prefilled).value

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from pipeline.answers import CLOSE, OPEN, split_thought
+from pipeline.answers import CLOSE, OPEN, REASONS, split_thought
 from pipeline.artifact import find_checkpoint
 from pipeline.cluster import MaxMemory
 from pipeline.errors import PlanError, printable, run_main
@@ -87,7 +87,9 @@ class Answer:
         """The answer the task reads, or why there is none."""
         if self.completion.truncated:
             return f"none: cut off after {self.completion.tokens} tokens (--max-new-tokens)"
-        return printable(self.verdict.answer or "yes") if self.verdict.answered else "none that can be read"
+        if self.verdict.answered:
+            return printable(self.verdict.answer or "yes")
+        return f"none that can be read: {REASONS.get(self.verdict.reason or '', REASONS['unread'])}"
 
 
 def main() -> int:
@@ -185,7 +187,7 @@ def tell(loaded: Loaded, question: str, out: TextIO) -> Answer:
     seeds = [seed_of(loaded.seed, prompt)]
     completion = generate_batch(loaded.model, loaded.tokenizer, [prompt], sampling, seeds, stream)[0]
     screen.end(completion.text)
-    verdict = loaded.task.grade(example, completion.text, loaded.prefilled)
+    verdict = loaded.task.judge(example, completion.text, loaded.prefilled, completion.truncated)
     answer = Answer(completion, verdict, time.time() - started)
     print(f"\n\nverdict: {answer.read}   ({completion.tokens} tokens, {answer.seconds:.1f} s)", file=out, flush=True)
     opened = f"{OPEN}\n" if loaded.prefilled else ""

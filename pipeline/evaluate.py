@@ -26,7 +26,7 @@ from pipeline.cluster import AUTO_EVALUATE
 from pipeline.errors import DataError
 from pipeline.files import read_lines, write_json
 from pipeline.generation import Sampling, generate, mean_log_likelihood
-from pipeline.metrics import baseline_figures, outcome_of, summarize
+from pipeline.metrics import baseline_figures, outcome_of, reasons_of, summarize
 from pipeline.modeling import (
     check_tokenizer,
     encode_rows,
@@ -85,7 +85,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         for index, completion in completions:
             split, row = left[index]
             example = example_of(row)
-            verdict = task.grade(example, completion.text, prefilled)
+            verdict = task.judge(example, completion.text, prefilled, completion.truncated)
             record = {
                 "split": split,
                 "id": row["id"],
@@ -96,7 +96,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
                 "answer": verdict.answer,
                 "correct": verdict.correct,
                 "proxy": verdict.proxy,
-                "answered": verdict.answered and not completion.truncated,
+                "answered": verdict.answered,
+                "reason": verdict.reason,
                 "solved": task.solve(example),
                 "thought": has_thought(completion.text, prefilled),
                 "preferred": prefers(model, tokenizer, row),
@@ -183,6 +184,7 @@ def count(records: list[dict[str, Any]], task: Task, draws: int, confidence: flo
         found[split] = {
             "all": summarize(outcomes, draws, confidence, seed),
             "baselines": baseline_figures(outcomes, solved),
+            "reasons": reasons_of(mine),
         }
         for tag in task.breakdowns:
             values = sorted({record["tags"][tag] for record in mine if tag in (record["tags"] or {})})

@@ -12,6 +12,7 @@ Sources: Gorodkin 2004 (MCC of more than two predictions), Efron & Tibshirani 19
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,33 @@ def outcome_of(record: Mapping[str, Any], positive: str | None) -> Outcome:
         bool(record.get("thought")),
         record.get("preferred"),
     )
+
+
+def reasons_of(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many rows are unanswered for each reason, the commonest first.
+
+    Lines that an earlier version wrote have no reason: `truncated` where they were cut off, else `not_recorded`.
+    """
+    found = Counter(
+        record.get("reason") or ("truncated" if record.get("truncated") else "not_recorded")
+        for record in records
+        if not record["answered"]
+    )
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+
+def unanswered_rows(models: Sequence[Mapping[str, Any]], splits: Sequence[str]) -> list[dict[str, Any]]:
+    """For each model and split with unanswered rows: how many, and the reasons; none for metrics without reasons."""
+    found = []
+    for model in models:
+        for split in splits:
+            reasons = model["splits"][split].get("reasons") or {}
+            if reasons:
+                told = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
+                rows = int(model["splits"][split]["all"]["rows"]["value"])
+                one = {"name": model["name"], "role": model["role"], "split": split, "rows": rows}
+                found.append({**one, "count": sum(reasons.values()), "reasons": dict(reasons), "told": told})
+    return found
 
 
 def count_table(outcomes: Sequence[Outcome], groups: Sequence[str]) -> Array:

@@ -27,7 +27,8 @@ from pipeline.errors import printable
 from pipeline.files import read_json, read_lines, write_json
 from pipeline.fingerprint import plain
 from pipeline.markdown import cell, fenced
-from pipeline.metrics import HEADLINE, LOWER_IS_BETTER, SOLVER, compare, outcome_of
+from pipeline.metrics import HEADLINE, LOWER_IS_BETTER, SOLVER, compare, outcome_of, unanswered_rows
+from pipeline.reading import REASONS
 from pipeline.recipe import Goal, Recipe
 from pipeline.runtime import Runtime
 from pipeline.stage import main, read_order
@@ -71,7 +72,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     report = gather(inputs, task, recipe)
     write_json(out / "report.json", report)
     runtime.progress.update(note="drawing")
-    page = {**report, "charts": draw(report, task), "titles": TITLES, "task": task}
+    page = {**report, "charts": draw(report, task), "titles": TITLES, "why": REASONS, "task": task}
     for name in ("report.html", "report.md", "summary.txt"):
         (out / name).write_text(render(name, page), encoding="utf-8")
     return {"claims": report["claims"]}
@@ -104,6 +105,7 @@ def gather(inputs: Mapping[str, Artifact], task: Task, recipe: Recipe) -> dict[s
         "differences": differences,
         "claims": [REHEARSED] if recipe.rehearsal else [claim(difference, main_split) for difference in differences],
         "headline": headline(models, main_split),
+        "unanswered": unanswered_rows(models, recipe.evaluate.splits),
         "notes": notes(models, recipe.evaluate.splits, task),
         "warnings": [f"{label}: {text}" for label, artifact in inputs.items() for text in artifact.warnings],
         "published": list(task.published),

@@ -20,7 +20,11 @@ from pipeline.artifact import ARTIFACT, STEP
 from pipeline.files import read_json
 from pipeline.fingerprint import LENGTH
 
-ANSWERS = "pipeline.answers"
+# the readers of model text, which decide grades
+READERS = tuple(
+    f"pipeline.{name}"
+    for name in ("answers", "verdicts", "quantities", "arithmetic", "units", "expressions", "reading")
+)
 FRAMEWORK = ("pipeline.tasks.task", "pipeline.rewards.reward")  # not of one task or reward: the stages' revisions
 FOLDERS = {"pipeline.tasks": pipeline.tasks.__path__, "pipeline.rewards": pipeline.rewards.__path__}
 
@@ -33,8 +37,8 @@ def code_of(stage: str, task: str, rewards: Iterable[str]) -> dict[str, str]:
     of_task, of_rewards = f"pipeline.tasks.{task}", [f"pipeline.rewards.{name}" for name in rewards]
     first = {
         "preprocess": [of_task],
-        "grpo": [of_task, *of_rewards, ANSWERS],
-        "evaluate": [of_task, ANSWERS],
+        "grpo": [of_task, *of_rewards, *READERS],
+        "evaluate": [of_task, *READERS],
     }
     found: dict[str, str] = {}
     for name, path in sorted(_reachable(first.get(stage, [])).items()):
@@ -88,8 +92,8 @@ def _reachable(names: Sequence[str]) -> dict[str, Path]:
 
 def _file_of(name: str) -> Path | None:
     """The file of a module; nothing is imported to find it."""
-    if name == ANSWERS:
-        return Path(__file__).with_name("answers.py")
+    if name in READERS:
+        return Path(__file__).with_name(f"{name.rpartition('.')[2]}.py")
     package = ".".join(name.split(".")[:2])
     for folder in FOLDERS.get(package, ()):
         path = Path(folder).joinpath(*name.split(".")[2:])

@@ -151,6 +151,8 @@ NUMBERS = {
     "The final answer is: $\\boxed{42}$.": 42,
     "**Answer:** 42 apples": 42,
     "Final answer: approximately 9.81 m/s^2": Fraction(981, 100),
+    "#### ５": 5,  # fullwidth and mathematical digits are these; those of another script are not
+    "#### \\sqrt{324}": 18,
     "#### 5\n#### 5.0": 5,  # the same, said twice
     "It is the sum. The answer is the sum.\n#### 5": 5,  # words that name no number do not count beside a mark
 }
@@ -173,11 +175,9 @@ NO_NUMBERS = [
     "#### inf",
     "#### \\infty",
     "#### ٥",  # digits of another script
-    "#### ５",
     "#### 1,23",
     "#### 1/0",
     "#### 5!",
-    "#### 2\\sqrt{3}",
     "#### and the number",
     "####",
     "\\boxed{}",

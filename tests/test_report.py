@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.metrics import HEADLINE, Outcome, baseline_figures, compare, summarize
+from pipeline.metrics import HEADLINE, Outcome, baseline_figures, compare, reasons_of, summarize, unanswered_rows
 from pipeline.recipe import Goal, TaskChoice
 from pipeline.report import TITLES, claim, figure, goal_met, headline, notes, render
 from pipeline.tasks.task import task_of
@@ -24,10 +24,12 @@ def outcomes(right: int, unanswered: int = 0) -> list[Outcome]:
 def page() -> dict[str, Any]:
     stages = {"base": outcomes(0, 40), "sft": outcomes(24, 2), "grpo": outcomes(36)}
     names = {"base": "tiny base", "sft": "tiny SFT", "grpo": "tiny GRPO"}
-    models = [
+    models: list[dict[str, Any]] = [
         {"name": names[role], "role": role, "splits": {"test": {"all": summarize(rows, 200, 0.95, 0)}}}
         for role, rows in stages.items()
     ]
+    models[0]["splits"]["test"]["reasons"] = {"truncated": 30, "no_verdict": 10}
+    models[1]["splits"]["test"]["reasons"] = {"two_verdicts": 2}
     differences = [
         {
             "before": names[before],
@@ -54,6 +56,7 @@ def page() -> dict[str, Any]:
         "settings": {"tiny": "seed: 0"},
         "headline": [name for name in HEADLINE if name not in ("proxy", "preference")],
         "notes": [],
+        "unanswered": unanswered_rows(models, ["test"]),
         "warnings": ["tiny/sft: 5 of 96 SFT rows are longer than sft.max_length 64 tokens and were left out"],
         "goals": [
             {"recipe": "tiny", "name": "thoughts", "below": None, "above": 0.9, "value": 0.95, "met": True},
@@ -172,3 +175,27 @@ def test_nothing_is_claimed_of_what_cannot_be_verified() -> None:
 
 def test_a_figure_that_there_is_not_is_a_dash() -> None:
     assert figure(None, "accuracy") == "–"
+
+
+def test_why_rows_are_unanswered_is_counted_also_in_records_of_an_earlier_version() -> None:
+    def record(reason: str | None, **more: Any) -> dict[str, Any]:
+        return {"answered": reason is None, "reason": reason, **more}
+
+    records = [record("no_verdict"), record("truncated"), record("no_verdict"), record(None)]
+    assert reasons_of(records) == {"no_verdict": 2, "truncated": 1}
+    old = [{"answered": False, "truncated": True}, {"answered": False, "truncated": False}, {"answered": True}]
+    assert reasons_of(old) == {"not_recorded": 1, "truncated": 1}
+    model = unverified(None)
+    assert unanswered_rows([model], ["short"]) == []  # metrics of an earlier version
+    model["splits"]["short"]["reasons"] = reasons_of(records)
+    assert unanswered_rows([model], ["short"]) == [
+        {
+            "name": "medical SFT",
+            "role": "sft",
+            "split": "short",
+            "rows": 10,
+            "count": 3,
+            "reasons": {"no_verdict": 2, "truncated": 1},
+            "told": "no_verdict 2, truncated 1",
+        }
+    ]

@@ -6,4 +6,4 @@ from pipeline.rewards.reward import Sample
 
 
 def format(sample: Sample) -> float | None:
-    return float(sample.well_formed and not sample.truncated)
+    return float(sample.well_formed)

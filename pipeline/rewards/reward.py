@@ -35,14 +35,14 @@ RewardFunction = Callable[[Sample], float | None]
 
 
 def make_sample(task: Task, example: Example, completion: str, prefilled: bool, truncated: bool) -> Sample:
-    """Judge a completion by the task's `grade`, the only judge."""
+    """Judge a completion by the task's `judge`, the only one: what was cut off earns nothing, as in evaluation."""
     return Sample(
         example,
         completion,
         prefilled,
         truncated,
-        task.grade(example, completion, prefilled),
-        task.is_well_formed(completion, prefilled),
+        task.judge(example, completion, prefilled, truncated),
+        not truncated and task.is_well_formed(completion, prefilled),
     )
 
 

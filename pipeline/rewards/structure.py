@@ -25,7 +25,7 @@ def structure(
     if known is None:
         return None
     thought = split_thought(sample.completion, sample.prefilled).thought
-    if not thought or not sample.verdict.answered or sample.truncated:
+    if not thought or not sample.verdict.answered:
         return 0.0
     premise, mec, words = known
     parts = agreement(said(thought, premise.names, words), true_structure(mec))

@@ -77,9 +77,10 @@ class Gsm8k(Task):
         )
 
     def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
-        said = answers.number(completion, prefilled)
-        gold = answers.quantity_in(example.gold)
-        return Verdict(said is not None and gold is not None and said == gold.value, said is not None, shown(said))
+        reading = answers.read_quantity(completion, prefilled)
+        said, gold = reading.value, answers.quantity_in(example.gold)
+        right = said is not None and gold is not None and said.value == gold.value
+        return Verdict(right, said is not None, shown(said), reason=reading.reason)
 
     def is_well_formed(self, completion: str, prefilled: bool) -> bool:
         said = answers.number(completion, prefilled)
@@ -89,9 +90,9 @@ class Gsm8k(Task):
         return {"validation": 4, "test": 8, "rows": None}
 
 
-def shown(value: Any) -> str | None:
-    """A number as it is kept in predictions.jsonl."""
-    return None if value is None else str(value)
+def shown(said: answers.Quantity | None) -> str | None:
+    """A number as it is kept in predictions.jsonl; an irrational one with the digits of a double."""
+    return None if said is None else str(said.value) if said.exact else f"{float(said.value)}"
 
 
 def _solution(answer: str) -> tuple[str, str | None]:

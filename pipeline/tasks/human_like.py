@@ -62,8 +62,8 @@ class HumanLike(Task):
         )
 
     def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
-        said = (answers.answer_text(completion, prefilled) or "").strip()
-        return Verdict(None, bool(said), said or None)
+        said = answers.read_text(completion, prefilled)
+        return Verdict(None, said.value is not None, said.value, reason=said.reason)
 
     def is_well_formed(self, completion: str, prefilled: bool) -> bool:
         return bool((answers.answer_text(completion, prefilled) or "").strip())

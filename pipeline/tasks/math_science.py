@@ -79,16 +79,17 @@ class MathScience(Task):
 
     def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
         if not example.gold:
-            text = (answers.answer_text(completion, prefilled) or "").strip()
-            return Verdict(None, bool(text), text or None)
-        said = answers.expression(completion, prefilled)
+            text = answers.read_text(completion, prefilled)
+            return Verdict(None, text.value is not None, text.value, reason=text.reason)
+        said = answers.read_expression(completion, prefilled)
         if example.tags["set"] == "mathcode":
-            return Verdict(said is not None and answers.same_expression(example.gold, said), said is not None, said)
-        number, gold = answers.quantity(completion, prefilled), answers.quantity_in(example.gold)
-        right = number is not None and gold is not None
-        if number is not None and gold is not None:
-            right = answers.same_quantity(gold.value, example.tags["unit"], number, self.params.tolerance)
-        return Verdict(right, number is not None, said)
+            right = said.value is not None and answers.same_expression(example.gold, said.value)
+            return Verdict(right, said.value is not None, said.value, reason=said.reason)
+        number, gold = answers.read_quantity(completion, prefilled), answers.quantity_in(example.gold)
+        right = False
+        if number.value is not None and gold is not None:
+            right = answers.same_quantity(gold.value, example.tags["unit"], number.value, self.params.tolerance)
+        return Verdict(right, number.value is not None, said.value, reason=number.reason)
 
     def is_well_formed(self, completion: str, prefilled: bool) -> bool:
         said = answers.expression(completion, prefilled)

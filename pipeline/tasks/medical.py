@@ -82,10 +82,11 @@ class Medical(Task):
 
     def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
         if not example.gold:
-            said = (answers.answer_text(completion, prefilled) or "").strip()
-            return Verdict(None, bool(said), said or None)
-        final = answers.words(completion, prefilled)
-        return Verdict(None, final is not None, final, proxy=final == answers.normalised(example.gold))
+            said = answers.read_text(completion, prefilled)
+            return Verdict(None, said.value is not None, said.value, reason=said.reason)
+        final = answers.read_words(completion, prefilled)
+        matches = final.value is not None and final.value == answers.normalised(example.gold)
+        return Verdict(None, final.value is not None, final.value, proxy=matches, reason=final.reason)
 
     def is_well_formed(self, completion: str, prefilled: bool) -> bool:
         return answers.thinks_then_answers(completion, prefilled)

@@ -42,12 +42,14 @@ class Verdict:
     """A judgement. `correct` is None where it cannot be verified; unanswered is never correct.
 
     `proxy` is for answers that cannot be verified: a stand-in for correctness, and shown as one wherever it is shown.
+    `reason` is why there is no answer, a word of `pipeline.reading.REASONS`; None for one that was read.
     """
 
     correct: bool | None
     answered: bool
     answer: str | None
     proxy: bool | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,20 @@ class Task(ABC):
     @abstractmethod
     def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
         """Judge a completion (without its stop token). Of a question that someone types (`asked`) gold is ""."""
+
+    def judge(self, example: Example, completion: str, prefilled: bool, truncated: bool) -> Verdict:
+        """The grade that rewards, evaluation and ask all use: a completion that was cut off is unanswered.
+
+        `truncated`: it ran into the length limit, so it has no stop token. What it has committed to so far may be
+        taken back in what is missing, and paying for it would reward never ending.
+        """
+        verdict = self.grade(example, completion, prefilled)
+        if truncated:
+            wrong, unmatched = None if verdict.correct is None else False, None if verdict.proxy is None else False
+            return replace(verdict, correct=wrong, answered=False, proxy=unmatched, reason="truncated")
+        if not verdict.answered and verdict.reason is None:
+            return replace(verdict, reason="unread")
+        return verdict
 
     @abstractmethod
     def is_well_formed(self, completion: str, prefilled: bool) -> bool:

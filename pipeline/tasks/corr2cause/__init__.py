@@ -188,8 +188,8 @@ class Corr2Cause(Task):
         )
 
     def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
-        said = answers.verdict(completion, prefilled, self.golds)
-        return Verdict(said == example.gold, said is not None, said)
+        said = answers.read_verdict(completion, prefilled, self.golds)
+        return Verdict(said.value == example.gold, said.value is not None, said.value, reason=said.reason)
 
     def is_well_formed(self, completion: str, prefilled: bool) -> bool:
         return answers.is_well_formed(completion, prefilled, self.golds)
