@@ -13,6 +13,7 @@ from gpu_kernels import (
     nf4_product,
     own_precision,
     packages,
+    repeated_keys,
 )
 from gpu_stages import cached_decode, decode, overflow, planned_memory, same_answers, smaller_card, wires
 from proof import Section
@@ -22,7 +23,7 @@ SECTIONS: dict[str, Section] = {
     "kernels": Section(
         "kernels that only a GPU takes, against plain computations",
         60,
-        (nf4_product("bfloat16"), nf4_product("float16"), fused_head(), grouped_attention()),
+        (nf4_product("bfloat16"), nf4_product("float16"), fused_head(), grouped_attention(), repeated_keys()),
     ),
     "wires-zero2": Section("every way to train, in small, under ZeRO-2", 90, wires("zero2")),
     "wires-zero3": Section("every way to train, in small, under ZeRO-3", 90, wires("zero3")),

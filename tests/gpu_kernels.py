@@ -7,6 +7,7 @@ import shutil
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -162,6 +163,27 @@ def grouped_attention(place: Place) -> Measured:
     bytes_ = {name: round(size, 3) for name, (_, size) in found.items()}
     got = f"{'the same' if same else 'other'} values" + (f"; GiB {bytes_}" if place.gpu else "")
     return Measured(got, same and (place.small or 2 * bytes_["repeated"] < bytes_["grouped"]), bytes_)
+
+
+@check("keys that heads share, by compute capability", "repeated at 7.5, left to SDPA at 8.0")
+def repeated_keys(place: Place) -> Measured:
+    """What transformers is asked for on a Turing card and on an Ampere one, whatever card this is."""
+    from transformers.integrations import sdpa_attention
+
+    from pipeline import modeling
+
+    capability, use_gqa = modeling.compute_capability, sdpa_attention.use_gqa_in_sdpa
+    keys = torch.randn(1, 2, 8, 4, device=place.device)
+    asked = {}
+    try:
+        for gpu in (8.0, 7.5):
+            modeling.compute_capability = partial(float, gpu)
+            modeling.repeat_keys_before_ampere()
+            asked[gpu] = bool(sdpa_attention.use_gqa_in_sdpa(None, keys, keys))
+    finally:
+        modeling.compute_capability, sdpa_attention.use_gqa_in_sdpa = capability, use_gqa
+    got = ", ".join(f"{'left to SDPA' if grouped else 'repeated'} at {gpu}" for gpu, grouped in asked.items())
+    return Measured(got, asked == {8.0: True, 7.5: False})
 
 
 @contextmanager

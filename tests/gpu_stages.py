@@ -67,15 +67,12 @@ def run_stage(
     return Artifact(name, recipe.name, "", {}, {}, {}, metrics, {}, folder), most
 
 
-def start(layout: str) -> None:
-    """Join the process group of one process."""
-    from pipeline import distributed
-
-    if not torch.cuda.is_available():  # DeepSpeed refuses float16 on most CPUs, which compute it all the same
+def allow_float16_on_a_cpu() -> None:
+    """DeepSpeed refuses float16 on most CPUs, which compute it all the same."""
+    if not torch.cuda.is_available():
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
         CPU_Accelerator.is_fp16_supported = lambda self: True
-    distributed.start(deepspeed=layout != "none")
 
 
 def history(artifact: Artifact) -> list[dict[str, Any]]:
@@ -97,7 +94,7 @@ WAYS = {
 
 @check("SFT, resume, GRPO, evaluation", "resumed from checkpoint-2, every loss finite, the SFT loss falls by > 0.1")
 def wire(place: Place, layout: str, way: str) -> Measured:
-    start(layout)
+    allow_float16_on_a_cpu()
     words = [f"{stage}.optimizer.learning_rate=1e-2" for stage in ("sft", "grpo")]
     for stage in ("sft", "grpo"):
         words += [f"cluster.{stage}.deepspeed={layout}", f"cluster.{stage}.gradient_checkpointing=true"]
@@ -131,7 +128,7 @@ def overflow(place: Place, layout: str) -> Measured:
     """DeepSpeed skips a step whose gradients overflow and halves its loss scale; training has to go on (F1)."""
     import pipeline.training as training
 
-    start(layout)
+    allow_float16_on_a_cpu()
     read = training.read_deepspeed
 
     def higher(
@@ -205,7 +202,6 @@ def save_random(shapes: dict[str, torch.Tensor], folder: Path, place: Place) -> 
 
 def seven(place: Place) -> tuple[Recipe, Cluster, Artifact]:
     """The recipe deepseek7b on one card of the cluster 2x2080ti, two steps of it, with its rows; the model is drawn."""
-    start("zero2")
     few = ["cluster.processes=1", f"cluster.gpus={int(place.gpu)}", "task.params.n=[3, 4]"]
     few += ["task.params.phases=[{n: [3, 4], rows: 64}]", "task.params.grpo_rows=32", "task.params.test_rows=32"]
     few += ["task.params.validation_rows=0", "task.params.perturbed_rows=0", "evaluate.splits=[test]"]
@@ -216,7 +212,8 @@ def seven(place: Place) -> tuple[Recipe, Cluster, Artifact]:
         run_stage("preprocess", rehearsed.steps[0].recipe, rehearsed.cluster, {}, folder)
     short = 16 if place.small else 256
     words = [*few, f"model.name={random_seven(place, data)}", "sft.max_steps=2", "sft.global_batch_size=4"]
-    words += ["grpo.max_steps=2", "grpo.global_batch_size=16", f"grpo.max_completion_length={short}"]
+    words += [f"grpo.max_steps={1 if place.small else 2}", "grpo.global_batch_size=16"]
+    words += [f"grpo.max_completion_length={short}"]
     words += [f"evaluate.max_new_tokens={short}", "cluster.save_steps=50"]
     plan = make_plan(["deepseek7b"], words, cluster="2x2080ti", runs=place.work)
     recipe = plan.steps[0].recipe

@@ -144,6 +144,7 @@ def _measured(one: Check, place: Place) -> Measured:
 
 def prove(sections: dict[str, Section], args: argparse.Namespace) -> int:
     """Run each section in a process of its own, print the table, write it and the JSON. Returns the exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that a section's process ends too
     began = time.time()
     args.out.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="prove-gpu-", dir=args.work))
@@ -221,7 +222,9 @@ def run_section(name: str, section: Section, args: argparse.Namespace, work: Pat
 
 def environment(*, cpu: bool) -> dict[str, str]:
     """One GPU, or none, whatever the machine has."""
-    settings = {"PYTHONUNBUFFERED": "1", "PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false"}
+    # as the launchers do: another ninja than the environment's compiles DeepSpeed's operator again, for minutes
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    settings = {"PATH": path, "PYTHONUNBUFFERED": "1", "PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false"}
     settings |= {"HF_HUB_OFFLINE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
     if cpu:
