@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from pipeline import slurm
 from pipeline.errors import ArtifactError
 from pipeline.files import read_json, write_json
 from pipeline.fingerprint import file_sha256
+from pipeline.records import OddFile, odd_file, read_mapping, read_record
 
 ARTIFACT, OWNER, STEP, PROGRESS, STOP = "artifact.json", "owner.json", "step.json", "progress.json", "stop"
 LOG, SCRIPT = "log.txt", "job.slurm"
@@ -89,8 +90,38 @@ def commit(artifact: Artifact) -> Artifact:
 
 
 def is_done(folder: Path) -> bool:
-    """Whether the step of this folder has ended well."""
-    return (folder / ARTIFACT).is_file()
+    """Whether the step of this folder has ended well: whether it has an artifact that can be read.
+
+    An artifact that is empty, half-written or of another shape is none, so the step runs again. OddFile where the
+    file cannot be opened: then nobody knows.
+    """
+    path = folder / ARTIFACT
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:  # a stale handle, a folder that may not be searched
+        if read_mapping(path) is None:  # which tries again
+            raise odd_file(path, f"cannot be read ({error.strerror})") from error
+        return artifact_problem(folder) is None
+    seen = (status.st_mtime_ns, status.st_size, status.st_ino)
+    if _checked.get(path, (None, False))[0] != seen:
+        _checked[path] = (seen, artifact_problem(folder) is None)
+    return _checked[path][1]
+
+
+_checked: dict[Path, tuple[tuple[int, int, int], bool]] = {}  # artifacts as they were when they were read last
+
+
+def artifact_problem(folder: Path) -> str | None:
+    """What is wrong with a folder's artifact; None where there is none, or nothing. OddFile as `is_done`."""
+    try:
+        read_record(folder / ARTIFACT, Artifact, folder=folder)
+    except OddFile as odd:
+        if odd.problem.startswith("cannot be read"):
+            raise
+        return odd.problem
+    return None
 
 
 def open_artifact(folder: Path, *, verify: bool = True, deep: bool = False) -> Artifact:
@@ -98,18 +129,12 @@ def open_artifact(folder: Path, *, verify: bool = True, deep: bool = False) -> A
 
     `verify` compares the size of every file, `deep` the sha256 too.
     """
-    record = read_json(folder / ARTIFACT)
-    if record is None:
-        what = "is half-written" if (folder / ARTIFACT).exists() else "does not exist"
-        raise ArtifactError(f"{folder / ARTIFACT} {what}: that step has not ended; run it again")
-    unknown = {f.name for f in fields(Artifact)} - {"folder"} ^ set(record)
-    if unknown:
-        raise ArtifactError(
-            f"{folder / ARTIFACT}: fields {', '.join(sorted(unknown))} are missing or unknown: "
-            "it was written by another version; delete the folder and run again"
-        )
-    record["files"] = {name: FileEntry(**entry) for name, entry in record["files"].items()}
-    artifact = Artifact(**record, folder=folder)
+    try:
+        artifact = read_record(folder / ARTIFACT, Artifact, folder=folder)
+    except OddFile as odd:
+        raise ArtifactError(f"{odd}. Fix: run the step again; an artifact that cannot be used counts as none") from None
+    if artifact is None:
+        raise ArtifactError(f"{folder / ARTIFACT} does not exist: that step has not ended; run it again")
     problems = []
     for name, entry in artifact.files.items() if verify else ():
         path = folder / name
@@ -134,9 +159,13 @@ class Owner:
     started: float  # the process's start, in clock ticks since boot: a pid can be given again, this pair cannot
     since: float  # seconds since the epoch
     job: str | None  # a Slurm job id
+    cluster: str | None = None  # the job's, where the site has several
+    restart: int | None = None  # how often Slurm had started the job again; None: not recorded
+    user: str | None = None
 
     def __str__(self) -> str:
         who = f"Slurm job {self.job}" if self.job else f"process {self.pid}"
+        who += f" of {self.user}" if self.user and self.user != slurm.this_user() else ""
         return f"{who} on {self.host} since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(self.since))}"
 
 
@@ -150,27 +179,42 @@ def _process_start(pid: int) -> float:
 
 
 def read_owner(folder: Path) -> Owner | None:
-    record = read_json(folder / OWNER)
-    return Owner(**record) if record else None
+    """Who writes into the folder; None where nobody says so, OddFile where the file cannot be used."""
+    return read_record(folder / OWNER, Owner)
 
 
-def is_alive(owner: Owner) -> bool:
+def is_alive(owner: Owner, jobs: slurm.Answers | None = None) -> bool:
     """Whether the owner still runs.
 
-    An owner of this very Slurm job is an earlier attempt of it: gone with its node, or a zombie that must not write
-    any more. On another host Slurm is asked; an owner that nobody can be asked about counts as alive.
+    Of the same job, an owner with a lower restart count is an earlier attempt: gone with its node, or a zombie that
+    must not write any more. On this host the process decides. On another one Slurm is queried (`jobs`: its answer of
+    a moment ago); an owner that nobody can be queried about counts as alive.
     """
-    if owner.job and owner.job == slurm.this_job():
-        return False
-    if owner.host == socket.gethostname():
+    if owner.job and slurm.is_this_job(owner.job, owner.cluster):
+        if owner.restart is None and owner.host != socket.gethostname():
+            return False  # a record from before restarts were counted
+        if owner.restart is not None and owner.restart < slurm.this_restart():
+            return False
+    same_site = not owner.cluster or not slurm.this_cluster() or owner.cluster == slurm.this_cluster()
+    if owner.host == socket.gethostname() and same_site:
         return _process_start(owner.pid) == owner.started != 0.0
-    return slurm.is_live(owner.job) is not False if owner.job else True
+    if owner.job is None:
+        return True
+    if jobs is None:
+        return slurm.is_live(owner.job, owner.cluster, owner.user, owner.since) is not False
+    return jobs.is_live(owner.job, owner.cluster, owner.user, owner.since) is not False
 
 
-def refuse_if_owned(folder: Path) -> None:
+def refuse_if_owned(folder: Path, jobs: slurm.Answers | None = None) -> None:
     """ArtifactError when a live process owns the folder."""
-    owner = read_owner(folder)
-    if owner and is_alive(owner):
+    try:
+        owner = read_owner(folder)
+    except OddFile as odd:
+        raise ArtifactError(
+            f"{odd}, so it is not known who writes there. Fix: if no process does (python -m pipeline status), "
+            f"delete {odd.path}"
+        ) from None
+    if owner and is_alive(owner, jobs):
         raise ArtifactError(
             f"{folder} is being written by {owner}: wait for it (python -m pipeline status), or stop it first; "
             f"if it is surely gone, delete {folder / OWNER}"
@@ -183,7 +227,18 @@ def own(folder: Path) -> Iterator[Owner]:
     folder.mkdir(parents=True, exist_ok=True)
     pid = os.getpid()
     token = f"{socket.gethostname()}-{pid}-{time.time_ns()}"
-    owner = Owner(token, socket.gethostname(), pid, _process_start(pid), time.time(), slurm.this_job())
+    job = slurm.this_job()
+    owner = Owner(
+        token,
+        socket.gethostname(),
+        pid,
+        _process_start(pid),
+        time.time(),
+        job,
+        slurm.this_cluster() if job else None,
+        slurm.this_restart() if job else None,
+        slurm.this_user(),
+    )
     path = folder / OWNER
     temporary = folder / f".{OWNER}.{token}"
     write_json(temporary, asdict(owner))
@@ -206,14 +261,20 @@ def own(folder: Path) -> Iterator[Owner]:
 
 def is_owner(folder: Path, owner: Owner) -> bool:
     """Whether the folder is still ours: a zombie of an old attempt finds that it is not, and must not write."""
-    current = read_owner(folder)
+    try:
+        current = read_owner(folder)
+    except OddFile as odd:
+        if odd.problem.startswith("cannot be read"):
+            raise
+        return False
     return current is not None and current.token == owner.token
 
 
 def step_of(path: Path) -> tuple[Path, dict[str, Any]] | None:
     """The step's folder that a path lies in, and its order."""
     for folder in [path, *path.parents][:4]:
-        if record := read_json(folder / STEP):
+        record = read_json(folder / STEP)
+        if record and isinstance(record, dict):
             return folder, record
     return None
 

@@ -75,5 +75,10 @@ def read_json(path: Path) -> Any:
     """The JSON of a file; None where it is missing or half-written."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        ValueError,
+        RecursionError,
+    ):  # ValueError: no UTF-8, no JSON, 5,000 digits
         return None

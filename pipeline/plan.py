@@ -9,6 +9,7 @@ its stage reads, the stage's revision, and the fingerprints of its inputs. Its f
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,17 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import ARTIFACT, STEP, find_checkpoint, is_alive, is_done, read_owner, step_of
+from pipeline.artifact import (
+    ARTIFACT,
+    STEP,
+    Artifact,
+    artifact_problem,
+    find_checkpoint,
+    is_alive,
+    is_done,
+    read_owner,
+    step_of,
+)
 from pipeline.cluster import Cluster, batches, read_cluster
 from pipeline.errors import ArtifactError, PlanError, RecipeError, did_you_mean
 from pipeline.families import gguf_file
@@ -24,6 +35,7 @@ from pipeline.files import read_json
 from pipeline.fingerprint import describe_drift, file_identity, fingerprint, plain
 from pipeline.memory import resolved
 from pipeline.recipe import CONFIGS, Recipe, find_yaml, local_files, local_problems, read, read_typed, recipe_names
+from pipeline.records import OddFile, read_record
 from pipeline.rehearsal import rehearsal_of
 from pipeline.rewards.reward import find_rewards
 from pipeline.stage import STAGES, Order
@@ -401,33 +413,46 @@ def explain(step: Step) -> list[str]:
     """Why a step will run, or that it will not: one line, or one line a field that differs from the last run."""
     if step.done:
         return [step.outdated or "done"]
-    owner = read_owner(step.folder)
+    try:
+        odd = artifact_problem(step.folder)
+        owner = read_owner(step.folder)
+    except OddFile as error:
+        return [f"cannot run: {error}"]
     if owner and is_alive(owner):
         return [f"running: {owner}"]
-    saved = sorted(step.folder.glob("checkpoints/checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    if odd:
+        return [f"begins again: its {ARTIFACT} {odd}"]
+    saved = [path for path in step.folder.glob("checkpoints/checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     if saved:
-        return [f"goes on from {saved[-1].name}"]
+        return [f"goes on from {max(saved, key=lambda path: int(path.name.rpartition('-')[2])).name}"]
     if (step.folder / STEP).exists():
         return ["begins again: it did not end"]
     before = _latest(step)
     if before is None:
         return ["new"]
-    old = before["payload"]
-    drift = describe_drift(old["settings"], step.payload["settings"])
-    drift += describe_drift(old["files"], step.payload["files"])
-    if old["revision"] != step.payload["revision"]:
-        drift.append(f"the stage's code: revision {old['revision']} -> {step.payload['revision']}")
+    old = before.payload
+    drift: list[str] = []
+    for part in ("settings", "files"):
+        was_part = old.get(part)
+        drift += describe_drift(was_part if isinstance(was_part, dict) else {}, step.payload[part])
+    if old.get("revision") != step.payload["revision"]:
+        drift.append(f"the stage's code: revision {old.get('revision')} -> {step.payload['revision']}")
+    inputs = old.get("inputs")
     for role, needed in step.inputs.items():
-        was = old["inputs"].get(role)
+        was = inputs.get(role) if isinstance(inputs, dict) else None
         if was != needed.fingerprint:
             drift.append(f"input {role}: {was or '(new)'} -> {needed.fingerprint}")
     return drift or ["new"]
 
 
-def _latest(step: Step) -> dict[str, Any] | None:
+def _latest(step: Step) -> Artifact | None:
     """The record of the newest finished step of the same name."""
-    records = sorted(
-        step.folder.parent.glob(f"{step.name}-*/{ARTIFACT}"), key=lambda path: path.stat().st_mtime, reverse=True
-    )
-    found = (read_json(path) for path in records)
-    return next((record for record in found if record), None)
+    found = []
+    for path in step.folder.parent.glob(f"{step.name}-*/{ARTIFACT}"):
+        with contextlib.suppress(OSError):
+            found.append((path.stat().st_mtime, path))
+    for _, path in sorted(found, reverse=True):
+        with contextlib.suppress(OddFile):  # another step's file: `status` shows it
+            if record := read_record(path, Artifact):
+                return record
+    return None

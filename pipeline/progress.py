@@ -6,6 +6,7 @@ after. States: starting, running, saving, done, stopped, failed.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import PROGRESS
-from pipeline.files import read_json, write_json
+from pipeline.files import write_json
+from pipeline.records import record_or_none
 
 MIN_SECONDS = 0.5  # between two writes of a running step
+MANY = 10  # attempts that a step may still need without a word about its time limit
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,8 @@ class Progress:
 
 
 def read_progress(folder: Path) -> Progress | None:
-    record = read_json(folder / PROGRESS)
-    if not record:
-        return None
-    lists = {name: tuple(record.get(name, ())) for name in ("problems", "warnings")}
-    return Progress(**{**record, **lists})
+    """How far the step was when it wrote last; None where there is no file, or one that cannot be used."""
+    return record_or_none(folder / PROGRESS, Progress)
 
 
 class ProgressFile:
@@ -86,6 +86,8 @@ class ProgressFile:
             changes["since"] = time.time()
         merged = {**self.now.figures, **(figures or {})}
         self.now = replace(self.now, figures=merged, updated=time.time(), **changes)
+        if "first" in changes and self.folder and (sentence := restarts_without_end(self.now)):
+            print(f"note: {sentence}", flush=True)
         if changed_state or force or self.now.updated - self._written >= MIN_SECONDS:
             self._write()
 
@@ -98,6 +100,21 @@ class ProgressFile:
         if self.folder:
             write_json(self.folder / PROGRESS, asdict(self.now))
             self._written = time.time()
+
+
+def restarts_without_end(progress: Progress) -> str | None:
+    """A sentence where attempts are too short to get anywhere: more than `MANY` like those so far are needed."""
+    before = progress.attempt - 1
+    if before < 1 or not progress.total or not 0 < progress.first < progress.total:
+        return None
+    each = progress.first / before
+    left = math.ceil((progress.total - progress.first) / each)
+    if left <= MANY:
+        return None
+    return (
+        f"{each:.3g} {progress.unit} an attempt ({progress.first} of {progress.total} in {before}): about {left} more "
+        "attempts are needed. Fix: raise cluster.slurm.time"
+    )
 
 
 def describe(progress: Progress) -> str:

@@ -1,6 +1,7 @@
 """What Slurm says of jobs, with accounting or without; and the record of the job that a step was given to.
 
-    jobs = ask(["41", "42"])          one call of squeue for all, one of sacct for those it no longer knows
+    answers = query(records)          one call of squeue for all, one of sacct for those it no longer knows
+    answers.job_of(record)            the job of a step, if it is ours: an id that Slurm gave again is not
     record = read_job(folder)         job.json of a step: a token written before sbatch, the id after
 
 Nothing here submits anything; that is launchers/slurm.py.
@@ -8,18 +9,21 @@ Nothing here submits anything; that is launchers/slurm.py.
 
 from __future__ import annotations
 
-import getpass
 import os
+import pwd
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from pipeline.errors import LaunchError, MissingDependency, PlanError
-from pipeline.files import read_json, write_json
+from pipeline.files import write_json
+from pipeline.records import OddFile, read_record
 
 JOB = "job.json"
 TIMEOUT = 60  # seconds that a command of Slurm's may take
@@ -35,7 +39,10 @@ ENDED = {
     "REVOKED",
     "TIMEOUT",
 }
-FIELDS = ("JobID", "State", "NodeList", "TimeUsed", "TimeLimit", "Reason", "exit_code", "RestartCnt", "Comment")
+FIELDS = ["JobID", "State", "NodeList", "TimeUsed", "TimeLimit", "Reason", "exit_code", "RestartCnt", "Comment"]
+FIELDS += ["UserName", "SubmitTime", "Name", "Dependency"]
+BOOKS = "jobid,state,nodelist,elapsed,timelimit,exitcode,user,submit,jobname"
+CLOCKS = 300  # seconds by which the clocks of two machines may differ
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,13 @@ class Job:
     reason: str = ""
     exit_code: str = ""
     restarts: int = 0
-    token: str = ""
+    token: str = ""  # its comment
+    user: str = ""
+    submitted: float | None = None  # seconds since the epoch; of a requeued job the last time
+    name: str = ""
+    after: str = ""  # the jobs it still waits for, as Slurm writes them: afterok:41(unfulfilled)
+    cluster: str | None = None  # where a site has several; None: this one
+    from_books: bool = False  # known to accounting alone, which keeps no comment
 
     @property
     def live(self) -> bool:
@@ -78,58 +91,90 @@ def call(*command: str) -> subprocess.CompletedProcess[str]:
         ) from error
 
 
-def ask(ids: Iterable[str]) -> dict[str, Job]:
+def ask(ids: Iterable[str], cluster: str | None = None) -> dict[str, Job]:
     """The jobs of these ids that Slurm knows: by squeue, and what has ended by sacct too where there is one."""
     wanted = sorted(set(ids))
     if not wanted:
         return {}
-    found = _squeue("--jobs", ",".join(wanted))
+    found = _squeue(cluster, "--jobs", ",".join(wanted))
     over = [number for number in wanted if number not in found or not found[number].live]
-    return {**found, **_sacct(over, found)}
+    return {**found, **_sacct(over, found, cluster)}
 
 
-def find(tokens: Iterable[str]) -> dict[str, Job]:
+def find(tokens: Iterable[str], cluster: str | None = None) -> dict[str, Job]:
     """This user's jobs by the token they were submitted with."""
     wanted = set(tokens)
-    mine = _squeue("--user", getpass.getuser()) if wanted else {}
+    mine = _squeue(cluster, "--user", this_user()) if wanted else {}
     return {job.token: job for job in mine.values() if job.token in wanted}
 
 
-def _squeue(*which: str) -> dict[str, Job]:
-    done = call("squeue", "--noheader", "--states=all", *which, "--Format", ",".join(f"{name}:|" for name in FIELDS))
+def of_cluster(cluster: str | None) -> list[str]:
+    """The option that names another cluster to one of Slurm's commands. For this one it would need accounting."""
+    return [f"--clusters={cluster}"] if cluster else []
+
+
+def _squeue(cluster: str | None, *which: str) -> dict[str, Job]:
+    words = [*of_cluster(cluster), *which, "--Format", ",".join(f"{name}:|" for name in FIELDS)]
+    done = call("squeue", "--noheader", "--states=all", *words)
     if done.returncode and "Invalid job id" not in done.stderr:  # one unknown id is an error, several are not
-        raise LaunchError(f"squeue cannot be asked: {_last_line(done.stderr)}; try again when scontrol ping answers")
+        where = f" about cluster {cluster}" if cluster else ""
+        raise LaunchError(
+            f"squeue cannot be asked{where}: {_last_line(done.stderr)}; try again when scontrol ping answers"
+        )
     found = {}
     for line in done.stdout.splitlines():
-        job, state, node, elapsed, limit, reason, code, restarts, token = (part.strip() for part in line.split("|")[:9])
+        parts = [part.strip() for part in line.split("|")]
+        if len(parts) < 9:  # CLUSTER: west
+            continue
+        job, state, node, elapsed, limit, reason, code, restarts, token = parts[:9]
+        user, submitted, name, after = (parts[9:13] + [""] * 4)[:4]
         reason = "" if reason == "None" else reason
-        found[job] = Job(job, state, node, elapsed, limit, reason, code, int(restarts or 0), token)
+        after = "" if after == "(null)" else after
+        count = int(restarts) if restarts.isdigit() else 0
+        one = Job(job, state, node, elapsed, limit, reason, code, count, token, user, _seconds(submitted), name, after)
+        found[job] = replace(one, cluster=cluster)
     return found
 
 
-def _sacct(ids: Sequence[str], known: dict[str, Job]) -> dict[str, Job]:
+def _seconds(text: str) -> float | None:
+    """A time of Slurm's in seconds since the epoch; None where it is not known."""
+    try:
+        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
+    except (ValueError, OverflowError):
+        return None
+
+
+def _sacct(ids: Sequence[str], known: dict[str, Job], cluster: str | None) -> dict[str, Job]:
     """What accounting adds about jobs that squeue calls ended or has forgotten; nothing without accounting."""
     if not ids or shutil.which("sacct") is None:
         return {}
-    fields = "jobid,state,nodelist,elapsed,timelimit,exitcode"
-    done = call("sacct", "-X", "-n", "-P", "-j", ",".join(ids), "-o", fields)
+    done = call("sacct", *of_cluster(cluster), "-X", "-n", "-P", "-j", ",".join(ids), "-o", BOOKS)
     found = {}
     for line in done.stdout.splitlines() if done.returncode == 0 else ():
-        number, state, node, elapsed, limit, code = line.split("|")
+        parts = line.split("|")
+        if len(parts) < 6:
+            continue
+        number, state, node, elapsed, limit, code = parts[:6]
+        user, submitted, name = (parts[6:9] + [""] * 3)[:3]
         before = known.get(number)
-        state = before.state if before else state.split()[0]  # "CANCELLED by 0"; it lags behind squeue by seconds
+        if before:
+            found[number] = replace(before, node=node, elapsed=elapsed, limit=limit, exit_code=code)
+            continue
+        state = state.split()[0]  # "CANCELLED by 0"; it lags behind squeue by seconds
         if state in ENDED:  # one that squeue has forgotten cannot be running, whatever the books say
-            reason, restarts = (before.reason, before.restarts) if before else ("", 0)
-            found[number] = Job(number, state, node, elapsed, limit, reason, code, restarts)
+            one = Job(number, state, node, elapsed, limit, "", code, 0, "", user, _seconds(submitted), name)
+            found[number] = replace(one, cluster=cluster, from_books=True)
     return found
 
 
-def is_live(number: str) -> bool | None:
-    """Whether a job may still do something; None where no Slurm can be asked."""
-    if not is_here():
-        return None
-    job = ask([number]).get(number)
-    return job is not None and job.live
+def is_live(
+    number: str, cluster: str | None = None, user: str | None = None, since: float | None = None
+) -> bool | None:
+    """Whether a job may still do something; None where no Slurm can be asked.
+
+    `user` and `since` (when it was seen to run) tell it from a later job that was given the same id.
+    """
+    return query((), [(number, cluster)]).is_live(number, cluster, user, since)
 
 
 def hosts(node_list: str) -> list[str]:
@@ -150,6 +195,81 @@ def reason_of(stderr: str) -> str:
     return "; ".join(dict.fromkeys(line for line in lines if line)) or "no reason given"
 
 
+def peak_memory(job: Job) -> str | None:
+    """The most host memory that one process tree of a job has held, such as 1.9G; None without accounting."""
+    if shutil.which("sacct") is None:
+        return None
+    done = call("sacct", *of_cluster(job.cluster), "-n", "-P", "-j", job.id, "-o", "maxrss")
+    sizes = [line.strip() for line in done.stdout.splitlines()] if done.returncode == 0 else []
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    found = [(float(size[:-1]) * units[size[-1]], size) for size in sizes if re.fullmatch(r"[\d.]+[KMGT]", size)]
+    return f"{max(found)[0] / (1 << 30):.2f} GiB" if found else None
+
+
+def reaches(text: str) -> bool:
+    """Whether Slurm's message is an answer of the controller, not the lack of one."""
+    away = ("contact slurm controller", "Socket timed out", "Connection refused", "Zero Bytes", "Unable to connect")
+    return not any(words.lower() in text.lower() for words in away)
+
+
+# ---------------------------------------------------------------- this process
+
+
+def this_job() -> str | None:
+    """The id of the job this process runs in."""
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def this_cluster() -> str | None:
+    """The cluster of the job this process runs in."""
+    return os.environ.get("SLURM_CLUSTER_NAME")
+
+
+def this_restart() -> int:
+    """How often Slurm has started this job again."""
+    count = os.environ.get("SLURM_RESTART_COUNT", "")
+    return int(count) if count.isdigit() else 0
+
+
+def this_user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
+def job_end() -> float | None:
+    """When this job has to end, in seconds since the epoch; None outside of one or where it has no limit."""
+    given, job = os.environ.get("SLURM_JOB_END_TIME", ""), this_job()  # Slurm 23 and later
+    if given.isdigit() or job is None or not is_here():
+        return float(given) if given.isdigit() else None
+    try:
+        return _seconds(call("squeue", "--noheader", "--jobs", job, "--Format", "EndTime:|").stdout.strip().rstrip("|"))
+    except LaunchError:
+        return None
+
+
+def is_this_job(number: str, cluster: str | None) -> bool:
+    """Whether this process runs in that job; another cluster's job of the same id is another one."""
+    return number == this_job() and (not cluster or not this_cluster() or cluster == this_cluster())
+
+
+@lru_cache(maxsize=1)
+def here() -> str | None:
+    """The name of the cluster that Slurm's commands reach from here without `--clusters`; None where unknown."""
+    if this_job() and this_cluster() and "SLURM_CLUSTERS" not in os.environ:
+        return this_cluster()
+    if shutil.which("scontrol") is None:
+        return None
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", call("scontrol", "show", "config").stdout, re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def elsewhere(cluster: str | None) -> str | None:
+    """The name to query a cluster by: None for the one that Slurm's commands reach from here anyway."""
+    return cluster if cluster and cluster != here() else None
+
+
 # ---------------------------------------------------------------- the job of a step
 
 
@@ -162,41 +282,127 @@ class JobRecord:
     submitted: float  # seconds since the epoch
     id: str | None = None
     log: str | None = None
-    cluster: str | None = None  # the cluster of a site with several, as sbatch answered it; None: the default
+    cluster: str | None = None  # the job's; None: not known, so the one that is reached from here
+    user: str | None = None  # who submitted it
+    name: str | None = None  # the job's
+    marked: bool = True  # whether the job carries the token as its comment; some sites replace comments
+    command: str | None = None  # what the user typed to submit it
 
 
 def read_job(folder: Path) -> JobRecord | None:
-    record = read_json(folder / JOB)
-    return JobRecord(**record) if record else None
+    """The job that the step was given to; OddFile where the file cannot be used."""
+    return read_record(folder / JOB, JobRecord)
 
 
 def write_job(folder: Path, record: JobRecord) -> None:
     write_json(folder / JOB, asdict(record))
 
 
+def is_ours(job: Job, record: JobRecord) -> bool:
+    """Whether this is the job of that record, and not a later one that Slurm gave the same id.
+
+    The token in its comment decides. Without one (a site that replaces comments, accounting that keeps none) user,
+    name and time of submission have to fit. A requeued job's time is that of its last requeue.
+    """
+    if record.token and record.marked and not job.from_books:
+        return job.token == record.token
+    if record.user and job.user and record.user != job.user:
+        return False
+    if record.name and job.name and record.name != job.name:
+        return False
+    if job.submitted is None:
+        return True
+    if record.name and job.submitted < record.submitted - CLOCKS:
+        return False
+    return job.submitted <= record.submitted + CLOCKS or job.restarts > 0 or job.from_books
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What Slurm answered at one moment, and which clusters could not be queried."""
+
+    jobs: Mapping[tuple[str | None, str], Job] = field(default_factory=dict)  # by cluster and id
+    by_token: Mapping[str, Job] = field(default_factory=dict)
+    unreached: Mapping[str | None, tuple[str, ...]] = field(default_factory=dict)  # cluster -> why
+    at: float = 0.0  # seconds since the epoch
+
+    def job_of(self, record: JobRecord) -> Job | None:
+        """The job of a step; None where Slurm does not know it, or has given its id to another one."""
+        if record.id is None:
+            return self.by_token.get(record.token)
+        job = self.jobs.get((elsewhere(record.cluster), record.id))
+        return job if job and is_ours(job, record) else None
+
+    def is_live(self, number: str, cluster: str | None, user: str | None, since: float | None) -> bool | None:
+        """As the function of this name."""
+        if elsewhere(cluster) in self.unreached:
+            return None
+        job = self.jobs.get((elsewhere(cluster), number))
+        if job is None or not job.live or (user and job.user and user != job.user):
+            return False
+        return since is None or job.submitted is None or job.submitted <= since + CLOCKS or job.restarts > 0
+
+    def reached(self, cluster: str | None) -> bool:
+        return elsewhere(cluster) not in self.unreached
+
+    @property
+    def problems(self) -> list[str]:
+        return [problem for why in self.unreached.values() for problem in why]
+
+
+def query(records: Iterable[JobRecord], more: Iterable[tuple[str, str | None]] = ()) -> Answers:
+    """Query Slurm about all these jobs at once, `more` by id and cluster. Never raises: see `Answers.unreached`."""
+    ids: dict[str | None, set[str]] = {}
+    tokens: dict[str | None, set[str]] = {}
+    for record in records:
+        if record.id:
+            ids.setdefault(elsewhere(record.cluster), set()).add(record.id)
+        else:
+            tokens.setdefault(elsewhere(record.cluster), set()).add(record.token)
+    for number, cluster in more:
+        ids.setdefault(elsewhere(cluster), set()).add(number)
+    jobs: dict[tuple[str | None, str], Job] = {}
+    by_token: dict[str, Job] = {}
+    unreached: dict[str | None, tuple[str, ...]] = {}
+    for cluster in {*ids, *tokens}:
+        try:
+            jobs |= {(cluster, number): job for number, job in ask(ids.get(cluster, ()), cluster).items()}
+            by_token |= find(tokens.get(cluster, ()), cluster)
+        except (LaunchError, MissingDependency) as error:
+            unreached[cluster] = error.problems
+    return Answers(jobs, by_token, unreached, time.time())
+
+
 def live_jobs(folders: Iterable[Path]) -> dict[Path, Job]:
-    """The jobs that these steps were given to and that may still do something; each really asked for.
+    """The jobs that these steps were given to and that may still do something; each really queried.
 
     A job that Slurm took while its submission was cut off is found by its token, and its id is written down.
+    LaunchError where one cannot be queried: nobody knows whether it is gone.
     """
-    records = {folder: record for folder in folders if (record := read_job(folder))}
-    if not records:
-        return {}
-    known = ask(record.id for record in records.values() if record.id)
-    lost = find(record.token for record in records.values() if not record.id)
+    records, odd = {}, []
+    for folder in folders:
+        try:
+            records[folder] = read_job(folder)
+        except OddFile as error:
+            odd.append(
+                f"{error}, so it is not known whether a job runs this step. Fix: if squeue --me shows none, "
+                f"delete {error.path}"
+            )
+    if odd:
+        raise PlanError(*odd)
+    given = {folder: record for folder, record in records.items() if record}
+    answers = query(given.values())
+    if answers.problems:
+        error_ = MissingDependency if not is_here() else LaunchError
+        raise error_(*answers.problems)
     found = {}
-    for folder, record in records.items():
-        job = known.get(record.id) if record.id else lost.get(record.token)
+    for folder, record in given.items():
+        job = answers.job_of(record)
         if job and job.live:
             found[folder] = job
             if record.id is None:
                 write_job(folder, replace(record, id=job.id))
     return found
-
-
-def this_job() -> str | None:
-    """The id of the job this process runs in."""
-    return os.environ.get("SLURM_JOB_ID")
 
 
 def submitted_as(answer: str) -> tuple[str, str | None]:
@@ -219,7 +425,14 @@ def claim(folders: Iterable[Path], job: str) -> None:
     if others:
         told = [f"{folder} is with Slurm already, as job {other.id} ({other.state})" for folder, other in others]
         raise PlanError(*told, "wait for it (python -m pipeline status), or end it with python -m pipeline cancel")
-    log = re.search(r"StdOut=(\S+)", call("scontrol", "show", "job", "--oneliner", job).stdout)
+    if not folders:
+        return
+    token = uuid.uuid4().hex
+    call("scontrol", "update", f"JobId={job}", f"Comment={token}")
+    shown = call("scontrol", "show", "job", "--oneliner", job).stdout
+    log = re.search(r"StdOut=(\S+)", shown)
+    marked = f"Comment={token}" in shown
+    record = JobRecord(token, "slurm", time.time(), job, log.group(1) if log else None, this_cluster(), this_user())
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-        write_job(folder, JobRecord("", "slurm", time.time(), job, log.group(1) if log else None))
+        write_job(folder, replace(record, marked=marked))

@@ -25,10 +25,11 @@ from typing import Any, Protocol
 from pipeline.artifact import STEP, STOP, WARNINGS, Artifact, commit, is_done, open_artifact, own
 from pipeline.cluster import Cluster, process_count
 from pipeline.errors import EXIT_FAULT, ArtifactError, PipelineError, Stopped, explain_disk, run_main
-from pipeline.files import read_json, write_json
+from pipeline.files import write_json
 from pipeline.fingerprint import plain
 from pipeline.progress import ProgressFile
 from pipeline.recipe import Recipe
+from pipeline.records import read_mapping, read_record
 from pipeline.runtime import Runtime
 from pipeline.task_code import code_of
 from pipeline.typed import build
@@ -91,17 +92,21 @@ def write_order(folder: Path, order: Order) -> None:
 
 
 def read_order(folder: Path) -> Order:
-    record = read_json(folder / STEP)
+    record = read_mapping(folder / STEP)
     if record is None:
-        raise ArtifactError(f"{folder / STEP} is missing or half-written: start the step with python -m pipeline run")
-    recipe, problems = build(Recipe, record["recipe"], "recipe")
-    cluster, more = build(Cluster, record["cluster"], "cluster")
+        raise ArtifactError(f"{folder / STEP} is missing: start the step with python -m pipeline run")
+    recipe, problems = build(Recipe, record.get("recipe"), "recipe")
+    cluster, more = build(Cluster, record.get("cluster"), "cluster")
     if recipe is None or cluster is None:
         raise ArtifactError(
             *(f"{folder / STEP}: {problem}" for problem in problems + more),
             "it was written by another version of the project; delete the folder and run again",
         )
-    return Order(**{**record, "recipe": recipe, "cluster": cluster})
+    order = read_record(folder / STEP, Order, recipe=recipe, cluster=cluster)
+    assert order is not None
+    if order.stage not in STAGES:
+        raise ArtifactError(f"{folder / STEP}: stage: got {order.stage!r}; expected one of {', '.join(STAGES)}")
+    return order
 
 
 class Run(Protocol):

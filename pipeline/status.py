@@ -5,44 +5,41 @@
     cancel(rows)                                python -m pipeline cancel tiny
 
 What is true is put together from what the step has written (order, progress, artifact, owner) and what Slurm says,
-while it runs and the day after, with accounting or without.
+while it runs and the day after, with accounting or without. A folder with a file that cannot be used is a row that
+says so. What repeats reads the files as often as it likes and queries Slurm at most every 30 s (`Asked`).
 """
 
 from __future__ import annotations
 
+import codecs
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import LOG, STEP, STOP, is_alive, is_done, read_owner
-from pipeline.errors import LaunchError, MissingDependency, PlanError, did_you_mean
-from pipeline.files import read_json
-from pipeline.progress import Progress, clock, describe, read_progress
-from pipeline.slurm import Job, JobRecord, ask, call, find, read_job, reason_of
+from pipeline import slurm
+from pipeline.artifact import LOG, PROGRESS, STEP, STOP, Owner, artifact_problem, is_alive, is_done, read_owner
+from pipeline.errors import ArtifactError, LaunchError, PlanError, did_you_mean, explain_disk, printable
+from pipeline.progress import Progress, clock, describe, restarts_without_end
+from pipeline.records import read_record
+from pipeline.slurm import Answers, Job, JobRecord, call, of_cluster, query, read_job, reason_of
+from pipeline.slurm_words import end_of, pending
 from pipeline.stage import STAGES
 from pipeline.task_code import code_changes_of
 
-ACTIVE = ("starting", "running", "saving")
+SLURM_EVERY = 30.0  # seconds between two questions to Slurm of a command that repeats; sites forbid more
 
-# what a job's end means, and how to go on
-ENDS = {
-    "TIMEOUT": "ran into its time limit before it could save: raise cluster.slurm.save_before or cluster.slurm.time",
-    "OUT_OF_MEMORY": "was killed for using more memory than cluster.slurm.memory",
-    "NODE_FAIL": "its node failed, and Slurm did not start it again",
-    "PREEMPTED": "was preempted, and Slurm did not start it again",
-    "CANCELLED": "was cancelled",
-    "BOOT_FAIL": "its node did not start",
-    "DEADLINE": "its deadline has passed",
-}
+ACTIVE = ("starting", "running", "saving")
+ALREADY_OVER = ("already completing or completed", "Invalid job id")  # scancel about a job that has just ended
 
 
 @dataclass(frozen=True)
 class Row:
     """A step. `state`: waiting, queued, starting, running, saving, ending, done, stopped, failed, cancelled, lost
-    (gone without a word), unknown (Slurm cannot be asked)."""
+    (gone without a word), unknown (Slurm cannot be asked), odd (a file of its folder cannot be used)."""
 
     step: str  # tiny/grpo-1a2b3c4d5e
     state: str
@@ -63,6 +60,8 @@ class Row:
     warnings: tuple[str, ...]  # what the step reported: rows left out, nothing learned
     log: str
     updated: float | None
+    cluster: str | None = None  # of the job, where it is not the one that is reached from here
+    user: str | None = None  # of the job
 
     @property
     def live(self) -> bool:
@@ -70,7 +69,46 @@ class Row:
         return self.state in (*ACTIVE, "queued", "ending")
 
 
-def table(runs: Path, recipes: Sequence[str] = (), *, everything: bool = False) -> tuple[list[Row], list[str]]:
+@dataclass
+class Asked:
+    """Slurm's answers for a command that repeats: queried at most every `every` seconds."""
+
+    every: float = SLURM_EVERY
+    answers: Answers = field(default_factory=Answers)
+
+    def __call__(self, records: Iterable[JobRecord], more: Iterable[tuple[str, str | None]]) -> Answers:
+        if time.time() - self.answers.at >= self.every:
+            self.answers = query(records, more)
+        return self.answers
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the table shows of a step's order."""
+
+    stage: str
+    inputs: dict[str, str]  # role -> folder
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a step's folder holds; `odd` are its files that cannot be used."""
+
+    done: bool = False
+    progress: Progress | None = None
+    owner: Owner | None = None
+    record: JobRecord | None = None
+    inputs: tuple[Path, ...] = ()
+    odd: tuple[str, ...] = ()
+
+
+def table(
+    runs: Path,
+    recipes: Sequence[str] = (),
+    *,
+    everything: bool = False,
+    ask: Callable[[Iterable[JobRecord], Iterable[tuple[str, str | None]]], Answers] = query,
+) -> tuple[list[Row], list[str]]:
     """The newest step of each name (`everything`: all of them), and what kept Slurm from being asked."""
     unknown = [name for name in recipes if not (runs / name).is_dir()]
     if unknown:
@@ -80,48 +118,68 @@ def table(runs: Path, recipes: Sequence[str] = (), *, everything: bool = False) 
     folders.sort(key=_place)
     if not everything:  # a step's folders differ in their fingerprints; sorted by time, so the newest wins
         folders = list({(folder.parent, folder.name.rpartition("-")[0]): folder for folder in folders}.values())
-    records = {folder: record for folder in folders if not is_done(folder) and (record := read_job(folder))}
-    jobs, troubles = _jobs(records)
+    files = {folder: _read(folder) for folder in folders}
+    records = [one.record for one in files.values() if one.record and not one.done]
+    owners = [one.owner for one in files.values() if one.owner and not one.done]
+    holders = [(owner.job, owner.cluster) for owner in owners if owner.job]
+    answers = ask(records, holders) if records or holders else Answers()
     rows: dict[Path, Row] = {}
     for folder in folders:
-        rows[folder] = _row(folder, jobs.get(folder), rows, asked=not troubles)
-    return list(rows.values()), troubles
+        rows[folder] = _row(folder, files[folder], answers, rows)
+    problems = answers.problems if records or holders else []
+    return list(rows.values()), [*problems, "what follows is from the files of the steps alone"] if problems else []
 
 
 def _place(folder: Path) -> tuple[str, int, str, float]:
     """Recipes by name, steps in the order of the pipeline, the newest last."""
     stage = folder.name.rpartition("-")[0]
     place = list(STAGES).index(stage.partition("-")[0]) if stage.partition("-")[0] in STAGES else len(STAGES)
-    return str(folder.parent), place, stage, (folder / STEP).stat().st_mtime
-
-
-def _jobs(records: dict[Path, JobRecord]) -> tuple[dict[Path, Job], list[str]]:
-    """What Slurm says of the steps' jobs. Where it cannot be asked, the files still tell much."""
-    if not records:
-        return {}, []
     try:
-        known = ask(record.id for record in records.values() if record.id)
-        lost = find(record.token for record in records.values() if not record.id)
-    except (LaunchError, MissingDependency) as error:
-        return {}, [*error.problems, "what follows is from the files of the steps alone"]
-    found = {folder: known.get(r.id) if r.id else lost.get(r.token) for folder, r in records.items()}
-    return {folder: job for folder, job in found.items() if job}, []
+        written = (folder / STEP).stat().st_mtime
+    except OSError:  # gone since, or a stale handle: `_read` tells
+        written = 0.0
+    return str(folder.parent), place, stage, written
 
 
-def _row(folder: Path, job: Job | None, before: dict[Path, Row], *, asked: bool) -> Row:
-    progress, owner, record = read_progress(folder), read_owner(folder), read_job(folder)
-    if record and not asked and not is_done(folder):
-        state, reasons = "unknown", [f"its last word: {progress.state}" if progress else "given to Slurm"]
-    else:
-        state, reasons = _state(folder, progress, job, record)
-    inputs = _inputs(folder, before)
+def _read(folder: Path) -> Files:
+    """Every record of a folder. A file that cannot be used costs only itself."""
+    odd: list[str] = []
+
+    def tried(read: Callable[[Path], Any]) -> Any:
+        try:
+            return read(folder)
+        except ArtifactError as error:
+            odd.extend(error.problems)
+            return None
+
+    done = tried(is_done)
+    if not done and (problem := tried(artifact_problem)):
+        odd.append(f"{folder / 'artifact.json'}: {problem}; it counts as none, so the same run command runs the step")
+    progress = tried(lambda place: read_record(place / PROGRESS, Progress))
+    owner, record, order = tried(read_owner), tried(read_job), tried(lambda place: read_record(place / STEP, Shown))
+    inputs = tuple(Path(place) for place in order.inputs.values()) if order else ()
+    return Files(bool(done), progress, owner, record, inputs, tuple(dict.fromkeys(odd)))
+
+
+def _row(folder: Path, files: Files, answers: Answers, before: dict[Path, Row]) -> Row:
+    progress, owner, record = files.progress, files.owner, files.record
+    job = answers.job_of(record) if record and not files.done else None
+    state, reasons = _state(folder, files, job, answers)
+    inputs = [row for place, row in before.items() if place in files.inputs]
     if state == "queued" and job and job.reason == "Dependency":
         waiting = [_label(row) for row in inputs if row.state != "done"]
         reasons = [f"waits for {', '.join(waiting)}"] if waiting else []
-    broken = [row for row in inputs if row.state in ("failed", "cancelled", "lost", "stopped")]
+    broken = [row for row in inputs if row.state in ("failed", "cancelled", "lost", "stopped", "odd")]
     if state in ("cancelled", "lost") and broken and not progress:
         state = "cancelled"  # Slurm does that to what can never start
         reasons = [f"never started: {_label(row)} {row.state}" for row in broken]
+    if job and job.live and job.user and job.user != slurm.this_user():
+        reasons = [*reasons, f"a job of {job.user}"]
+    if progress and state in (*ACTIVE, "queued") and (sentence := restarts_without_end(progress)):
+        reasons = [*reasons, sentence]
+    if state == "stopped" and record and not (job and job.live):
+        command = record.command or "the run command that submitted it"
+        reasons = [*reasons, f"its job was not queued again. Fix: {command}"]
     running = state in ACTIVE and progress is not None
     return Row(
         step=f"{folder.parent.name}/{folder.name}",
@@ -139,64 +197,63 @@ def _row(folder: Path, job: Job | None, before: dict[Path, Row], *, asked: bool)
         figures=progress.figures if progress else {},
         what=describe(progress) if progress else "",
         restarts=max(progress.attempt - 1 if progress else 0, job.restarts if job else 0),
-        reasons=tuple(reasons),
+        reasons=(*reasons, *(files.odd if state != "odd" else ())),
         warnings=progress.warnings if progress else (),
         log=record.log if record and record.log else str(folder / LOG),
         updated=progress.updated if progress else None,
+        cluster=job.cluster if job else record.cluster if record else None,
+        user=(job.user if job else "") or (record.user if record else None),
     )
 
 
-def _state(folder: Path, progress: Progress | None, job: Job | None, record: JobRecord | None) -> tuple[str, list[str]]:
+def _state(folder: Path, files: Files, job: Job | None, answers: Answers) -> tuple[str, list[str]]:
     """A step's state and why: what Slurm says of a job that lives, else what the step itself has said last."""
-    if is_done(folder):
-        changed = code_changes_of(folder)
+    progress, owner, record = files.progress, files.owner, files.record
+    if files.done:
+        changed = [] if files.odd else code_changes_of(folder)
         return "done", [f"its code has changed since: {', '.join(changed)}"] if changed else []
-    owner = read_owner(folder)
     working = progress.state if progress and progress.state in ACTIVE else None
     ended = progress.state if progress and progress.state in ("failed", "stopped") else None
     told = list(progress.problems) if progress and ended else []
+    where = record.cluster if record else owner.cluster if owner and owner.job else None
+    if (record or (owner and owner.job and not ended)) and not answers.reached(where):
+        return "unknown", [f"its last word: {progress.state}" if progress else "given to Slurm"]
+    if ended and progress and progress.updated > answers.at and not (job and job.restarts >= progress.attempt):
+        return ended, told  # since Slurm was queried
     if job and job.state == "RUNNING":
         return (working if working and owner and owner.job == job.id else "starting"), []
     if job and job.live:
-        return ("ending", told) if job.state == "COMPLETING" else ("queued", [_pending(job)])
-    if working and owner and not owner.job and is_alive(owner):
+        if working and owner and owner.job == job.id and owner.since > answers.at:
+            return working, []  # it has started since
+        return ("ending", told) if job.state == "COMPLETING" else ("queued", [pending(job)])
+    if working and owner and is_alive(owner, answers if owner.job else None):
         return working, []
+    if files.odd and not job and not ended:
+        return "odd", list(files.odd)
     if ended and not (job and job.state == "CANCELLED"):
         return ended, told
+    full = _full_disk(folder)
     if job:
         code = f"; exit code {job.exit_code}" if job.exit_code not in ("", "0:0", "0") else ""
-        why = f"{ENDS.get(job.state, 'ended without a word, see its log')} ({job.state}{code})"
+        why = f"{full or end_of(job, Path(record.log) if record and record.log else folder / LOG)} ({job.state}{code})"
         return "cancelled" if job.state == "CANCELLED" else "failed", [why, *told]
     if record is None and progress is None:
         return "waiting", []
     who = f"Slurm job {record.id or '(not taken)'}" if record else str(owner) if owner else "its process"
     gone = "without a word: killed, out of memory, or its node is off" if progress else "and it never started"
-    return "lost", [f"{who} is gone {gone}; the same run command goes on"]
+    return "lost", [full] if full else [f"{who} is gone {gone}; the same run command goes on"]
 
 
-def _pending(job: Job) -> str:
-    """Slurm's reason for a job that waits, and what the usual ones mean."""
-    words = {
-        "Priority": "others are before it",
-        "Resources": "waits for free nodes",
-        "BeginTime": "starts again in a moment",
-        "DependencyNeverSatisfied": "what it waits for has failed",
-        "ReqNodeNotAvail": "its nodes are down or reserved",
-        "PartitionTimeLimit": "asks for more time than its partition allows: lower cluster.slurm.time",
-        "JobHeldUser": "held: scontrol release",
-        "JobHeldAdmin": "held by an administrator",
-    }
-    meaning = words.get(job.reason.partition(",")[0].strip("()"), "")
-    return f"{meaning} ({job.reason})" if meaning else job.reason
+def _full_disk(folder: Path) -> str | None:
+    """A sentence where the folder's disk is full: then a step could not even write why it ended."""
+    try:
+        return explain_disk(OSError(), folder)
+    except OSError:
+        return None
 
 
 def _label(row: Row) -> str:
     return row.step.rpartition("-")[0]
-
-
-def _inputs(folder: Path, before: dict[Path, Row]) -> list[Row]:
-    wanted = {Path(where) for where in (read_json(folder / STEP) or {}).get("inputs", {}).values()}
-    return [row for place, row in before.items() if place in wanted]
 
 
 # ---------------------------------------------------------------- shown
@@ -232,7 +289,7 @@ def show(rows: Sequence[Row], troubles: Sequence[str] = ()) -> str:
             lines += [f"{'':<{widths[0]}}  warning: {warning}" for warning in row.warnings]
             if row.state in (*ACTIVE, "failed", "lost", "stopped", "ending"):
                 lines.append(f"{'':<{widths[0]}}  log: {row.log}")
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def watch(read: Callable[[], tuple[list[Row], list[str]]], seconds: float = 2.0) -> Iterator[str]:
@@ -276,29 +333,52 @@ def follow(path: Path, going: Callable[[], bool] | None = None, poll: float = 0.
     if not path.is_file() and going is None:
         raise PlanError(f"{path}: nothing has been written yet; python -m pipeline status says what the step waits for")
     position, more = 0, True
+    letters = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a letter may be cut by the end of the file
     while more:
         more = going is not None and going()  # asked before the last read, so that the end is not missed
-        if path.is_file():
+        text = b""
+        try:
             with path.open("rb") as file:
                 file.seek(position)
                 text = file.read()
-            position += len(text)
-            if text:
-                yield text.decode(errors="replace")
+        except FileNotFoundError:
+            if going is None:
+                raise
+        except OSError as error:
+            if going is None:
+                raise PlanError(f"{path}: cannot be read ({error.strerror}); try again") from error
+        position += len(text)
+        shown = letters.decode(text, final=not more).replace("\r\n", "\n").replace("\r", "\n")  # of progress bars
+        if shown:
+            yield printable(shown)
         if more:
             time.sleep(poll)
 
 
 def cancel(rows: Iterable[Row]) -> list[str]:
-    """End these steps: Slurm jobs by scancel, all at once; a step of this machine is asked to save and leave."""
+    """End these steps: Slurm jobs by scancel, all at once; a step of this machine is asked to save and leave.
+
+    PlanError where one is another user's job: Slurm lets only its owner end it.
+    """
     told = []
     chosen = [row for row in rows if row.live]
-    jobs = [row.job for row in chosen if row.job]
-    if jobs:
-        done = call("scancel", *jobs)
-        if done.returncode:
-            raise LaunchError(f"scancel {' '.join(jobs)}: {reason_of(done.stderr)}")
-        told.append(f"cancelled {len(jobs)} jobs: {' '.join(jobs)}")
+    jobs = [row for row in chosen if row.job]
+    others = [row for row in jobs if row.user and row.user != slurm.this_user()]
+    if others and os.geteuid() != 0:
+        raise PlanError(
+            *(
+                f"{row.step}: got job {row.job} of {row.user}, which only {row.user} can end; expected a job of yours. "
+                f"Fix: ask {row.user} to run the same cancel command, or name other steps"
+                for row in others
+            )
+        )
+    for cluster in dict.fromkeys(row.cluster for row in jobs):
+        ids = [str(row.job) for row in jobs if row.cluster == cluster]
+        done = call("scancel", *of_cluster(slurm.elsewhere(cluster)), *ids)
+        wrong = [line for line in done.stderr.splitlines() if not any(text in line for text in ALREADY_OVER)]
+        if done.returncode and wrong:
+            raise LaunchError(f"scancel {' '.join(ids)}: {reason_of(chr(10).join(wrong))}")
+        told.append(f"cancelled {len(ids)} jobs: {' '.join(ids)}")
     for row in chosen:
         if not row.job:
             (Path(row.folder) / STOP).touch()

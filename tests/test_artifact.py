@@ -78,8 +78,21 @@ def test_changed_content_of_the_same_size_is_found_by_its_hash(tmp_path: Path) -
 def test_a_record_of_another_version_is_told(tmp_path: Path) -> None:
     made(tmp_path)
     record = read_json(tmp_path / ARTIFACT)
-    write_json(tmp_path / ARTIFACT, {**record, "shape": 1})
-    with pytest.raises(ArtifactError, match="another version"):
+    write_json(tmp_path / ARTIFACT, {**record, "shape": 1})  # a field that a later version has
+    assert open_artifact(tmp_path).stage == record["stage"]
+    del record["provenance"]
+    write_json(tmp_path / ARTIFACT, record)
+    with pytest.raises(ArtifactError, match=r"provenance: missing; expected a mapping.*Fix: run the step again"):
+        open_artifact(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"stage": "sft"}', '{"stage": 1' + "0" * 5000 + "}"])
+def test_an_artifact_that_cannot_be_used_is_none_for_everybody(tmp_path: Path, text: str) -> None:
+    made(tmp_path)
+    assert is_done(tmp_path)
+    (tmp_path / ARTIFACT).write_text(text)
+    assert not is_done(tmp_path)
+    with pytest.raises(ArtifactError, match="counts as none"):
         open_artifact(tmp_path)
 
 

@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    **dict.fromkeys(("errors", "typed", "fingerprint", "files", "loading", "libraries", "markdown"), 0),
-    **dict.fromkeys(("recipe", "cluster", "slurm", "artifact", "progress", "runtime", "families"), 1),
+    **dict.fromkeys(("errors", "typed", "fingerprint", "files", "loading", "libraries", "markdown", "records"), 0),
+    **dict.fromkeys(("recipe", "cluster", "slurm", "artifact", "progress", "runtime", "families", "slurm_words"), 1),
     **dict.fromkeys(
         (
             "tasks",

@@ -7,9 +7,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,9 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "up").touch()
     monkeypatch.setenv("FAKE_SLURM", str(folder))
     monkeypatch.setenv("PATH", f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}")
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    for name in ("SLURM_JOB_ID", "SLURM_CLUSTER_NAME", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    slurm.here.cache_clear()
     return folder
 
 
@@ -499,13 +503,43 @@ def test_a_requeued_job_takes_its_step_over_and_the_zombie_finds_out(
     (fake / "jobs.json").write_text(json.dumps({"41": {"state": "RUNNING", "reason": ""}}))
     monkeypatch.setenv("SLURM_JOB_ID", "41")
     with own(tmp_path) as zombie:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
         with own(tmp_path) as owner:
             assert read_owner(tmp_path) == owner != zombie
+        monkeypatch.delenv("SLURM_RESTART_COUNT")
         monkeypatch.setenv("SLURM_JOB_ID", "42")
     with own(tmp_path):
         monkeypatch.setenv("SLURM_JOB_ID", "43")
         with pytest.raises(ArtifactError, match="is being written by Slurm job 42"), own(tmp_path):
             pass
+
+
+def test_two_runs_in_one_allocation_do_not_both_own_a_step(
+    tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job is the same and so is the attempt: on one host the process decides, on another one nobody can tell."""
+    (fake / "jobs.json").write_text(json.dumps({"41": {"state": "RUNNING", "reason": ""}}))
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    with own(tmp_path), pytest.raises(ArtifactError, match="is being written by Slurm job 41"), own(tmp_path):
+        pass
+    with own(tmp_path) as owner:
+        there = replace(owner, host="elsewhere")
+    assert is_alive(there)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert not is_alive(there)  # an attempt before this one
+    assert not is_alive(replace(owner, pid=2**22 + 1, restart=1))  # of this host, and gone
+
+
+def test_a_job_of_another_cluster_is_another_job(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two clusters of a site number their jobs alike and may call their nodes alike."""
+    (fake / "jobs.json").write_text(json.dumps({"41": {"state": "RUNNING", "reason": "", "clusters": "west"}}))
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "east")
+    (fake / "up-west").touch()
+    west = Owner("token", socket.gethostname(), os.getpid(), 1.0, time.time(), "41", "west", 0)
+    assert is_alive(west)
+    change(fake, "41", state="FAILED")
+    assert not is_alive(west)
 
 
 # ---------------------------------------------------------------- a job that prepares itself

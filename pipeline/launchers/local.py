@@ -1,12 +1,14 @@
 """Run a plan's steps on this machine, one after another, with a progress bar each.
 
-A first Ctrl-C asks the running step to save at its next optimizer step and leave; a second ends it at once. The
-step's processes are a session of their own, so nothing is left behind, and the same command goes on from there.
+A first Ctrl-C asks the running step to save at its next optimizer step and leave; a second ends it at once. In a Slurm
+job (sbatch --wrap, salloc) TERM, USR1 and the job's coming end mean the same. The step's processes are a session of
+their own, so nothing is left behind, and the same command goes on from there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -20,11 +22,11 @@ from types import FrameType
 from tqdm import tqdm
 
 from pipeline.artifact import STOP, refuse_if_owned
-from pipeline.errors import LaunchError, PipelineError, PlanError, Stopped
+from pipeline.errors import LaunchError, PipelineError, PlanError, Stopped, explain_disk, printable
 from pipeline.launchers.torchrun import command, environment
 from pipeline.plan import Plan, Step, order_of
 from pipeline.progress import Progress, clock, describe, read_progress
-from pipeline.slurm import JOB, is_here, live_jobs
+from pipeline.slurm import JOB, is_here, job_end, live_jobs, this_job
 from pipeline.stage import STAGES, write_order
 
 POLL = 0.2  # seconds
@@ -77,6 +79,7 @@ def run_step(step: Step, plan: Plan, title: str) -> None:
     write_order(step.folder, order_of(step, plan.cluster))
     (step.folder / JOB).unlink(missing_ok=True)  # of an earlier attempt on Slurm
     started = time.time()
+    limit, asked = _leave_at(step, plan), False
     log = step.folder / "log.txt"
     with log.open("ab") as file:
         process = subprocess.Popen(
@@ -92,13 +95,31 @@ def run_step(step: Step, plan: Plan, title: str) -> None:
                 progress = read_progress(step.folder)
                 if progress and progress.started >= started - 1:
                     bar.show(progress)
+                if time.time() > limit and not asked:
+                    asked = True
+                    (step.folder / STOP).touch()
+                    tqdm.write("stopping: this Slurm job ends soon; the step saves and leaves", file=sys.stderr)
                 time.sleep(POLL)
             seconds = time.time() - started
             progress = read_progress(step.folder)
             mine = progress if progress and progress.started >= started - 1 else None
             bar.end(mine, seconds, step.done)
+    if asked:
+        raise Stopped("stopped before the end of this Slurm job; run the same command in another one to go on")
     if not step.done:
         raise _failure(step, process.returncode, mine, log)
+
+
+def _leave_at(step: Step, plan: Plan) -> float:
+    """When the step has to save and leave, in seconds since the epoch: before the Slurm job ends that this runs in.
+
+    Of a job that is shorter than `save_before` half of what is left is used. Without a limit: never.
+    """
+    end = job_end() if this_job() and step.stage in CAN_STOP else None
+    if end is None:
+        return math.inf
+    now, before = time.time(), plan.cluster.slurm.save_before
+    return max(end - before, now + (end - now) / 2)
 
 
 def check_port(host: str = "127.0.0.1") -> None:
@@ -117,6 +138,8 @@ def _failure(step: Step, code: int, progress: Progress | None, log: Path) -> Pip
     if progress and progress.state == "stopped":
         return Stopped(f"{step.label} was stopped and has saved its work; run the same command to go on")
     again = f"see {log}; after mending it, the same command goes on from here"
+    if full := explain_disk(OSError(), step.folder):  # then no process could write why it ended
+        return LaunchError(f"{step.label}: {full}")
     if progress and progress.state == "failed" and progress.problems:
         error = LaunchError(*(f"{step.label}: {problem}" for problem in progress.problems), again)
         error.exit_code = progress.exit_code or error.exit_code
@@ -130,11 +153,16 @@ def _failure(step: Step, code: int, progress: Progress | None, log: Path) -> Pip
 
 @contextlib.contextmanager
 def _stopping(process: subprocess.Popen[bytes], step: Step, grace: int) -> Iterator[None]:
-    """Turn Ctrl-C and TERM into an agreed stop, a second one into the end; leave no process behind."""
+    """Turn Ctrl-C, TERM and USR1 into an agreed stop, a second Ctrl-C into the end; leave no process behind.
+
+    A batch system repeats its signals, so a second TERM or USR1 within the grace that it gives is no hurry.
+    """
     asked = 0
 
     def handle(signum: int, frame: FrameType | None) -> None:
         nonlocal asked
+        if asked and signum != signal.SIGINT and this_job():
+            return
         asked += 1
         if asked == 1 and step.stage in CAN_STOP:
             (step.folder / STOP).touch()
@@ -142,7 +170,7 @@ def _stopping(process: subprocess.Popen[bytes], step: Step, grace: int) -> Itera
         else:
             end(process, grace)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:
@@ -192,7 +220,7 @@ class _Bar:
             self.bar.close()
 
     def show(self, progress: Progress) -> None:
-        text = describe(progress)
+        text = printable(describe(progress))
         if not self.live:
             if time.time() - self.told >= 30:
                 self.told = time.time()
@@ -212,7 +240,7 @@ class _Bar:
             self.bar = None
         ended = progress.state if progress and progress.state in ("failed", "stopped") else "failed"
         mark = "done" if done else ended
-        text = describe(progress) if progress else ""
+        text = printable(describe(progress)) if progress else ""
         tqdm.write(f"{self.title}  {mark} in {clock(seconds)}  {text}".rstrip(), file=sys.stderr)
         for warning in progress.warnings if progress else ():
-            tqdm.write(f"  warning: {warning}", file=sys.stderr)
+            tqdm.write(f"  warning: {printable(warning)}", file=sys.stderr)
