@@ -13,9 +13,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import ArtifactError
 from pipeline.files import read_json
 from pipeline.recipe import CONFIGS, Model
 
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 BUNDLED = CONFIGS / "models"
 # of these families TRL ships the real templates, and of R1-Distill's one that does not delete thoughts
 FAMILIES = ("deepseek_r1_distill", "llama3", "phi3_5", "qwen2_5")
@@ -39,14 +41,31 @@ QUANTS = ("q8_0", "q4_0", "q4_k_m", "f16")  # of a GGUF file
 
 
 def model_config(model: Model) -> dict[str, Any] | None:
-    """The configuration of a recipe's base model, without network and without torch; None for one from scratch."""
+    """The configuration of a recipe's base model, without network and without torch; None for one from scratch.
+
+    ArtifactError where the config.json of a folder names sizes that are none.
+    """
     if model.scratch:
         return None
     folder = Path(model.name)
     if folder.is_dir():
-        return _dict(read_json(folder / "config.json"))
+        config = _dict(read_json(folder / "config.json"))
+        check_sizes(config or {}, folder / "config.json")
+        return config
     bundled = _dict(read_json(BUNDLED / f"{model.name.replace('/', '--')}.json"))
     return bundled or _cached(model)
+
+
+def check_sizes(config: dict[str, Any], file: Path) -> None:
+    """ArtifactError where a size in a config.json is not a whole number of at least 1."""
+    needed = SIZES if config.get("model_type") in ("qwen2", "llama", "phi3") else ()
+    for key in (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        value = config.get(key)
+        if (key in needed or value is not None) and (type(value) is not int or value < 1):
+            raise ArtifactError(
+                f"{file}: {key}: got {value!r}; expected a whole number of at least 1. "
+                "Fix: use the config.json that the model was saved with"
+            )
 
 
 def gguf_file(model: Model) -> Path | None:
@@ -70,7 +89,8 @@ def special_tokens(model: Model) -> set[str]:
     """The special tokens of a model's tokenizer, from its folder or the local cache; empty where it is not there."""
     folder = Path(model.name)
     tokenizer = _dict(read_json(folder / "tokenizer.json")) if folder.is_dir() else _cached(model, "tokenizer.json")
-    return {token["content"] for token in (tokenizer or {}).get("added_tokens", ())}
+    added = (tokenizer or {}).get("added_tokens")
+    return {str(token["content"]) for token in added or () if isinstance(token, dict) and "content" in token}
 
 
 def _cached(model: Model, file: str = "config.json") -> dict[str, Any] | None:

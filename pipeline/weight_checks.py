@@ -25,6 +25,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import LoadStateDictInfo
 from transformers.utils.hub import cached_file
 
+from pipeline import families
 from pipeline.artifact import ADAPTER
 from pipeline.errors import ArtifactError, PipelineError
 from pipeline.files import read_json
@@ -129,6 +130,8 @@ def check_sizes(name: str, revision: str | None) -> None:
     config = read_json(file) if file else None
     if file and not isinstance(config, dict):
         raise ArtifactError(f"{file}: not a JSON object; expected a model's configuration")
+    if file and config is not None:
+        families.check_sizes(config, file)
     files = weight_files(name, revision)
     if not files or not config:
         return
@@ -233,11 +236,6 @@ def _refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor]], where: str, dt
 def check_computes(model: PreTrainedModel | PeftModel, name: str, where: torch.device) -> None:
     """ArtifactError where the model fails on a few tokens or gives no numbers: a config.json that does not fit."""
     with reading(f"model {name}"):
-        text = model.config.get_text_config()
-        for key in ("max_position_embeddings", "vocab_size"):
-            value = getattr(text, key, None)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ArtifactError(f"model {name}: config.json: {key}: got {value!r}; expected a whole number ≥ 1")
         ids = torch.arange(min(8, model.get_input_embeddings().num_embeddings), device=where)[None]
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     if torch.isnan(logits).any():

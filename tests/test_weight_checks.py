@@ -22,6 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, Trainer, TrainingArguments
 
+from pipeline import preflight
 from pipeline.artifact import Checkpoint, find_checkpoint
 from pipeline.errors import ArtifactError, PipelineError
 from pipeline.generation import Sampling, generate_batch, stop_ids
@@ -36,6 +37,7 @@ from pipeline.modeling import (
     merged,
     prompt_ids,
 )
+from pipeline.plan import make_plan
 from pipeline.recipe import Lora, Model, Scratch
 
 # the suite turns warnings into errors; a user sees neither, so what a library only warns of must be refused here
@@ -154,7 +156,7 @@ ODD: dict[str, dict[str, list[Any]]] = {
         "hidden_size": [0, -16, "16", None, 17, 10**12, 1.5],
         "num_hidden_layers": [0, -1, "2", 1, 3, 10**9],
         "layer_types": ["x", ["nothing", "nothing"], [1, 2]],
-        "num_attention_heads": [0, -2, "4", 3, 2],
+        "num_attention_heads": [0, -2, "4", 3, 2, ...],
         "num_key_value_heads": [0, "2", 3, 1],
         "intermediate_size": [0, "x", None, 31],
         "vocab_size": [0, -1, "400", 10, 10**12],
@@ -206,6 +208,28 @@ def test_any_damage_to_a_model_is_one_sentence(sound: Path, tmp_path: Path) -> N
         shutil.rmtree(folder)
     assert not problems, "\n".join(problems)
     assert refusals > 0.8 * len(DAMAGES)
+
+
+def test_any_damage_to_a_model_is_found_while_planning(sound: Path, tmp_path: Path) -> None:
+    """The planner reads the same files without transformers: it plans, or stops with one sentence."""
+    words = [f"model.name={sound}", "model.revision=null", "cluster.gpus=1", "cluster.gpu_memory=40"]
+    plan, problems = make_plan(["qwen1.5b"], words, runs=tmp_path), []
+    for number, (name, damage) in enumerate(DAMAGES.items()):
+        if not name.startswith(("config.json", "tokenizer.json")):
+            continue
+        folder = Path(shutil.copytree(sound, tmp_path / str(number)))
+        damage(folder)
+        recipe = plan.steps[0].recipe
+        recipe = replace(recipe, model=replace(recipe.model, name=str(folder)))
+        damaged = replace(plan, steps=tuple(replace(step, recipe=recipe) for step in plan.steps))
+        try:
+            preflight.problems(damaged)
+        except PipelineError as error:
+            if "\n" in str(error):
+                problems.append(f"{name}: {error}")
+        except Exception as error:
+            problems.append(f"{name}: {type(error).__name__}: {error}")
+    assert not problems, "\n".join(problems)
 
 
 def test_a_billion_layers_are_refused_before_memory_is_filled(copy: Path) -> None:
