@@ -286,6 +286,10 @@ def load_model(
             **arguments,
             **(spread or {}),
         )
+    if getattr(base, "_hf_peft_config_loaded", False):  # of a hub id; in a folder `find_checkpoint` has seen it
+        raise ArtifactError(
+            f"model {name}: got an adapter; expected a whole model. Fix: hf download {name}, and name its folder"
+        )
     check_keys(base, info, name, revision)
     check_finite(base, name, revision, dtype)
     forget_generation_config(base, name, revision)

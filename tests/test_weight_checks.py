@@ -18,9 +18,11 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, Trainer, TrainingArguments
+from trl import GRPOConfig, GRPOTrainer
 
 from pipeline import preflight
 from pipeline.artifact import Checkpoint, find_checkpoint
@@ -470,6 +472,16 @@ def test_a_missing_shard_is_named(sound: Path, tmp_path: Path) -> None:
     refused(tmp_path, gone.name)
 
 
+def test_a_model_with_an_adapter_inside_it_is_refused(copy: Path, adapted: Path) -> None:
+    """transformers would put it on unasked, as it does for an adapter on the hub, and an export would lose it."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapted / name, copy)
+    whole = Checkpoint(str(copy), None, str(copy))
+    for way in (load_model, merged):
+        with pytest.raises(ArtifactError, match="an adapter; expected a whole model"):
+            way(whole, MODEL, dtype=torch.float32)
+
+
 Q, K = (f"base_model.model.model.layers.1.self_attn.{name}_proj.lora_A.weight" for name in "qk")
 
 
@@ -673,6 +685,41 @@ def test_no_setting_of_the_checkpoint_changes_an_answer(copy: Path, sound: Path)
     assert changed == []
     (copy / "generation_config.json").write_text("[" * 100_000)
     assert answers(load_to_ask(checkpoint, MODEL, None)) == wanted
+
+
+def rollouts(folder: Path, out: Path) -> list[list[int]]:
+    """The tokens that one step of GRPO draws, its trainer made as the stage makes it."""
+    checkpoint = find_checkpoint(str(folder))
+    tokenizer, drawn = load_tokenizer(checkpoint, MODEL), []
+
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        drawn.extend(completion_ids)
+        return [float(len(ids)) for ids in completion_ids]
+
+    model = load_model(checkpoint, MODEL, dtype=torch.float32)
+    model.generation_config.eos_token_id = stop_ids(model, tokenizer)
+    settings = GRPOConfig(
+        str(out),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=8,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+    )
+    rows = Dataset.from_list([{"prompt": QUESTION}] * 4)
+    GRPOTrainer(model, reward_funcs=reward, args=settings, train_dataset=rows, processing_class=tokenizer).train()
+    return drawn
+
+
+def test_no_setting_of_the_checkpoint_changes_a_rollout(copy: Path, sound: Path, tmp_path: Path) -> None:
+    wanted = rollouts(sound, tmp_path / "wanted")
+    assert len(wanted) == 4
+    edit(copy / "config.json", repetition_penalty=9.0, num_beams=2)  # where old checkpoints have them
+    (copy / "generation_config.json").write_text(json.dumps(STRANGE))
+    assert rollouts(copy, tmp_path / "found") == wanted
 
 
 def test_the_special_tokens_that_a_checkpoint_stops_at_are_kept(copy: Path) -> None:
