@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, Trainer, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
-from pipeline import preflight
+from pipeline import preflight, weight_checks
 from pipeline.artifact import Checkpoint, find_checkpoint
 from pipeline.errors import ArtifactError, PipelineError
 from pipeline.generation import Sampling, generate_batch, stop_ids
@@ -459,6 +459,17 @@ def test_tensors_that_do_not_fit_are_named(copy: Path, sound: Path, quantization
             shutil.copy(sound / WEIGHTS, copy)
             rewrite(copy / WEIGHTS, lambda t: t[NORM].view(-1)[:1].fill_(1e5))
             load_model(find_checkpoint(str(copy)), MODEL, dtype=kind)
+
+
+def test_under_zero3_unexpected_tensors_are_found_in_the_files(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers takes them for expected there; that sound weights pass is shown by every run with ZeRO-3."""
+    model = load_model(find_checkpoint(str(copy)), MODEL, dtype=torch.float32)
+    monkeypatch.setattr(weight_checks, "is_deepspeed_zero3_enabled", lambda: True)
+    rewrite(copy / WEIGHTS, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}))
+    weight_checks.check_keys(model, {}, str(copy), None)
+    rewrite(copy / WEIGHTS, lambda t: t.update({"model.layers.2.mlp.gate_proj.weight": t[GATE].clone()}))
+    with pytest.raises(ArtifactError, match=r"holds 1 tensors that the model has not \(model.layers.2.mlp.gate_proj"):
+        weight_checks.check_keys(model, {}, str(copy), None)
 
 
 def test_a_missing_shard_is_named(sound: Path, tmp_path: Path) -> None:
