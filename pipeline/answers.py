@@ -176,10 +176,16 @@ _HOPE = re.compile(r"[\s$.]*\bI hope (?:it|this) is correct\b.*", re.IGNORECASE 
 _DENIED_BEFORE = re.compile(
     r"(?:\b(?:not|never|cannot\s{1,9}be)|n['’]t"
     r"|\b(?:not|n['’]t|wrong|false|incorrect|untrue|den(?:y|ies)|doubt|reject)\b[^.,;:!?\n]{0,40}\bthat\b"
-    r"(?:\s{1,9}(?:the|my|our))?(?:\s{1,9}(?:final|correct))?(?:\s{1,9}answer\s{1,9}is)?"
-    r"|\b(?:wrong|incorrect|false|not)\s{1,9}to\s{1,9}(?:say|write|answer|claim|conclude))[\s\"'“$:*_({\\\[]{0,20}$",
+    r"|\b(?:wrong|incorrect|false|not)\s{1,9}to\s{1,9}(?:say|write|answer|claim|conclude))"
+    r"(?:\s{1,9}that)?(?:\s{1,9}(?:the|my|our))?(?:\s{1,9}(?:final|correct))?(?:\s{1,9}answer\s{1,9}is)?"
+    r"[\s\"'“$:*_({\\\[]{0,20}$",
     re.IGNORECASE,
 )
+_HEDGED_AFTER = re.compile(
+    r"[\s$*_]{0,9}(?:\\text\{\s{0,9}or\s{0,9}\}|or\b|/|⁄|\ufffd)[\s$]{0,9}(-?[0-9][0-9.,]{0,40})"
+)
+_HEADING = re.compile(r"[0-9]{1,2}[.)]\s+\W{0,4}[A-Za-z]")  # #### 1. Add the prices
+_MORE_THAN_ONE = re.compile(r"[-+$\\\s]{0,9}[0-9][0-9.,]{0,40}\s{0,9}(?:,\s|;|(?:but|or|and|not|no|wait|actually)\b)")
 _DENIED_AFTER = re.compile(
     r"[\s$.*_\"'”)\]\\}]{0,9}(?:is|are|was|would\s{1,9}be)\s{1,9}(?:not|wrong|incorrect|false|untrue)\b", re.IGNORECASE
 )
@@ -196,7 +202,7 @@ def stated(text: str | None) -> list[str]:
 
 
 def _stated(text: str) -> Reading[list[str]]:
-    strict, loose = list[str](), list[str]()
+    strict, loose, headings = list[str](), list[str](), list[str]()
     text = text if text.isascii() else without_invisible(text, "\ufffd")
     for count, mark in enumerate(_MARK.finditer(text), 1):
         if count > MARKS:
@@ -205,10 +211,16 @@ def _stated(text: str) -> Reading[list[str]]:
         if found is None:
             return unread("no_answer")
         content, end = found
+        if mark["hashes"] and _HEADING.match(content):
+            headings.append(content)
+            continue
         if not content or (mark["hashes"] and not _is_final(content)):
             continue
         if _DENIED_BEFORE.search(text, max(0, mark.start() - 120), mark.start()) or _DENIED_AFTER.match(text, end):
             return unread("denied_answer")
+        hedge = _HEDGED_AFTER.match(text, end)
+        if hedge and not same_expression(content, hedge[1].rstrip(".,")):
+            return unread("two_answers")
         if mark["loose"]:
             loose.append(content)
         elif len(content) > LONGEST:
@@ -216,7 +228,9 @@ def _stated(text: str) -> Reading[list[str]]:
         else:
             strict.append(content)
     if strict:
-        return Reading([*(content for content in loose if quantity_in(content)), *strict])
+        return Reading([*(content for content in loose if _is_value(content)), *strict])
+    if not loose and len(headings) == 1 and quantity_in(headings[0]):
+        return Reading(headings)  # "#### 72. That is all.", where nothing else is an answer
     short = [content for content in loose if len(content) <= LONGEST]
     return Reading(short) if short else unread("too_long" if loose else "no_answer")
 
@@ -234,17 +248,23 @@ def _content(text: str, mark: re.Match[str]) -> tuple[str, int] | None:
     rest = text[place : place + LONGEST + 20]
     content = rest.partition("</answer>")[0] if mark["tag"] and "</answer>" in rest else rest.partition("\n")[0]
     end = place + len(content)
-    if re.search(r"\\(?:boxed|fbox)(?![A-Za-z])", content):
-        return "", end  # "the answer is \boxed{5}": the box says it
+    if box := re.search(r"\\(?:boxed|fbox)(?![A-Za-z])", content):
+        first = content[: box.start()].strip(" $=*_")  # "the answer is \boxed{5}": the box says it
+        return first if _is_value(first) else "", end
     parts = _MARK.split(content, maxsplit=1)
     if len(parts) > 1:
         content = _LEADS_ON.sub("", parts[0])
     return _HOPE.sub("", content).replace(r"\]", "").replace("$$", "").strip().strip("*_").strip(), end
 
 
+def _is_value(text: str) -> bool:
+    """Whether a text is one number or one letter, which words before another answer are not."""
+    return quantity_in(text) is not None or re.fullmatch(r"\(?[A-Z]\)?[.,:]?", text) is not None
+
+
 def _is_final(text: str) -> bool:
-    """Whether what follows four # is an answer: a number, a formula, a letter; not a heading."""
-    if quantity_in(text):
+    """Whether what follows four # is an answer: a number (or two), a formula, a letter; not a heading."""
+    if quantity_in(text) or _MORE_THAN_ONE.match(text):
         return True
     plain = re.sub(r"\\[A-Za-z]+", " ", unwrapped(text, " "))
     return re.search(r"[^\W_]", text) is not None and re.search(r"[^\W\d_]{2}", plain) is None
@@ -322,7 +342,7 @@ def _formula(text: str) -> str:
 
 _CHOICE = re.compile(r"\(?(?P<letter>[A-E])\)?(?=\s*(?:$|[.,:;)\]]|because\b|since\b|\n))")
 _OTHER = re.compile(
-    r"(?:\b(?:or|and|but|not|rather|actually)\b|[,;/&|])[^.\n]{0,24}?\(?(?<![A-Za-z])[A-E](?![A-Za-z'])(?!\s+[a-z])"
+    r"(?:\b(?:or|and|but|not|rather|actually)\b|[,;/&|])[^.\n]{0,24}?\(?(?<![A-Za-z])(?:[B-E]|A(?!\s+[a-z]))(?![A-Za-z'-])"
 )
 _LISTED = re.compile(r"(?<![A-Za-z])([A-E])\)")  # a choice as it is listed in a question
 

@@ -29,7 +29,7 @@ from pipeline.fetch import not_fetched
 from pipeline.memory import GIB, adapter_parameters, needs, shape_of, what_fits
 from pipeline.plan import Plan
 from pipeline.recipe import Model, Optimizer, Recipe
-from pipeline.rewards.audit import audit
+from pipeline.rewards.audit import audit, audited
 from pipeline.rewards.reward import find_rewards
 from pipeline.slurm import is_here, reason_of
 from pipeline.tasks.task import task_of
@@ -49,7 +49,9 @@ def problems(plan: Plan, *, audited: bool = False) -> tuple[list[str], list[str]
         for look_wide in (_backend, _hardware, _memory):
             found += look_wide(recipe, plan.cluster)
         if audited:
-            found += _rewards(recipe)
+            paid, replayed = _rewards(recipe)
+            found += paid
+            notes += [f"{name}: {replayed}"] if replayed else []
         wrong += [f"{name}: {text}" if len(recipes) > 1 else text for text in found]
         notes += _notes(recipe, plan.cluster)
     wrong += _loggers(plan.cluster)
@@ -347,14 +349,26 @@ def _memory(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
         )
 
 
-def _rewards(recipe: Recipe) -> Iterator[str]:
-    """Exploits that the recipe's rewards would pay."""
+def _rewards(recipe: Recipe) -> tuple[list[str], str]:
+    """(exploits that the recipe's rewards would pay, how many texts were replayed)."""
+    if "grpo" not in recipe.stages:
+        return [], ""
     task = task_of(recipe.task, recipe.seed)
     functions, _ = find_rewards(recipe.grpo.rewards)
     weights = {name: reward.weight for name, reward in recipe.grpo.rewards.items()}
-    for example in task.specimens() if "grpo" in recipe.stages else ():
-        for text in audit(task, functions, weights, example):
-            yield f"grpo.rewards: an exploit is paid as much as an honest answer: {text} (gold {example.gold})"
+    examples = task.specimens()
+    found = [
+        f"grpo.rewards: an exploit is paid as much as an honest answer: {text} (gold {example.gold})"
+        for example in examples
+        for text in audit(task, functions, weights, example)
+    ]
+    texts, mutated = (
+        sum(count) for count in zip((0, 0), *(audited(task, example) for example in examples), strict=True)
+    )
+    told = (
+        f"the audit replayed {texts} texts on {len(examples)} rows, {mutated} of them mutations; {len(found)} are paid"
+    )
+    return found, told
 
 
 def _notes(recipe: Recipe, cluster: Cluster) -> Iterator[str]:

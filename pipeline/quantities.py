@@ -41,8 +41,8 @@ _NUMBER = re.compile(
     rf"{_ABOUT}(?P<sign>[+-]?)\s*(?P<currency>{_CURRENCY})?\s*(?P<late>-?)(?:"
     r"(?:(?P<whole>[0-9]{1,12})\s*)?\\frac\s*\{\s*(?P<top>[+-]?[0-9,]+)\s*\}\s*\{\s*(?P<under>[0-9,]+)\s*\}"
     rf"|{_TEN % 'alone'}"
-    r"|(?P<mixed>[0-9]{1,12})\s+(?P<over>[0-9]{1,6})/(?P<by>[0-9]{1,6})(?![0-9A-Za-z./])"
-    rf"|(?P<number>{_DECIMAL})(?:\s*/\s*(?P<divisor>[0-9]+)(?![0-9A-Za-z.]))?)"
+    r"|(?P<mixed>[0-9]{1,12})\s+(?P<over>[0-9]{1,6})/(?P<by>[0-9]{1,6})(?![0-9A-Za-z/]|\.[0-9])"
+    rf"|(?P<number>{_DECIMAL})(?:\s*/\s*(?P<divisor>[0-9]+)(?![0-9A-Za-z]|\.[0-9]))?)"
     rf"(?:[eE](?P<e>[+-]?[0-9]{{1,4}})(?![0-9A-Za-z])|\s*(?:×|\\times|\\cdot|·|⋅|\*|x)?\s*{_TEN % 'power'})?"
     r"(?P<unit>.*)",
     re.DOTALL,
@@ -198,7 +198,11 @@ def _evaluated(text: str) -> Quantity | None:
     unit = _unit_text(rest)
     if unit is None or (unit.strip() and not re.match(r"\s", rest) and unit_of(unit).dimension is None):
         return None
-    return Quantity(value.number, unit.strip(), value.exact, attached=bool(re.match(r"[A-Za-z]", rest)))
+    number, magnitude = value.number, _MAGNITUDE.match(unit)
+    if magnitude and magnitude[1]:
+        number *= 10 ** _MAGNITUDES[magnitude[1].lower()]
+        unit = unit[magnitude.end() :]
+    return Quantity(number, unit.strip(), value.exact, attached=bool(re.match(r"[A-Za-z]", rest)))
 
 
 # ---------------------------------------------------------------- comparisons

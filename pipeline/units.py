@@ -29,15 +29,7 @@ class Unit:
     dimension: Dimension | None  # None where the unit is not understood, () where there is no unit
     zero: Fraction = Fraction(0)  # of a temperature scale, in kelvin
     words: frozenset[str] = field(default=frozenset())  # of a unit that is not understood
-
-    @property
-    def known(self) -> bool:
-        return bool(self.dimension) or self.scale != 1
-
-    @property
-    def none(self) -> bool:
-        """Whether there is no unit at all."""
-        return self.dimension == () and self.scale == 1 and not self.words
+    none: bool = False  # whether there is no unit at all
 
 
 PREFIXES = {
@@ -154,7 +146,8 @@ def unit_of(text: str) -> Unit:
     found = _compound(rest[: LONGEST_UNIT + 1])
     if found is None:
         words = frozenset(word.removesuffix("s") for word in re.findall(r"[^\W\d_]+", rest.casefold()))
-        return Unit(ten, Fraction(1), None if words or rest.strip() else (), words=words)
+        none = not words and not rest.strip()
+        return Unit(ten, Fraction(1), () if none else None, words=words, none=none)
     scale, powers, zero = found
     return Unit(ten, scale, tuple(sorted((base, high) for base, high in powers.items() if high)), zero)
 

@@ -33,9 +33,8 @@ _OPENERS = re.compile(
 _CLOSERS = re.compile(r"[*_\"'“”‘’«»`$})\]]+|\\[)\]]|</(?:answer|b|i|em|strong)>|[ \t]+(?=[*_\"'”’»`$})\]])")
 _REASON_WORDS = r"because|since|as|given|due\s{1,9}to|it|the|this|that|there"
 _FOLLOWS = re.compile(rf"\s*\Z|[^\S\n]*(?:\n|[.,;:!—–(]|-{{1,2}}(?=\s)|(?:{_REASON_WORDS})\b|<)", re.IGNORECASE)
-_STANDS = re.compile(
-    rf"\s*\Z|[^\S\n]*(?:\n|[.,;:!?)\]—–\"'”’»*_`}}|/]|-{{1,2}}(?=\s)|(?:{_REASON_WORDS}|or|and|but)\b)", re.IGNORECASE
-)
+# a verdict after the first one stands as an answer, unless a word follows it at once: "no graph", "no-one"
+_STANDS = rf"(?!-\w|[^\S\n]{{1,9}}(?!(?:{_REASON_WORDS}|or|and|but)\b)[^\W_])"
 _BOTH_WITHIN = 40  # characters after a verdict in which the other one makes it both
 _HEDGES = re.compile(
     r"(?:maybe|perhaps|possibly|unclear|undetermined|undecided|uncertain|neither|both|either|it depends"
@@ -49,15 +48,12 @@ _RETRACTIONS = (
     r"(?=\s{0,9}(?:[.!,\n]|\Z))|the\s{1,9}(?:verdict|answer)\s{1,9}(?:above\s{1,9})?is\s{1,9}(?:wrong|incorrect|not\b|false)"
     r"|not\s{1,9}(?:really|sure|certain)\b|wait\s{0,9}[,.!:])"
 )
-_SUBJECT = (
-    r"\b(?:it|this|that|which|the\s{1,9}(?:claim|hypothesis|statement|conclusion|answer|verdict))\s{1,9}"
-    r"(?:is|holds|does|did|was)"
-)
+_CLAIM = r"\bthe\s{1,9}(?:claim|hypothesis|statement|conclusion|answer|verdict)\s{1,9}"
 _AGAINST = {  # what contradicts a verdict in words
-    "Yes": rf"{_SUBJECT}(?:\s{{1,9}}not\b|n['’]t\b)(?!\s{{1,9}}(?:the\s{{1,9}}case\s{{1,9}}that|only))"
-    rf"|{_SUBJECT}\s{{1,9}}"
-    r"(?:false|wrong|incorrect|untrue|negative)\b",
-    "No": r"\bthe\s{1,9}(?:claim|hypothesis|statement|conclusion)\s{1,9}is\s{1,9}(?:true|right|correct|entailed)\b",
+    "Yes": rf"(?:{_CLAIM}|\b(?:it|this|that|which)\s{{1,9}})(?:is|was)\s{{1,9}}(?:false|wrong|incorrect|untrue|negative"
+    r"|not\s{1,9}(?:true|right|correct|so\b|the\s{1,9}case(?!\s{1,9}that)))"
+    rf"|{_CLAIM}(?:is\s{{1,9}}not|isn['’]t|does\s{{1,9}}not|doesn['’]t|cannot|fails)\b",
+    "No": rf"{_CLAIM}(?:is\s{{1,9}}(?:true|right|correct|entailed|affirmative|positive)|holds)\b",
 }
 _SENTENCE_END = re.compile(r"[.!?\n;,…—–]")
 _DENIES = re.compile(
@@ -87,19 +83,15 @@ def _patterns(words: tuple[str, ...]) -> _Words:
         others = [re.escape(other) for other in words if other != word]
         plain = [other for other in others if other in YES_NO]
         rare = [other for other in others if other not in YES_NO]  # an ordinary word, so only written as a verdict
-        found = [rf"{_START}(?i:{'|'.join(plain)}){_END}(?={_STANDS.pattern})"] if plain else []
-        found += (
-            [rf"{_START}(?:{'|'.join(rare)}|{'|'.join(map(str.upper, rare))}){_END}(?={_STANDS.pattern})"]
-            if rare
-            else []
-        )
+        found = [rf"{_START}(?i:{'|'.join(plain)}){_END}{_STANDS}"] if plain else []
+        found += [rf"{_START}(?:{'|'.join(rare)}|{'|'.join(map(str.upper, rare))}){_END}{_STANDS}"] if rare else []
         found += [_RETRACTIONS, *([_AGAINST[word]] if word in _AGAINST else [])]
         against[word] = re.compile(
             "|".join(f"(?i:{part})" if k >= bool(plain) + bool(rare) else part for k, part in enumerate(found))
         )
     boxed = rf"\\boxed\s{{0,9}}\{{\s{{0,9}}(?:{_FONT}\s{{0,9}}\{{)?"
     answered = r"\banswer[\s*_]{0,9}(?:is\b|:)[\s*_:\"'“]{0,9}"
-    stated = rf"(?:{boxed}|{answered})({one}){_END}(?={_STANDS.pattern})"
+    stated = rf"(?:{boxed}|{answered})({one}){_END}{_STANDS}"
     return _Words(re.compile(rf"(?:{one}){_END}", re.IGNORECASE), re.compile(stated, re.IGNORECASE), against)
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -126,6 +127,11 @@ def test_predictions_are_one_line_a_row(nano: Path) -> None:
     assert {"id", "prompt_sha256", "gold", "answer", "correct", "completion", "tokens", "truncated"} <= set(records[0])
     metrics = read_json(folder / "metrics.json")
     assert metrics["test"]["all"]["rows"]["value"] == 12
+    assert all((record["reason"] is None) is record["answered"] for record in records)
+    assert all(record["reason"] == "truncated" for record in records if record["truncated"])
+    for split in metrics:
+        reasons = [one["reason"] for one in records if one["split"] == split and not one["answered"]]
+        assert metrics[split]["reasons"] == dict(Counter(reasons))
     assert set(metrics) == {"test", "paraphrased", "refactored"}
     assert not list(folder.glob("partial-*"))
     by_split: dict[str, set[str]] = {}

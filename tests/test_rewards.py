@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import re
+import time
+
 import pytest
 
 from pipeline.recipe import Reward, TaskChoice, read, recipe_names
-from pipeline.rewards.audit import FINAL, audit, exploits
+from pipeline.rewards.audit import FINAL, audit, audited, exploits
 from pipeline.rewards.reward import Sample, find_rewards, make_sample, reward_names
 from pipeline.tasks.corr2cause.said import said
+from pipeline.tasks.gsm8k import Gsm8k
 from pipeline.tasks.task import Example, Task, Verdict, task_of
 
 EXAMPLE = Example("1", "Premise: A correlates with B.\nHypothesis: A directly causes B.", "Yes", "g")
@@ -74,6 +79,58 @@ def test_no_known_exploit_pays_under_any_recipe(name: str) -> None:
         assert audit(task, rewards, weights, example) == []
 
 
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_mutations_are_many_and_check_counts_them(name: str) -> None:
+    recipe, _ = read(name)
+    assert recipe is not None
+    task = task_of(recipe.task, recipe.seed)
+    for example in task.specimens() if "grpo" in recipe.stages else ():
+        replayed, mutated = audited(task, example)
+        assert mutated >= 25
+        assert replayed > mutated
+
+
+class Careless(Gsm8k):
+    """Reads the first number there is, without its sign: the mistake of others."""
+
+    def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
+        found = re.search(r"[0-9]+", completion.partition("</think>")[2])
+        said = found[0] if found else None
+        return Verdict(said is not None and said == re.sub(r"[^0-9]", "", example.gold)[: len(said)], bool(said), said)
+
+
+def test_the_audit_finds_a_judge_that_takes_two_answers_for_one() -> None:
+    task = task_of(TaskChoice("gsm8k", "sample", None, None, "stop", Gsm8k.rehearsal(Gsm8k)), 0)  # type: ignore[arg-type]
+    careless = Careless(task.choice, task.params, 0)
+    rewards, _ = find_rewards({"correctness": Reward(1.0, {})})
+    found = audit(careless, rewards, {"correctness": 1.0}, careless.specimens()[0])
+    for name in (
+        "mutation: denied",
+        "mutation: another sign",
+        "two golds: another sign",
+        "mutation: doubled, right first",
+    ):
+        assert any(text.startswith(name) for text in found), name
+    assert not any("cut off" in text for text in found)  # `judge` sees to those, whatever `grade` says
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "medical", "math_science", "corr2cause"])
+def test_what_was_cut_off_is_unanswered_for_rewards_as_for_evaluation(name: str) -> None:
+    cls = importlib.import_module(f"pipeline.tasks.{name}").TASK
+    task = task_of(TaskChoice(name, cls.sources[-1] if name != "corr2cause" else "auto", None, None, "stop", {}), 0)
+    example = task.specimens()[0]
+    right = f"so it is\n</think>\n{FINAL[task.answer_kind or ''].format(example.gold)}"
+    whole, cut = (make_sample(task, example, right, True, truncated) for truncated in (False, True))
+    assert whole.verdict == task.grade(example, right, True)
+    assert (whole.verdict.answered, whole.verdict.reason, whole.well_formed) == (True, None, True)
+    assert cut.verdict == task.judge(example, right, True, True)
+    assert (cut.verdict.answered, cut.verdict.reason, cut.well_formed) == (False, "truncated", False)
+    assert not cut.verdict.correct
+    assert not cut.verdict.proxy
+    for reward in ("correctness", "format", "match", "structure"):
+        assert not pay(reward, cut)
+
+
 # ---------------------------------------------------------------- structure
 
 ROWS = {
@@ -115,7 +172,7 @@ def test_a_proof_earns_all_of_the_structure_and_half_with_the_wrong_verdict(
 
 
 def test_structure_is_read_in_other_words() -> None:
-    """A → C ← B, and D behind C: the same graph in five ways of saying it."""
+    """A → C ← B, and D behind C: the same graph in eight ways of saying it, three of them LaTeX."""
     names = "ABCD"
     premise = "A C linked. B and C are adjacent. A and B are independent. "
     ways = [
@@ -124,6 +181,10 @@ def test_structure_is_read_in_other_words() -> None:
         f"{premise}A → C, B → C and C → D. A indep D | C; B indep D | C.",
         "A directly causes C. B directly causes C. C is a direct cause of D. A is independent of B. "
         "A is independent of D given C. B and D are separated by C.",
+        r"$A \to C \leftarrow B$, so $C \to D$. $A \perp B$; $A \perp D \mid C$; $B \perp D \mid \{C\}$",
+        r"\(A \rightarrow C\), \(B\rightarrow C\), \(C \longrightarrow D\). \(A \perp\!\!\!\perp B\), "
+        r"\(A \mathrel{\perp\!\!\!\perp} D \mid C\), \(B\perp\!\!\!\perp D\mid C\).",
+        r"\[\text{A} \to \text{C}\] \[B \to C\] \[D \gets C\] A \indep B \mid \emptyset. A ⊥⊥ D | {C}; **B ⊥ D|C**",
         "First A - C, C — B and C--D. Then A->C, C<-B, C -> D. A and B are independent, A, D are independent given C, "
         "and B indep D | C.",
     ]
@@ -134,6 +195,20 @@ def test_structure_is_read_in_other_words() -> None:
         assert found.compelled == {(0, 2), (1, 2), (2, 3)}, words
         assert found.cpdag == {(0, 2, "->"), (1, 2, "->"), (2, 3, "->")}, words
         assert found.separating_sets == {(0, 1, ()), (0, 3, (2,)), (1, 3, (2,))}, words
+
+
+def test_dependence_in_latex_is_no_independence() -> None:
+    for words in (r"$A \not\perp B \mid C$", r"A \not\!\perp B", r"\(A \not\perp\!\!\!\perp B\)", r"$A \nperp B$"):
+        assert said(words, "ABC").separating_sets == set(), words
+
+
+@pytest.mark.parametrize(
+    "piece", [" ", "\n", "A ", "A -> ", r"A \to B ", "⊥ ", "{", "}", "\\", "$", "A, ", "if\n", "A\n", r"\{ "]
+)
+def test_a_megabyte_of_thought_costs_little(piece: str) -> None:
+    started = time.process_time()
+    said(f"A{piece * (2**20 // len(piece))}B", "ABCD")
+    assert time.process_time() - started < 1
 
 
 def test_what_is_wrong_or_said_of_everything_earns_less(proved: tuple[Task, list[Example]]) -> None:

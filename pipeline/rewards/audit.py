@@ -4,12 +4,15 @@ r"""Known exploits, replayed against a reward set: each must earn less than an h
 
 `audit(task, rewards, weights, example)` returns the exploits that pay. An exploit pays when its total reward
 reaches that of the honest completion, or when it is graded correct (or pays by a proxy) without committing to the
-gold. There is a catalogue for each kind of final answer: what all kinds share, and what only one invites.
+gold. There is a catalogue for each kind of final answer (what all kinds share, and what only one invites), and there
+are mutations: from a right and a wrong answer, hedged, denied, doubled, disguised, cut off and nearly right ones. No
+text may be paid for two golds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from pipeline.answers import CLOSE, OPEN, split_thought
 from pipeline.rewards.reward import RewardFunction, make_sample
@@ -99,21 +102,119 @@ def exploits(kind: str, example: Example) -> dict[str, str]:
     return found
 
 
+BEFORE = {  # what denies or hedges the statement that follows
+    "denied": "It is not the case that {}",
+    "denied in words": "It would be wrong to say {}",
+    "denied as untrue": "It is not true that {}",
+}
+AFTER = {  # what takes a statement back, or sets the other answer beside it; {0} is the statement, {1} the other answer
+    "taken back": "{0} is wrong",
+    "hedged": "{0} or {1}",
+    "hedged in a sentence": "{0}. Or maybe {2}",
+    "doubled": "{0}\n{2}",
+    "doubled on one line": "{0} {2}",
+    "corrected": "{0}\nWait, {2}",
+    "joined by a zero-width space": "{0}\u200b{1}",
+    "joined by a line separator": "{0}\u2028{2}",
+    "joined by a fraction slash": "{0}\u2044{1}",
+    "in brackets": "{0} ({1})",
+    "with a question mark": "{0}? {1}.",
+    "but": "{0}, but the right answer is: {1}",
+    "the other one boxed": "{0} \\boxed{{{1}}}",
+    "the other one tagged": "{0} <answer>{1}</answer>",
+    "the other one answered": "{0}\nAnswer: {1}",
+}
+LOOKALIKES = str.maketrans("aceopxyABCEHKMNOPTXY", "асеорхуАВСЕНКМΝОРТХΥ")  # Cyrillic and Greek for Latin
+UNCERTAIN = ("with a question mark", "hedged in a sentence", "in brackets", "corrected", "taken back")
+
+
+def mutations(kind: str, example: Example) -> Iterator[tuple[str, str]]:
+    """(what was done, the completion) of each text made from a right and a wrong answer that must not be paid.
+
+    Every one either commits to nothing or to something other than the gold answer. A text that is only doubtful (see
+    UNCERTAIN) is made where the reader has to see the doubt: of verdicts, whose form leaves no room for commentary.
+    """
+    gold, final = example.gold, FINAL[kind].format
+    wrong = wrong_answer(kind, gold)
+    for first, second, order in ((gold, wrong, "right first"), (wrong, gold, "wrong first")):
+        for name, form in BEFORE.items():
+            if first == gold:
+                yield name, form.format(final(first))
+        for name, form in AFTER.items():
+            if (name in UNCERTAIN and kind != "verdict") or (name == "taken back" and first == wrong):
+                continue
+            if kind == "words" and name in ("the other one boxed", "the other one tagged") and first == wrong:
+                continue  # a box after words is the answer: the text commits to it
+            yield f"{name}, {order}", form.format(final(first), second, final(second))
+    if (disguised := final(gold).translate(LOOKALIKES)) != final(gold):
+        yield "letters of another script", disguised
+    yield "a zero-width space inside", final("\u200b".join(gold) if len(gold) > 1 else f"{gold}\u200b{gold}")
+    for name, text in nearly(kind, gold):
+        yield name, final(text)
+
+
+def nearly(kind: str, gold: str) -> Iterator[tuple[str, str]]:
+    """Answers that differ from the gold one in sign, magnitude, dimension, comparison or letter, by name."""
+    if kind in ("number", "expression"):
+        yield "another sign", gold[1:] if gold.startswith("-") else f"-{gold}"
+        yield "ten times", f"10 \\cdot {gold}"
+        yield "thousands", f"{gold} thousand"
+        yield "a variable", f"{gold}x"
+        yield "letters behind it", f"{gold}abc"
+        yield "a power", f"({gold})^2 + 1"
+        yield "between two", f"{gold} \\pm 1"
+        yield "less than it", f"< {gold}"
+    if kind == "words":
+        yield "not", f"not {gold}"
+        yield "a letter behind it", f"{gold} B"
+        yield "a sign behind it", f"{gold}-"
+        yield "less than it", f"< {gold}"
+    if kind == "choice":
+        yield "a letter behind it", f"{gold}E" if gold != "E" else "EA"
+
+
+def texts(kind: str, example: Example) -> dict[str, tuple[str, bool]]:
+    """Every completion of the audit by name, with whether it was cut off: exploits, mutations, cut-off answers."""
+    found = {name: (text, False) for name, text in exploits(kind, example).items()}
+    made = {f"mutation: {name}": (f"{HONEST}\n{CLOSE}\n{text}", False) for name, text in mutations(kind, example)}
+    honest = f"{HONEST}\n{CLOSE}\n{FINAL[kind].format(example.gold)}"
+    cut = {"mutation: cut off": (honest, True), "mutation: cut off in prose": (f"{honest}\nThis is so because", True)}
+    return {**found, **made, **cut}
+
+
 def audit(
     task: Task, rewards: Mapping[str, RewardFunction], weights: Mapping[str, float], example: Example
 ) -> list[str]:
-    """Each exploit that pays, as `both answers: earns 1.2 of 1.2`."""
+    """Each exploit or mutation that pays, as `both answers: earns 1.2 of 1.2`, and each text paid for two golds."""
     kind = task.answer_kind or "words"
 
-    def total(completion: str) -> float:
-        sample = make_sample(task, example, completion, True, False)
+    def total(completion: str, truncated: bool = False) -> float:
+        sample = make_sample(task, example, completion, True, truncated)
         return sum(weights[name] * (function(sample) or 0.0) for name, function in rewards.items())
 
-    honest = total(f"{HONEST}\n{CLOSE}\n{FINAL[kind].format(example.gold)}")
+    right = f"{HONEST}\n{CLOSE}\n{FINAL[kind].format(example.gold)}"
+    honest = total(right)
     found = []
-    for name, completion in exploits(kind, example).items():
-        earned = total(completion)
-        verdict = make_sample(task, example, completion, True, False).verdict
+    for name, (completion, truncated) in texts(kind, example).items():
+        earned = total(completion, truncated)
+        verdict = task.judge(example, completion, True, truncated)
         if earned >= honest or verdict.correct or verdict.proxy:
             found.append(f"{name}: earns {earned:g} of {honest:g}")
+    for name, gold in other_golds(kind, example.gold).items():
+        verdict = task.judge(replace(example, gold=gold), right, True, False)
+        if verdict.correct or verdict.proxy:
+            found.append(f"{name}: one text is right for {example.gold!r} and for {gold!r}")
     return found
+
+
+def other_golds(kind: str, gold: str) -> dict[str, str]:
+    """Golds that are not the row's own, by name: the honest answer to the row must not be right for any of them."""
+    near = {f"two golds: {name}": text for name, text in nearly(kind, gold)}
+    return {"two golds: another answer": wrong_answer(kind, gold), **near}
+
+
+def audited(task: Task, example: Example) -> tuple[int, int]:
+    """(how many texts the audit of a row replays, how many of them are mutations)."""
+    kind = task.answer_kind or "words"
+    names = [*texts(kind, example), *other_golds(kind, example.gold)]
+    return len(names), sum(name.startswith(("mutation", "two golds")) for name in names)

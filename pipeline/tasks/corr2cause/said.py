@@ -1,8 +1,9 @@
-"""What a thought says of the graph, in whatever words: the structure reward compares it with the premise's class.
+r"""What a thought says of the graph, in whatever words: the structure reward compares it with the premise's class.
 
-Reads our proofs ("A B ->.", "A C apart given B"), arrows between names ("A -> B <- C", "A → B", "A — B") and plain
-sentences ("A directly causes B", "A and C are independent given B"). Of two statements about one pair the later counts.
-Sentences copied from the premise say nothing, and neither do lines about a case, a member or a supposition.
+Reads our proofs ("A B ->.", "A C apart given B"), arrows between names ("A -> B <- C", "A → B", "A — B"), the same in
+LaTeX ("A \to B \leftarrow C", "A \perp C \mid B") and plain sentences ("A directly causes B", "A and C are
+independent given B"). Of two statements about one pair the later counts. Sentences copied from the premise say nothing,
+and neither do lines about a case, a member or a supposition.
 """
 
 from __future__ import annotations
@@ -54,8 +55,55 @@ _RIGHT, _LEFT, _LINE = r"-{1,2}>|→|⟶|⇒", r"<-{1,2}|←|⟵|⇐", r"--|—|
 _SUPPOSED = re.compile(r"^\s*(?:case|member|holds|fails|never|there|open|from|to|suppose|assume|if)\b.*$", re.I | re.M)
 
 
+MOST = 60_000  # characters of a thought that are read, its last ones: the later statement about a pair counts
+_LATEX = {  # what a command says
+    **dict.fromkeys(
+        ("to", "rightarrow", "longrightarrow", "Rightarrow", "Longrightarrow", "implies", "mapsto"), " -> "
+    ),
+    **dict.fromkeys(("gets", "leftarrow", "longleftarrow", "Leftarrow", "Longleftarrow", "impliedby"), " <- "),
+    **dict.fromkeys(("leftrightarrow", "longleftrightarrow", "Leftrightarrow"), " <-> "),
+    **dict.fromkeys(("perp", "bot", "indep", "independent", "Perp", "upmodels"), " ⊥ "),
+    **dict.fromkeys(("mid", "vert", "lvert", "rvert", "bigm"), " | "),
+    **dict.fromkeys(("emptyset", "varnothing"), " ∅ "),
+    **dict.fromkeys(("land", "wedge"), " and "),
+    **dict.fromkeys(("quad", "qquad"), " "),
+}
+_COMMAND = re.compile(r"\\([A-Za-z]+)")
+_NOT_APART = re.compile(
+    r"\\(?:center)?not\s?\{?\s?\\(?:perp|bot|indep|independent|Perp)(?![A-Za-z])|\\n(?:perp|indep)(?![A-Za-z])|[⊥⫫][̸̷]"
+)
+_FONTS = re.compile(
+    r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it|sf|rel|bin|op)|operatorname|boldsymbol) ?\{([^{}]{0,80})\}"
+)
+
+
+def plain(thought: str) -> str:
+    r"""A thought without LaTeX and emphasis, one blank between words: `A \to B \leftarrow C`, `A \perp B \mid \{C\}`.
+
+    Dependence (`A \not\perp B`) must not become independence.
+    """
+    text = _one_blank(thought)[-MOST:].replace("*", "").replace("`", "")
+    if re.search(r"[\\$̸̷]", text):
+        text = _FONTS.sub(r"\1", _NOT_APART.sub(" depends on ", text.replace(r"\!", "")))
+        text = re.sub(r"(?:\$|\\\)) ?(?:\$|\\\()", " , ", text)  # one formula ends, another begins
+        text = re.sub(r"\\[\[\]]|\\\\|\$\$", "\n", text)
+        text = re.sub(r"\\[,;: ]|[$~]|\\[()]", " ", text)
+        text = text.replace(r"\{", "{").replace(r"\}", "}").replace(r"\|", "|")
+        text = _COMMAND.sub(lambda match: _LATEX.get(match[1], f" {match[1]} "), text)
+        text = re.sub(r"\{ ?([^{}\n]{0,80}?) ?\}", r"{\1}", _one_blank(text))
+        text = re.sub(r"\{ ?((?:⊥ ?){1,3})\}", r"\1", text)
+    text = re.sub(r" ?[⊥⟂⫫](?: ?[⊥⟂⫫])* ?", " ⊥ ", text)
+    return _one_blank(text)
+
+
+def _one_blank(text: str) -> str:
+    lines = (" ".join(line.split()) for line in text.split("\n"))
+    return "\n".join(line for line in lines if line)
+
+
 def said(thought: str, names: Sequence[str], copied: str = "") -> Structure:
     """What the thought says of these variables; sentences of `copied` (the premise) are left out."""
+    thought = plain(thought)
     for sentence in re.split(r"(?<=\.)\s+", copied):
         words = sentence.removeprefix("However, ").split(" are as follows: ")[-1].strip()
         thought = thought.replace(words, " ") if words else thought
