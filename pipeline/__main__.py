@@ -355,7 +355,9 @@ def _show_plan(plan: Plan, outdated: Sequence[Path] = ()) -> int:
     width = max(len(step.label) for step in plan.steps)
     count = 0
     for step in plan.steps:
-        reasons = explain(step) if step.label in plan.wanted else ["done" if step.done else "not asked for"]
+        reasons = (
+            explain(step, plan.cluster) if step.label in plan.wanted else ["done" if step.done else "not asked for"]
+        )
         done = step.done
         if step.folder in outdated:
             reasons, done = ["made again: its code, or that of a step before it, has changed"], False

@@ -154,10 +154,21 @@ def read_cluster(name: str, overrides: Sequence[str] = ()) -> tuple[Cluster | No
     return cluster, [f"cluster.{text}" if not text.startswith(("cluster.", "'")) else text for text in problems]
 
 
+def driver_devices() -> list[str]:
+    """The GPUs of this machine as its drivers name them, of NVIDIA or else of AMD, whether they are hidden or not."""
+    nvidia = [p.name for p in Path("/dev").glob("nvidia[0-9]*") if p.name.removeprefix("nvidia").isdigit()]
+    if nvidia or not Path("/dev/kfd").exists():
+        return sorted(nvidia)
+    nodes = Path("/sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id")  # 0 for a processor
+    return sorted(f"kfd{path.parent.name}" for path in nodes if path.read_text().strip() not in ("", "0"))
+
+
 def gpu_count() -> int:
     """The GPUs this process may use, without importing torch; none where no driver has made a device."""
-    devices = [p for p in Path("/dev").glob("nvidia[0-9]*") if p.name.removeprefix("nvidia").isdigit()]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = driver_devices()
+    hidden_by = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES") if devices and devices[0].startswith("kfd") else ()
+    settings = (os.environ.get(name) for name in (*hidden_by, "CUDA_VISIBLE_DEVICES"))
+    visible = next((setting for setting in settings if setting is not None), None)
     if visible is None or not devices:
         return len(devices)
     return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])

@@ -2,22 +2,35 @@
 
     python -m pipeline.distributed --nproc-per-node=2 -m pipeline.sft --step DIR
 
-is torchrun, but ends with the exit code of the process that failed first, and leaves the traceback to that process.
-torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; without it there is one process.
+is torchrun, but ends with the exit code of the process that failed first, leaves the traceback to that process, and
+says in one sentence which process a signal has ended. torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; without it there
+is one process. What rank 0 does alone (hashing, counting, committing) the others wait for in the rendezvous store and
+not in a collective: that has no time limit and keeps no GPU busy.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
-import subprocess
+import signal
 import sys
+import time
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from pipeline import errors, faults, operators
+from pipeline.errors import LaunchError, PipelineError
+
+T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
+POLL = 0.2  # seconds between two looks for what rank 0 has done
+AT_ONCE = 3  # seconds: failures that torchrun saw within these are causes; later ones it caused itself
+_shared = 0  # values that rank 0 has given the others so far
 
 
 def rank() -> int:
@@ -43,30 +56,29 @@ def start(*, deepspeed: bool) -> None:
         import deepspeed as ds
 
         if backend == "gloo":
-            build_operator()
+            dist.init_process_group(backend, timeout=TIMEOUT)
+            load_operator()
         ds.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False)
     else:
         dist.init_process_group(backend, timeout=TIMEOUT)
 
 
-def build_operator() -> None:
-    """Have DeepSpeed's shared-memory operator built (once, under a minute), or say why gloo does its work.
+def load_operator() -> None:
+    """Load DeepSpeed's shared-memory operator in every process, or in none: processes that differ would hang.
 
-    DeepSpeed itself would fail without a C++ compiler; the operator only makes the exchange between processes faster.
+    The first process of each node builds it where it is missing; rank 0 says why gloo does its work instead.
     """
-    from deepspeed.ops import __compatible_ops__
-    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-
-    builder = ShareMemCommBuilder()
-    try:
-        builder.load(verbose=False)
-    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
-        __compatible_ops__[builder.NAME] = False
-        if rank() == 0:
-            compiler = os.environ.get("CXX", "c++")
-            why = str(error).strip().splitlines()[0] if shutil.which(compiler) else f"no C++ compiler ({compiler})"
-            print(f"DeepSpeed's shared-memory operator cannot be built: {why}; gloo is used instead, which is slower. ")
-            print("to build it, install g++ and Python's headers (Debian: apt install g++ python3-dev)", flush=True)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    for mine in (first, not first):
+        why = operators.load() if mine else None
+        found: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, why)
+        failed = next((text for text in found if text), None)
+        if failed:
+            operators.switch_off()
+            if rank() == 0:
+                print(operators.explain(failed), flush=True)
+            return
 
 
 def barrier() -> None:
@@ -84,21 +96,89 @@ def agree(flag: bool) -> bool:
     return bool(answer.item())
 
 
+def from_rank_0(make: Callable[[], T]) -> T:
+    """What `make` returns on rank 0 (anything JSON holds), in every process.
+
+    The others do not run it: they wait as long as rank 0 lives, and raise the PipelineError that it raises.
+    """
+    global _shared
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return make()
+    _shared += 1
+    key, store = f"therefore/{_shared}", _store()
+    if rank() == 0:
+        told: dict[str, Any]
+        try:
+            value = make()
+        except BaseException as error:
+            problems = list(error.problems) if isinstance(error, PipelineError) else [f"rank 0 failed: {error!r}"]
+            name = type(error).__name__ if isinstance(error, PipelineError) else "LaunchError"
+            store.set(key, json.dumps({"error": name, "problems": problems}))
+            raise
+        store.set(key, json.dumps({"value": value}))
+        return value
+    while not store.check([key]):
+        time.sleep(POLL)
+    told = json.loads(store.get(key))
+    if "error" in told:
+        kind = getattr(errors, told["error"], LaunchError)
+        raise kind(*told["problems"])
+    return cast("T", told["value"])
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def leave_together(done: Callable[[], bool]) -> None:
+    """The last thing of a stage: no process ends before rank 0 has, so that torchrun and srun see them end together.
+
+    Rank 0 calls it after its commit. A store that is gone means that rank 0 has ended: well where `done()` says so.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    try:
+        if rank() == 0:
+            _store().set("therefore/left", "1")
+            return
+        while not _store().check(["therefore/left"]):
+            time.sleep(POLL)
+    except (RuntimeError, ConnectionError) as error:
+        if rank() != 0 and not done():
+            raise LaunchError(f"rank {rank()}: rank 0 ended before this step was committed; see its error") from error
+
+
 def finish() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def torchrun(argv: list[str]) -> int:
-    """Run torchrun. Returns 0, or the code of the first process that failed (128 + n where signal n ended it)."""
+    """Run torchrun. Returns 0, or the code of the first process that failed (128 + n where signal n ended it).
+
+    A process that a signal has ended is named with the likely cause, here and in the step's progress file.
+    """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
+    faults.die_with_parent()
+    os.environ[faults.PARENT] = str(os.getpid())
+    began, kills = time.time(), faults.memory_kills()
     try:
         main(argv)
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 128 - code
+        first = error.get_first_failure()[1]
+        sentences = []
+        for number, failure in sorted(error.failures.items()):
+            caused = failure.exitcode == -signal.SIGTERM or failure.timestamp - first.timestamp > AT_ONCE
+            who = f"rank {number} (process {failure.pid} on {os.uname().nodename})"
+            if not caused and (sentence := faults.explain_death(who, failure.exitcode, kills)):
+                sentences.append(sentence)
+        if sentences:
+            print("\n".join(f"error: {sentence}" for sentence in sentences), file=sys.stderr, flush=True)
+            if "--step" in argv:
+                faults.record_failure(Path(argv[argv.index("--step") + 1]), sentences, began)
+        return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
     return 0
 
 

@@ -101,7 +101,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         )
 
     # ---- train, save
-    metrics = train(trainer, out, runtime)
+    metrics = train(trainer, recipe, "grpo", out, runtime)
     return {**metrics, "prompts": len(kept), "dropped_too_long": len(lengths) - len(kept)}
 
 

@@ -33,6 +33,7 @@ from pipeline.errors import ArtifactError, PlanError, RecipeError, did_you_mean
 from pipeline.families import gguf_file
 from pipeline.files import read_json
 from pipeline.fingerprint import describe_drift, file_identity, fingerprint, plain
+from pipeline.layouts import refusals
 from pipeline.memory import resolved
 from pipeline.recipe import CONFIGS, Recipe, find_yaml, local_files, local_problems, read, read_typed, recipe_names
 from pipeline.records import OddFile, read_record
@@ -409,8 +410,11 @@ def order_of(step: Step, cluster: Cluster) -> Order:
     )
 
 
-def explain(step: Step) -> list[str]:
-    """Why a step will run, or that it will not: one line, or one line a field that differs from the last run."""
+def explain(step: Step, cluster: Cluster | None = None) -> list[str]:
+    """Why a step will run, or that it will not: one line, or one line a field that differs from the last run.
+
+    With the `cluster` it would run on, also that its checkpoints cannot be resumed there.
+    """
     if step.done:
         return [step.outdated or "done"]
     try:
@@ -424,7 +428,9 @@ def explain(step: Step) -> list[str]:
         return [f"begins again: its {ARTIFACT} {odd}"]
     saved = [path for path in step.folder.glob("checkpoints/checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     if saved:
-        return [f"goes on from {max(saved, key=lambda path: int(path.name.rpartition('-')[2])).name}"]
+        newest = max(saved, key=lambda path: int(path.name.rpartition("-")[2]))
+        refused = refusals_of(step, cluster) if cluster else []
+        return [f"cannot resume: {text}" for text in refused] or [f"goes on from {newest.name}"]
     if (step.folder / STEP).exists():
         return ["begins again: it did not end"]
     before = _latest(step)
@@ -443,6 +449,13 @@ def explain(step: Step) -> list[str]:
         if was != needed.fingerprint:
             drift.append(f"input {role}: {was or '(new)'} -> {needed.fingerprint}")
     return drift or ["new"]
+
+
+def refusals_of(step: Step, cluster: Cluster) -> list[str]:
+    """Why a training step's checkpoints cannot be resumed on this cluster; nothing for other steps."""
+    if step.stage not in ("sft", "grpo") or step.done:
+        return []
+    return refusals(step.folder, step.recipe, resolved(step.recipe, cluster), step.stage)
 
 
 def _latest(step: Step) -> Artifact | None:

@@ -27,7 +27,7 @@ from pipeline.errors import did_you_mean
 from pipeline.families import TEMPLATES, gguf_file, model_config, special_in, special_tokens
 from pipeline.fetch import not_fetched
 from pipeline.memory import GIB, adapter_parameters, needs, shape_of, what_fits
-from pipeline.plan import Plan
+from pipeline.plan import Plan, refusals_of
 from pipeline.recipe import Model, Optimizer, Recipe
 from pipeline.rewards.audit import audit, audited
 from pipeline.rewards.reward import find_rewards
@@ -54,6 +54,7 @@ def problems(plan: Plan, *, audited: bool = False) -> tuple[list[str], list[str]
             notes += [f"{name}: {replayed}"] if replayed else []
         wrong += [f"{name}: {text}" if len(recipes) > 1 else text for text in found]
         notes += _notes(recipe, plan.cluster)
+    wrong += [text for step in plan.to_run for text in refusals_of(step, plan.cluster)]
     wrong += _loggers(plan.cluster)
     wrong += _disk(plan, list(recipes.values()))
     if plan.cluster.launcher != "local":

@@ -18,6 +18,7 @@ from pipeline.artifact import PROGRESS
 from pipeline.files import write_json
 from pipeline.records import record_or_none
 
+ATTEMPT = "THEREFORE_ATTEMPT"  # in the environment: a launcher's name for one start of a step
 MIN_SECONDS = 0.5  # between two writes of a running step
 MANY = 10  # attempts that a step may still need without a word about its time limit
 
@@ -41,6 +42,7 @@ class Progress:
     attempt: int = 1
     host: str = ""
     pid: int = 0
+    token: str = ""  # ATTEMPT of the launcher that started it: two that start one step at once tell theirs by it
 
     @property
     def seconds(self) -> float:
@@ -75,6 +77,7 @@ class ProgressFile:
             attempt=before.attempt + 1 if before and before.state != "done" else 1,
             host=socket.gethostname(),
             pid=os.getpid(),
+            token=os.environ.get(ATTEMPT, ""),
         )
         self._written = 0.0
         self._write()

@@ -98,7 +98,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
 
     # ---- train, save
-    metrics = train(trainer, out, runtime)
+    metrics = train(trainer, recipe, "sft", out, runtime)
     tokens = sum(len(encoded[k]["input_ids"]) for k in kept)
     counts = {"rows": len(kept), "dropped_too_long": len(encoded) - len(kept), "tokens_an_epoch": tokens}
     return {

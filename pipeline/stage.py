@@ -22,9 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline import faults
 from pipeline.artifact import STEP, STOP, WARNINGS, Artifact, commit, is_done, open_artifact, own
 from pipeline.cluster import Cluster, process_count
-from pipeline.errors import EXIT_FAULT, ArtifactError, PipelineError, Stopped, explain_disk, run_main
+from pipeline.errors import EXIT_FAULT, ArtifactError, LaunchError, PipelineError, Stopped, explain_disk, run_main
 from pipeline.files import write_json
 from pipeline.fingerprint import plain
 from pipeline.progress import ProgressFile
@@ -137,6 +138,7 @@ def _main(stage: str, run: Run, argv: list[str]) -> int:
 
 
 def _work(folder: Path, run: Run) -> int:
+    faults.die_with_parent()
     order = read_order(folder)
     if is_done(folder):
         print(f"{folder} is done; nothing to do")
@@ -149,16 +151,21 @@ def _work(folder: Path, run: Run) -> int:
         runtime = Runtime(order.cluster, progress, rank, world, folder, owner, order.checkpoint, order.options)
         code = code_of(order.stage, order.recipe.task.name, order.recipe.grpo.rewards)  # as this process imported it
         try:
+            _refuse_checkpoints(order, folder, world)
             inputs = {role: open_artifact(Path(where)) for role, where in order.inputs.items()}
             if rank == 0:
                 print(f"{order.name} {order.fingerprint}: {world} processes, {versions()}", flush=True)
+            hardware = _hardware(order, runtime)
             metrics = run(order.recipe, inputs, folder, runtime)
+            hardware |= _measured(order)
             if warnings := progress.now.warnings:
                 metrics = {**metrics, WARNINGS: list(warnings)}
             runtime.check_still_owner()
             if rank == 0:
-                commit(_artifact(order, folder, metrics, started, world, code))
+                provenance = {"hardware": hardware, "code": code}
+                commit(_artifact(order, folder, metrics, started, world, provenance))
                 progress.update(state="done", note="")
+            _leave_together(folder, world)
         except Stopped as error:
             progress.update(state="stopped", problems=error.problems, exit_code=error.exit_code)
             raise
@@ -166,16 +173,68 @@ def _work(folder: Path, run: Run) -> int:
             progress.update(state="failed", problems=error.problems, exit_code=error.exit_code)
             raise
         except Exception as error:
-            told = explain_disk(error, folder) or f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            memory = _out_of_memory(error, order)
+            told = memory or explain_disk(error, folder) or f"{type(error).__name__}: {error}".strip().splitlines()[0]
             with contextlib.suppress(OSError):  # the disk may be full for this too
                 progress.update(state="failed", problems=(told,), exit_code=EXIT_FAULT)
+            if memory:
+                raise LaunchError(memory) from error
             raise
     return 0
 
 
+def _refuse_checkpoints(order: Order, folder: Path, world: int) -> None:
+    """ArtifactError, before a model is loaded, where this step's checkpoints cannot be resumed as it was started."""
+    if order.stage in ("sft", "grpo"):
+        from pipeline.layouts import refusals
+
+        if problems := refusals(folder, order.recipe, order.cluster, order.stage, world):
+            raise ArtifactError(*problems)
+
+
+def _hardware(order: Order, runtime: Runtime) -> dict[str, Any]:
+    """What a stage with a model runs on, refused where it is not what the cluster asks for; for its provenance."""
+    if STAGES[order.stage].processes == "one":
+        return {}
+    from pipeline import devices
+
+    for sentence in devices.check_devices(order.cluster, rehearsal=order.recipe.rehearsal):
+        runtime.warn(sentence)
+    found = devices.describe(order.recipe, order.cluster, order.stage, runtime.world)
+    if runtime.rank == 0:
+        print(devices.show(found), flush=True)
+    return found
+
+
+def _measured(order: Order) -> dict[str, Any]:
+    if STAGES[order.stage].processes == "one":
+        return {}
+    from pipeline import devices
+
+    return {"measured": devices.measured()}
+
+
+def _leave_together(folder: Path, world: int) -> None:
+    """Keep every process until rank 0 has committed: torchrun and srun end a step whose processes end far apart."""
+    if world > 1:
+        from pipeline import distributed
+
+        distributed.leave_together(lambda: is_done(folder))
+
+
+def _out_of_memory(error: Exception, order: Order) -> str | None:
+    """The sentence for a GPU whose memory ran out; only a process that has loaded torch can have such an error."""
+    if "torch" not in sys.modules or STAGES[order.stage].processes == "one":
+        return None
+    from pipeline import devices
+
+    return devices.explain_out_of_memory(error, order.stage, order.cluster)
+
+
 def _artifact(
-    order: Order, folder: Path, metrics: dict[str, Any], started: float, world: int, code: dict[str, str]
+    order: Order, folder: Path, metrics: dict[str, Any], started: float, world: int, more: dict[str, Any]
 ) -> Artifact:
+    """The record of the step. `more` of its provenance: the `hardware` of a stage with a model, and the `code`."""
     ended = time.time()
     return Artifact(
         stage=order.name,
@@ -195,7 +254,7 @@ def _artifact(
             "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "git": git_commit(),
-            "code": code,  # of tasks and rewards: compared, but no part of the fingerprint
+            **more,
         },
         folder=folder,
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import resource
 import shutil
@@ -22,9 +21,10 @@ from transformers import PreTrainedModel, Trainer
 
 from pipeline import distributed
 from pipeline.artifact import Artifact, Checkpoint
-from pipeline.checkpoints import SaveAndStop, newest_good
-from pipeline.cluster import DEEPSPEED, Batches, TrainingStage, batches
+from pipeline.checkpoints import SaveAndStop, resumable
+from pipeline.cluster import Batches, TrainingStage, batches
 from pipeline.errors import DataError, LaunchError, RecipeError, Stopped, some_of
+from pipeline.layouts import deepspeed_file, stage_layout
 from pipeline.modeling import add_lora, add_lora_by_unsloth, choose_dtype, load_model
 from pipeline.monitor import AT_MINIMUM, NothingLeft, Signal, Watch, restore_callbacks, write_history
 from pipeline.recipe import Optimizer, Recipe
@@ -98,9 +98,7 @@ def zero_stage(layout: TrainingStage) -> int:
 
 def read_deepspeed(layout: TrainingStage) -> dict[str, Any] | None:
     """The stage's DeepSpeed file."""
-    if layout.deepspeed == "none":
-        return None
-    return dict(json.loads((DEEPSPEED / f"{layout.deepspeed}.json").read_text(encoding="utf-8")))
+    return deepspeed_file(layout.deepspeed)
 
 
 def deepspeed_settings(optimizer: Optimizer, layout: TrainingStage) -> dict[str, Any] | None:
@@ -162,7 +160,7 @@ def arguments(
         "deepspeed": deepspeed_settings(optimizer, layout),
         "save_strategy": "steps",
         "save_steps": cluster.save_steps,
-        "save_total_limit": cluster.keep_checkpoints,
+        "save_total_limit": None,  # checkpoints.rotate deletes older ones, when the newer one has its manifest
         "logging_steps": cluster.logging_steps,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
@@ -176,16 +174,19 @@ def arguments(
     }
 
 
-def train(trainer: Trainer, out: Path, runtime: Runtime) -> dict[str, Any]:
+def train(trainer: Trainer, recipe: Recipe, stage: str, out: Path, runtime: Runtime) -> dict[str, Any]:
     """Resume from the newest checkpoint that verifies, train, save the result. Returns the stage's metrics.
 
-    Raises Stopped after an agreed stop, its work saved; LaunchError where training diverged or took no step.
+    Raises Stopped after an agreed stop, its work saved; LaunchError where training diverged or took no step;
+    ArtifactError for a checkpoint that this user did not write or that needs another layout.
     """
-    stopper, watch, signal = SaveAndStop(runtime), Watch(runtime, trainer), Signal(runtime)
+    precision = str(choose_dtype(recipe.model)).removeprefix("torch.")
+    layout = stage_layout(recipe, runtime.cluster, stage, processes=runtime.world, precision=precision)
+    stopper, watch, signal = SaveAndStop(runtime, layout), Watch(runtime, trainer), Signal(runtime)
     trainer.callback_handler.callbacks.insert(0, watch)  # so that the loggers after it get the figures that it adds
     trainer.add_callback(stopper)
     trainer.add_callback(signal)
-    resume, passed = newest_good(out / "checkpoints")
+    resume, passed = resumable(out / "checkpoints", layout, stage, runtime)
     if runtime.rank == 0:
         for sentence in passed:
             print(sentence, flush=True)

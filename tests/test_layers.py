@@ -36,6 +36,8 @@ FLOORS = {
         2,
     ),
     **dict.fromkeys(("modeling", "weight_checks", "template_trial", "to_gguf", "generation", "kernels"), 3),
+    **dict.fromkeys(("faults", "layouts", "signing"), 1),
+    **dict.fromkeys(("devices", "operators"), 3),
     **dict.fromkeys(("distributed", "checkpoints", "monitor", "training"), 3),
     "stage": 4,
     **dict.fromkeys(("preprocess", "sft", "grpo", "evaluate", "report", "export", "ask"), 5),

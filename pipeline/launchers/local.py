@@ -15,17 +15,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
 from tqdm import tqdm
 
+from pipeline import faults
 from pipeline.artifact import STOP, refuse_if_owned
 from pipeline.errors import LaunchError, PipelineError, PlanError, Stopped, explain_disk, printable
 from pipeline.launchers.torchrun import command, environment
 from pipeline.plan import Plan, Step, order_of
-from pipeline.progress import Progress, clock, describe, read_progress
+from pipeline.progress import ATTEMPT, Progress, clock, describe, read_progress
 from pipeline.slurm import JOB, is_here, job_end, live_jobs, this_job
 from pipeline.stage import STAGES, write_order
 
@@ -78,7 +80,7 @@ def run_step(step: Step, plan: Plan, title: str) -> None:
         check_port()
     write_order(step.folder, order_of(step, plan.cluster))
     (step.folder / JOB).unlink(missing_ok=True)  # of an earlier attempt on Slurm
-    started = time.time()
+    started, attempt, kills = time.time(), uuid.uuid4().hex, faults.memory_kills()
     limit, asked = _leave_at(step, plan), False
     log = step.folder / "log.txt"
     with log.open("ab") as file:
@@ -87,13 +89,12 @@ def run_step(step: Step, plan: Plan, title: str) -> None:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=environment(stage, plan.cluster),
+            env={**environment(stage, plan.cluster), ATTEMPT: attempt},
             start_new_session=True,
         )
-        with _stopping(process, step, plan.cluster.stop_grace), _Bar(title) as bar:
+        with _stopping(process, step, plan.cluster.stop_grace, attempt) as asked_to_end, _Bar(title) as bar:
             while process.poll() is None:
-                progress = read_progress(step.folder)
-                if progress and progress.started >= started - 1:
+                if progress := _progress(step, attempt):
                     bar.show(progress)
                 if time.time() > limit and not asked:
                     asked = True
@@ -101,13 +102,23 @@ def run_step(step: Step, plan: Plan, title: str) -> None:
                     tqdm.write("stopping: this Slurm job ends soon; the step saves and leaves", file=sys.stderr)
                 time.sleep(POLL)
             seconds = time.time() - started
-            progress = read_progress(step.folder)
-            mine = progress if progress and progress.started >= started - 1 else None
-            bar.end(mine, seconds, step.done)
+            mine = _progress(step, attempt)
+            if mine is None:
+                refuse_if_owned(step.folder)  # another run has begun this step at the same moment
+            died = None
+            if not asked_to_end():
+                died = faults.record_death(step.folder, "its process", process.returncode, kills, started)
+            bar.end(_progress(step, attempt) or mine, seconds, step.done)
     if asked:
         raise Stopped("stopped before the end of this Slurm job; run the same command in another one to go on")
     if not step.done:
-        raise _failure(step, process.returncode, mine, log)
+        raise _failure(step, process.returncode, _progress(step, attempt), log, died)
+
+
+def _progress(step: Step, attempt: str) -> Progress | None:
+    """The progress file where it is of this attempt: another run of the same step may have written it."""
+    progress = read_progress(step.folder)
+    return progress if progress and progress.token == attempt else None
 
 
 def _leave_at(step: Step, plan: Plan) -> float:
@@ -134,7 +145,7 @@ def check_port(host: str = "127.0.0.1") -> None:
         ) from error
 
 
-def _failure(step: Step, code: int, progress: Progress | None, log: Path) -> PipelineError:
+def _failure(step: Step, code: int, progress: Progress | None, log: Path, died: str | None) -> PipelineError:
     if progress and progress.state == "stopped":
         return Stopped(f"{step.label} was stopped and has saved its work; run the same command to go on")
     again = f"see {log}; after mending it, the same command goes on from here"
@@ -144,18 +155,20 @@ def _failure(step: Step, code: int, progress: Progress | None, log: Path) -> Pip
         error = LaunchError(*(f"{step.label}: {problem}" for problem in progress.problems), again)
         error.exit_code = progress.exit_code or error.exit_code
         return error
+    if died:
+        return LaunchError(f"{step.label}: {died}", again)
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-TAIL:]
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
-        how += " (killed, most likely because the machine's memory ran out: lower per_device_batch_size)"
     return LaunchError(f"{step.label} {how}; the end of its log:", *(f"  {line}" for line in lines), again)
 
 
 @contextlib.contextmanager
-def _stopping(process: subprocess.Popen[bytes], step: Step, grace: int) -> Iterator[None]:
+def _stopping(process: subprocess.Popen[bytes], step: Step, grace: int, attempt: str) -> Iterator[Callable[[], int]]:
     """Turn Ctrl-C, TERM and USR1 into an agreed stop, a second Ctrl-C into the end; leave no process behind.
 
-    A batch system repeats its signals, so a second TERM or USR1 within the grace that it gives is no hurry.
+    A batch system repeats its signals, so a second TERM or USR1 within the grace that it gives is no hurry. A Ctrl-C
+    before a step has begun its work, or in one that cannot save, ends it: there is nothing to agree on.
+    Yields a function that returns how often someone wished an end.
     """
     asked = 0
 
@@ -164,7 +177,9 @@ def _stopping(process: subprocess.Popen[bytes], step: Step, grace: int) -> Itera
         if asked and signum != signal.SIGINT and this_job():
             return
         asked += 1
-        if asked == 1 and step.stage in CAN_STOP:
+        progress = _progress(step, attempt)
+        begun = signum != signal.SIGINT or (progress is not None and progress.state != "starting")
+        if asked == 1 and step.stage in CAN_STOP and begun:
             (step.folder / STOP).touch()
             tqdm.write("stopping: it saves at the next step and leaves; Ctrl-C again ends it at once", file=sys.stderr)
         else:
@@ -172,17 +187,26 @@ def _stopping(process: subprocess.Popen[bytes], step: Step, grace: int) -> Itera
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield
+        yield lambda: asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         end(process, grace)
+        if asked:
+            _mark_stopped(step, attempt)
     if asked:
         raise Stopped(
             f"{step.label} was stopped; run the same command to go on"
             if not step.done
             else "stopped after the step that was running; run the same command to go on"
         )
+
+
+def _mark_stopped(step: Step, attempt: str) -> None:
+    """Write down that a step was stopped, when its processes were ended before they could."""
+    progress = _progress(step, attempt)
+    if progress and progress.state not in ("stopped", "failed", "done"):
+        faults.record_failure(step.folder, [], progress.started, state="stopped")
 
 
 def end(process: subprocess.Popen[bytes], grace: int) -> None:

@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline import faults
 from pipeline.artifact import STOP, is_done
 from pipeline.cluster import Cluster, gpu_count, thread_count
 from pipeline.errors import EXIT_FAULT, EXIT_STOPPED, PlanError, run_main
@@ -27,6 +28,7 @@ from pipeline.stage import STAGES, Stage, read_order, stage_processes
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PORTS = range(15_000, 30_000)  # below those that the system hands out itself
+HIDE_GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 STRIDE = 7919  # between the ports of a job's attempts
 SHUTDOWN = 10  # seconds that torchrun gives the other processes when one has failed
 
@@ -79,14 +81,15 @@ def environment(stage: Stage, cluster: Cluster) -> dict[str, str]:
         "OMP_NUM_THREADS": str(thread_count(cluster, stage_processes(stage, cluster))),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
+        faults.PARENT: str(os.getpid()),  # whose end is theirs
         "PYTHONHASHSEED": "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",  # of the libraries, to each other
     }
-    if not gpu_count():
+    if cluster.gpus == 0 or not gpu_count():
         # compiling costs a CPU a minute and a C++ compiler for what eager mode does in milliseconds
-        settings |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
+        settings |= {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"} | dict.fromkeys(HIDE_GPUS, "")
     return {**os.environ, **settings}
 
 
@@ -96,12 +99,16 @@ def run_on_node(folder: Path) -> int:
     stage, started = STAGES[order.stage], time.time()
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: (folder / STOP).touch())
+    kills = faults.memory_kills()
     process = subprocess.Popen(
         command(stage, folder, order.cluster, meeting()),
         env={**environment(stage, order.cluster), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN)},
         preexec_fn=ignore_stop_signals,
     )
-    return exit_code(folder, process.wait(), started)
+    code = process.wait()
+    if sentence := faults.record_death(folder, f"{order.name} on {os.uname().nodename}", code, kills, started):
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+    return exit_code(folder, code, started)
 
 
 def ignore_stop_signals() -> None:
