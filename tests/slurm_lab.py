@@ -23,6 +23,7 @@ slurm:
   memory: 2G
   time: {preprocess: 10m, sft: 10m, grpo: 10m, evaluate: 10m, report: 10m}
   save_before: 30
+  environment: {THEREFORE_ALLOW_CPU: "1"}   # its GPUs are files without a driver
 """
 
 
