@@ -35,10 +35,12 @@ from pipeline.errors import (
     PipelineError,
     PlanError,
     RecipeError,
+    printable,
     run_main,
 )
 from pipeline.families import FORMATS, QUANTS
 from pipeline.fingerprint import plain
+from pipeline.jobs import claim
 from pipeline.plan import RUNS, Plan, Step, evaluation_plan, explain, export_plan, make_plan, order_of, recipe_of
 from pipeline.recipe import recipe_names
 from pipeline.stage import STAGES, write_order
@@ -133,7 +135,11 @@ def parser() -> argparse.ArgumentParser:
             exporting(sub, required=False)
     sub = add("status", status_command, "how far each step is, here and on Slurm")
     sub.add_argument("recipes", nargs="*", metavar="RECIPE", help="only these (default: all that have run)")
-    sub.add_argument("--watch", action="store_true", help="again every 2 seconds, until nothing is under way")
+    sub.add_argument(
+        "--watch",
+        action="store_true",
+        help="again every 2 seconds (Slurm is queried every 30), until nothing is under way",
+    )
     sub.add_argument("--all", action="store_true", help="older steps of the same name too")
     sub.add_argument("--json", action="store_true", help="for scripts")
     sub = add("logs", logs_command, "what a step has printed")
@@ -291,7 +297,7 @@ def submit_command(args: argparse.Namespace, plan: Plan) -> int:
         return 0
     _refuse_what_would_fail(plan)
     submit = submitit.submit if plan.cluster.launcher == "submitit" else chain.sbatch
-    submissions = chain.run_plan(plan, submit)
+    submissions = chain.run_plan(plan, submit, typed=_typed(args) if hasattr(args, "stages") else None)
     print(chain.show(submissions))
     new = sum(one.new for one in submissions)
     names = " ".join(dict.fromkeys(step.folder.parent.name for step in plan.to_run))
@@ -402,7 +408,7 @@ def prepare_command(args: argparse.Namespace) -> int:
     todo = [step for step in steps if not step.done]
     if job:
         _refuse_what_would_fail(plan)
-        slurm.claim([step.folder for step in todo], job)
+        claim([step.folder for step in todo], job)
     for step in todo:
         write_order(step.folder, order_of(step, plan.cluster))
     told = "".join(f"{step.folder}\n" for step in (todo if job else steps))
@@ -462,8 +468,10 @@ def _show_end(plan: Plan, typed: str) -> None:
 
 
 def status_command(args: argparse.Namespace) -> int:
+    ask = status.Asked()  # the table again and again, Slurm at most every 30 s
+
     def read() -> tuple[list[status.Row], list[str]]:
-        return status.table(args.runs, args.recipes, everything=args.all)
+        return status.table(args.runs, args.recipes, everything=args.all, ask=ask)
 
     rows, troubles = read()
     if args.json:
@@ -482,14 +490,15 @@ def status_command(args: argparse.Namespace) -> int:
 
 
 def logs_command(args: argparse.Namespace) -> int:
-    rows, _ = status.table(args.runs)
+    ask = status.Asked()
+    rows, _ = status.table(args.runs, ask=ask)
     row = status.find_step(rows, args.step)
 
     def going() -> bool:
-        now, _ = status.table(args.runs, [Path(row.folder).parent.name])
+        now, _ = status.table(args.runs, [Path(row.folder).parent.name], ask=ask)
         return any(other.live for other in now if other.folder == row.folder)
 
-    print(f"{row.step}: {row.state}; {row.log}", file=sys.stderr)
+    print(printable(f"{row.step}: {row.state}; {row.log}"), file=sys.stderr)
     for text in status.follow(Path(row.log), going if args.follow else None):
         print(text, end="", flush=True)
     return 0
@@ -501,7 +510,7 @@ def cancel_command(args: argparse.Namespace) -> int:
     chosen = [row for row in rows if not args.names or row.step.partition("/")[0] in args.names]
     chosen += [status.find_step(rows, name) for name in args.names if name not in recipes]
     going = {row.step: row for row in chosen if row.live}
-    if troubles:
+    if troubles and any(row.state == "unknown" for row in chosen):
         raise PlanError(*troubles)
     if not going:
         print("nothing is under way; nothing to cancel")

@@ -20,6 +20,7 @@ from pipeline import slurm
 from pipeline.errors import ArtifactError
 from pipeline.files import read_json, write_json
 from pipeline.fingerprint import file_sha256
+from pipeline.jobs import Answers, is_live
 from pipeline.records import OddFile, odd_file, read_mapping, read_record
 
 ARTIFACT, OWNER, STEP, PROGRESS, STOP = "artifact.json", "owner.json", "step.json", "progress.json", "stop"
@@ -183,7 +184,7 @@ def read_owner(folder: Path) -> Owner | None:
     return read_record(folder / OWNER, Owner)
 
 
-def is_alive(owner: Owner, jobs: slurm.Answers | None = None) -> bool:
+def is_alive(owner: Owner, jobs: Answers | None = None) -> bool:
     """Whether the owner still runs.
 
     Of the same job, an owner with a lower restart count is an earlier attempt: gone with its node, or a zombie that
@@ -201,11 +202,11 @@ def is_alive(owner: Owner, jobs: slurm.Answers | None = None) -> bool:
     if owner.job is None:
         return True
     if jobs is None:
-        return slurm.is_live(owner.job, owner.cluster, owner.user, owner.since) is not False
+        return is_live(owner.job, owner.cluster, owner.user, owner.since) is not False
     return jobs.is_live(owner.job, owner.cluster, owner.user, owner.since) is not False
 
 
-def refuse_if_owned(folder: Path, jobs: slurm.Answers | None = None) -> None:
+def refuse_if_owned(folder: Path, jobs: Answers | None = None) -> None:
     """ArtifactError when a live process owns the folder."""
     try:
         owner = read_owner(folder)

@@ -17,8 +17,9 @@ from pathlib import Path
 from pipeline.artifact import STEP, refuse_if_owned
 from pipeline.errors import PlanError, did_you_mean
 from pipeline.files import read_json
+from pipeline.jobs import live_jobs
 from pipeline.plan import Plan, Step
-from pipeline.slurm import is_here, live_jobs
+from pipeline.slurm import is_here
 from pipeline.task_code import recorded_code
 
 CHANGED = "changed"  # the word for every step whose code has changed

@@ -1,10 +1,9 @@
 """What Slurm says of jobs, with accounting or without; and the record of the job that a step was given to.
 
-    answers = query(records)          one call of squeue for all, one of sacct for those it no longer knows
-    answers.job_of(record)            the job of a step, if it is ours: an id that Slurm gave again is not
+    jobs = ask(["41", "42"])          one call of squeue for all, one of sacct for those it no longer knows
     record = read_job(folder)         job.json of a step: a token written before sbatch, the id after
 
-Nothing here submits anything; that is launchers/slurm.py.
+Nothing here submits anything; that is launchers/slurm.py. Which jobs are ours is jobs.py.
 """
 
 from __future__ import annotations
@@ -15,15 +14,14 @@ import re
 import shutil
 import subprocess
 import time
-import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from pipeline.errors import LaunchError, MissingDependency, PlanError
+from pipeline.errors import LaunchError, MissingDependency
 from pipeline.files import write_json
-from pipeline.records import OddFile, read_record
+from pipeline.records import read_record
 
 JOB = "job.json"
 TIMEOUT = 60  # seconds that a command of Slurm's may take
@@ -42,7 +40,6 @@ ENDED = {
 FIELDS = ["JobID", "State", "NodeList", "TimeUsed", "TimeLimit", "Reason", "exit_code", "RestartCnt", "Comment"]
 FIELDS += ["UserName", "SubmitTime", "Name", "Dependency"]
 BOOKS = "jobid,state,nodelist,elapsed,timelimit,exitcode,user,submit,jobname"
-CLOCKS = 300  # seconds by which the clocks of two machines may differ
 
 
 @dataclass(frozen=True)
@@ -104,8 +101,21 @@ def ask(ids: Iterable[str], cluster: str | None = None) -> dict[str, Job]:
 def find(tokens: Iterable[str], cluster: str | None = None) -> dict[str, Job]:
     """This user's jobs by the token they were submitted with."""
     wanted = set(tokens)
-    mine = _squeue(cluster, "--user", this_user()) if wanted else {}
+    mine = own_jobs(cluster) if wanted else {}
     return {job.token: job for job in mine.values() if job.token in wanted}
+
+
+def own_jobs(cluster: str | None = None) -> dict[str, Job]:
+    """All jobs of this user, of whatever project."""
+    return _squeue(cluster, "--user", this_user())
+
+
+def preempted(job: str) -> bool:
+    """Whether Slurm is ending a job to make way for another one."""
+    return (
+        _seconds(call("squeue", "--noheader", f"--jobs={job}", "--Format=PreemptTime:|").stdout.strip(" |\n"))
+        is not None
+    )
 
 
 def of_cluster(cluster: str | None) -> list[str]:
@@ -167,16 +177,6 @@ def _sacct(ids: Sequence[str], known: dict[str, Job], cluster: str | None) -> di
     return found
 
 
-def is_live(
-    number: str, cluster: str | None = None, user: str | None = None, since: float | None = None
-) -> bool | None:
-    """Whether a job may still do something; None where no Slurm can be asked.
-
-    `user` and `since` (when it was seen to run) tell it from a later job that was given the same id.
-    """
-    return query((), [(number, cluster)]).is_live(number, cluster, user, since)
-
-
 def hosts(node_list: str) -> list[str]:
     """`node[1-3,7]` as names."""
     done = call("scontrol", "show", "hostnames", node_list)
@@ -208,7 +208,7 @@ def peak_memory(job: Job) -> str | None:
 
 def reaches(text: str) -> bool:
     """Whether Slurm's message is an answer of the controller, not the lack of one."""
-    away = ("contact slurm controller", "Socket timed out", "Connection refused", "Zero Bytes", "Unable to connect")
+    away = ("contact slurm controller", "Socket timed out", "Connection refused", "Zero Bytes", "gave no answer")
     return not any(words.lower() in text.lower() for words in away)
 
 
@@ -298,113 +298,6 @@ def write_job(folder: Path, record: JobRecord) -> None:
     write_json(folder / JOB, asdict(record))
 
 
-def is_ours(job: Job, record: JobRecord) -> bool:
-    """Whether this is the job of that record, and not a later one that Slurm gave the same id.
-
-    The token in its comment decides. Without one (a site that replaces comments, accounting that keeps none) user,
-    name and time of submission have to fit. A requeued job's time is that of its last requeue.
-    """
-    if record.token and record.marked and not job.from_books:
-        return job.token == record.token
-    if record.user and job.user and record.user != job.user:
-        return False
-    if record.name and job.name and record.name != job.name:
-        return False
-    if job.submitted is None:
-        return True
-    if record.name and job.submitted < record.submitted - CLOCKS:
-        return False
-    return job.submitted <= record.submitted + CLOCKS or job.restarts > 0 or job.from_books
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What Slurm answered at one moment, and which clusters could not be queried."""
-
-    jobs: Mapping[tuple[str | None, str], Job] = field(default_factory=dict)  # by cluster and id
-    by_token: Mapping[str, Job] = field(default_factory=dict)
-    unreached: Mapping[str | None, tuple[str, ...]] = field(default_factory=dict)  # cluster -> why
-    at: float = 0.0  # seconds since the epoch
-
-    def job_of(self, record: JobRecord) -> Job | None:
-        """The job of a step; None where Slurm does not know it, or has given its id to another one."""
-        if record.id is None:
-            return self.by_token.get(record.token)
-        job = self.jobs.get((elsewhere(record.cluster), record.id))
-        return job if job and is_ours(job, record) else None
-
-    def is_live(self, number: str, cluster: str | None, user: str | None, since: float | None) -> bool | None:
-        """As the function of this name."""
-        if elsewhere(cluster) in self.unreached:
-            return None
-        job = self.jobs.get((elsewhere(cluster), number))
-        if job is None or not job.live or (user and job.user and user != job.user):
-            return False
-        return since is None or job.submitted is None or job.submitted <= since + CLOCKS or job.restarts > 0
-
-    def reached(self, cluster: str | None) -> bool:
-        return elsewhere(cluster) not in self.unreached
-
-    @property
-    def problems(self) -> list[str]:
-        return [problem for why in self.unreached.values() for problem in why]
-
-
-def query(records: Iterable[JobRecord], more: Iterable[tuple[str, str | None]] = ()) -> Answers:
-    """Query Slurm about all these jobs at once, `more` by id and cluster. Never raises: see `Answers.unreached`."""
-    ids: dict[str | None, set[str]] = {}
-    tokens: dict[str | None, set[str]] = {}
-    for record in records:
-        if record.id:
-            ids.setdefault(elsewhere(record.cluster), set()).add(record.id)
-        else:
-            tokens.setdefault(elsewhere(record.cluster), set()).add(record.token)
-    for number, cluster in more:
-        ids.setdefault(elsewhere(cluster), set()).add(number)
-    jobs: dict[tuple[str | None, str], Job] = {}
-    by_token: dict[str, Job] = {}
-    unreached: dict[str | None, tuple[str, ...]] = {}
-    for cluster in {*ids, *tokens}:
-        try:
-            jobs |= {(cluster, number): job for number, job in ask(ids.get(cluster, ()), cluster).items()}
-            by_token |= find(tokens.get(cluster, ()), cluster)
-        except (LaunchError, MissingDependency) as error:
-            unreached[cluster] = error.problems
-    return Answers(jobs, by_token, unreached, time.time())
-
-
-def live_jobs(folders: Iterable[Path]) -> dict[Path, Job]:
-    """The jobs that these steps were given to and that may still do something; each really queried.
-
-    A job that Slurm took while its submission was cut off is found by its token, and its id is written down.
-    LaunchError where one cannot be queried: nobody knows whether it is gone.
-    """
-    records, odd = {}, []
-    for folder in folders:
-        try:
-            records[folder] = read_job(folder)
-        except OddFile as error:
-            odd.append(
-                f"{error}, so it is not known whether a job runs this step. Fix: if squeue --me shows none, "
-                f"delete {error.path}"
-            )
-    if odd:
-        raise PlanError(*odd)
-    given = {folder: record for folder, record in records.items() if record}
-    answers = query(given.values())
-    if answers.problems:
-        error_ = MissingDependency if not is_here() else LaunchError
-        raise error_(*answers.problems)
-    found = {}
-    for folder, record in given.items():
-        job = answers.job_of(record)
-        if job and job.live:
-            found[folder] = job
-            if record.id is None:
-                write_job(folder, replace(record, id=job.id))
-    return found
-
-
 def submitted_as(answer: str) -> tuple[str, str | None]:
     """The job's id and its cluster in what `sbatch --parsable` printed: `41`, or `41;cluster` with `--clusters`.
 
@@ -416,23 +309,3 @@ def submitted_as(answer: str) -> tuple[str, str | None]:
             f"sbatch printed {answer.strip()!r}; expected the id of a job. Fix: run the same command again"
         )
     return number, cluster or None
-
-
-def claim(folders: Iterable[Path], job: str) -> None:
-    """Write down that this job runs these steps; PlanError where another one is to run one of them."""
-    folders = list(folders)
-    others = [(folder, other) for folder, other in live_jobs(folders).items() if other.id != job]
-    if others:
-        told = [f"{folder} is with Slurm already, as job {other.id} ({other.state})" for folder, other in others]
-        raise PlanError(*told, "wait for it (python -m pipeline status), or end it with python -m pipeline cancel")
-    if not folders:
-        return
-    token = uuid.uuid4().hex
-    call("scontrol", "update", f"JobId={job}", f"Comment={token}")
-    shown = call("scontrol", "show", "job", "--oneliner", job).stdout
-    log = re.search(r"StdOut=(\S+)", shown)
-    marked = f"Comment={token}" in shown
-    record = JobRecord(token, "slurm", time.time(), job, log.group(1) if log else None, this_cluster(), this_user())
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_job(folder, replace(record, marked=marked))

@@ -23,9 +23,10 @@ from typing import Any
 from pipeline import slurm
 from pipeline.artifact import LOG, PROGRESS, STEP, STOP, Owner, artifact_problem, is_alive, is_done, read_owner
 from pipeline.errors import ArtifactError, LaunchError, PlanError, did_you_mean, explain_disk, printable
+from pipeline.jobs import Answers, query
 from pipeline.progress import Progress, clock, describe, restarts_without_end
 from pipeline.records import read_record
-from pipeline.slurm import Answers, Job, JobRecord, call, of_cluster, query, read_job, reason_of
+from pipeline.slurm import Job, JobRecord, call, of_cluster, read_job, reason_of
 from pipeline.slurm_words import end_of, pending
 from pipeline.stage import STAGES
 from pipeline.task_code import code_changes_of

@@ -14,7 +14,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     **dict.fromkeys(("errors", "typed", "fingerprint", "files", "loading", "libraries", "markdown", "records"), 0),
-    **dict.fromkeys(("recipe", "cluster", "slurm", "artifact", "progress", "runtime", "families", "slurm_words"), 1),
+    **dict.fromkeys(
+        ("recipe", "cluster", "slurm", "artifact", "progress", "runtime", "families", "slurm_words", "jobs"), 1
+    ),
     **dict.fromkeys(
         (
             "tasks",

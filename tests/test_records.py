@@ -17,6 +17,7 @@ from pipeline import slurm, status
 from pipeline.artifact import ARTIFACT, OWNER, PROGRESS, STEP, Artifact, Owner, is_done, own, read_owner
 from pipeline.errors import ArtifactError, PlanError
 from pipeline.files import read_json, write_json
+from pipeline.jobs import live_jobs
 from pipeline.plan import explain, make_plan, order_of
 from pipeline.progress import Progress, ProgressFile, read_progress
 from pipeline.records import OddFile, read_record, record_or_none
@@ -168,7 +169,7 @@ def test_who_runs_a_step_is_never_guessed(tmp_path: Path) -> None:
         pass
     (tmp_path / slurm.JOB).write_text("{}")
     with pytest.raises(PlanError, match=r"job.json: token: missing.*squeue --me.*delete"):
-        slurm.live_jobs([tmp_path])
+        live_jobs([tmp_path])
 
 
 def test_a_stale_handle_is_read_again_and_then_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,10 +65,7 @@ for step in $steps; do
   while kill -0 $! 2>/dev/null; do wait $!; done  # a trap ends wait, not the step
   wait $!
   code=$?
-  # start again, unless someone is cancelling this job
-  if [ $code = 75 ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
-    scontrol requeue "$SLURM_JOB_ID"
-  fi
+  [ $code != 75 ] || python -m pipeline.launchers.requeue "$step"  # unless someone is cancelling this job
   [ $code = 0 ] || exit $code
 done
 """

@@ -25,10 +25,11 @@ from tqdm import tqdm
 from pipeline import faults
 from pipeline.artifact import STOP, refuse_if_owned
 from pipeline.errors import LaunchError, PipelineError, PlanError, Stopped, explain_disk, printable
+from pipeline.jobs import live_jobs
 from pipeline.launchers.torchrun import command, environment
 from pipeline.plan import Plan, Step, order_of
 from pipeline.progress import ATTEMPT, Progress, clock, describe, read_progress
-from pipeline.slurm import JOB, is_here, job_end, live_jobs, this_job
+from pipeline.slurm import JOB, is_here, job_end, this_job
 from pipeline.stage import STAGES, write_order
 
 POLL = 0.2  # seconds

@@ -4,13 +4,15 @@
 
 The script that the launcher submits for a step and the committed one of its stage differ in one thing: which step it
 is. Before sbatch is called, the step's `job.json` holds a token that goes with the job as its comment; the id is
-written after. So a chain whose submission was cut off is completed by the same command, and never doubled.
+written after. So a chain whose submission was cut off is completed by the same command, and never doubled. Slurm is
+queried once about all steps, and once more after the submission: a job that it cancelled meanwhile is replaced.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import re
 import shlex
 import sys
 import time
@@ -19,15 +21,32 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.artifact import LOG, SCRIPT, refuse_if_owned
+from pipeline.artifact import LOG, OWNER, SCRIPT, Owner, refuse_if_owned
 from pipeline.cluster import read_cluster
 from pipeline.errors import EXIT_MISTAKE, LaunchError, PlanError, RecipeError, run_main
+from pipeline.jobs import is_ours, live_jobs, make_wait, query
 from pipeline.launchers.batch_script import FOLDER, render, resources, script
 from pipeline.plan import Plan, Step, order_of
-from pipeline.slurm import Job, JobRecord, call, live_jobs, reason_of, submitted_as, write_job
+from pipeline.records import record_or_none
+from pipeline.slurm import (
+    Job,
+    JobRecord,
+    ask,
+    call,
+    elsewhere,
+    here,
+    reaches,
+    read_job,
+    reason_of,
+    submitted_as,
+    this_user,
+    write_job,
+)
 from pipeline.stage import STAGES, write_order
 
 ENDING = 60  # seconds to wait for a job that is ending
+ROUNDS = 3  # of submission, where Slurm cancels jobs meanwhile
+SETTLE = 1.5  # seconds in which Slurm cancels what waits for a job that has failed
 
 # ---------------------------------------------------------------- the chain
 
@@ -45,36 +64,63 @@ class Submission:
 Submit = Callable[[Step, Plan, Sequence[str], JobRecord], JobRecord]
 
 
-def run_plan(plan: Plan, submit: Submit | None = None, *, dry_run: bool = False) -> list[Submission]:
+def run_plan(
+    plan: Plan, submit: Submit | None = None, *, dry_run: bool = False, typed: str | None = None
+) -> list[Submission]:
     """Submit every step that is neither done nor with Slurm already, each after the jobs of its inputs.
 
-    With `dry_run` nothing is written; what would be submitted is returned.
+    With `dry_run` nothing is written; what would be submitted is returned. `typed` is the user's command, for whoever
+    has to run it again.
     """
     submit = submit or sbatch
     if not dry_run:
         call("sbatch", "--version")  # before anything is written
-    with contextlib.nullcontext() if dry_run else _alone(plan.runs):
-        live = _live(plan)
-        missing = plan.missing(step.label for step in plan.steps if step.folder in live)
-        if missing:
-            raise PlanError(*missing)
-        jobs = {step.label: live[step.folder].id for step in plan.steps if step.folder in live}
-        found: list[Submission] = []
-        for step in plan.to_run:
-            after = tuple(jobs[needed.label] for needed in step.inputs.values() if not needed.done)
-            new = step.label not in jobs
-            if new and dry_run:
-                jobs[step.label] = step.label
-            elif new:
-                refuse_if_owned(step.folder)
-                jobs[step.label] = _submit(step, plan, after, submit, found)
-            found.append(Submission(step, jobs[step.label], new, after))
-        return found
+    with contextlib.nullcontext() if dry_run else alone(plan.runs):
+        new: set[str] = set()
+        for _ in range(ROUNDS):
+            live = _kept(plan, _live(plan))
+            _refuse_other_cluster(plan, live)
+            found = _submit_missing(plan, live, submit, dry_run=dry_run, typed=typed)
+            new |= {one.step.label for one in found if one.new}
+            if dry_run or _as_submitted(found):
+                break
+        return [replace(one, new=one.step.label in new) for one in found]
+
+
+def _submit_missing(
+    plan: Plan, live: dict[Path, Job], submit: Submit, *, dry_run: bool, typed: str | None
+) -> list[Submission]:
+    missing = plan.missing(step.label for step in plan.steps if step.folder in live)
+    if missing:
+        raise PlanError(*missing)
+    jobs = {step.label: live[step.folder].id for step in plan.steps if step.folder in live}
+    if not dry_run:
+        _refuse_owned([step.folder for step in plan.to_run if step.label not in jobs])
+    found: list[Submission] = []
+    for step in plan.to_run:
+        after = tuple(jobs[needed.label] for needed in step.inputs.values() if needed.label in jobs)
+        job, new = live.get(step.folder), step.label not in jobs
+        if (
+            job
+            and not dry_run
+            and _waits_for_others(job, after, found)
+            and not make_wait(job, f"afterok:{':'.join(after)}")
+        ):
+            new = _is_waiting_or_gone(job)  # Slurm has cancelled it, or is about to
+        if new and dry_run:
+            jobs[step.label] = step.label
+        elif new:
+            jobs[step.label] = _submit(step, plan, after, submit, found, typed)
+        found.append(Submission(step, jobs[step.label], new, after))
+    return found
 
 
 def _live(plan: Plan) -> dict[Path, Job]:
-    """The steps' jobs that wait or run. One that is ending is waited for: what becomes of it decides."""
-    until = time.time() + ENDING
+    """The steps' jobs that wait or run. One that is ending is waited for: what becomes of it decides.
+
+    An end takes seconds, so the first questions come sooner than SLURM_EVERY; there are at most six.
+    """
+    until, pause = time.time() + ENDING, 1.0
     while True:
         live = live_jobs([step.folder for step in plan.steps if not step.done])
         ending = [job.id for job in live.values() if job.state == "COMPLETING"]
@@ -82,22 +128,107 @@ def _live(plan: Plan) -> dict[Path, Job]:
             return live
         if time.time() > until:
             raise LaunchError(f"job {ending[0]} is still ending after {ENDING} s (squeue -j {ending[0]}); try again")
-        time.sleep(1)
+        time.sleep(pause)
+        pause *= 2
 
 
-def _submit(step: Step, plan: Plan, after: Sequence[str], submit: Submit, before: list[Submission]) -> str:
+def _kept(plan: Plan, live: dict[Path, Job]) -> dict[Path, Job]:
+    """The live jobs without those that can never start: what they wait for has no job, and gets none now."""
+    coming = {step.label for step in plan.to_run}
+    kept: dict[Path, Job] = {}
+    for step in plan.steps:
+        job = live.get(step.folder)
+        lost = [
+            one for one in step.inputs.values() if not one.done and one.folder not in kept and one.label not in coming
+        ]
+        if job and not (lost and job.state == "PENDING"):
+            kept[step.folder] = job
+    return kept
+
+
+def _waits_for_others(job: Job, after: Sequence[str], found: Sequence[Submission]) -> bool:
+    """Whether a queued job waits for jobs that are gone, instead of those that run its inputs now."""
+    if job.state != "PENDING" or not after:
+        return False
+    waits = set(re.findall(r"\d+", job.after))
+    return any(one.new and one.job in after for one in found) or bool(waits and not waits <= set(after))
+
+
+def _is_waiting_or_gone(job: Job) -> bool:
+    now = ask([job.id], job.cluster).get(job.id)
+    return now is None or now.token != job.token or now.state == "PENDING" or not now.live
+
+
+def _refuse_other_cluster(plan: Plan, live: dict[Path, Job]) -> None:
+    """PlanError where a job of these steps lives on another cluster than the new ones would."""
+    target = elsewhere(plan.cluster.slurm.clusters)
+    others = [(folder, job) for folder, job in live.items() if elsewhere(job.cluster) != target]
+    if others:
+        raise PlanError(
+            *(
+                f"{folder} is with Slurm on cluster {job.cluster or here()}, as job {job.id} ({job.state}); expected "
+                "none on another cluster, because a job cannot wait for another cluster's"
+                for folder, job in others
+            ),
+            "wait for it (python -m pipeline status), or end it with python -m pipeline cancel",
+        )
+
+
+def _refuse_owned(folders: Sequence[Path]) -> None:
+    """ArtifactError where a live process owns one of them; Slurm is queried once about all owners."""
+    owners = [owner for folder in folders if (owner := record_or_none(folder / OWNER, Owner)) and owner.job]
+    answers = query((), [(str(owner.job), owner.cluster) for owner in owners])
+    for folder in folders:
+        refuse_if_owned(folder, answers)
+
+
+def _as_submitted(found: Sequence[Submission]) -> bool:
+    """Whether every job of the chain is still there. One question to Slurm about all of them.
+
+    A job that was there before may have ended between the first question and the submission, and Slurm cancels what
+    waits for it within a second. A job without our comment is known by user, name and time from now on.
+    """
+    if len({one.new for one in found}) > 1:  # new jobs and old ones
+        time.sleep(SETTLE)
+    records = {one.step.folder: record for one in found if (record := read_job(one.step.folder))}
+    answers = query(records.values())
+    if answers.unreached:  # they were submitted a moment ago: the next command looks again
+        return True
+    for folder, record in records.items():
+        job = answers.jobs.get((elsewhere(record.cluster), record.id or ""))
+        if job and not job.from_books and record.marked and job.token != record.token:
+            unmarked = replace(record, marked=False)
+            if is_ours(job, unmarked):
+                write_job(folder, unmarked)
+    jobs = [answers.job_of(read_job(folder) or record) for folder, record in records.items()]
+    return not any(job and job.state == "CANCELLED" for job in jobs)
+
+
+def _submit(
+    step: Step, plan: Plan, after: Sequence[str], submit: Submit, before: list[Submission], typed: str | None
+) -> str:
     """Order, token, job, id: in this sequence, so that nothing that Slurm has taken can be forgotten."""
     write_order(step.folder, order_of(step, plan.cluster))
-    record = JobRecord(uuid.uuid4().hex, plan.cluster.launcher, time.time(), log=str(step.folder / LOG))
+    record = JobRecord(
+        uuid.uuid4().hex,
+        plan.cluster.launcher,
+        time.time(),
+        log=str(step.folder / LOG),
+        cluster=plan.cluster.slurm.clusters or here(),
+        user=this_user(),
+        name=step.label,
+        command=typed,
+    )
     write_job(step.folder, record)
     try:
-        record = submit(step, plan, after, record)
+        taken = submit(step, plan, after, record)
     except LaunchError as error:
         waiting = [one for one in before if one.new]
         stay = f"{len(waiting)} steps before it are queued and stay (python -m pipeline cancel ends them); "
         together = LaunchError(*error.problems, f"{stay if waiting else ''}the same command submits what is left")
         together.exit_code = error.exit_code
         raise together from error
+    record = replace(taken, cluster=taken.cluster or record.cluster)
     write_job(step.folder, record)
     assert record.id is not None
     return record.id
@@ -114,14 +245,14 @@ def sbatch(step: Step, plan: Plan, after: Sequence[str], record: JobRecord) -> J
     return replace(record, id=number, cluster=cluster)
 
 
-def sbatch_line(path: Path, after: Sequence[str], token: str) -> list[str]:
-    waits = [f"--dependency=afterok:{':'.join(after)}"] if after else []
+def sbatch_line(path: Path, after: Sequence[str], token: str, kind: str = "afterok") -> list[str]:
+    waits = [f"--dependency={kind}:{':'.join(after)}"] if after else []
     return ["sbatch", "--parsable", *waits, f"--comment={token}", str(path)]
 
 
 def refused(step: Step, plan: Plan, reason: str) -> LaunchError:
     """What Slurm said against a job; a user's mistake, unless Slurm itself could not be reached."""
-    if "contact slurm controller" in reason or "Socket timed out" in reason:
+    if not reaches(reason):
         return LaunchError(f"{step.label}: Slurm cannot be reached: {reason}; try again when scontrol ping answers")
     asked = " ".join(resources(STAGES[step.stage], plan.cluster))
     error = LaunchError(
@@ -135,7 +266,7 @@ def refused(step: Step, plan: Plan, reason: str) -> LaunchError:
 
 
 @contextlib.contextmanager
-def _alone(runs: Path) -> Iterator[None]:
+def alone(runs: Path) -> Iterator[None]:
     """One submission at a time in a runs folder: a second one waits, and then finds the first one's jobs."""
     runs.mkdir(parents=True, exist_ok=True)
     with (runs / ".submitting").open("w") as file:

@@ -1,0 +1,458 @@
+"""What is known of jobs and steps, against stand-ins for Slurm's commands: whose it is, when Slurm is queried."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import ROOT, run_cli
+from test_slurm_launchers import change, fake, jobs, plan_of, states
+
+from pipeline import slurm, status
+from pipeline.artifact import own
+from pipeline.errors import LaunchError, PlanError
+from pipeline.launchers import local
+from pipeline.launchers.slurm import run_plan
+from pipeline.plan import make_plan, order_of
+from pipeline.progress import ProgressFile, restarts_without_end
+from pipeline.stage import write_order
+
+__all__ = ["fake"]
+
+
+def calls(fake: Path, *names: str) -> list[str]:
+    """The calls of these commands so far."""
+    file = fake / "calls.txt"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [line for line in lines if line.split()[0] in names]
+
+
+def forget_calls(fake: Path) -> None:
+    (fake / "calls.txt").unlink(missing_ok=True)
+
+
+def row_of(runs: Path, name: str) -> status.Row:
+    return status.find_step(status.table(runs)[0], name)
+
+
+# ---------------------------------------------------------------- whose job it is
+
+
+def test_an_id_that_slurm_gave_again_is_not_ours(tmp_path: Path, fake: Path) -> None:
+    """The counter of ids was reset: another project's jobs have the ids of our old ones. Before: cancel ended them."""
+    old = run_plan(plan_of(tmp_path))
+    known = jobs(fake)
+    for job in known.values():
+        job |= {"state": "RUNNING", "comment": "another project's"}
+    (fake / "jobs.json").write_text(json.dumps(known))
+    assert set(states(tmp_path / "runs").values()) <= {"lost", "cancelled"}
+    done = run_cli("cancel", "--yes", "--runs", str(tmp_path / "runs"))
+    assert "nothing to cancel" in done.stdout
+    assert not calls(fake, "scancel")
+    again = run_plan(plan_of(tmp_path))
+    assert all(one.new for one in again)
+    assert not {one.job for one in old} & {number for one in again for number in one.after}
+
+
+def test_a_site_that_replaces_comments_is_known_by_user_name_and_time(
+    tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_COMMENT", "1")
+    first = run_plan(plan_of(tmp_path))
+    assert not any(one.new for one in run_plan(plan_of(tmp_path)))
+    job = first[1].job
+    for differs in ({"user": "anna"}, {"job-name": "other/sft"}, {"submitted": "2030-01-01T00:00:00"}):
+        before = jobs(fake)[job]
+        change(fake, job, **{"user": slurm.this_user(), **differs})
+        assert row_of(tmp_path / "runs", "sft").state == "lost", differs
+        change(fake, job, **{"user": "", **before})
+    assert row_of(tmp_path / "runs", "sft").state == "queued"
+
+
+@pytest.mark.parametrize("user", ["anna", None])
+def test_another_members_job_is_shown_and_not_cancelled(
+    tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch, user: str | None
+) -> None:
+    found = run_plan(plan_of(tmp_path, stages=("preprocess",)))
+    change(fake, found[0].job, user=user or slurm.this_user())
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    row = row_of(tmp_path / "runs", "preprocess")
+    assert ("a job of anna" in row.reasons) == bool(user)
+    if user is None:
+        assert "cancelled 1 jobs" in status.cancel([row])[0]
+        return
+    with pytest.raises(PlanError, match=r"job 41 of anna, which only anna can end.*Fix: ask anna"):
+        status.cancel([row])
+    assert not calls(fake, "scancel")
+
+
+def test_a_job_that_has_ended_meanwhile_is_no_error_of_cancel(
+    tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_plan(plan_of(tmp_path, stages=("preprocess",)))
+    row = row_of(tmp_path / "runs", "preprocess")
+    said = "scancel: error: Kill job error on job id 41: Job/step already completing or completed\n"
+    monkeypatch.setattr(status, "call", lambda *words: subprocess.CompletedProcess(words, 1, "", said))
+    assert status.cancel([row]) == ["cancelled 1 jobs: 41"]
+    said = "scancel: error: Kill job error on job id 41: Access/permission denied\n"
+    with pytest.raises(LaunchError, match="Access/permission denied"):
+        status.cancel([row])
+
+
+# ---------------------------------------------------------------- several clusters
+
+
+def test_a_job_is_queried_and_cancelled_on_its_own_cluster(
+    tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before: status said lost, and the same command submitted everything again."""
+    monkeypatch.setenv("CLUSTER", "east")
+    (fake / "up-west").touch()
+    plan = make_plan(["tiny"], ["cluster.slurm.clusters=west"], cluster="slurm", runs=tmp_path / "runs")
+    run_plan(plan)
+    assert set(states(tmp_path / "runs").values()) == {"queued"}
+    assert not any(one.new for one in run_plan(plan))
+    assert "cancelled 7 jobs" in run_cli("cancel", "--yes", "--runs", str(tmp_path / "runs")).stdout
+    (call,) = calls(fake, "scancel")
+    assert call.split()[1] == "--clusters=west"
+    assert set(call.split()[2:]) == {"41", "42", "43", "44", "45", "46", "47"}
+
+
+def test_what_cannot_be_queried_is_neither_gone_nor_submitted_again(
+    tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The accounting that -M needs is down, or the other cluster is; the steps of this one are still known."""
+    monkeypatch.setenv("CLUSTER", "east")
+    (fake / "up-west").touch()
+    west = make_plan(["tiny"], ["cluster.slurm.clusters=west"], cluster="slurm", runs=tmp_path / "runs")
+    run_plan(west)
+    run_plan(make_plan(["tiny"], ["seed=5"], cluster="slurm", runs=tmp_path / "runs"))
+    (fake / "up-west").unlink()
+    before = len(jobs(fake))
+    with pytest.raises(LaunchError, match="squeue cannot be asked about cluster west"):
+        run_plan(west)
+    with pytest.raises(LaunchError, match="squeue cannot be asked about cluster west"):
+        run_plan(make_plan(["tiny"], cluster="slurm", runs=tmp_path / "runs"))  # from the other cluster's login node
+    assert len(jobs(fake)) == before
+    rows, troubles = status.table(tmp_path / "runs", everything=True)
+    assert sorted(row.state for row in rows) == ["queued"] * 7 + ["unknown"] * 7
+    assert "about cluster west" in troubles[0]
+
+
+def test_a_step_of_one_cluster_is_not_started_on_another(
+    tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLUSTER", "east")
+    (fake / "up-west").touch()
+    (fake / "up-east").touch()
+    run_plan(make_plan(["tiny"], cluster="slurm", runs=tmp_path / "runs"))  # on east, which the record names
+    record = slurm.read_job(plan_of(tmp_path).steps[0].folder)
+    assert record is not None
+    assert record.cluster == "east"
+    monkeypatch.setenv("CLUSTER", "west")  # the login node of west
+    slurm.here.cache_clear()
+    with pytest.raises(PlanError, match=r"is with Slurm on cluster east, as job 41 \(PENDING\)"):
+        run_plan(plan_of(tmp_path))
+    assert set(states(tmp_path / "runs").values()) == {"queued"}
+
+
+# ---------------------------------------------------------------- a chain whose jobs end meanwhile
+
+
+def test_what_waits_for_a_job_that_is_gone_waits_for_its_successor(tmp_path: Path, fake: Path) -> None:
+    """Before: the dependents counted as submitted before, and Slurm cancelled them a moment later."""
+    first = {one.step.name: one for one in run_plan(plan_of(tmp_path))}
+    change(fake, first["sft"].job, state="CANCELLED")
+    again = {one.step.name: one for one in run_plan(plan_of(tmp_path))}
+    assert [name for name, one in again.items() if one.new] == ["sft"]
+    told = jobs(fake)
+    for name in ("grpo", "evaluate-sft", "report"):
+        assert again["sft"].job in told[again[name].job]["dependency"]
+        assert first["sft"].job not in told[again[name].job]["dependency"]
+
+
+def test_dependents_that_slurm_cancels_after_the_submission_are_replaced(
+    tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = {one.step.name: one for one in run_plan(plan_of(tmp_path))}
+    change(fake, first["sft"].job, state="CANCELLED")
+    late = ["grpo", "evaluate-sft", "evaluate-grpo", "report"]
+
+    def slurm_cancels(_: float) -> None:
+        for name in late:
+            change(fake, first[name].job, state="CANCELLED")
+
+    monkeypatch.setattr("pipeline.launchers.slurm.time.sleep", slurm_cancels)
+    again = {one.step.name: one for one in run_plan(plan_of(tmp_path))}
+    assert [name for name, one in again.items() if one.new] == ["sft", "grpo", *late[1:]]
+    alive = {number for number, job in jobs(fake).items() if job["state"] == "PENDING"}
+    assert {one.job for one in again.values()} == alive
+    assert jobs(fake)[again["grpo"].job]["dependency"] == f"afterok:{again['preprocess'].job}:{again['sft'].job}"
+
+
+def test_what_can_never_start_is_no_input(tmp_path: Path, fake: Path) -> None:
+    """GRPO still queued, its SFT cancelled a moment ago: what is to run next cannot count on it."""
+    first = {one.step.name: one for one in run_plan(plan_of(tmp_path))}
+    change(fake, first["sft"].job, state="CANCELLED")
+    with pytest.raises(PlanError, match="tiny/sft is not done, and grpo needs it"):
+        run_plan(plan_of(tmp_path, stages=("grpo",)))
+
+
+# ---------------------------------------------------------------- a job that is queued again
+
+
+def stopped(tmp_path: Path, fake: Path, **env: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """A chain whose SFT has saved: the last act of its batch script. Returns what that did, and the chain by name."""
+    found = {one.step.name: one for one in run_plan(plan_of(tmp_path), typed="python -m pipeline run tiny")}
+    if not env.pop("CANCELLED", None):
+        change(fake, found["sft"].job, state="RUNNING")
+    words = [sys.executable, "-m", "pipeline.launchers.requeue", str(found["sft"].step.folder)]
+    given = {**os.environ, "SLURM_JOB_ID": found["sft"].job, "SLURM_MEM_PER_NODE": "7", **env}
+    return subprocess.run(words, cwd=ROOT, env=given, capture_output=True, text=True, timeout=60), found
+
+
+def test_a_refused_requeue_is_a_new_job_that_the_dependents_wait_for(tmp_path: Path, fake: Path) -> None:
+    """JobRequeue=0: before, the step was saved and the whole chain cancelled."""
+    done, found = stopped(tmp_path, fake, REFUSE_REQUEUE="Requested operation is presently disabled")
+    assert done.returncode == 0, done.stderr
+    old, told = found["sft"].job, jobs(fake)
+    record = slurm.read_job(found["sft"].step.folder)
+    assert record is not None
+    assert told[str(record.id)]["dependency"] == f"afterany:{old}"
+    assert told[str(record.id)]["comment"] == record.token
+    for name in ("grpo", "evaluate-sft", "report"):
+        waits = told[found[name].job]["dependency"]
+        assert str(record.id) in waits
+        assert old not in waits.partition(":")[2].split(":")
+    assert told[found["evaluate-base"].job]["dependency"] == f"afterok:{found['preprocess'].job}"
+    change(fake, old, state="FAILED")
+    again = {one.step.name: one for one in run_plan(plan_of(tmp_path))}
+    assert not any(one.new for one in again.values())
+
+
+def test_a_controller_that_is_away_is_waited_for(tmp_path: Path, fake: Path) -> None:
+    (fake / "away").touch()
+    timer = threading.Timer(1.5, (fake / "away").unlink)
+    timer.start()
+    done, found = stopped(tmp_path, fake)
+    timer.join()
+    assert done.returncode == 0, done.stderr
+    assert "trying again" in done.stdout
+    assert calls(fake, "scontrol")[-1] == f"scontrol requeue {found['sft'].job}"
+
+
+def test_a_chain_that_cannot_be_queued_again_is_resubmitted_by_the_command_that_status_names(
+    tmp_path: Path, fake: Path
+) -> None:
+    refused = {"REFUSE_REQUEUE": "Requested operation is presently disabled", "REFUSE": "Invalid qos"}
+    found = run_plan(plan_of(tmp_path), typed="python -m pipeline run tiny")
+    sft = found[1].step
+    change(fake, found[1].job, state="RUNNING")
+    words = [sys.executable, "-m", "pipeline.launchers.requeue", str(sft.folder)]
+    env = {**os.environ, "SLURM_JOB_ID": found[1].job, **refused}
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "refused a new one: Invalid qos. Fix: python -m pipeline run tiny" in done.stderr
+    ProgressFile(sft.folder, "sft").update(state="stopped")
+    known = jobs(fake)
+    for number, job in known.items():
+        job["state"] = "FAILED" if number == found[1].job else "CANCELLED" if int(number) > 42 else "COMPLETED"
+    (fake / "jobs.json").write_text(json.dumps(known))
+    row = row_of(tmp_path / "runs", "sft")
+    assert row.state == "stopped"
+    assert row.reasons[-1] == "its job was not queued again. Fix: python -m pipeline run tiny"
+    again = {one.step.name: one for one in run_plan(plan_of(tmp_path))}
+    assert {"sft", "grpo", "evaluate-sft", "report"} <= {name for name, one in again.items() if one.new}
+
+
+def test_a_job_that_somebody_cancels_is_not_queued_again(tmp_path: Path, fake: Path) -> None:
+    done, found = stopped(tmp_path, fake, CANCELLED="1")  # no state but RUNNING is one to start again from
+    assert done.returncode == 1
+    assert "is being cancelled" in done.stderr
+    assert not [call for call in calls(fake, "scontrol") if "requeue" in call]
+    assert len(jobs(fake)) == len(found)
+
+
+# ---------------------------------------------------------------- how often Slurm is queried
+
+
+def test_a_submission_queries_slurm_twice_whatever_its_size(tmp_path: Path, fake: Path) -> None:
+    """Once about all steps, and once more after the fact. Before: once a step that had an owner file."""
+    plan = plan_of(tmp_path)
+    for step in plan.steps:
+        step.folder.mkdir(parents=True)
+        record = {"token": "t", "host": "elsewhere", "pid": 1, "started": 1.0, "since": 1.0, "job": "9"}
+        (step.folder / "owner.json").write_text(json.dumps(record))
+    run_plan(plan)
+    assert len(calls(fake, "squeue")) == 2
+    forget_calls(fake)
+    run_plan(plan)
+    assert len(calls(fake, "squeue")) == 2
+    forget_calls(fake)
+    run_cli("status", "--runs", str(tmp_path / "runs"))
+    assert len(calls(fake, "squeue")) == 1
+    forget_calls(fake)
+    run_cli("cancel", "--yes", "--runs", str(tmp_path / "runs"))
+    assert len(calls(fake, "squeue")) == 1
+    assert len(calls(fake, "scancel")) == 1
+
+
+@pytest.mark.parametrize("words", [["status", "--watch"], ["logs", "preprocess", "-f"]])
+def test_what_repeats_queries_slurm_every_thirty_seconds(tmp_path: Path, fake: Path, words: list[str]) -> None:
+    """Sites forbid more. Before: 49 calls of squeue in 30 s by logs -f."""
+    (one,) = run_plan(plan_of(tmp_path, stages=("preprocess",)))
+    change(fake, one.job, state="RUNNING")
+    forget_calls(fake)
+    command = [sys.executable, "-m", "pipeline", *words, "--runs", str(tmp_path / "runs")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until = time.time() + 20
+    while not calls(fake, "squeue"):
+        assert time.time() < until
+        time.sleep(0.1)
+    time.sleep(3)
+    assert process.poll() is None
+    assert len(calls(fake, "squeue")) == 1
+    assert len(calls(fake, "sacct")) <= 1
+    progress = ProgressFile(one.step.folder, "preprocess")
+    progress.update(state="failed", problems=("rows are missing",))
+    process.communicate(timeout=20)  # the step's own word is enough
+    assert process.returncode == 0
+    assert len(calls(fake, "squeue")) == 1
+
+
+def test_between_two_questions_the_files_are_believed(tmp_path: Path, fake: Path) -> None:
+    found = {one.step.name: one for one in run_plan(plan_of(tmp_path, stages=("preprocess", "sft")))}
+    ask = status.Asked()
+
+    def state(name: str) -> str:
+        return status.find_step(status.table(tmp_path / "runs", ask=ask)[0], name).state
+
+    assert (state("preprocess"), state("sft")) == ("queued", "queued")
+    folder = found["preprocess"].step.folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_JOB_ID", found["preprocess"].job)
+        with own(folder):
+            progress = ProgressFile(folder, "preprocess")
+            progress.update(state="running")
+            assert state("preprocess") == "running"
+            progress.update(state="failed", problems=("no rows",))
+            assert state("preprocess") == "failed"
+    assert state("sft") == "queued"
+    change(fake, found["sft"].job, state="CANCELLED")
+    ask.every = 0
+    assert state("sft") == "cancelled"
+
+
+# ---------------------------------------------------------------- in an allocation
+
+
+def test_a_local_run_in_a_job_is_seen_from_outside(tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch --wrap 'python -m pipeline run …': no job.json, and its owner is on a node. Before: lost, no cancel."""
+    step = plan_of(tmp_path).steps[0]
+    write_order(step.folder, order_of(step, plan_of(tmp_path).cluster))
+    (fake / "jobs.json").write_text(json.dumps({"7": {"state": "RUNNING", "reason": ""}}))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with own(step.folder) as owner:
+        there = {**vars(owner), "host": "node3"}
+        (step.folder / "owner.json").write_text(json.dumps(there))
+        ProgressFile(step.folder, "preprocess").update(state="running")
+        monkeypatch.delenv("SLURM_JOB_ID")
+        row = row_of(tmp_path / "runs", "preprocess")
+        assert (row.state, row.node, row.live) == ("running", "node3", True)
+        assert status.cancel([row]) == [f"{row.step}: asked to save and leave"]
+        assert (step.folder / "stop").exists()
+        change(fake, "7", state="TIMEOUT")
+        assert row_of(tmp_path / "runs", "preprocess").state == "lost"
+        (fake / "up").unlink()
+        assert row_of(tmp_path / "runs", "preprocess").state == "unknown"
+
+
+def test_a_local_run_saves_before_its_job_ends(tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = plan_of(tmp_path).steps[1]
+    plan = make_plan(["tiny"], runs=tmp_path / "runs")
+    now = time.time()
+    assert local._leave_at(step, plan) == float("inf")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    ends = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(now + 3600))
+    (fake / "jobs.json").write_text(json.dumps({"7": {"state": "RUNNING", "reason": "", "end": ends}}))
+    save_before = 3600 - (local._leave_at(step, plan) - now)
+    assert 60 <= save_before <= 1800
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(now) + 60))  # later versions of Slurm
+    assert 25 <= local._leave_at(step, plan) - now <= 31  # a short job: half of what is left
+    change(fake, "7", end="Unknown")
+    monkeypatch.delenv("SLURM_JOB_END_TIME")
+    assert local._leave_at(step, plan) == float("inf")
+
+
+# ---------------------------------------------------------------- why a job ended
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "words"),
+    [
+        ("FAILED", "0:53", "Slurm could not start it on its node, most likely because its log cannot be written"),
+        ("OUT_OF_MEMORY", "0:125", "out of host memory: it needs more memory than cluster.slurm.memory"),
+        ("FAILED", "0:9", "was killed, most likely because the host's memory ran out"),
+    ],
+)
+def test_why_a_job_ended_is_told(tmp_path: Path, fake: Path, state: str, code: str, words: str) -> None:
+    found = {one.step.name: one for one in run_plan(plan_of(tmp_path, stages=("preprocess", "sft")))}
+    change(fake, found["sft"].job, state=state, exit_code=code)
+    row = row_of(tmp_path / "runs", "sft")
+    assert row.state == "failed"
+    assert words in row.reasons[0]
+    if code == "0:53":
+        assert str(found["sft"].step.folder) in row.reasons[0]
+
+
+def test_the_peak_of_memory_is_what_accounting_counted(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SACCT", "\n1024K\n2.50G\n\n100M")
+    assert slurm.peak_memory(slurm.Job("41", "OUT_OF_MEMORY")) == "2.50 GiB"
+    monkeypatch.delenv("SACCT")
+    assert slurm.peak_memory(slurm.Job("41", "OUT_OF_MEMORY")) is None
+
+
+def test_attempts_that_get_nowhere_are_told(tmp_path: Path, fake: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (one,) = [one for one in run_plan(plan_of(tmp_path, stages=("preprocess", "sft"))) if one.step.name == "sft"]
+    for attempt in range(3):
+        progress = ProgressFile(one.step.folder, "sft")
+        progress.update(state="running", first=2 * attempt, done=2 * attempt, total=60)
+        progress.update(state="stopped", done=2 * attempt + 2)
+    words = "2 steps an attempt (4 of 60 in 2): about 28 more attempts are needed. Fix: raise cluster.slurm.time"
+    assert f"note: {words}" in capfd.readouterr().out
+    assert words in row_of(tmp_path / "runs", "sft").reasons
+    assert restarts_without_end(replace(progress.now, first=30)) is None
+
+
+def test_a_full_disk_is_called_a_full_disk(tmp_path: Path, fake: Path) -> None:
+    """Really full: then no process can write why it ended."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system takes root")
+    try:
+        plan = make_plan(["tiny"], runs=disk / "runs")
+        step = plan.steps[1]
+        write_order(step.folder, order_of(step, plan.cluster))
+        ProgressFile(step.folder, "sft").update(state="running")
+        (step.folder / "log.txt").write_text("RuntimeError: gloo: Connection reset by peer\n")
+        with pytest.raises(OSError, match="No space left"), (step.folder / "weights").open("wb") as file:
+            file.write(b"x" * (4 << 20))
+        row = row_of(disk / "runs", "sft")
+        assert row.state == "lost"
+        assert row.reasons == (
+            f"no space left to write {step.folder}: free some space or a quota, then run the same command again",
+        )
+        error = local._failure(step, 1, None, step.folder / "log.txt", None)
+        assert f"no space left to write {step.folder}" in str(error)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
