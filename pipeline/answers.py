@@ -101,11 +101,15 @@ def final_text(completion: str, prefilled: bool) -> Reading[str]:
         return unread("unclosed_thought")
     if OPEN in answer or CLOSE in answer:
         return unread("two_thoughts")
+    answer = answer[:-200] + _STOP_TOKENS.sub("", answer[-200:])
     if len(answer) > MOST:
         answer = re.sub(r"\s{2,}", lambda blanks: "\n" if "\n" in blanks[0] else " ", answer)
         if len(answer) > MOST:
             return unread("too_long")
     return Reading(answer) if answer.strip() else unread("empty")
+
+
+_STOP_TOKENS = re.compile(r"(?:\s{0,20}(?:<\|[A-Za-z_]{2,20}\|>|</s>|<end_of_turn>|<eos>)){1,8}\s{0,20}\Z")  # left in
 
 
 def read_text(completion: str, prefilled: bool) -> Reading[str]:
@@ -163,7 +167,8 @@ def is_well_formed(completion: str, prefilled: bool, words: Sequence[str] = YES_
 MARKS = 20  # how often a final answer is stated: what is more is none
 _MARK = re.compile(
     r"(?P<hashes>(?<!\#)\#{4}(?!\#))|(?P<box>\\(?:boxed|fbox)(?![A-Za-z]))|(?P<tag><answer>)"
-    r"|(?P<loose>\banswer\b[\s*_\"']*(?:(?:is|are)\b|[:：=])|\bcorrect\s(?:option|choice)\b[\s*_]*(?:is\b|[:：])"
+    r"|(?P<loose>\banswer\b(?:\sto\s[^.:\n]{1,80}?(?=\s(?:is|are)\b))?[\s*_\"']*"
+    r"(?:(?:is|are|equals|(?:should|must)\sbe)\b|[:：=])|\bcorrect\s(?:option|choice)\b[\s*_]*(?:is\b|[:：])"
     r"|答案\s?(?:是|为|[:：])|^[\#*_ \t]*(?:the[ \t])?(?:final[ \t])?answer[*_ \t]*$)",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -254,7 +259,7 @@ def _content(text: str, mark: re.Match[str]) -> tuple[str, int] | None:
     parts = _MARK.split(content, maxsplit=1)
     if len(parts) > 1:
         content = _LEADS_ON.sub("", parts[0])
-    return _HOPE.sub("", content).replace(r"\]", "").replace("$$", "").strip().strip("*_").strip(), end
+    return _HOPE.sub("", content).replace(r"\]", "").replace("$$", "").strip("\ufffd \t\r").strip("*_").strip(), end
 
 
 def _is_value(text: str) -> bool:
@@ -362,7 +367,7 @@ def read_choice(completion: str, prefilled: bool) -> Reading[str]:
         re.sub(
             r"^(?:option|choice|letter)\s+",
             "",
-            unwrapped(compatible(one), r"\1").strip(" $*_\"'`"),
+            unwrapped(compatible(one), r"\1").strip(" $*_\"'`“”‘’"),
             flags=re.IGNORECASE,
         )
         for one in found
@@ -370,6 +375,7 @@ def read_choice(completion: str, prefilled: bool) -> Reading[str]:
     letters = {match["letter"] if match else None for match in map(_CHOICE.match, plain)}
     if None in letters:
         return unread("no_choice")
+    plain = [re.split(r"\b(?:because|since)\b", one, maxsplit=1)[0] for one in plain]
     if len(letters) != 1 or any(_OTHER.search(one) or len(set(_LISTED.findall(one))) > 1 for one in plain):
         return unread("two_choices")
     return Reading(letters.pop())

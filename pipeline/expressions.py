@@ -20,6 +20,7 @@ from pipeline.reading import plain_math, unwrapped
 
 SECONDS = 2  # for one comparison by math-verify, in the main thread
 SHORT, LENGTH, PARTS, DEPTH = 120, 300, 12, 3
+TERMS = 300  # that an expression may have when its products are multiplied out
 _COMMANDS = re.compile(
     r"frac|sqrt|pi|cdot|times|infty|pm|ln|log|sin|cos|tan|exp|le|leq|ge|geq|theta|alpha|beta|gamma|lambda|phi|binom"
 )
@@ -29,7 +30,9 @@ _MATRIX = re.compile(
     re.DOTALL,
 )
 _MEMBER = re.compile(r"\s*(?P<name>[A-Za-z](?:_\{?[A-Za-z0-9]\}?)?)\s*(?:\\in(?![A-Za-z])|∈)\s*(?P<rest>.+)", re.DOTALL)
-_VARIABLE = re.compile(r"\\?[A-Za-z](?:_\{?[A-Za-z0-9]{1,6}\}?)?|\\[A-Za-z]+|[A-Za-z]\([A-Za-z0-9, ]{1,6}\)")
+_VARIABLE = re.compile(
+    r"\([A-Za-z](?:,[A-Za-z]){1,3}\)|\\?[A-Za-z](?:_\{?[A-Za-z0-9]{1,6}\}?)?|\\[A-Za-z]+|[A-Za-z]\([A-Za-z0-9, ]{1,6}\)"
+)
 _BASED = re.compile(r"\s*\(?([0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?)\)?\s*_\s*(?:\{\s*([0-9]+)\s*\}|([0-9]+))\s*")
 _RELATION = re.compile(r"\\(?:leq?|geq?|lt|gt|neq?)(?![A-Za-z])|[=<>≤≥≠]")
 _RELATIONS = {**dict.fromkeys((r"\le", r"\leq", "≤"), "<="), **dict.fromkeys((r"\ge", r"\geq", "≥"), ">=")}
@@ -86,8 +89,12 @@ def _one_letter(one: Quantity) -> bool:
 
 def _names_agree(one: str, other: str) -> bool:
     """`x=3` and `y=3` are different; `x=3` and `3` are not, and words in front of a number are no variables."""
-    names = [re.sub(r"[\s{}\\]|\b(?:mathrm|text)\b", "", name) for name in (one, other)]
-    variables = [name for name in names if re.fullmatch(r"[A-Za-z]|[A-Za-z]_[A-Za-z0-9]{1,6}|[A-Za-z]\(.*\)", name)]
+    names = [re.sub(r"[\s{}]", "", name) for name in (one, other)]
+    variables = [
+        name
+        for name in names
+        if re.fullmatch(r"(?:[A-Za-z]{1,2}|\\[a-z]+)(?:_[A-Za-z0-9]{1,6})?'{0,3}|[A-Za-z]'{0,3}\(.*\)", name)
+    ]
     return len(set(variables)) < 2
 
 
@@ -101,7 +108,7 @@ def _text(text: str) -> str:
     if letter:
         return letter[1]
     words = plain.casefold()
-    return words if re.fullmatch(r"[^\W\d_]{3,}(?:[\s,'-]+[^\W\d_]+)*", words) else ""
+    return words if re.fullmatch(r"[^\W\d_]+(?:[\s,'-]+[^\W\d_]+)*", words) and re.search(r"\w{3}", words) else ""
 
 
 def _bare(text: str) -> str:
@@ -282,6 +289,15 @@ def _verified(gold: str, said: str) -> bool:
     return bool(both[0] and both[1] and verify(both[0], both[1], timeout_seconds=_seconds()))
 
 
+def _terms(text: str) -> int:
+    """An upper bound of the terms that multiplying out its sums and their powers gives."""
+    found = 1
+    for match in re.finditer(r"\(([^()]*)\)(?:\^\{?([0-9]{1,2})\}?)?", text):
+        parts, power = 1 + len(re.findall(r"[+-]", match[1].lstrip("+-"))), int(match[2] or 1)
+        found *= math.comb(parts + power - 1, power)
+    return found
+
+
 def _letters(text: str) -> set[str]:
     """The variables of an expression; e and i are numbers."""
     return set(re.sub(r"\\[A-Za-z]+|[^A-Za-z]", "", text)) - {"e", "i"}
@@ -323,6 +339,8 @@ def _harmless(text: str) -> bool:
         return False
     powers = re.findall(r"\^\s*(?:\{([^{}^]{1,8})\}|([0-9A-Za-z]))", text)
     if len(powers) != text.count("^"):
+        return False
+    if re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)) and _terms(text) > TERMS:
         return False
     high = [int(digits) for pair in powers for digits in re.findall(r"[0-9]+", "".join(pair))]
     return math.prod(max(1, exponent) for exponent in high) <= 50

@@ -35,6 +35,7 @@ class Quantity:
 
 _ABOUT = r"(?:approximately|approx\.?|about|roughly|around|nearly|exactly|only|just|≈|=|:|\s)*"
 _CURRENCY = r"(?:US\s?|CA\s?|AU\s?)?[$€£¥₹]|(?:USD|EUR|GBP|Rs\.?)(?=\s*[0-9])"
+_CURRENCIES = {"USD": "$", "EUR": "€", "GBP": "£", "Rs": "₹"}
 _TEN = r"10\s*\^\s*\{?\s*(?P<%s>[+-]?[0-9]{1,4})(?![0-9.])\s*\}?"
 _DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 _NUMBER = re.compile(
@@ -47,8 +48,8 @@ _NUMBER = re.compile(
     r"(?P<unit>.*)",
     re.DOTALL,
 )
-_MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "k": 3, "mn": 6, "bn": 9}
-_MAGNITUDE = re.compile(r"\s*(?:(hundred|thousand|million|billion|trillion)s?\b|(k)\b)\s*(?:of\s+)?", re.IGNORECASE)
+_MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "k": 3, "m": 6, "b": 9}
+_MAGNITUDE = re.compile(r"\s*(?:(hundred|thousand|million|billion|trillion)s?\b|([kmb])\b)\s*(?:of\s+)?", re.IGNORECASE)
 _NO_UNIT = re.compile(
     r"\s*(?:[0-9,^_+\-({!]|/(?!\s*[A-Za-z]))"
     r"|.*\b(?:is|are|was)\s+(?:not|wrong|incorrect|false|untrue)\b"
@@ -57,8 +58,11 @@ _NO_UNIT = re.compile(
     re.DOTALL,
 )
 _EXACT = re.compile(r"\\(?:sqrt|pi|frac|binom|times|cdot|ln|log)(?![A-Za-z])|[√π×·⋅^]")
-_NAME_PARTS = re.compile(
-    r"_\s*\{[^{}]*\}|_\s*\\?[A-Za-z0-9]+|\([^()=]{0,12}\)|\^\s*\{[^{}0-9]*\}|\^\s*[*'A-Za-z]|°|\\[A-Za-z]+|['|{}\s]"
+_NAME_PARTS = re.compile(  # what may stand in a name beside letters and blanks
+    r"_\s*\{[^{}]*\}|_\s*\\?[A-Za-z0-9]+"  # an index
+    r"|(?<=[A-Za-z}])\([A-Za-z0-9, ]{0,12}\)"  # f(3)
+    r"|(?<=[a-z]{3})-(?=[a-z]{2})"  # a word with a hyphen
+    r"|\^\s*\{[^{}0-9]*\}|\^\s*[*'A-Za-z]|°|\\[A-Za-z]+|['{}\s]"
 )
 _AFTER_COMMA = re.compile(
     r",\s+(?:which|so|since|because|as|thus|hence|therefore|where|assuming|rounded|after|i|we|the)\b[^0-9]*$",
@@ -80,9 +84,14 @@ def quantity_in(text: str) -> Quantity | None:
     text = plain_math(unwrapped(text)).replace("π", r"\pi").replace("√", r"\sqrt")
     text = re.sub(r"\$(?![0-9\s.-])|(?<=[0-9A-Za-z})\s])\$", "", text) if dollars else text.replace("$", " ")
     text = text.strip().strip("*_`\"'").strip()
+    while grouped := re.fullmatch(r"\{([^{}]*)\}", text):
+        text = grouped[1].strip()
+    if again := re.fullmatch(r"([^()]*[^()\s])\s+\(([^()]*[0-9][^()]*)\)\s*\.?", text):  # 72 hours (3 days)
+        first, second = quantity_in(again[1]), quantity_in(again[2])
+        return first if first and second and same_value(first, second) else None
     name, text = _named(text)
     text = re.sub(
-        r"(?<=[0-9A-Za-z])\s+\([A-Za-z][A-Za-z ]{2,}\)\s*\.?$", "", text.strip().strip("*_").rstrip("$").strip()
+        r"(?<=[0-9A-Za-z])\s+\([A-Za-z][A-Za-z -]{2,}\)\s*\.?$", "", text.strip().strip("*_").rstrip("$").strip()
     )
     found = _one(text)
     if found is None:
@@ -126,10 +135,11 @@ def _is_name(text: str) -> bool:
     letters = re.search(r"[A-Za-z]", text) is not None
     return (
         letters
-        and re.fullmatch(r"[A-Za-z -]*", words) is not None
+        and re.fullmatch(r"[A-Za-z ]*", words) is not None
         and not re.search(r"\b(?:or|and|not)\b", words)
         and not re.search(
-            r"\\(?:n?eq?|ne|leq?|geq?|frac|sqrt|pi|times|cdot|binom|pm|in|notin|not|lt|gt)(?![A-Za-z])", text
+            r"\\(?:n?eq?|ne|leq?|geq?|frac|sqrt|pi|times|cdot|binom|pm|in|notin|not|lt|gt|sin|cos|tan|ln|log|exp|int|sum|lim)(?![A-Za-z])",
+            text,
         )
     )
 
@@ -152,6 +162,8 @@ def _from_match(match: re.Match[str]) -> Quantity | None:
     if magnitude and not (magnitude[2] and not match["currency"]):
         power += _MAGNITUDES[(magnitude[1] or magnitude[2]).lower()]
         unit = unit[magnitude.end() :]
+    ordinal = re.match(r"(?:st|nd|rd|th)\b", unit)
+    unit = unit[ordinal.end() :] if ordinal else unit
     value = Fraction(said) / int(under)
     if whole := match["whole"] or match["mixed"]:
         if not 0 < value < 1:
@@ -162,12 +174,12 @@ def _from_match(match: re.Match[str]) -> Quantity | None:
     attached = re.match(r"[A-Za-z\\]", match["unit"]) is not None and not match.string[start - 1].isspace()
     if match["late"] and (match["sign"] or not match["currency"]):
         return None  # --5
-    if attached and not (unit.strip() and unit_of(unit).dimension is not None) and not magnitude:
+    if attached and not (unit.strip() and unit_of(unit).dimension is not None) and not (magnitude or ordinal):
         return None  # 3x, 5abc
     if match["currency"]:
-        unit = match["currency"].strip()[-1:].replace("D", "$").replace("R", "€").replace("P", "£").replace(
-            "s", "₹"
-        ).replace(".", "₹") + (unit if unit.lstrip().startswith(("/", "per ")) else "")
+        sign = match["currency"].strip(" .")
+        per = unit if unit.lstrip().startswith(("/", "per ")) else ""
+        unit = _CURRENCIES.get(sign, sign[-1]) + per
     return Quantity(-value if "-" in (match["sign"], match["late"]) else value, unit.strip(), attached=attached)
 
 

@@ -105,7 +105,7 @@ def _latin(letter: str) -> str:
 # ---------------------------------------------------------------- LaTeX
 
 _FONTS = r"text(?:bf|it|rm|normal|sf|tt|up)?|math(?:rm|bf|it|sf|tt|cal|bb)|operatorname|boldsymbol|bm|mbox|hbox|emph"
-_WRAPPERS = re.compile(rf"\\(?:{_FONTS}|rm|bf)\s*\{{([^{{}}]*)\}}")
+_WRAPPERS = re.compile(rf"\\(?:{_FONTS}|rm|bf)\s*\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}")
 _OLD_FONTS = re.compile(r"\\(?:rm|bf|it|displaystyle|textstyle|large|Large|huge|normalsize|limits)(?![A-Za-z])")
 _SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])")
 _MATH_ENDS = re.compile(r"\\[()\[\]]")
@@ -162,6 +162,8 @@ def plain_math(text: str) -> str:
         .replace(r"\%", "%")
     )
     text = _THOUSANDS.sub(",", text)
+    text = re.sub(r"\\(?:text)?color\s*\{[^{}]*\}", "", text)
+    text = text.replace(r"\varnothing", r"\emptyset")
     text = _DEGREE.sub("°", _MATH_ENDS.sub("", _SIZES.sub("", _OLD_FONTS.sub("", text))))
     text = _APPROXIMATELY.sub("≈", _SPACES.sub(" ", text))
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", re.sub(r"\\[dt]binom(?![A-Za-z])", r"\\binom", text))

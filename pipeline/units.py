@@ -146,7 +146,7 @@ def unit_of(text: str) -> Unit:
     found = _compound(rest[: LONGEST_UNIT + 1])
     if found is None:
         words = frozenset(word.removesuffix("s") for word in re.findall(r"[^\W\d_]+", rest.casefold()))
-        none = not words and not rest.strip()
+        none = not words and ten == 0
         return Unit(ten, Fraction(1), () if none else None, words=words, none=none)
     scale, powers, zero = found
     return Unit(ten, scale, tuple(sorted((base, high) for base, high in powers.items() if high)), zero)

@@ -26,12 +26,12 @@ _START, _END = r"(?<![^\W_])", r"(?![^\W_])"  # of a word; unlike \b, an undersc
 _MENTION = re.compile(r"\bTherefore\b[\s*_\"'“”`]{0,40}:", re.IGNORECASE)
 _FONT = r"\\(?:text(?:bf|it|rm|tt)?|math(?:rm|bf|it)|boxed|fbox|emph|underline|bf|rm)(?![A-Za-z])"
 _OPENERS = re.compile(
-    rf"[\s*_\"'“”„‘’«»`$~({{\[]+|{_FONT}|\\[(\[,;:! ]|<(?:answer|b|i|em|strong)>"
+    rf"[\s*_\"'“”„‘’«»`$~({{\[✅✔☑]+|[-•]\s|{_FONT}|\\[(\[,;:! ]|<(?:answer|b|i|em|strong)>"
     r"|(?:the\s{1,9})?(?:final\s{1,9}|correct\s{1,9})?answer(?:\s{1,9}is\b|(?=\s{0,9}:))\s{0,9}:?",
     re.IGNORECASE,
 )
-_CLOSERS = re.compile(r"[*_\"'“”‘’«»`$})\]]+|\\[)\]]|</(?:answer|b|i|em|strong)>|[ \t]+(?=[*_\"'”’»`$})\]])")
-_REASON_WORDS = r"because|since|as|given|due\s{1,9}to|it|the|this|that|there"
+_CLOSERS = re.compile(r"[*_\"'“”‘’«»`$})\]✅✔☑]+|\\[)\]]|</(?:answer|b|i|em|strong)>|[ \t]+(?=[*_\"'”’»`$})\]✅✔☑])")
+_REASON_WORDS = r"indeed|because|since|as|given|due\s{1,9}to|it|the|this|that|there"
 _FOLLOWS = re.compile(rf"\s*\Z|[^\S\n]*(?:\n|[.,;:!—–(]|-{{1,2}}(?=\s)|(?:{_REASON_WORDS})\b|<)", re.IGNORECASE)
 # a verdict after the first one stands as an answer, unless a word follows it at once: "no graph", "no-one"
 _STANDS = rf"(?!-\w|[^\S\n]{{1,9}}(?!(?:{_REASON_WORDS}|or|and|but)\b)[^\W_])"
@@ -154,7 +154,7 @@ def _mentions(text: str, patterns: _Words) -> Iterator[tuple[str, int]]:
         after = found.end()
         while closer := _CLOSERS.match(text, after):
             after = closer.end()
-        near = text[after : after + _BOTH_WITHIN]
+        near = text[after : after + _BOTH_WITHIN].partition("\n")[0]
         if _FOLLOWS.match(text, after) is None:
             if patterns.against[word].search(near):
                 yield _BOTH, after
