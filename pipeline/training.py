@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import resource
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -140,6 +141,9 @@ def arguments(
     for name, place in (("TENSORBOARD_LOGGING_DIR", "tensorboard"), ("WANDB_DIR", ""), ("TRACKIO_DIR", "trackio")):
         os.environ[name] = str(out / place)
     os.environ.setdefault("WANDB_PROJECT", PROJECT)
+    if runtime.rank == 0:  # every attempt of a step continues one run; trackio does so by the run's name
+        os.environ.setdefault("WANDB_RUN_ID", run_id(out))
+        os.environ.setdefault("WANDB_RESUME", "allow")
     return {
         "output_dir": str(out / "checkpoints"),
         "per_device_train_batch_size": sizes.per_device,
@@ -172,6 +176,17 @@ def arguments(
         "data_seed": recipe.seed,
         "ddp_timeout": int(distributed.TIMEOUT.total_seconds()),
     }
+
+
+def run_id(out: Path) -> str:
+    """The id of a step's run at Weights & Biases: its name and fingerprint, and a part drawn with its folder.
+
+    The same step of another user, or one that is started again in a new folder, is another run.
+    """
+    path = out / ".run-id"
+    if not path.is_file():
+        path.write_text(f"{out.name}-{secrets.token_hex(3)}", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def train(trainer: Trainer, recipe: Recipe, stage: str, out: Path, runtime: Runtime) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.checkpoints import MANIFEST, damage, newest_good, write_manifest
+from pipeline.checkpoints import MANIFEST, damage, newest_good, numbered, rotate, write_manifest
 
 
 def saved(folder: Path, step: int, *, manifest: bool = True) -> Path:
@@ -52,3 +52,50 @@ def test_a_half_written_manifest_is_none(tmp_path: Path) -> None:
 
 def test_no_checkpoints_are_no_checkpoint(tmp_path: Path) -> None:
     assert newest_good(tmp_path / "none") == (None, [])
+
+
+# ---------------------------------------------------------------- rotation
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in numbered(folder)]
+
+
+def test_one_kept_checkpoint_is_deleted_after_the_next_has_its_manifest(tmp_path: Path) -> None:
+    saved(tmp_path, 2)
+    new = saved(tmp_path, 4, manifest=False)  # written, not yet recorded: a node that dies here loses nothing
+    assert newest_good(tmp_path)[0] == tmp_path / "checkpoint-2"
+    write_manifest(new)
+    rotate(tmp_path, new, 1)
+    assert names(tmp_path) == ["checkpoint-4"]
+
+
+def test_as_many_are_kept_as_the_cluster_says_and_the_best_among_them(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        new = saved(tmp_path, step)
+    rotate(tmp_path, new, 3)
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    rotate(tmp_path, new, 2, best=str(tmp_path / "checkpoint-4"))
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-8"]
+    rotate(tmp_path, new, 1, best=str(tmp_path / "checkpoint-4"))
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-8"]
+
+
+def test_damaged_checkpoints_of_later_steps_do_not_push_out_good_ones(tmp_path: Path) -> None:
+    saved(tmp_path, 2)
+    saved(tmp_path, 10)  # of an attempt that was passed over
+    saved(tmp_path, 3, manifest=False)
+    (tmp_path / "checkpoint-notes").mkdir()
+    new = saved(tmp_path, 4)
+    rotate(tmp_path, new, 2)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+    assert (tmp_path / "checkpoint-notes").is_dir()
+
+
+def test_an_odd_manifest_is_no_traceback(tmp_path: Path) -> None:
+    for text in ("[]", "7", '{"model.safetensors": 3}', '{"model.safetensors": {}}'):
+        checkpoint = tmp_path / "checkpoint-2"
+        if not checkpoint.exists():
+            saved(tmp_path, 2)
+        (checkpoint / MANIFEST).write_text(text)
+        assert damage(checkpoint) is not None

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -17,10 +18,13 @@ import pytest
 from running import NANO, ROOT, only, run_cli
 from safetensors.torch import load_file
 
-from pipeline.artifact import open_artifact, read_owner
-from pipeline.checkpoints import damage
+from pipeline.artifact import open_artifact, own, read_owner
+from pipeline.checkpoints import damage, numbered
+from pipeline.errors import ArtifactError
 from pipeline.files import read_json, read_lines
-from pipeline.progress import read_progress
+from pipeline.launchers.local import run_step
+from pipeline.plan import make_plan
+from pipeline.progress import ProgressFile, read_progress
 
 
 def sub_run(runs: Path, *overrides: str, stages: str = "sft", timeout: float = 300) -> None:
@@ -202,12 +206,39 @@ ADAMW = ["sft.optimizer.name=adamw_torch"]
 PLAIN = ["sft.prompt_loss=0", "sft.packing=true", "sft.order=shuffled"]
 
 
-def test_packed_rows_train_without_deepspeed(with_sft: Path) -> None:
+def test_packed_rows_train_without_deepspeed(with_sft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And go on in another number of processes, each attempt in the same run of W&B and trackio."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
     shutil.rmtree(only(with_sft, "tiny/sft-*"))
-    sub_run(with_sft, *ADAMW, "cluster.sft.deepspeed=none", *PLAIN, stages="sft")
-    artifact = open_artifact(only(with_sft, "tiny/sft-*"))
+    words = [*ADAMW, "cluster.sft.deepspeed=none", *PLAIN, "cluster.loggers=[wandb,trackio]"]
+    sub_run(with_sft, *words, "cluster.keep_checkpoints=3", stages="sft")
+    step = only(with_sft, "tiny/sft-*")
+    artifact = open_artifact(step)
     assert artifact.metrics["steps"] == 6
     assert artifact.provenance["processes"] == 2
+    hardware = artifact.provenance["hardware"]
+    assert (hardware["device"], hardware["precision"]) == ("cpu", "float32")
+    assert hardware["layout"] == "no DeepSpeed on 2 processes"
+    assert hardware["measured"]["resident_gib"] > 0.1
+    history = read_json(step / "history.json")
+    assert [path.name for path in numbered(step / "checkpoints")] == [f"checkpoint-{n}" for n in (2, 4, 6)]
+
+    (step / "artifact.json").unlink()  # as if it had been killed after step 4
+    shutil.rmtree(step / "checkpoints" / "checkpoint-6")
+    sub_run(with_sft, *words, "cluster.processes=1", "cluster.keep_checkpoints=1", stages="sft")
+    assert open_artifact(step).metrics["resumed_from"] == "checkpoint-4"
+    figures = [
+        [(entry["step"], round(entry["loss"], 3), entry["learning_rate"]) for entry in entries if "loss" in entry]
+        for entries in (history, read_json(step / "history.json"))
+    ]
+    assert figures[0] == figures[1]  # neither the optimizer nor the schedule began again
+    assert [path.name for path in numbered(step / "checkpoints")] == ["checkpoint-6"]
+    attempts = [path.name.split("-", 3)[3] for path in step.glob("wandb/offline-run-*")]
+    assert len(attempts) == 2
+    assert attempts[0] == attempts[1]
+    assert attempts[0].startswith(f"{step.name}-")
+    with sqlite3.connect(next(step.glob("trackio/*.db"))) as logged:
+        assert len(logged.execute("SELECT DISTINCT run_id FROM metrics").fetchall()) == 1
 
 
 def test_early_stopping_ends_at_the_best_weights_and_every_logger_is_told(tmp_path: Path) -> None:
@@ -378,3 +409,44 @@ def test_ctrl_c_saves_leaves_nothing_running_and_the_next_command_goes_on(tmp_pa
     metrics = open_artifact(folder).metrics
     assert metrics["resumed_from"] == f"checkpoint-{progress.done}"
     assert metrics["steps"] == 400
+
+
+def test_the_loser_of_two_simultaneous_runs_says_who_has_the_step(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Both have looked, and then both start: the second one's process finds the folder taken."""
+    plan = make_plan(["tiny"], NANO, stages=["preprocess"], runs=tmp_path)
+    step = plan.to_run[0]
+    with own(step.folder):
+        winner = ProgressFile(step.folder, step.name)
+        winner.update(state="running", done=3, total=6, figures={"loss": 0.123})
+        with pytest.raises(ArtifactError, match=f"is being written by process {os.getpid()} on "):
+            run_step(step, plan, "[1/1] second")
+        shown = capfd.readouterr()
+        assert "0.123" not in shown.out + shown.err
+        progress = read_progress(step.folder)
+        assert progress is not None
+        assert progress.state == "running"  # the winner's own
+
+
+def test_ctrl_c_in_a_stage_that_cannot_save_is_written_down(tmp_path: Path) -> None:
+    words = ["run", "tiny", "--stages", "preprocess", "--runs", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    until = time.time() + 60
+    while not list(tmp_path.glob("tiny/preprocess-*/progress.json")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.time() < until
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, told
+    progress = read_progress(only(tmp_path, "tiny/preprocess-*"))
+    assert progress is not None
+    assert progress.state == "stopped"
+    assert not list(tmp_path.glob("tiny/preprocess-*/artifact.json"))

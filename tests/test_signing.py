@@ -1,0 +1,113 @@
+"""signing: a checkpoint is resumed only by the user who wrote it, or who says that its origin is trusted."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from pipeline import signing
+from pipeline.checkpoints import damage, write_manifest
+from pipeline.errors import ArtifactError
+from pipeline.files import read_json, write_json
+from pipeline.fingerprint import file_sha256
+from pipeline.signing import MANIFEST, SIGNATURE, foreign
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user without a key."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.delenv("THEREFORE_KEY_FILE", raising=False)
+    return tmp_path
+
+
+def checkpoint_in(folder: Path) -> Path:
+    checkpoint = folder / "checkpoints" / "checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "optimizer.pt").write_bytes(b"states")
+    write_manifest(checkpoint)
+    return checkpoint
+
+
+def as_another_user(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(home / "other"))
+
+
+def test_the_key_is_made_once_and_readable_by_its_user_alone(home: Path) -> None:
+    key = signing.read_key()
+    path = home / "state" / "therefore" / "key"
+    assert key == path.read_bytes().strip()
+    assert len(key) == 64
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert signing.read_key() == key
+    assert [file.name for file in path.parent.iterdir()] == ["key"]
+
+
+def test_an_own_checkpoint_is_resumed_and_another_users_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = checkpoint_in(home)
+    assert foreign(checkpoint) is None
+    as_another_user(home, monkeypatch)
+    told = foreign(checkpoint)
+    assert told is not None
+    assert told.startswith(f"{checkpoint}: got the signature of another key; expected that of ")
+    assert "runs the code of whoever wrote them" in told
+    assert f"Fix: if you trust its origin, python -m pipeline.signing {checkpoint.parent}" in told
+
+
+def test_a_replaced_file_with_a_fresh_manifest_is_refused(home: Path) -> None:
+    """An attacker can compute hashes, and leave the signature away, but not sign."""
+    checkpoint = checkpoint_in(home)
+    (checkpoint / "optimizer.pt").write_bytes(b"malice")
+    manifest = {"optimizer.pt": {"size": 6, "sha256": file_sha256(checkpoint / "optimizer.pt")}}
+    write_json(checkpoint / MANIFEST, manifest)
+    assert damage(checkpoint) is None  # whole it is
+    assert foreign(checkpoint) is not None
+    (checkpoint / SIGNATURE).unlink()
+    assert "got no signature" in str(foreign(checkpoint))
+
+
+def test_checkpoints_from_before_keys_stay_usable(home: Path) -> None:
+    checkpoint = checkpoint_in(home)
+    (checkpoint / SIGNATURE).unlink()
+    signing.key_path().unlink()  # the version that signs has not run yet
+    assert foreign(checkpoint) is None
+    later = checkpoint_in(home / "copied")
+    (later / SIGNATURE).unlink()
+    os.utime(later / MANIFEST, (1, 1))  # an archive brings any mtime along, but no ctime
+    future = signing.key_path()
+    assert future.stat().st_mtime <= (later / MANIFEST).stat().st_ctime
+    assert foreign(later) is not None
+
+
+def test_a_group_shares_a_key(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THEREFORE_KEY_FILE", str(home / "group.key"))
+    checkpoint = checkpoint_in(home)
+    as_another_user(home, monkeypatch)
+    assert foreign(checkpoint) is None
+    assert not (home / "other").exists()
+
+
+def test_a_home_that_cannot_be_written_stops_nobody(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_STATE_HOME", str(home / "file"))
+    checkpoint = checkpoint_in(home)
+    assert not (checkpoint / SIGNATURE).exists()
+    assert foreign(checkpoint) is None
+
+
+def test_trust_is_said_by_one_command(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = checkpoint_in(home)
+    before = read_json(checkpoint / MANIFEST)
+    as_another_user(home, monkeypatch)
+    assert foreign(checkpoint)
+    assert signing.main([str(home)]) == 0
+    assert f"signed {checkpoint}" in capsys.readouterr().out
+    assert foreign(checkpoint) is None
+    assert read_json(checkpoint / MANIFEST) == before
+    with pytest.raises(ArtifactError, match=r"got no manifest\.json; expected checkpoints"):
+        signing.main([str(home / "state")])
