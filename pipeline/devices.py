@@ -132,13 +132,6 @@ def measured() -> dict[str, float]:
     return {"resident_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 3)}
 
 
-def show(found: dict[str, Any]) -> str:
-    """One line for the log."""
-    parts = [f"{name.replace('_', ' ')} {value}" for name, value in found.items() if name != "planned_gib"]
-    planned = [f"{phase} {size} GiB" for phase, size in found.get("planned_gib", {}).items()]
-    return ", ".join(parts) + (f"; planned: {', '.join(planned)}" if planned else "")
-
-
 def explain_out_of_memory(error: BaseException, stage: str, cluster: Cluster) -> str | None:
     """The sentence for a GPU whose memory ran out, with what to change; None for any other error."""
     text = str(error)

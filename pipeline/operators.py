@@ -167,10 +167,12 @@ def main() -> int:
 
 def explain(why: str) -> str:
     """The sentence for a run that goes without the operator."""
+    remedy = "To build it, install g++ and Python's headers (Debian: apt install g++ python3-dev)"
+    waited = OURS in why or f"/{LOCK} has been there" in why  # a compiler is not what it lacks
     return (
-        f"DeepSpeed's shared-memory operator cannot be built: {why}; gloo is used instead, which is slower. To build "
-        "it, install g++ and Python's headers (Debian: apt install g++ python3-dev)"
-    )
+        f"DeepSpeed's shared-memory operator cannot be built: {why}; gloo is used instead, which is slower. "
+        f"{'' if waited else remedy}"
+    ).strip()
 
 
 if __name__ == "__main__":

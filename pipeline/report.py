@@ -30,7 +30,7 @@ from pipeline.markdown import cell, fenced
 from pipeline.metrics import HEADLINE, LOWER_IS_BETTER, SOLVER, compare, outcome_of, unanswered_rows
 from pipeline.reading import REASONS
 from pipeline.recipe import Goal, Recipe
-from pipeline.runtime import Runtime
+from pipeline.runtime import Runtime, show_hardware
 from pipeline.stage import main, read_order
 from pipeline.tasks.task import Task, task_of
 
@@ -274,6 +274,7 @@ def _provenance(artifact: Artifact) -> dict[str, Any]:
         "python": artifact.provenance["python"],
         "machine": artifact.provenance["machine"],
         "git": artifact.provenance["git"],
+        "hardware": show_hardware(artifact.provenance.get("hardware") or {}),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pipeline.artifact import STOP, Owner, is_owner
 from pipeline.cluster import Cluster
@@ -43,3 +44,14 @@ class Runtime:
         """ArtifactError when another attempt has taken the folder over: this one must not write any more."""
         if self.owner and not is_owner(self.folder, self.owner):
             raise ArtifactError(f"{self.folder} now belongs to another attempt; this one ({self.owner}) ends here")
+
+
+def show_hardware(found: Mapping[str, Any]) -> str:
+    """One line for log and report of what a stage ran on, as `devices.describe` and `devices.measured` give it."""
+    nested = ("planned_gib", "measured")
+    parts = [str(found["device"])] if "device" in found else []
+    parts += [f"{name.replace('_', ' ')} {value}" for name, value in found.items() if name not in ("device", *nested)]
+    planned = [f"{phase} {size} GiB" for phase, size in found.get("planned_gib", {}).items()]
+    held = [f"{name.removesuffix('_gib')} {size} GiB" for name, size in found.get("measured", {}).items()]
+    parts += [f"planned: {', '.join(planned)}"] if planned else []
+    return "; ".join([", ".join(parts), *([f"held at most: {', '.join(held)}"] if held else [])]) if parts else ""

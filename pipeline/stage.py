@@ -31,7 +31,7 @@ from pipeline.fingerprint import plain
 from pipeline.progress import ProgressFile
 from pipeline.recipe import Recipe
 from pipeline.records import read_mapping, read_record
-from pipeline.runtime import Runtime
+from pipeline.runtime import Runtime, show_hardware
 from pipeline.task_code import code_of
 from pipeline.typed import build
 
@@ -202,7 +202,7 @@ def _hardware(order: Order, runtime: Runtime) -> dict[str, Any]:
         runtime.warn(sentence)
     found = devices.describe(order.recipe, order.cluster, order.stage, runtime.world)
     if runtime.rank == 0:
-        print(devices.show(found), flush=True)
+        print(show_hardware(found), flush=True)
     return found
 
 

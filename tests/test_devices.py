@@ -13,6 +13,7 @@ from pipeline.cluster import Cluster, read_cluster
 from pipeline.errors import LaunchError
 from pipeline.memory import GIB
 from pipeline.recipe import Recipe, read
+from pipeline.runtime import show_hardware
 
 
 def cluster_of(name: str = "2x2080ti", *words: str) -> Cluster:
@@ -128,9 +129,10 @@ def test_what_a_stage_runs_on_is_described(monkeypatch: pytest.MonkeyPatch) -> N
     assert found["layout"].endswith("on 2 processes")
     assert set(found["planned_gib"]) == {"grpo, learning", "grpo, generating"}
     assert devices.measured() == {"allocated_gib": 8.0, "reserved_gib": 9.0}
-    line = devices.show(found)
-    assert "NVIDIA GeForce RTX 2080 Ti" in line
-    assert "planned: grpo, " in line
+    line = show_hardware({**found, "measured": devices.measured()})
+    assert line.startswith("NVIDIA GeForce RTX 2080 Ti, precision float16, attention sdpa, ")
+    assert "planned: grpo, learning " in line
+    assert line.endswith("held at most: allocated 8.0 GiB, reserved 9.0 GiB")
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,10 @@ def test_the_report_is_three_files_and_needs_no_network(nano: Path) -> None:
     ):
         assert word in page
     assert (folder / "report.md").read_text().startswith("# tiny: Corr2Cause")
+    for name in ("report.html", "report.md"):
+        assert "cpu, precision float32, attention sdpa, layout zero2 on 2 processes; held at most: resident" in (
+            (folder / name).read_text()
+        )
     report = read_json(folder / "report.json")
     assert [model["role"] for model in report["models"]] == ["base", "sft", "grpo"]
     assert [d["after"] for d in report["differences"]] == ["tiny SFT", "tiny GRPO"]
