@@ -127,12 +127,14 @@ class SaveAndStop(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         distributed.barrier()  # every rank writes its own shards
-        if self.runtime.rank == 0:
-            folder = Path(args.output_dir)
-            newest = folder / f"checkpoint-{state.global_step}"
+        folder = Path(args.output_dir)
+        newest = folder / f"checkpoint-{state.global_step}"
+
+        def record() -> None:
             write_manifest(newest, self.layout)
             rotate(folder, newest, self.runtime.cluster.keep_checkpoints, state.best_model_checkpoint)
-        distributed.barrier()
+
+        distributed.from_rank_0(record)  # hashing a large model takes minutes, which no collective should wait for
 
 
 def leave_if_asked(runtime: Runtime) -> None:

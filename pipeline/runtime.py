@@ -54,4 +54,5 @@ def show_hardware(found: Mapping[str, Any]) -> str:
     planned = [f"{phase} {size} GiB" for phase, size in found.get("planned_gib", {}).items()]
     held = [f"{name.removesuffix('_gib')} {size} GiB" for name, size in found.get("measured", {}).items()]
     parts += [f"planned: {', '.join(planned)}"] if planned else []
-    return "; ".join([", ".join(parts), *([f"held at most: {', '.join(held)}"] if held else [])]) if parts else ""
+    ended = [f"held at most: {', '.join(held)}"] if held else []
+    return "; ".join([", ".join(parts), *ended] if parts else ended)

@@ -151,13 +151,14 @@ def _work(folder: Path, run: Run) -> int:
         runtime = Runtime(order.cluster, progress, rank, world, folder, owner, order.checkpoint, order.options)
         code = code_of(order.stage, order.recipe.task.name, order.recipe.grpo.rewards)  # as this process imported it
         try:
-            _refuse_checkpoints(order, folder, world)
+            if rank == 0:  # whose home has the key; the others end with it
+                _refuse_checkpoints(order, folder, world)
             inputs = {role: open_artifact(Path(where)) for role, where in order.inputs.items()}
             if rank == 0:
                 print(f"{order.name} {order.fingerprint}: {world} processes, {versions()}", flush=True)
             hardware = _hardware(order, runtime)
             metrics = run(order.recipe, inputs, folder, runtime)
-            hardware |= _measured(order)
+            hardware |= _measured(order, runtime)
             if warnings := progress.now.warnings:
                 metrics = {**metrics, WARNINGS: list(warnings)}
             runtime.check_still_owner()
@@ -206,12 +207,16 @@ def _hardware(order: Order, runtime: Runtime) -> dict[str, Any]:
     return found
 
 
-def _measured(order: Order) -> dict[str, Any]:
+def _measured(order: Order, runtime: Runtime) -> dict[str, Any]:
+    """The memory that a stage with a model has held, to be compared with what was planned; also in the log."""
     if STAGES[order.stage].processes == "one":
         return {}
     from pipeline import devices
 
-    return {"measured": devices.measured()}
+    found = {"measured": devices.measured()}
+    if runtime.rank == 0:
+        print(show_hardware(found), flush=True)
+    return found
 
 
 def _leave_together(folder: Path, world: int) -> None:
