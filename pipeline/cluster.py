@@ -8,6 +8,7 @@ here is ever part of a result's identity: the same recipe on another cluster is 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -138,6 +139,12 @@ class Cluster:
         return found
 
 
+def _zero_stage(deepspeed: str) -> int:
+    """The ZeRO stage of a file of deepspeed/; 0 for none, auto and a file that is not there."""
+    file = DEEPSPEED / f"{deepspeed}.json"
+    return int(json.loads(file.read_text(encoding="utf-8"))["zero_optimization"]["stage"]) if file.is_file() else 0
+
+
 def deepspeed_names() -> list[str]:
     return ["none", *sorted(file.stem for file in DEEPSPEED.glob("*.json"))]
 
@@ -229,6 +236,12 @@ def batches(
         return None, [
             f"{stage}.optimizer.name: 'muon' is DeepSpeed's, but cluster.{stage}.deepspeed is 'none'; "
             "use zero2, or an optimizer such as adamw_torch"
+        ]
+    if settings.optimizer.name == "muon" and _zero_stage(layout.deepspeed) == 3:
+        return None, [
+            f"cluster.{stage}.deepspeed: got {layout.deepspeed}; expected ZeRO-2, because DeepSpeed refuses muon under "
+            f"ZeRO-3 (it scatters gradients). Fix: cluster.{stage}.deepspeed=zero2, or "
+            f"{stage}.optimizer.name=adamw_torch"
         ]
     if wanted % processes:
         lower, upper = wanted // processes * processes, -(-wanted // processes) * processes

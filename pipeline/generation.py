@@ -26,6 +26,7 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from pipeline.answers import CLOSE, OPEN
 from pipeline.modeling import input_device
 from pipeline.weight_checks import as_list
 
@@ -191,8 +192,19 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
 def _completion(ids: list[int], tokenizer: PreTrainedTokenizerBase, stops: set[int]) -> Completion:
     length = next((k for k, token in enumerate(ids) if token in stops), None)
     kept = ids if length is None else ids[:length]
-    text = tokenizer.decode(kept, skip_special_tokens=True)
-    return Completion(text, len(kept) + (length is not None), length is None)
+    return Completion(decode(tokenizer, kept), len(kept) + (length is not None), length is None)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of a completion: without special tokens, but with the tags of a thought where these are special ones.
+
+    Readers and rewards look for the tags. Most tokenizers add them as ordinary tokens, some as special ones.
+    """
+    special = {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    dropped = {token for token, content in special.items() if content not in (OPEN, CLOSE)}
+    if len(dropped) == len(special):
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+    return str(tokenizer.decode([token for token in ids if token not in dropped], skip_special_tokens=False))
 
 
 def generate(

@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
 from pipeline import distributed
 from pipeline.artifact import Artifact, Checkpoint
 from pipeline.cluster import generation_sizes
 from pipeline.errors import RecipeError
-from pipeline.generation import cache_for, stop_ids
+from pipeline.generation import cache_for, decode, stop_ids
 from pipeline.kernels import choose_head
 from pipeline.modeling import device, first_weights, load_tokenizer, prefills_thought, prompt_lengths
 from pipeline.recipe import Recipe
@@ -94,7 +95,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     )  # after the arguments: under ZeRO-3 they say that it is loaded in parts
     model.generation_config.eos_token_id = stop_ids(model, tokenizer)  # TRL fills its own settings from this config
     stops = {*model.generation_config.eos_token_id, tokenizer.pad_token_id}
-    rewards = [_for_trl(task, name, f, prefills_thought(tokenizer), stops) for name, f in functions.items()]
+    rewards = [_for_trl(task, name, f, tokenizer, stops) for name, f in functions.items()]
     with adapters_kept(model):
         trainer = GRPOTrainer(
             model, reward_funcs=rewards, args=config, train_dataset=prompts.select(kept), processing_class=tokenizer
@@ -111,18 +112,20 @@ def _has_full_reference(recipe: Recipe, checkpoint: Checkpoint) -> bool:
 
 
 def _for_trl(
-    task: Task, name: str, function: RewardFunction, prefilled: bool, stop_ids: set[int]
+    task: Task, name: str, function: RewardFunction, tokenizer: PreTrainedTokenizerBase, stop_ids: set[int]
 ) -> Callable[..., list[float | None]]:
-    """A reward in TRL's shape: lists of completions and of the rows' columns in, a list of rewards out."""
+    """A reward in TRL's shape: lists of completions and of the rows' columns in, a list of rewards out.
 
-    def reward(
-        completions: list[list[dict[str, str]]], completion_ids: list[list[int]], **columns: Any
-    ) -> list[float | None]:
+    The text is decoded as in an evaluation: TRL's own has lost the tags of a thought where these are special tokens.
+    """
+    prefilled = prefills_thought(tokenizer)
+
+    def reward(completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
         samples = []
-        for k, (completion, ids) in enumerate(zip(completions, completion_ids, strict=True)):
+        for k, ids in enumerate(completion_ids):
             row = {key: columns[key][k] for key in ("id", "question", "gold", "group", "tags")}
             truncated = not ids or ids[-1] not in stop_ids
-            samples.append(make_sample(task, example_of(row), completion[0]["content"], prefilled, truncated))
+            samples.append(make_sample(task, example_of(row), decode(tokenizer, ids), prefilled, truncated))
         return [function(sample) for sample in samples]
 
     reward.__name__ = name

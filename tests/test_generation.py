@@ -7,14 +7,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from pipeline.artifact import find_checkpoint
 from pipeline.cluster import MaxMemory
 from pipeline.errors import RecipeError
-from pipeline.generation import Draw, Repetition, Sampling, batches_of, generate, mean_log_likelihood, seed_of
-from pipeline.modeling import add_lora, load_model, load_to_ask, load_tokenizer, make_scratch
+from pipeline.generation import (
+    Draw,
+    Repetition,
+    Sampling,
+    Stream,
+    batches_of,
+    decode,
+    generate,
+    mean_log_likelihood,
+    seed_of,
+)
+from pipeline.grpo import _for_trl
+from pipeline.modeling import add_lora, load_model, load_to_ask, load_tokenizer, make_scratch, train_tokenizer
 from pipeline.recipe import read
+from pipeline.rewards.reward import Sample
+from pipeline.tasks.task import task_of
 
+TAGS = ["<think>", "</think>"]
 SCORES = torch.tensor([[2.0, 1.0, 0.0, -1.0, -3.0]])
 
 
@@ -34,6 +49,37 @@ def test_tokens_are_drawn_as_often_as_softmax_says(temperature: float) -> None:
 def test_what_top_k_and_top_p_leave_out_is_never_drawn() -> None:
     assert (drawn(Sampling(1.0, 1.0, 2, 1), 2000) > 0).tolist() == [True, True, False, False, False]
     assert (drawn(Sampling(1.0, 0.6, 0, 1), 2000) > 0).tolist() == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize("special", [False, True], ids=["ordinary", "special"])
+def test_the_tags_of_a_thought_are_read_also_where_they_are_special_tokens(special: bool) -> None:
+    """Decoding without special tokens would drop them, and every answer would be unread and unpaid."""
+    recipe, _ = read("tiny")
+    assert recipe is not None
+    tokenizer = train_tokenizer(["A correlates with B. Therefore: Yes"] * 20, 400)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    if special:
+        tokenizer.add_tokens([AddedToken(tag, special=True, normalized=False) for tag in TAGS], special_tokens=True)
+    text = "<think>A correlates with B.</think>\nTherefore: Yes"
+    ids = tokenizer.encode(f"{text}<|end|>")
+    assert (text in tokenizer.decode(ids, skip_special_tokens=True)) == (not special)
+    assert decode(tokenizer, ids) == text
+    shown: list[str] = []
+    stream = Stream(tokenizer, [tokenizer.eos_token_id], shown.append)
+    for part in ([0], *([token] for token in ids)):
+        stream.put(torch.tensor(part))
+    assert shown[-1] == text
+    samples: list[Sample] = []
+    task = task_of(recipe.task, recipe.seed)
+
+    def keep(sample: Sample) -> float:
+        samples.append(sample)
+        return 1.0
+
+    reward = _for_trl(task, "keep", keep, tokenizer, {tokenizer.eos_token_id})
+    columns = {"id": ["a"], "question": ["?"], "gold": ["Yes"], "group": ["a"], "tags": [{}]}
+    assert reward(prompts=[""], completions=[[{"content": ""}]], completion_ids=[ids], **columns) == [1.0]
+    assert (samples[0].completion, samples[0].verdict.correct, samples[0].well_formed) == (text, True, True)
 
 
 def test_batches_hold_every_prompt_once_and_like_lengths() -> None:

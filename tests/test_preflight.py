@@ -98,6 +98,8 @@ CATALOGUE: list[tuple[list[str], str]] = [
         "the package flash-attn is not installed; use auto",
     ),
     (["tiny", "cluster.sft.deepspeed=none"], "'muon' is DeepSpeed's"),
+    (["tiny", "cluster.sft.deepspeed=zero3"], "DeepSpeed refuses muon under ZeRO-3 (it scatters gradients). Fix: "),
+    (["tiny", "cluster.sft.deepspeed=zero3_offload"], "Fix: cluster.sft.deepspeed=zero2, or sft.optimizer.name"),
     (["tiny", "sft.optimizer.max_grad_norm=1"], "would shrink every step of muon"),
     (["deepseek7b", "--cluster", "2x2080ti"], "is not in the local cache (nothing of it)"),
     (["tiny", "cluster.loggers=[wandb]"], "'wandb' has no login: wandb login, or WANDB_MODE=offline"),
