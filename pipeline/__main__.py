@@ -616,16 +616,22 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
 
 def audit_command(args: argparse.Namespace) -> int:
-    from pipeline.rows import file_rows
+    from pipeline.rows import file_problem, file_rows
     from pipeline.tasks.corr2cause.audit import audit, show
     from pipeline.tasks.corr2cause.graphs import PLUSPLUS, PUBLISHED
+    from pipeline.tasks.corr2cause.published_rows import COLUMNS
 
-    if not args.data.is_file():
-        raise DataError(f"--data: {args.data} does not exist; give a .csv, .json, .jsonl or .parquet file")
+    if problem := file_problem(args.data):
+        raise DataError(f"--data: {problem}")
     semantics = {"wording": None, "published": PUBLISHED, "plusplus": PLUSPLUS}[args.semantics]
-    found = audit(file_rows(args.data), semantics, paper=args.paper)
+    found = audit(file_rows(args.data, COLUMNS), semantics, paper=args.paper)
     if not found.rows:
         raise DataError(f"{args.data}: no rows")
+    if len(found.malformed) == found.rows:
+        first = found.malformed[0]
+        raise DataError(
+            f"{args.data}: none of its {found.rows} rows can be read; line {first['line']}: {first['problem']}"
+        )
     print(json.dumps(found.record(), indent=1) if args.json else show(found, str(args.data)))
     return 0 if found.clean else EXIT_FAULT
 

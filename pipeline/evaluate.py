@@ -37,7 +37,7 @@ from pipeline.modeling import (
     prompt_ids,
 )
 from pipeline.recipe import Recipe
-from pipeline.rows import read_split
+from pipeline.rows import left_out, read_split
 from pipeline.runtime import Runtime
 from pipeline.stage import main
 from pipeline.tasks.task import Task, example_of, rows, task_of
@@ -50,7 +50,9 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     # ---- rows
     runtime.progress.update(note="reading rows", unit="rows")
     task = task_of(recipe.task, recipe.seed)
-    tests = {split: test_rows(recipe, task, inputs, split)[: settings.limit] for split in settings.splits}
+    tests, skipped = test_rows(recipe, task, inputs)
+    if skipped and runtime.rank == 0:
+        runtime.warn(left_out(skipped))
 
     # ---- the model
     runtime.progress.update(note="loading the model")
@@ -153,19 +155,29 @@ def prefers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: dic
     return wanted > other
 
 
-def test_rows(recipe: Recipe, task: Task, inputs: Mapping[str, Artifact], split: str) -> list[dict[str, Any]]:
-    """A split's records: of the preprocess step, or of the task itself where there is none."""
+def test_rows(
+    recipe: Recipe, task: Task, inputs: Mapping[str, Artifact]
+) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+    """The records of each split that is asked for, and a sentence for each row that was skipped.
+
+    They are those of the preprocess step, or of the task itself where there is none.
+    """
+    wanted, limit = recipe.evaluate.splits, recipe.evaluate.limit
     if "data" in inputs:
         known = [path.stem for path in sorted((inputs["data"].folder / "data").glob("*.parquet"))]
-        if split in known:
-            return list(read_split(inputs["data"], split).to_pylist())
+        found = {name: read_split(inputs["data"], name).to_pylist() for name in wanted if name in known}
+        skipped = []
     else:
         splits = task.load()
         parts = {**splits.tests, "validation": splits.validation}
-        known = list(parts)
-        if split in parts:
-            return list(rows(task, parts[split]))
-    raise DataError(f"evaluate.splits: no rows for split {split!r}; this task has {', '.join(known)}")
+        known = [name for name, examples in parts.items() if examples]
+        found = {name: list(rows(task, parts[name])) for name in wanted if name in known}
+        skipped = splits.proof.get("skipped", [])
+    if missing := [name for name in wanted if name not in found]:
+        raise DataError(
+            f"evaluate.splits: no rows for split {' and '.join(missing)}; this task has {', '.join(known) or 'none'}"
+        )
+    return {name: found[name][:limit] for name in wanted}, skipped
 
 
 def count(records: list[dict[str, Any]], task: Task, draws: int, confidence: float, seed: int) -> dict[str, Any]:

@@ -205,6 +205,11 @@ def _with_task_params(recipe: Recipe) -> Recipe:
 def _recipe_problems(recipe: Recipe, cluster: Cluster | None) -> list[str]:
     """What only the task, the rewards and the cluster together with the recipe can tell."""
     problems = [*local_problems(recipe), *_task_problems(recipe)]
+    if recipe.task.files and not recipe.task.path:
+        problems.append(
+            f"task.path: null, but {' and '.join(recipe.task.files)} is set; expected a file of training rows too. "
+            "Fix: name one, or evaluate a checkpoint: python -m pipeline evaluate --ckpt DIR task.path=FILE"
+        )
     _, rewards = find_rewards(recipe.grpo.rewards)
     problems = [*problems, *rewards]
     if cluster is not None:
@@ -279,8 +284,9 @@ def evaluation_plan(
     The recipe is the one named in `words`, else the one the checkpoint was made with (its step's `step.json`), else
     the defaults; the rows are those of the checkpoint's own preprocess step where task and split are the same.
     """
+    words, file = _whole_file(words)
     more = [f"evaluate.limit={limit}"] if limit is not None else []
-    more += [f"evaluate.splits=[{split}]"] if split is not None else []
+    more += [f"evaluate.splits=[{split or 'test'}]"] if split is not None or file else []
     recipe, where, made_by = recipe_of(checkpoint, [*words, *more], task=task, cluster=cluster, splits=True)
     names = [word for word in words if "=" not in word]
     inputs = {}
@@ -293,11 +299,28 @@ def evaluation_plan(
         "revision": STAGES["evaluate"].revision,
         "settings": {path: plain(getattr(recipe, path)) for path in ("seed", "model", "task", "evaluate")},
         "inputs": {"data": Path(inputs["data"]).name} if inputs else {},
-        "files": _identity(checkpoint),
+        "files": {**_identity(checkpoint), **({"task.test_path": file_identity(file)} if file else {})},
     }
     folder = runs / "evaluations" / f"{Path(checkpoint).name}-{fingerprint(payload)}"
     step = Step("evaluate-checkpoint", "evaluate", recipe, payload, folder, {}, checkpoint, inputs)
     return Plan((step,), frozenset([step.label]), where, runs)
+
+
+def _whole_file(words: Sequence[str]) -> tuple[list[str], Path | None]:
+    """The words with a file that they name as the test rows, all of them, and that file.
+
+    Rows are held out of a file to learn from the others; an evaluation learns nothing.
+    """
+    keys = ("task.path", "task.test_path")
+    named = {key: path for key, _, path in (word.partition("=") for word in words) if key in keys}
+    path = named.get("task.test_path") or named.get("task.path")
+    if not path or path == "null":
+        return list(words), None
+    if not Path(path).is_file():
+        raise PlanError(f"{', '.join(named)}: got {path[:80]}, which is no file; expected the rows to evaluate")
+    others = [word for word in words if not word.startswith(("task.source=", "task.validation_path=", *keys))]
+    cleared = ["task.source=path", "task.path=null", "task.validation_path=null"]
+    return [*others, *cleared, f"task.test_path={path}"], Path(path)
 
 
 def export_plan(
@@ -373,7 +396,9 @@ def recipe_of(
     if task is not None:
         overrides.append(f"task.name={task}")
         if made_by and task != made_by[1]["recipe"]["task"]["name"]:
-            values.append({"task": {"source": "auto", "path": None, "params": None}})
+            values.append(
+                {"task": {"source": "auto", "path": None, "validation_path": None, "test_path": None, "params": None}}
+            )
             overrides.append("task.params={}")
     recipe, problems = read_typed(Recipe, values, overrides, {"name": name})
     where, found = read_cluster(cluster, for_cluster)

@@ -43,11 +43,16 @@ def problems(plan: Plan, *, audited: bool = False) -> tuple[list[str], list[str]
     """What would fail, and what is worth knowing, as sentences."""
     wrong, notes = [*_packages(), *_arguments(), *_deepspeed(plan.cluster)], list[str]()
     recipes = {step.recipe.name: step.recipe for step in plan.to_run}
+    unread = {step.recipe.name for step in plan.to_run if step.stage == "preprocess"}
     for name, recipe in recipes.items():
         checks = (_names, _chat_format, _file, _attention, _lengths, _adapters)
         found = [text for look in checks for text in look(recipe)]
         for look_wide in (_backend, _hardware, _memory):
             found += look_wide(recipe, plan.cluster)
+        if name in unread:
+            bad, told = task_of(recipe.task, recipe.seed).peek()
+            found += bad
+            notes += [f"{name}: {text}" for text in told]
         if audited:
             paid, replayed = _rewards(recipe)
             found += paid

@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.artifact import Artifact
-from pipeline.errors import DataError, some_of
+from pipeline.errors import DataError
 from pipeline.files import write_json
 from pipeline.recipe import Recipe
+from pipeline.rows import left_out
 from pipeline.runtime import Runtime
 from pipeline.stage import main
 from pipeline.tasks.task import Example, Task, rows, task_of
@@ -46,8 +47,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     skipped = splits.proof.get("skipped", [])
     metrics: dict[str, Any] = {"rows": counts, "overlap": splits.proof.get("overlap"), "skipped": len(skipped)}
     if skipped:
-        first = some_of(skipped, between="; ")
-        runtime.warn(f"{len(skipped)} rows cannot be read and were left out (splits.json names all): {first}")
+        runtime.warn(left_out(skipped, " (splits.json names all)"))
 
     # ---- a model from nothing
     if recipe.model.scratch:

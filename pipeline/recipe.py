@@ -9,6 +9,7 @@ below. A recipe is an identity: nothing about where or how wide it runs is in it
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pipeline.errors import RecipeError, did_you_mean
 from pipeline.fingerprint import file_identity
 from pipeline.loading import read_typed as read_typed
-from pipeline.typed import Check, Count, Name, NonNegative, Positive, Rate, Share
+from pipeline.typed import Check, Count, Name, NonNegative, Positive, Rate, Share, added
 
 CONFIGS = Path("configs")
 
@@ -80,6 +81,35 @@ class TaskChoice:
     revision: str | dict[str, str] | None  # the hub commit; of several data sets {name: commit}
     bad_rows: Literal["stop", "skip"]
     params: dict[str, Any]
+    validation_path: str | None = added(None)  # a file of its own; None: a share of the training rows
+    test_path: str | None = added(None)  # likewise; all its rows
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The files of rows it names, by their key."""
+        named = {"path": self.path, "validation_path": self.validation_path, "test_path": self.test_path}
+        return {f"task.{name}": path for name, path in named.items() if path}
+
+    def problems(self) -> list[str]:
+        """Files that would be ignored or read twice, and a source without its file."""
+        found, wanted = [], "name a .jsonl, .json, .csv or .parquet file"
+        for key, path in self.files.items() if self.source not in ("auto", "path") else ():
+            found.append(
+                f"{key}: got {path[:80]}, but task.source is {self.source!r}, which reads no file. "
+                f"Fix: task.source=path, or {key}=null"
+            )
+        if self.source == "path" and not self.files:
+            found.append(f"task.path: null, but task.source is 'path'; {wanted}")
+        elif self.source in ("auto", "path") and self.files and not (self.path or self.test_path):
+            found.append(f"task.path: null, but task.validation_path is set; {wanted}")
+        seen: dict[str, str] = {}
+        for key, path in self.files.items():
+            if is_path(path) and (before := seen.setdefault(os.path.realpath(path), key)) != key:
+                found.append(
+                    f"{key}: got {path}, the file of {before} too; expected another one. "
+                    f"Fix: {key}=null holds out a share of {before}"
+                )
+        return found
 
 
 @dataclass(frozen=True)
@@ -227,13 +257,11 @@ class Recipe:
             )
         if scratch := self.model.scratch:
             found.extend(self._scratch_problems(scratch))
-        paths = {"model.name": self.model.name, "model.gguf": self.model.gguf, "task.path": self.task.path}
+        paths = {"model.name": self.model.name, "model.gguf": self.model.gguf, **self.task.files}
         for key, path in {**paths, "model.chat_template": self.model.chat_template}.items():
             if path is not None and not is_path(path):
                 found.append(f"{key}: got {path[:40]!r}…; expected a name or path. Fix: shorten it, on one line")
-        if self.task.source == "path" and not self.task.path:
-            found.append("task.path: null, but task.source is 'path'; name a .jsonl, .json, .csv or .parquet file")
-        return found
+        return [*found, *self.task.problems()]
 
     def _scratch_problems(self, scratch: Scratch) -> list[str]:
         found = []
@@ -300,7 +328,7 @@ def find_yaml(name: str, what: str, folder: Path, known: list[str]) -> Path:
 
 def local_files(recipe: Recipe) -> dict[str, str]:
     """The identity of every local file the recipe names, so that its content enters the identity."""
-    named = {"task.path": recipe.task.path, "model.chat_template": recipe.model.chat_template}
+    named = {**recipe.task.files, "model.chat_template": recipe.model.chat_template}
     found = {}
     for key, name in named.items():
         if name and Path(name).is_file():
@@ -316,7 +344,7 @@ def local_files(recipe: Recipe) -> dict[str, str]:
 def local_problems(recipe: Recipe) -> list[str]:
     """Paths of the recipe that are not what they should be. Nothing is opened: a device or a pipe may never end."""
     found = []
-    for key, name in {"task.path": recipe.task.path, "model.chat_template": recipe.model.chat_template}.items():
+    for key, name in {**recipe.task.files, "model.chat_template": recipe.model.chat_template}.items():
         path = Path(name or "")
         if name and path.exists() and not path.is_dir() and not path.is_file():
             found.append(f"{key}: got {name}, a device or pipe; expected a regular file. Fix: copy it into a file")

@@ -1,48 +1,28 @@
-"""Rows of files and of the hub's data sets, each with where it stands, so that a bad one can be named.
+"""Rows of files and of the hub's data sets, the bad ones named and left out.
 
-    rows, skipped = good_rows(file_rows(path), problem, str(path), skip_bad=False)
+    rows, skipped = sorted_out(file_rows(path), problem, str(path), skip_bad=False)
 
-One reader for every task: .jsonl, .json (a list), .csv, .parquet. A data set of the hub is read from the local cache,
-which `python -m pipeline fetch` fills; where there is a network, it is fetched on the way.
+A file is read by row_files.py. A data set of the hub is read from the local cache, which `python -m pipeline fetch`
+fills; where there is a network, it is fetched on the way.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import Artifact
-from pipeline.errors import DataError
+from pipeline.errors import DataError, some_of
+from pipeline.row_files import Columns, Row, file_problem, file_rows, is_missing
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+__all__ = ["Columns", "Row", "file_problem", "file_rows", "is_missing"]  # the other half of what a task reads rows by
 SAMPLES = Path(__file__).parent / "tasks" / "samples"  # small files in the hub's schemas, written for rehearsals
 SHOWN = 20  # bad rows that are named; the others are counted
-MISSING = ("nan", "NaN", "NaT", "<NA>")  # what str() and pandas make of a missing number, date or text
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row and its place. `values` is a mapping, or a text that says why the row cannot be read."""
-
-    source: str  # a file, or a data set and its split
-    line: int  # its line in a text file; its number, from 1, elsewhere
-    values: Any
-
-    @property
-    def place(self) -> str:
-        return f"{self.source}:{self.line}"
-
-    def text(self, name: str) -> str:
-        """The text of a cell; empty where the value is missing."""
-        value = self.values.get(name)
-        return "" if is_missing(value) else str(value).strip()
 
 
 def read_split(data: Artifact, split: str) -> pa.Table:
@@ -53,62 +33,6 @@ def read_split(data: Artifact, split: str) -> pa.Table:
     if not path.is_file():
         raise DataError(f"{path} does not exist: the task has no rows for this stage; leave it out with --stages")
     return pq.read_table(path)
-
-
-def file_rows(path: Path) -> Iterator[Row]:
-    """Every row of a file. DataError where there is no such file or its kind is not known."""
-    if not path.is_file():
-        raise DataError(f"task.path: {path} does not exist; give a .jsonl, .json, .csv or .parquet file")
-    readers = {".jsonl": _jsonl, ".json": _json_list, ".csv": _csv, ".parquet": _parquet}
-    if path.suffix not in readers:
-        raise DataError(f"{path}: a {path.suffix or 'nameless'} file; give .jsonl, .json, .csv or .parquet")
-    try:
-        for line, values in readers[path.suffix](path):
-            yield Row(str(path), line, values)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte {error.start + 1}); save it as UTF-8") from error
-
-
-def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for line, content in enumerate(file, 1):
-            if content.strip():
-                yield line, _json(content)
-
-
-def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
-    content = _json(path.read_text(encoding="utf-8"))
-    if isinstance(content, list):
-        yield from enumerate(content, 1)
-    else:
-        yield 1, content if isinstance(content, str) else "not a list of rows"
-
-
-def _csv(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        line = 2
-        for row in reader:
-            yield line, row  # where it begins: a cell may have several lines
-            line = reader.line_num + 1
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        batches = pq.ParquetFile(path).iter_batches()
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-    except pa.ArrowException as error:
-        raise DataError(f"{path}: not a parquet file ({' '.join(str(error).split())})") from error
-
-
-def _json(content: str) -> Any:
-    try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
-        return f"not JSON ({error.msg} at character {error.pos + 1})"
 
 
 def hub_rows(name: str, revision: str | None, *, split: str, config: str | None = None) -> Iterator[Row]:
@@ -131,31 +55,32 @@ def hub_rows(name: str, revision: str | None, *, split: str, config: str | None 
         yield Row(f"{name}/{split}", number, values)
 
 
-def good_rows(
+def sorted_out(
     rows: Iterable[Row], problem: Callable[[Any], str | None], what: str, *, skip_bad: bool
-) -> tuple[list[Row], list[str]]:
-    """The rows that `problem` has nothing to say against, and a sentence for each of the others.
+) -> tuple[list[Row | None], list[str]]:
+    """The rows, None in the place of each that is bad, and a sentence for each bad one.
 
-    DataError names the bad ones by their places, unless they are to be skipped; and `what` where it has no good ones.
+    Places are kept because a split is drawn over them: that of a published set has to be its publisher's, whatever rows
+    cannot be read. DataError names the bad ones, unless they are to be skipped; and `what` where it has no good ones.
     """
-    good, bad = [], []
+    found: list[Row | None] = []
+    bad = []
     for row in rows:
-        told = row.values if isinstance(row.values, str) else problem(row.values)
+        told = row.fault or problem(row.values)
         if told:
             bad.append(f"{row.place}: {told}")
-        else:
-            good.append(row)
+        found.append(None if told else row)
     if bad and not skip_bad:
         shown = bad if len(bad) <= SHOWN else [*bad[:SHOWN], f"… and {len(bad) - SHOWN} more bad rows"]
-        raise DataError(*shown, "mend them, or leave them out with task.bad_rows=skip (they are counted)")
-    if not good:
+        raise DataError(*shown, "fix them, or leave them out with task.bad_rows=skip (they are counted)")
+    if len(bad) == len(found):
         raise DataError(*bad[:SHOWN], f"{what}: no rows are left" if bad else f"{what}: no rows")
-    return good, bad
+    return found, bad
 
 
-def is_missing(value: Any) -> bool:
-    """Whether a cell holds nothing: null, a blank text, NaN, NaT, or the text that libraries write for those."""
-    return value is None or str(value).strip() in ("", *MISSING)
+def left_out(skipped: list[str], more: str = "") -> str:
+    """What a step says about rows that cannot be read: how many, and the first few. `more` says where all are."""
+    return f"{len(skipped)} rows cannot be read and were left out{more}: {some_of(skipped, between='; ')}"
 
 
 def lacks(values: Any, *names: str) -> str | None:
@@ -164,7 +89,7 @@ def lacks(values: Any, *names: str) -> str | None:
         return f"not a mapping with {' and '.join(names)}"
     found = []
     if absent := [name for name in names if name not in values]:
-        has = ", ".join(str(key) for key in values) or "nothing"
+        has = some_of([str(key) for key in values], SHOWN) or "nothing"
         found.append(f"no {' and no '.join(absent)} (it has {has})")
     for name in names:
         if name in values and is_missing(values[name]):

@@ -134,6 +134,7 @@ def _one(name: str) -> tuple[Fraction, dict[str, int]] | None:
     return None
 
 
+@lru_cache(maxsize=4096)  # the units of a data set are few; texts are as short as answers are
 def unit_of(text: str) -> Unit:
     """The unit that a text begins with; words that follow it (`m tall`) are left out."""
     text = plain_math(unwrapped(text.replace("$", " $ ") if re.search(r"\$.*\$", text) else text))
@@ -155,7 +156,7 @@ def unit_of(text: str) -> Unit:
 def _words(text: str) -> str:
     r"""Names of several words as one symbol, and `\frac{m}{s}` as a quotient."""
     text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"(\1)/(\2)", text)
-    for command, symbol in _COMMANDS.items():
+    for command, symbol in _COMMANDS.items() if "\\" in text else ():
         text = re.sub(rf"{re.escape(command)}(?![A-Za-z])\s*", symbol, text)
     text = re.sub(r"(?:°|\bdeg(?:rees?)?)\s*(?:[Cc]elsius|[Cc]entigrade|C\b)", "°C", text)
     text = re.sub(r"(?:°|\bdeg(?:rees?)?)\s*(?:[Ff]ahrenheit|F\b)", "°F", text)

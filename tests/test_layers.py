@@ -21,6 +21,7 @@ FLOORS = {
         (
             "tasks",
             "rows",
+            "row_files",
             "rewards",
             "answers",
             "verdicts",

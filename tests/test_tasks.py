@@ -30,7 +30,6 @@ from pipeline.rewards.audit import FINAL, audit
 from pipeline.rewards.reward import find_rewards
 from pipeline.rows import SAMPLES, file_rows
 from pipeline.runtime import Runtime
-from pipeline.tasks.corr2cause import read_published
 from pipeline.tasks.task import Example, Task, example_of, hold_out, make_task, task_names, task_of
 
 ROOT = Path(__file__).parent.parent
@@ -257,8 +256,9 @@ def test_labels_of_a_column_with_missing_values_are_read(tmp_path: Path) -> None
     path = tmp_path / "rows.parquet"
     inputs, labels = zip(*rows, (rows[0][0], float("nan")), strict=True)
     pq.write_table(pa.table({"input": inputs, "label": labels}), path)
-    found, skipped = read_published(path, "", skip_bad=True)
-    assert [example.gold for example in found] == ["Yes" if label else "No" for _, label in rows]
+    splits = path_task("corr2cause", path, bad_rows="skip", test_classes=0, validation_classes=0).load()
+    found, skipped = {example.id: example.gold for example in splits.sft}, splits.proof["skipped"]
+    assert found == {f"rows-{k}": "Yes" if label else "No" for k, (_, label) in enumerate(rows, 1)}
     assert [text.partition(": ")[2] for text in skipped] == ["no label (it is nan)"]
 
 

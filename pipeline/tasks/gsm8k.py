@@ -12,11 +12,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pipeline import answers
-from pipeline.rows import Row, lacks
-from pipeline.tasks.task import Example, Part, Splits, Task, Verdict, hold_out, proof_of
+from pipeline.rows import Columns, Row, lacks
+from pipeline.tasks.task import Example, Part, Splits, Task, Verdict, divide, proof_of
 from pipeline.typed import Positive
 
 PROMPTS = {
@@ -42,6 +42,10 @@ class Gsm8k(Task):
     Params = Gsm8kParams
     sources = ("hub", "path", "sample")
     hub = ("openai/gsm8k",)
+    columns: ClassVar[Columns] = {
+        "question": ("problem", "prompt", "query", "input"),
+        "answer": ("solution", "response", "output"),
+    }
     positive = None
     answer_kind = "number"
 
@@ -49,20 +53,26 @@ class Gsm8k(Task):
 
     def load(self) -> Splits:
         p = self.params
-        rows, skipped = self.read(_problem, config="main")
-        examples = [self._example(row) for row in rows]
+        rows, skipped = self.read_places(_problem, config="main")
+        named, more = self.read_named(_problem)
+        skipped += more
         if self.source == "hub":
-            more, skipped_too = self.read(_problem, config="main", split="test")
-            test, skipped = [self._example(row) for row in more], skipped + skipped_too
-            left = list[str]()
-        else:
-            examples, test, left = hold_out(examples, p.test, self.seed, "test")
-        train, validation, left_too = hold_out(examples, p.validation, self.seed, "validation")
-        tested = {example.group for example in test}
-        left += left_too + [example.id for example in train if example.group in tested]
-        train = [example for example in train if example.group not in tested][: p.rows]
-        proof = proof_of(train, {"validation": validation, "test": test}, same_question=left, skipped=skipped)
-        return Splits(train, train, validation, {"test": test} if test else {}, proof)
+            named["test"], more = self.read(_problem, config="main", split="test")
+            skipped += more
+        parts = {name: [self._example(row) for row in rows] for name, rows in named.items()}
+        done = divide(
+            [self._example(row) if row else None for row in rows],
+            self.seed,
+            test=parts.get("test", p.test),
+            validation=parts.get("validation", p.validation),
+        )
+        train = done.train[: p.rows]
+        held = {"validation": done.validation, "test": done.test}
+        proof = proof_of(train, held, same_question=done.left, skipped=skipped)
+        return Splits(train, train, done.validation, {"test": done.test} if done.test else {}, proof)
+
+    def row_problem(self, values: Any) -> str | None:
+        return _problem(values)
 
     def _example(self, row: Row) -> Example:
         steps, gold = _solution(row.text("answer"))

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline import answers
-from pipeline.rows import Row, lacks
-from pipeline.tasks.task import Example, Part, Splits, Task, Verdict, hold_out, proof_of
+from pipeline.rows import Columns, Row, lacks
+from pipeline.tasks.task import Example, Part, Splits, Task, Verdict, divide, proof_of
 from pipeline.typed import Positive
 
 
@@ -34,6 +34,7 @@ class HumanLike(Task):
     Params = HumanLikeParams
     sources = ("hub", "path", "sample")
     hub = ("HumanLLMs/Human-Like-DPO-Dataset",)
+    columns: ClassVar[Columns] = {"prompt": ("question", "instruction", "query", "input")}
     positive = None
     rewardable = False
 
@@ -41,14 +42,22 @@ class HumanLike(Task):
 
     def load(self) -> Splits:
         p = self.params
-        rows, skipped = self.read(_problem)
-        train, test, left = hold_out([self._example(row) for row in rows], p.test, self.seed, "test")
-        train, validation, left_too = hold_out(train, p.validation, self.seed, "validation")
-        train = train[: p.rows]
-        proof = proof_of(
-            train, {"validation": validation, "test": test}, same_question=left + left_too, skipped=skipped
+        rows, skipped = self.read_places(_problem)
+        named, more = self.read_named(_problem)
+        parts = {name: [self._example(row) for row in rows] for name, rows in named.items()}
+        done = divide(
+            [self._example(row) if row else None for row in rows],
+            self.seed,
+            test=parts.get("test", p.test),
+            validation=parts.get("validation", p.validation),
         )
-        return Splits(train, [], validation, {"test": test} if test else {}, proof)
+        train = done.train[: p.rows]
+        held = {"validation": done.validation, "test": done.test}
+        proof = proof_of(train, held, same_question=done.left, skipped=skipped + more)
+        return Splits(train, [], done.validation, {"test": done.test} if done.test else {}, proof)
+
+    def row_problem(self, values: Any) -> str | None:
+        return _problem(values)
 
     def _example(self, row: Row) -> Example:
         prompt = row.text("prompt")

@@ -11,13 +11,14 @@ A file may hold rows of both kinds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline import answers
-from pipeline.rows import Row, is_missing, lacks, no_text
-from pipeline.tasks.task import Example, Part, Splits, Task, Verdict, hold_out, proof_of
+from pipeline.rows import Columns, Row, is_missing, lacks, no_text
+from pipeline.tasks.task import Example, Part, Splits, Task, Verdict, divide, proof_of
 from pipeline.typed import Positive, Share
 
 MATHCODE, SCIBENCH = "MathLLMs/MathCodeInstruct", "xw27/scibench"
@@ -44,6 +45,7 @@ class MathScience(Task):
     Params = MathScienceParams
     sources = ("hub", "path", "sample")
     hub = (MATHCODE, SCIBENCH)
+    columns: ClassVar[Columns] = dict.fromkeys(("messages", *SCIENCE_FIELDS, "unit", "solution"), ())
     positive = None
     answer_kind = "expression"
     breakdowns = ("set",)
@@ -53,29 +55,36 @@ class MathScience(Task):
     def load(self) -> Splits:
         p = self.params
         math, science, skipped = self._read()
-        examples = [*_draw(math, p.mathcode_rows, self.seed), *_draw(science, p.scibench_rows, self.seed)]
-        train, test, left = hold_out(examples, p.test, self.seed, "test")
-        train, validation, more = hold_out(train, p.validation, self.seed, "validation")
-        sft = [example for example in train if example.target]
-        grpo = [replace(example, target="") for example in train if example.gold][: p.grpo_rows]
-        held = {"validation": validation, "test": test}
-        proof = proof_of(
-            train, held, same_question=left + more, skipped=skipped, without_solution=len(train) - len(sft)
+        named, more = self.read_named(_problem)
+        parts = {name: [_either(row) for row in rows] for name, rows in named.items()}
+        done = divide(
+            [*_draw(math, p.mathcode_rows, self.seed), *_draw(science, p.scibench_rows, self.seed)],
+            self.seed,
+            test=parts.get("test", p.test),
+            validation=parts.get("validation", p.validation),
         )
-        validation = [example for example in validation if example.target]
-        return Splits(sft, grpo, validation, {"test": test} if test else {}, proof)
+        sft = [example for example in done.train if example.target]
+        grpo = [replace(example, target="") for example in done.train if example.gold][: p.grpo_rows]
+        left = len(done.train) - len(sft)
+        held = {"validation": done.validation, "test": done.test}
+        proof = proof_of(done.train, held, same_question=done.left, skipped=skipped + more, without_solution=left)
+        validation = [example for example in done.validation if example.target]
+        return Splits(sft, grpo, validation, {"test": done.test} if done.test else {}, proof)
 
-    def _read(self) -> tuple[list[Example], list[Example], list[str]]:
-        """(rows of MathCodeInstruct, rows of SciBench, skipped)."""
+    def row_problem(self, values: Any) -> str | None:
+        return _problem(values)
+
+    def _read(self) -> tuple[list[Example | None], list[Example | None], list[str]]:
+        """(rows of MathCodeInstruct, rows of SciBench, skipped); None in the place of a row that cannot be read."""
         if self.source == "path":
             rows, skipped = self.read(_problem)
-            math = [row for row in rows if "messages" in row.values]
-            science = [row for row in rows if "messages" not in row.values]
-        else:
-            math, skipped = self.read(_math_problem, sample="mathcode")
-            science, more = self.read(_science_problem, hub=SCIBENCH, sample="scibench")
-            skipped = skipped + more
-        return [_math(row) for row in math], [_science(row) for row in science], skipped
+            examples = [_either(row) for row in rows]
+            math = [example for example in examples if example.tags["set"] == "mathcode"]
+            return [*math], [example for example in examples if example.tags["set"] != "mathcode"], skipped
+        rows_of_math, skipped = self.read_places(_math_problem, sample="mathcode")
+        rows_of_science, more = self.read_places(_science_problem, hub=SCIBENCH, sample="scibench")
+        science = [_science(row) if row else None for row in rows_of_science]
+        return [_math(row) if row else None for row in rows_of_math], science, skipped + more
 
     def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
         if not example.gold:
@@ -99,11 +108,11 @@ class MathScience(Task):
         return {"mathcode_rows": None, "scibench_rows": None, "validation": 4, "test": 8, "grpo_rows": None}
 
 
-def _draw(examples: list[Example], count: int | None, seed: int) -> list[Example]:
+def _draw(examples: list[Example | None], count: int | None, seed: int) -> Sequence[Example | None]:
     """`count` of the rows, or all where there are no more."""
     if count is None or count >= len(examples):
         return examples
-    return hold_out(examples, count, seed, "mathcode_rows")[1]
+    return divide(examples, seed, test=count, validation=0, names=("mathcode_rows", "validation")).test
 
 
 def _parts(content: Any) -> list[tuple[str, str]]:
@@ -132,6 +141,11 @@ def _math(row: Row) -> Example:
     thought = "\n".join(FENCES.get(kind, "{}").format(text) for kind, text in (parts[:-1] or parts))
     answer = last if last and len(parts) > 1 else rf"The answer is $\boxed{{{gold}}}$." if gold else last
     return _example(f"mathcode-{row.line}", question, gold.strip("$ ."), "mathcode", "", thought, answer)
+
+
+def _either(row: Row) -> Example:
+    """The example of a row of a file, which may be of either set."""
+    return _math(row) if "messages" in row.values else _science(row)
 
 
 def _science(row: Row) -> Example:

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pipeline import answers
-from pipeline.rows import Row, lacks
-from pipeline.tasks.task import Example, Part, Splits, Task, Verdict, hold_out, proof_of
+from pipeline.rows import Columns, Row, lacks
+from pipeline.tasks.task import Example, Part, Splits, Task, Verdict, divide, proof_of
 from pipeline.typed import Positive
 
 REASONING, VERIFIABLE = (
@@ -47,6 +47,7 @@ class Medical(Task):
     Params = MedicalParams
     sources = ("hub", "path", "sample")
     hub = (REASONING, VERIFIABLE)
+    columns: ClassVar[Columns] = dict.fromkeys((*OPEN_FIELDS, *SHORT_FIELDS), ())
     positive = None
     answer_kind = "words"
     proxy = "the final answer equals the gold one in normalised words"
@@ -56,29 +57,46 @@ class Medical(Task):
     def load(self) -> Splits:
         p = self.params
         opened, short, skipped = self._read()
-        train, test, left = hold_out(opened, p.test, self.seed, "test") if opened else ([], [], [])
-        train, validation, more = hold_out(train, p.validation, self.seed, "validation") if opened else ([], [], [])
-        grpo, asked, most = hold_out(short, p.short, self.seed, "short") if short else ([], [], [])
+        named, more = self.read_named(_problem)
+        parts = {name: [_either(row) for row in rows] for name, rows in named.items()}
+        both = {
+            name: ([e for e in rows if not e.tags["short"]], [e for e in rows if e.tags["short"]])
+            for name, rows in parts.items()
+        }
+        tested, asked = both.get("test", (p.test, p.short))
+        validated = both["validation"][0] if "validation" in both else p.validation
+        first = divide(opened, self.seed, test=tested, validation=validated)
+        second = divide(short, self.seed, test=asked, validation=0, names=("short", "validation"))
         # the two sets hold the same questions: what is held out of one is not learned from the other
-        held = {example.group for rows in (test, validation, asked) for example in rows}
-        left += more + most + [example.id for example in train + grpo if example.group in held]
-        train = [example for example in train if example.group not in held][: p.rows]
-        grpo = [example for example in grpo if example.group not in held][: p.grpo_rows]
-        tests = {name: rows for name, rows in (("test", test), ("short", asked)) if rows}
-        proof = proof_of(train + grpo, {"validation": validation, **tests}, same_question=left, skipped=skipped)
-        return Splits(train, grpo, validation, tests, proof)
+        held = {example.group for rows in (first.test, first.validation, second.test) for example in rows}
+        left = first.left + second.left + [e.id for e in first.train + second.train if e.group in held]
+        train = [example for example in first.train if example.group not in held][: p.rows]
+        grpo = [example for example in second.train if example.group not in held][: p.grpo_rows]
+        tests = {name: rows for name, rows in (("test", first.test), ("short", second.test)) if rows}
+        held_out = {"validation": first.validation, **tests}
+        proof = proof_of(train + grpo, held_out, same_question=left, skipped=skipped + more)
+        return Splits(train, grpo, first.validation, tests, proof)
 
-    def _read(self) -> tuple[list[Example], list[Example], list[str]]:
-        """(rows of open answers, rows of short gold answers, skipped); one file may hold both."""
+    def row_problem(self, values: Any) -> str | None:
+        return _problem(values)
+
+    def _read(self) -> tuple[list[Example | None], list[Example | None], list[str]]:
+        """(rows of open answers, rows of short gold answers, skipped); one file may hold both.
+
+        None is the place of a row that cannot be read.
+        """
         if self.source == "path":
             rows, skipped = self.read(_problem)
-            opened = [row for row in rows if SHORT_FIELDS[0] not in row.values]
-            short = [row for row in rows if SHORT_FIELDS[0] in row.values]
-        else:
-            opened, skipped = self.read(_open_problem, config=self.params.language)
-            short, more = self.read(_short_problem, hub=VERIFIABLE, sample="medical_verifiable")
-            skipped = skipped + more
-        return [_open(row) for row in opened], [_short(row) for row in short], skipped
+            examples = [_either(row) for row in rows]
+            opened = [example for example in examples if not example.tags["short"]]
+            return [*opened], [example for example in examples if example.tags["short"]], skipped
+        long, skipped = self.read_places(_open_problem, config=self.params.language)
+        short, more = self.read_places(_short_problem, hub=VERIFIABLE, sample="medical_verifiable")
+        return (
+            [_open(row) if row else None for row in long],
+            [_short(row) if row else None for row in short],
+            skipped + more,
+        )
 
     def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
         if not example.gold:
@@ -107,6 +125,11 @@ def _open(row: Row) -> Example:
 def _short(row: Row) -> Example:
     question, gold = (row.text(name) for name in SHORT_FIELDS)
     return Example(f"short-{row.line}", f"{question}\n\n{INSTRUCTION}", gold, _group(question), {"short": True})
+
+
+def _either(row: Row) -> Example:
+    """The example of a row of a file, which may be of either set."""
+    return _short(row) if SHORT_FIELDS[0] in row.values else _open(row)
 
 
 def _group(question: str) -> str:

@@ -12,16 +12,18 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import pipeline.tasks
-from pipeline.errors import DataError, RecipeError, did_you_mean
+from pipeline.errors import DataError, RecipeError, did_you_mean, some_of
 from pipeline.recipe import TaskChoice
-from pipeline.rows import SAMPLES, Row, file_rows, good_rows, hub_rows
+from pipeline.rows import SAMPLES, Columns, Row, file_problem, file_rows, hub_rows, sorted_out
 from pipeline.typed import Check, build
 
 Message = dict[str, str]  # {"role": …, "content": …}
+PEEKED = 1000  # rows of a file that `check` looks at
 Part = Annotated[float, Check("a share below 1, or a whole number of rows", lambda v: 0 <= v < 1 or v == int(v) >= 1)]
 
 
@@ -71,6 +73,7 @@ class Task(ABC):
     Params: ClassVar[type]
     sources: ClassVar[tuple[str, ...]]  # what `task.source` may be; the first is `auto`
     hub: ClassVar[tuple[str, ...]] = ()  # the data sets of source `hub`
+    columns: ClassVar[Columns] = {}  # what it reads of a row of a file -> other names that a file may have for it
     rewardable: ClassVar[bool] = True  # whether it has rows for GRPO
     answer_kind: ClassVar[str | None] = None  # of its final answers: a key of `rewards.audit.FINAL`; None: any text
     proxy: ClassVar[str | None] = None  # what `Verdict.proxy` is, in words
@@ -83,7 +86,10 @@ class Task(ABC):
 
     @property
     def source(self) -> str:
-        return self.sources[0] if self.choice.source == "auto" else self.choice.source
+        """Where rows come from: as the recipe says, else a file that it names, else the task's own."""
+        if self.choice.source != "auto":
+            return self.choice.source
+        return "path" if self.choice.files else self.sources[0]
 
     @abstractmethod
     def load(self) -> Splits:
@@ -115,7 +121,19 @@ class Task(ABC):
         """The answer of an exact program, which then stands beside the models; None where the task has none."""
         return None
 
-    def read(
+    def row_problem(self, values: Any) -> str | None:
+        """What is wrong with a row of a file, in words; what `check` says about the first rows."""
+        return None
+
+    def read(self, problem: Callable[[Any], str | None], **where: str) -> tuple[list[Row], list[str]]:
+        """Rows of the task's source that `problem` has nothing to say against, and a sentence for each skipped one.
+
+        `where` as for `read_places`. DataError names what cannot be read, with its place.
+        """
+        rows, skipped = self.read_places(problem, **where)
+        return [row for row in rows if row], skipped
+
+    def read_places(
         self,
         problem: Callable[[Any], str | None],
         *,
@@ -123,19 +141,60 @@ class Task(ABC):
         split: str = "train",
         config: str | None = None,
         sample: str = "",
-    ) -> tuple[list[Row], list[str]]:
-        """Rows of the task's source that `problem` has nothing to say against, and a sentence for each skipped one.
+    ) -> tuple[list[Row | None], list[str]]:
+        """As `read`, with None in the place of each skipped row: splits are drawn over all places (`divide`).
 
         `hub` is the data set (default: the first), with its split and configuration; `sample` the name of the file
-        of the project's own rows (default: the task's). DataError names what cannot be read, with its place.
+        of the project's own rows (default: the task's).
         """
-        name = hub or (self.hub[0] if self.hub else "")
+        if self.source == "path":
+            return self._read_file(self.choice.path, problem)
         if self.source == "hub":
+            name = hub or self.hub[0]
             rows, what = hub_rows(name, self.repositories()[name], split=split, config=config), name
         else:
-            path = SAMPLES / f"{sample or self.name}.jsonl" if self.source == "sample" else Path(self.choice.path or "")
+            path = SAMPLES / f"{sample or self.name}.jsonl"
             rows, what = file_rows(path), str(path)
-        return good_rows(rows, problem, what, skip_bad=self.choice.bad_rows == "skip")
+        return sorted_out(rows, problem, what, skip_bad=self.choice.bad_rows == "skip")
+
+    def read_named(self, problem: Callable[[Any], str | None]) -> tuple[dict[str, list[Row]], list[str]]:
+        """Rows of the files that are named for themselves, as `test` and `validation`, and a sentence a skipped one."""
+        found, skipped = {}, list[str]()
+        for name, path in (("test", self.choice.test_path), ("validation", self.choice.validation_path)):
+            if path:
+                rows, bad = self._read_file(path, problem)
+                found[name] = [row for row in rows if row]
+                skipped += bad
+        return found, skipped
+
+    def _read_file(self, path: str | None, problem: Callable[[Any], str | None]) -> tuple[list[Row | None], list[str]]:
+        """The rows of a file; none where none is named: an evaluation may name its test rows alone."""
+        if path is None:
+            return [], []
+        rows = file_rows(Path(path), self.columns)
+        return sorted_out(rows, problem, path, skip_bad=self.choice.bad_rows == "skip")
+
+    def peek(self) -> tuple[list[str], list[str]]:
+        """(what is wrong, what is worth knowing) with the first rows of the files that it would read, as sentences."""
+        wrong, notes = list[str](), list[str]()
+        for key, path in self.choice.files.items() if self.source == "path" else ():
+            if problem := file_problem(Path(path)):
+                wrong.append(f"{key}: {problem}")
+                continue
+            try:
+                rows = list(islice(file_rows(Path(path), self.columns), PEEKED))
+            except DataError as error:
+                wrong += error.problems
+                continue
+            bad = [f"{row.place}: {told}" for row in rows if (told := row.fault or self.row_problem(row.values))]
+            if not rows:
+                wrong.append(f"{key}: {path} has no rows")
+            elif bad:
+                many = f"{len(bad)} of its first {len(rows)} rows cannot be read: {some_of(bad, between='; ')}"
+                stops = self.choice.bad_rows == "stop" or len(bad) == len(rows)
+                fix = "fix them, or leave them out with task.bad_rows=skip (they are counted)"
+                (wrong if stops else notes).append(f"{key}: {many}" + (f". Fix: {fix}" if stops else "; left out"))
+        return wrong, notes
 
     def repositories(self) -> dict[str, str | None]:
         """The data sets of source `hub`, with the commit each is pinned to."""
@@ -216,20 +275,73 @@ def hold_out(
     draws, so a split that is published by its seed is the same here; what it would keep beside a held-out row of the
     same group is left out, by its id. DataError where no row would be kept.
     """
+    kept, held, left = _hold_out(examples, part, seed, what)
+    return [example for example in kept if example], held, left
+
+
+def _hold_out(
+    examples: Sequence[Example | None], part: float, seed: int, what: str
+) -> tuple[list[Example | None], list[Example], list[str]]:
+    """As `hold_out`; None is the place of a row that cannot be read.
+
+    A share is drawn over all places and then loses such rows, so that the others are those of the published split; a
+    number is that many rows.
+    """
     import numpy as np
 
     count = math.ceil(part * len(examples)) if part < 1 else int(part)
-    if count >= len(examples):
+    if count >= (len(examples) if part < 1 else sum(example is not None for example in examples)):
         raise DataError(
             f"task.params.{what}: {part:g} would take {count} of {len(examples)} rows and leave none to learn; "
-            "use less, or a larger file"
+            f"use less, a larger file, or a file of its own for {what} rows: task.test_path, task.validation_path"
         )
     order = np.random.default_rng(seed).permutation(len(examples))
-    held = [examples[k] for k in order[:count]]
+    if part >= 1:
+        good = [place for place, k in enumerate(order) if examples[k] is not None]
+        count = good[count]  # the place of the first good row that is not held out
+    held = [example for k in order[:count] if (example := examples[k])]
     groups = {example.group for example in held}
-    kept = [examples[k] for k in order[count:] if examples[k].group not in groups]
-    left = [examples[k].id for k in order[count:] if examples[k].group in groups]
-    return kept, held, left
+    rest = [examples[k] for k in order[count:]]
+    kept = [example for example in rest if example is None or example.group not in groups]
+    return kept, held, [example.id for example in rest if example and example.group in groups]
+
+
+@dataclass(frozen=True)
+class Division:
+    """Rows for training, and those held out of it; `left` are the ids that would have put a group on both sides."""
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    left: list[str]
+
+
+def divide(
+    pool: Sequence[Example | None],
+    seed: int,
+    *,
+    test: float | Sequence[Example | None],
+    validation: float | Sequence[Example | None],
+    names: tuple[str, str] = ("test", "validation"),
+) -> Division:
+    """The training rows of a pool: `test`, then `validation` are held out of it, each a share or a number of its rows.
+
+    A part that is rows of its own takes none of the pool, which then loses the rows of its groups. None in the pool is
+    the place of a row that cannot be read. `names` are the settings that say how many.
+    """
+    rest, held, left = list(pool), dict[str, list[Example]](), list[str]()
+    for name, part in zip(names, (test, validation), strict=True):
+        if not isinstance(part, int | float):
+            held[name] = [example for example in part if example]
+        elif not pool:
+            held[name] = []
+        else:
+            rest, held[name], more = _hold_out(rest, part, seed, name)
+            left += more
+    groups = {example.group for rows in held.values() for example in rows}
+    train = [example for example in rest if example and example.group not in groups]
+    left += [example.id for example in rest if example and example.group in groups]
+    return Division(train, held[names[1]], held[names[0]], left)
 
 
 def proof_of(train: Sequence[Example], held: Mapping[str, Sequence[Example]], **more: Any) -> dict[str, Any]:

@@ -20,11 +20,11 @@ from hashlib import sha256
 from itertools import combinations, permutations
 from pathlib import Path
 from string import ascii_uppercase
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pipeline import answers
 from pipeline.errors import DataError
-from pipeline.rows import file_rows, good_rows, lacks
+from pipeline.rows import Columns, Row
 from pipeline.tasks.corr2cause import text
 from pipeline.tasks.corr2cause.graphs import (
     ENUMERATED_N,
@@ -38,6 +38,7 @@ from pipeline.tasks.corr2cause.graphs import (
     classes,
     sampled,
 )
+from pipeline.tasks.corr2cause.published_rows import COLUMNS, gold_of, label_of, question_of, words_of
 from pipeline.tasks.corr2cause.trace import proof
 from pipeline.tasks.task import Example, Splits, Task, Verdict
 from pipeline.typed import Check, Count, Positive, Share
@@ -132,6 +133,7 @@ class Corr2Cause(Task):
     title = "Corr2Cause: causal claims from correlations"
     Params = Corr2CauseParams
     sources = ("generated", "path")
+    columns: ClassVar[Columns] = COLUMNS
     positive = "Yes"
     answer_kind = "verdict"
     breakdowns = ("n", "relation")
@@ -150,7 +152,7 @@ class Corr2Cause(Task):
 
     def load(self) -> Splits:
         if self.source == "path":
-            return self._read(Path(self.choice.path or ""))
+            return self._read()
         parts = split_classes(self.params, self.seed)
         p, sft_parts = self.params, parts["sft"] + parts["both"]
         sft = []
@@ -415,19 +417,60 @@ class Corr2Cause(Task):
             target=f"{answers.OPEN}\n{thought}{answers.CLOSE}\nTherefore: {draw.gold}",
         )
 
-    def _read(self, path: Path) -> Splits:
-        """Rows of the published schema (`input`, `label`) as training and test rows, by premise."""
-        rows, skipped = read_published(path, self.instruction, skip_bad=self.choice.bad_rows == "skip")
+    def _read(self) -> Splits:
+        """Rows of files, split by premise; a file that is named for a split is that split."""
+        rows, skipped = self.read(self.row_problem)
+        named, more = self.read_named(self.row_problem)
+        given = {name: [self._published(row) for row in rows_] for name, rows_ in named.items()}
+        held = {example.group for examples in given.values() for example in examples}
+        pool = [self._published(row) for row in rows]
         by_premise: dict[str, list[Example]] = {}
-        for example in rows:
-            by_premise.setdefault(example.group, []).append(example)
+        for example in pool:
+            if example.group not in held:
+                by_premise.setdefault(example.group, []).append(example)
         groups = sorted(by_premise)
         random.Random(f"{self.seed}/path").shuffle(groups)
-        cut = [round(len(groups) * share) for share in (self.params.test_classes, self.params.validation_classes)]
+        shares = {"test": self.params.test_classes, "validation": self.params.validation_classes}
+        cut = [0 if name in given else round(len(groups) * share) for name, share in shares.items()]
         parts = [groups[: cut[0]], groups[cut[0] : sum(cut)], groups[sum(cut) :]]
         test, validation, train = ([e for g in part for e in by_premise[g]] for part in parts)
-        proof_ = {"rows": len(rows), "skipped": skipped, "premises": [len(part) for part in parts], "overlap": 0}
+        test, validation = given.get("test", test), given.get("validation", validation)
+        premises = [len({example.group for example in part}) for part in (test, validation, train)]
+        left = [example.id for example in pool if example.group in held]
+        proof_ = {
+            "rows": len(pool),
+            "skipped": skipped + more,
+            "premises": premises,
+            "overlap": 0,
+            "same_question": left,
+        }
         return Splits(train, train, validation, {"test": test}, proof_)
+
+    def row_problem(self, values: Any) -> str | None:
+        """What is wrong with a row of a file."""
+        try:
+            words = words_of(values)
+            gold_of(label_of(values), three=self.params.labels == "three")
+        except ValueError as error:
+            return str(error)
+        try:
+            premise, _ = question_of(words)
+        except ValueError as error:
+            return f"input is {error}"
+        return None if _VARIABLES.search(premise) else 'the premise has no "closed system of N variables"'
+
+    def _published(self, row: Row) -> Example:
+        premise, claim = question_of(words_of(row.values))
+        gold = gold_of(label_of(row.values), three=self.params.labels == "three")
+        group = sha256(premise.encode()).hexdigest()[:10]
+        variables = _VARIABLES.search(premise)
+        tags = {"n": int(variables["n"])} if variables else {}
+        target = f"{answers.OPEN}\n{answers.CLOSE}\nTherefore: {gold}"
+        question = text.question(premise, claim, self.instruction)
+        return Example(f"{Path(row.source).stem}-{row.line}", question, gold, group, tags, target)
+
+
+_VARIABLES = re.compile(r"closed system of (?P<n>\d+) ")
 
 
 _INVERSE = {"parent": "child", "child": "parent", "ancestor": "descendant", "descendant": "ancestor"}
@@ -519,35 +562,6 @@ def _proof_of_split(
     if overlap or trained & tested:
         raise AssertionError(f"classes in two splits: {sorted(trained & tested)}")
     return {"overlap": overlap, "classes": ids, "tested": len(tested)}
-
-
-LABELS = {"0": "No", "1": "Yes", "0.0": "No", "1.0": "Yes"}  # a column with missing values has fractions
-
-
-def read_published(path: Path, instruction: str, *, skip_bad: bool) -> tuple[list[Example], list[str]]:
-    """Rows of a file with `input` and `label`; DataError names each bad one by its line."""
-    found, skipped = good_rows(file_rows(path), _problem, str(path), skip_bad=skip_bad)
-    rows = []
-    for row in found:
-        premise, _, claim = str(row.values["input"]).partition("\n")
-        premise, claim = premise.removeprefix("Premise: "), claim.removeprefix("Hypothesis: ")
-        group = sha256(premise.encode()).hexdigest()[:10]
-        gold = LABELS[row.text("label")]
-        tags = {"n": int(premise.split("closed system of ")[1].split()[0])}
-        target = f"{answers.OPEN}\n{answers.CLOSE}\nTherefore: {gold}"
-        question = text.question(premise, claim, instruction)
-        rows.append(Example(f"{path.stem}-{row.line}", question, gold, group, tags, target))
-    return rows, skipped
-
-
-def _problem(values: Any) -> str | None:
-    if told := lacks(values, "input", "label"):
-        return told
-    if str(values["label"]).strip() not in LABELS:
-        return f"label {values['label']!r} is neither 0 nor 1"
-    if not re.match(r"Premise: .*closed system of \d+ .*\nHypothesis: ", str(values["input"])):
-        return 'input is not "Premise: …" and, on the next line, "Hypothesis: …"'
-    return None
 
 
 TASK = Corr2Cause

@@ -5,26 +5,20 @@ found by the exact solver, and what disagrees is listed: wrong labels, premises 
 cannot be read, each by its line. Exit code 0 when every row is right, 1 when not, 2 when the file cannot be read;
 `--json` for scripts.
 
-A row has `input` or `query` ("Premise: … Hypothesis: …"), or `premise` and `hypothesis`, or `question`; and `label`,
-`gold` or `relation`: 0/1, Yes/No, or one of entailment, neutral and contradiction.
+published_rows.py says which columns a row may have.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.metrics import Outcome, count_table, figures
-from pipeline.rows import Row, is_missing
+from pipeline.rows import Row
 from pipeline.tasks.corr2cause.graphs import PLUSPLUS, PUBLISHED, EquivalenceClass, Semantics, holds
 from pipeline.tasks.corr2cause.premise import Claim, Premise, class_of, read_claim, read_premise
-
-THREE = {"entailment": "entailed", "entailed": "entailed", "neutral": "undetermined", "undetermined": "undetermined"}
-THREE |= {"contradiction": "contradicted", "contradicted": "contradicted"}
-TWO = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False}
-TWO |= {"1.0": True, "0.0": False}  # a column with missing values has fractions
+from pipeline.tasks.corr2cause.published_rows import label_of, question_of, words_of
 
 
 @dataclass(frozen=True)
@@ -86,10 +80,7 @@ class Solver:
 
     def solve(self, words: str) -> Solved:
         """A whole row, "Premise: …" and "Hypothesis: …"; ValueError where it cannot be read."""
-        match = re.search(r"Premise:\s*(?P<premise>.*?)\s*\n\s*Hypothesis:\s*(?P<claim>[^\n]*)", words, re.DOTALL)
-        if not match:
-            raise ValueError('not "Premise: …" and, on a later line, "Hypothesis: …"')
-        told = match["premise"]
+        told, asked = question_of(words)
         if told not in self.known:
             try:
                 premise = read_premise(told)
@@ -100,7 +91,7 @@ class Solver:
         if isinstance(found, str):
             raise ValueError(f"premise: {found}")
         premise, mec = found
-        claim = read_claim(match["claim"], premise.names)
+        claim = read_claim(asked, premise.names)
         if mec is None:
             return Solved(premise, claim, None)
         semantics = self.semantics or (PLUSPLUS if premise.wording == "indep" else PUBLISHED)
@@ -117,9 +108,9 @@ def audit(rows: Iterable[Row], semantics: Semantics | None = None, *, paper: boo
         found.rows += 1
         line = row.line
         try:
-            if isinstance(row.values, str):
-                raise ValueError(row.values)
-            words, said = _words(row.values), _label(row.values)
+            if row.fault:
+                raise ValueError(row.fault)
+            words, said = words_of(row.values), label_of(row.values)
             solved = solver.solve(words)
         except ValueError as error:
             found.malformed.append({"line": line, "problem": str(error)})
@@ -147,28 +138,6 @@ def audit(rows: Iterable[Row], semantics: Semantics | None = None, *, paper: boo
         if paper:
             found.reproduced = (found.reproduced or 0) + _is_published(solved, yes)
     return found
-
-
-def _words(row: Mapping[str, Any]) -> str:
-    for name in ("input", "query", "question"):
-        if not is_missing(row.get(name)):
-            return str(row[name])
-    if not is_missing(row.get("premise")) and not is_missing(row.get("hypothesis")):
-        return f"Premise: {row['premise']}\nHypothesis: {row['hypothesis']}"
-    raise ValueError("no input (or query, or question, or premise and hypothesis)")
-
-
-def _label(row: Mapping[str, Any]) -> bool | str:
-    """True or False, or one of three classes."""
-    for name in ("label", "gold", "relation"):
-        if not is_missing(row.get(name)):
-            said = str(row[name]).strip().lower()
-            if said in TWO:
-                return TWO[said]
-            if said in THREE:
-                return THREE[said]
-            raise ValueError(f"{name} {row[name]!r} is neither 0 nor 1, nor one of {', '.join(sorted(THREE))}")
-    raise ValueError("no label (or gold, or relation)")
 
 
 def _shown(said: bool | str | None) -> str | int | None:
