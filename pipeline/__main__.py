@@ -18,12 +18,15 @@ generate  a task's rows as parquet files with a data card
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib
 import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline import __version__, refresh, slurm, status
 from pipeline.artifact import open_artifact
@@ -39,10 +42,12 @@ from pipeline.errors import (
     run_main,
 )
 from pipeline.families import FORMATS, QUANTS
+from pipeline.files import read_text
 from pipeline.fingerprint import plain
 from pipeline.jobs import claim
 from pipeline.plan import RUNS, Plan, Step, evaluation_plan, explain, export_plan, make_plan, order_of, recipe_of
 from pipeline.recipe import recipe_names
+from pipeline.records import LARGEST
 from pipeline.stage import STAGES, write_order
 
 # of a process that answers at once: no warnings of the libraries to each other, no half a minute of compiling
@@ -369,11 +374,10 @@ def _show_plan(plan: Plan, outdated: Sequence[Path] = ()) -> int:
             reasons, done = ["made again: its code, or that of a step before it, has changed"], False
         state = "done" if done else "run " if step.label in plan.wanted else "-   "
         count += state == "run "
-        print(
-            f"{state}  {step.label:<{width}}  {step.fingerprint}  {reasons[0] if reasons[0] != 'done' else ''}".rstrip()
-        )
+        first = reasons[0] if reasons[0] != "done" else ""
+        print(printable(f"{state}  {step.label:<{width}}  {step.fingerprint}  {first}".rstrip()))
         for reason in reasons[1:]:
-            print(f"{'':<{width + 20}}{reason}")
+            print(printable(f"{'':<{width + 20}}{reason}"))
     print(f"\n{count} of {len(plan.wanted)} steps to run, under {plan.runs}/")
     return 0
 
@@ -445,12 +449,12 @@ def _show_end(plan: Plan, typed: str) -> None:
     report = next((step for step in plan.steps if step.stage == "report" and step.done), None)
     if report:
         print()
-        print((report.folder / "summary.txt").read_text(encoding="utf-8").rstrip())
+        print(_summary(report.folder / "summary.txt"))
         print(f"\nreport    {report.folder}/report.html   (report.md and report.json beside it)")
     else:  # the report's summary has them
         for step in done.values():
             for warning in open_artifact(step.folder, verify=False).warnings:
-                print(f"warning: {step.label}: {warning}")
+                print(printable(f"warning: {step.label}: {warning}"))
     for step in plan.steps:
         if step.done and step.stage in ("sft", "grpo"):
             print(f"{step.label:<9} {step.folder}")
@@ -467,6 +471,23 @@ def _show_end(plan: Plan, typed: str) -> None:
         print(f"  {typed} {change}      one setting changed; only what depends on it runs")
 
 
+def _summary(path: Path) -> str:
+    """The report in short; where the file cannot be used, a sentence that says how it is made again."""
+    text, problem = _text(path)
+    if problem:
+        return f"note: {path}: {problem}. Fix: delete {path.parent} and run the same command, which writes it again"
+    return text.rstrip()
+
+
+def _text(path: Path) -> tuple[str, str]:
+    """A small file's text as a terminal may show it and "", or "" and why it cannot be read."""
+    try:
+        text, problem = read_text(path, LARGEST)
+    except OSError as error:
+        return "", f"cannot be read ({error.strerror})"
+    return printable(text or ""), problem
+
+
 def status_command(args: argparse.Namespace) -> int:
     ask = status.Asked()  # the table again and again, Slurm at most every 30 s
 
@@ -476,6 +497,8 @@ def status_command(args: argparse.Namespace) -> int:
     rows, troubles = read()
     if args.json:
         print(json.dumps([status.as_record(row) for row in rows], indent=1))
+    elif not rows and troubles:
+        raise PlanError(*troubles)
     elif not rows:
         print(f"nothing has run under {args.runs}/; begin with python -m pipeline run tiny")
     elif args.watch:
@@ -491,8 +514,11 @@ def status_command(args: argparse.Namespace) -> int:
 
 def logs_command(args: argparse.Namespace) -> int:
     ask = status.Asked()
-    rows, _ = status.table(args.runs, ask=ask)
-    row = status.find_step(rows, args.step)
+    rows, troubles = status.table(args.runs, ask=ask)
+    try:
+        row = status.find_step(rows, args.step)
+    except PlanError as error:
+        raise PlanError(*error.problems, *troubles) from None  # it may lie where nothing could be listed
 
     def going() -> bool:
         now, _ = status.table(args.runs, [Path(row.folder).parent.name], ask=ask)
@@ -510,7 +536,7 @@ def cancel_command(args: argparse.Namespace) -> int:
     chosen = [row for row in rows if not args.names or row.step.partition("/")[0] in args.names]
     chosen += [status.find_step(rows, name) for name in args.names if name not in recipes]
     going = {row.step: row for row in chosen if row.live}
-    if troubles and any(row.state == "unknown" for row in chosen):
+    if troubles and (not rows or any(row.state == "unknown" for row in chosen)):
         raise PlanError(*troubles)
     if not going:
         print("nothing is under way; nothing to cancel")
@@ -537,9 +563,6 @@ def fetch_command(args: argparse.Namespace) -> int:
 
 
 def list_command(args: argparse.Namespace) -> int:
-    import dataclasses
-    import importlib
-
     from pipeline.cluster import cluster_names
     from pipeline.recipe import CONFIGS
     from pipeline.rewards.reward import reward_names
@@ -547,24 +570,39 @@ def list_command(args: argparse.Namespace) -> int:
 
     print("recipes")
     for name in recipe_names():
-        lines = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-        print(f"  {name:<12} {lines[0].removeprefix('#').strip() if lines[0].startswith('#') else ''}")
+        text, problem = _text(CONFIGS / f"{name}.yaml")
+        first = text.partition("\n")[0]
+        print(f"  {name:<12} {problem or (first.removeprefix('#').strip() if first.startswith('#') else '')}")
     print("tasks")
     for name in task_names():
-        task = importlib.import_module(f"pipeline.tasks.{name}").TASK
-        print(f"  {name:<12} {task.title}; source: {', '.join(task.sources)}")
-        for field in dataclasses.fields(task.Params):
-            print(f"    task.params.{field.name} = {field.default}")
+        print(f"  {name:<12} {_imported(f'pipeline.tasks.{name}', _about_task)}")
     print("rewards")
     for name in reward_names():
-        about = importlib.import_module(f"pipeline.rewards.{name}").__doc__ or ""
-        print(f"  {name:<12} {about.splitlines()[0]}")
+        print(f"  {name:<12} {_imported(f'pipeline.rewards.{name}', _about_reward)}")
     print("stages")
     for stage in STAGES.values():
         print(f"  {stage.name:<12} {stage.about}")
     print("clusters")
     print(f"  {', '.join(cluster_names())}")
     return 0
+
+
+def _about_task(module: Any) -> str:
+    task = module.TASK
+    params = [f"    task.params.{field.name} = {field.default}" for field in dataclasses.fields(task.Params)]
+    return "\n".join([f"{task.title}; source: {', '.join(task.sources)}", *params])
+
+
+def _about_reward(module: Any) -> str:
+    return str(module.__doc__ or "").partition("\n")[0]
+
+
+def _imported(name: str, about: Callable[[Any], str]) -> str:
+    """What a module of tasks/ or rewards/ says of itself; a user's own file may fail in any way, and costs its line."""
+    try:
+        return about(importlib.import_module(name))
+    except Exception as error:
+        return f"cannot be used: {type(error).__name__}: {error}".splitlines()[0]
 
 
 def ask_command(args: argparse.Namespace) -> int:
@@ -757,7 +795,7 @@ def _show_metrics(step: Step) -> None:
             print(f"  {name:<18} {value['value']:7.3f}   {value['low']:.3f} … {value['high']:.3f}")
         if "proxy" in figures["all"]:
             print(f"  proxy is no correctness: {task_of(step.recipe.task, step.recipe.seed).proxy}")
-    print("".join(f"warning: {warning}\n" for warning in artifact.warnings), end="")
+    print(printable("".join(f"warning: {warning}\n" for warning in artifact.warnings)), end="")
     print(f"\n{step.folder}/predictions.jsonl and metrics.json")
 
 

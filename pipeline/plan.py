@@ -73,7 +73,17 @@ class Step:
 
     @property
     def done(self) -> bool:
-        return is_done(self.folder)
+        """Whether it is known to be done; see `unreadable`."""
+        return self.unreadable is None and is_done(self.folder)
+
+    @property
+    def unreadable(self) -> str | None:
+        """Why nobody can know whether the step is done: its artifact cannot be opened. None where that is known."""
+        try:
+            is_done(self.folder)
+        except OddFile as odd:
+            return f"{odd}, so it is not known whether {self.label} is done. Fix: make it readable, or delete it"
+        return None
 
     @property
     def outdated(self) -> str | None:
@@ -442,6 +452,8 @@ def explain(step: Step, cluster: Cluster | None = None) -> list[str]:
     """
     if step.done:
         return [step.outdated or "done"]
+    if step.unreadable:
+        return [f"cannot run: {step.unreadable}"]
     try:
         odd = artifact_problem(step.folder)
         owner = read_owner(step.folder)

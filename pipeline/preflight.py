@@ -59,6 +59,7 @@ def problems(plan: Plan, *, audited: bool = False) -> tuple[list[str], list[str]
             notes += [f"{name}: {replayed}"] if replayed else []
         wrong += [f"{name}: {text}" if len(recipes) > 1 else text for text in found]
         notes += _notes(recipe, plan.cluster)
+    wrong += [step.unreadable for step in plan.to_run if step.unreadable]
     wrong += [text for step in plan.to_run for text in refusals_of(step, plan.cluster)]
     wrong += _loggers(plan.cluster)
     wrong += _disk(plan, list(recipes.values()))

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from pipeline.artifact import STEP, refuse_if_owned
 from pipeline.errors import PlanError, did_you_mean
-from pipeline.files import read_json
 from pipeline.jobs import live_jobs
 from pipeline.plan import Plan, Step
+from pipeline.records import OddFile, read_mapping
 from pipeline.slurm import is_here
 from pipeline.task_code import recorded_code
 
@@ -81,8 +81,11 @@ def _with_dependents(runs: Path, first: Iterable[Path]) -> list[Path]:
 
 def _inputs(folder: Path) -> set[str]:
     """The fingerprints of the steps that a step was made from."""
-    record = read_json(folder / STEP)
-    payload = record.get("payload") if isinstance(record, dict) else None
+    try:
+        record = read_mapping(folder / STEP) or {}
+    except OddFile:  # `status` shows it
+        return set()
+    payload = record.get("payload")
     inputs = payload.get("inputs") if isinstance(payload, dict) else None
     return {str(value) for value in inputs.values()} if isinstance(inputs, dict) else set()
 

@@ -21,16 +21,22 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import slurm
-from pipeline.artifact import LOG, PROGRESS, STEP, STOP, Owner, artifact_problem, is_alive, is_done, read_owner
-from pipeline.errors import ArtifactError, LaunchError, PlanError, did_you_mean, explain_disk, printable
+from pipeline.artifact import (
+    LOG,
+    STEP,
+    STOP,
+    is_alive,
+)
+from pipeline.errors import LaunchError, PlanError, did_you_mean, explain_disk, printable
 from pipeline.jobs import Answers, query
-from pipeline.progress import Progress, clock, describe, restarts_without_end
-from pipeline.records import read_record
-from pipeline.slurm import Job, JobRecord, call, of_cluster, read_job, reason_of
+from pipeline.progress import clock, describe, restarts_without_end
+from pipeline.slurm import Job, JobRecord, call, of_cluster, reason_of
 from pipeline.slurm_words import end_of, pending
 from pipeline.stage import STAGES
+from pipeline.step_folders import Files, read_files, step_folders
 from pipeline.task_code import code_changes_of
 
+PIECE = 1 << 20  # bytes of a log that are read at once
 SLURM_EVERY = 30.0  # seconds between two questions to Slurm of a command that repeats; sites forbid more
 
 ACTIVE = ("starting", "running", "saving")
@@ -83,26 +89,6 @@ class Asked:
         return self.answers
 
 
-@dataclass(frozen=True)
-class Shown:
-    """What the table shows of a step's order."""
-
-    stage: str
-    inputs: dict[str, str]  # role -> folder
-
-
-@dataclass(frozen=True)
-class Files:
-    """What a step's folder holds; `odd` are its files that cannot be used."""
-
-    done: bool = False
-    progress: Progress | None = None
-    owner: Owner | None = None
-    record: JobRecord | None = None
-    inputs: tuple[Path, ...] = ()
-    odd: tuple[str, ...] = ()
-
-
 def table(
     runs: Path,
     recipes: Sequence[str] = (),
@@ -111,15 +97,11 @@ def table(
     ask: Callable[[Iterable[JobRecord], Iterable[tuple[str, str | None]]], Answers] = query,
 ) -> tuple[list[Row], list[str]]:
     """The newest step of each name (`everything`: all of them), and what kept Slurm from being asked."""
-    unknown = [name for name in recipes if not (runs / name).is_dir()]
-    if unknown:
-        there = [path.name for path in runs.glob("*") if path.is_dir()]
-        raise PlanError(*(f"{runs}/{name}: nothing has run; {did_you_mean(name, there)}" for name in unknown))
-    folders = [path.parent for path in runs.glob(f"*/*/{STEP}") if not recipes or path.parts[-3] in recipes]
+    folders, unlisted = step_folders(runs, recipes)
     folders.sort(key=_place)
     if not everything:  # a step's folders differ in their fingerprints; sorted by time, so the newest wins
         folders = list({(folder.parent, folder.name.rpartition("-")[0]): folder for folder in folders}.values())
-    files = {folder: _read(folder) for folder in folders}
+    files = {folder: read_files(folder) for folder in folders}
     records = [one.record for one in files.values() if one.record and not one.done]
     owners = [one.owner for one in files.values() if one.owner and not one.done]
     holders = [(owner.job, owner.cluster) for owner in owners if owner.job]
@@ -128,7 +110,8 @@ def table(
     for folder in folders:
         rows[folder] = _row(folder, files[folder], answers, rows)
     problems = answers.problems if records or holders else []
-    return list(rows.values()), [*problems, "what follows is from the files of the steps alone"] if problems else []
+    alone = ["what follows is from the files of the steps alone"] if problems else []
+    return list(rows.values()), [*unlisted, *problems, *alone]
 
 
 def _place(folder: Path) -> tuple[str, int, str, float]:
@@ -137,29 +120,9 @@ def _place(folder: Path) -> tuple[str, int, str, float]:
     place = list(STAGES).index(stage.partition("-")[0]) if stage.partition("-")[0] in STAGES else len(STAGES)
     try:
         written = (folder / STEP).stat().st_mtime
-    except OSError:  # gone since, or a stale handle: `_read` tells
+    except OSError:  # gone since, or a stale handle: `read_files` tells
         written = 0.0
     return str(folder.parent), place, stage, written
-
-
-def _read(folder: Path) -> Files:
-    """Every record of a folder. A file that cannot be used costs only itself."""
-    odd: list[str] = []
-
-    def tried(read: Callable[[Path], Any]) -> Any:
-        try:
-            return read(folder)
-        except ArtifactError as error:
-            odd.extend(error.problems)
-            return None
-
-    done = tried(is_done)
-    if not done and (problem := tried(artifact_problem)):
-        odd.append(f"{folder / 'artifact.json'}: {problem}; it counts as none, so the same run command runs the step")
-    progress = tried(lambda place: read_record(place / PROGRESS, Progress))
-    owner, record, order = tried(read_owner), tried(read_job), tried(lambda place: read_record(place / STEP, Shown))
-    inputs = tuple(Path(place) for place in order.inputs.values()) if order else ()
-    return Files(bool(done), progress, owner, record, inputs, tuple(dict.fromkeys(odd)))
 
 
 def _row(folder: Path, files: Files, answers: Answers, before: dict[Path, Row]) -> Row:
@@ -334,26 +297,29 @@ def follow(path: Path, going: Callable[[], bool] | None = None, poll: float = 0.
     if not path.is_file() and going is None:
         raise PlanError(f"{path}: nothing has been written yet; python -m pipeline status says what the step waits for")
     position, more = 0, True
-    letters = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a letter may be cut by the end of the file
+    letters = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a letter may be cut by the end of a piece
     while more:
         more = going is not None and going()  # asked before the last read, so that the end is not missed
-        text = b""
         try:
-            with path.open("rb") as file:
-                file.seek(position)
-                text = file.read()
-        except FileNotFoundError:
-            if going is None:
-                raise
-        except OSError as error:
+            for text in _pieces(path, position):
+                position += len(text)
+                shown = letters.decode(text).replace("\r\n", "\n").replace("\r", "\n")  # of progress bars
+                yield printable(shown)
+        except OSError as error:  # also a log that is not there yet
             if going is None:
                 raise PlanError(f"{path}: cannot be read ({error.strerror}); try again") from error
-        position += len(text)
-        shown = letters.decode(text, final=not more).replace("\r\n", "\n").replace("\r", "\n")  # of progress bars
-        if shown:
-            yield printable(shown)
         if more:
             time.sleep(poll)
+    if rest := letters.decode(b"", final=True):
+        yield rest
+
+
+def _pieces(path: Path, position: int) -> Iterator[bytes]:
+    """What a file holds from a position on, piece by piece: a log may be larger than the memory."""
+    with path.open("rb") as file:
+        file.seek(position)
+        while piece := file.read(PIECE):
+            yield piece
 
 
 def cancel(rows: Iterable[Row]) -> list[str]:

@@ -17,8 +17,8 @@ from typing import Any
 import pipeline.rewards
 import pipeline.tasks
 from pipeline.artifact import ARTIFACT, STEP
-from pipeline.files import read_json
 from pipeline.fingerprint import LENGTH
+from pipeline.records import OddFile, read_mapping
 
 # the readers of model text, which decide grades
 READERS = tuple(
@@ -61,18 +61,21 @@ def code_changes(folder: Path, stage: str, task: str, rewards: Iterable[str]) ->
 
 def code_changes_of(folder: Path) -> list[str]:
     """The same of a folder alone: its step.json names stage, task and rewards."""
-    record = read_json(folder / STEP)
     try:
+        record: Any = read_mapping(folder / STEP)
         recipe = record["recipe"]
         return code_changes(folder, record["stage"], recipe["task"]["name"], list(recipe["grpo"]["rewards"]))
-    except (TypeError, KeyError):  # not a step of this version, which is reported elsewhere
+    except (TypeError, KeyError, OddFile):  # not a step of this version, which is reported elsewhere
         return []
 
 
 def recorded_code(folder: Path) -> dict[str, Any] | None:
     """What the artifact of a folder recorded of its code; None where it recorded nothing, or there is no artifact."""
-    record = read_json(folder / ARTIFACT)
-    provenance = record.get("provenance") if isinstance(record, dict) else None
+    try:
+        record = read_mapping(folder / ARTIFACT) or {}
+    except OddFile:  # which counts as none
+        return None
+    provenance = record.get("provenance")
     code = provenance.get("code") if isinstance(provenance, dict) else None
     return code if isinstance(code, dict) else None
 

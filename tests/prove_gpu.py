@@ -30,6 +30,7 @@ from typing import Any
 
 from proof import Check, Finding, Measured, Place, Section, one_process
 
+from pipeline import faults
 from pipeline.errors import EXIT_FAULT, PlanError, did_you_mean, run_main
 from pipeline.files import read_lines, write_json
 from pipeline.stage import git_commit, versions
@@ -114,6 +115,7 @@ def require_gpu() -> None:
 
 def measure(name: str, section: Section, place: Place, results: Path) -> None:
     """Run a section's checks one after the other; each leaves one line of JSON in `results` when it ends."""
+    faults.die_with_parent()  # a proof that is killed leaves no process on the GPU
     os.environ |= one_process()
     for one in section.checks:
         if one.needs_gpu and not place.gpu:
@@ -225,7 +227,7 @@ def environment(*, cpu: bool) -> dict[str, str]:
     # as the launchers do: another ninja than the environment's compiles DeepSpeed's operator again, for minutes
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     settings = {"PATH": path, "PYTHONUNBUFFERED": "1", "PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false"}
-    settings |= {"HF_HUB_OFFLINE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    settings |= {faults.PARENT: str(os.getpid()), "HF_HUB_OFFLINE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
     if cpu:
         settings |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}

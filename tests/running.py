@@ -59,3 +59,11 @@ def only(runs: Path, pattern: str) -> Path:
     found = sorted(runs.glob(pattern))
     assert len(found) == 1, f"{pattern}: {found}"
     return found[0]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs, or could go on: a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from running import ROOT
+from running import ROOT, is_alive
 
 from pipeline import faults
 from pipeline.files import read_json
@@ -30,13 +30,6 @@ def start_ranks(mode: str, folder: Path) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def wait_until_dead(pid: int, seconds: float = 20) -> bool:

@@ -39,7 +39,7 @@ FLOORS = {
         2,
     ),
     **dict.fromkeys(("modeling", "weight_checks", "template_trial", "to_gguf", "generation", "kernels"), 3),
-    **dict.fromkeys(("faults", "layouts", "signing"), 1),
+    **dict.fromkeys(("faults", "layouts", "signing", "step_folders"), 1),
     **dict.fromkeys(("devices", "operators"), 3),
     **dict.fromkeys(("distributed", "checkpoints", "monitor", "training"), 3),
     "stage": 4,

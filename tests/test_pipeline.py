@@ -172,9 +172,14 @@ def test_the_report_is_three_files_and_needs_no_network(nano: Path) -> None:
 
 def test_status_and_list(nano: Path) -> None:
     told = run_cli("status", "--runs", str(nano)).stdout
-    assert told.count("\n") >= 7
-    assert told.startswith("state")
-    assert [line.split()[0] for line in told.splitlines()[1:8]] == ["done"] * 7
+    heading, *lines = told.partition("\n\n")[0].splitlines()
+    assert heading.startswith("state")
+    rows = [line for line in lines if not line.startswith(" ")]
+    assert [line.split()[0] for line in rows] == ["done"] * 7
+    (warning,) = [line.strip() for line in lines if line.startswith(" ")]  # under its step: two steps of GRPO in small
+    assert lines.index(rows[2]) + 1 == next(n for n, line in enumerate(lines) if line.startswith(" "))
+    assert rows[2].split()[1].startswith("tiny/grpo-")
+    assert warning.startswith("warning: in 2 of 2 steps no group of completions had rewards that differ")
     assert f"report: {only(nano, 'tiny/report-*')}/report.html" in told
     table = json.loads(run_cli("status", "--json", "--runs", str(nano)).stdout)
     assert {row["state"] for row in table} == {"done"}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from running import ROOT
+from prove_gpu import TOTAL
+from running import ROOT, is_alive
 
 from pipeline.files import read_json
 
@@ -109,6 +111,23 @@ def test_a_section_that_does_not_end_is_ended_and_fails(own: Path, monkeypatch: 
     assert "| slow | a figure | no bound | not finished" in done.stdout
 
 
+def test_a_proof_that_is_killed_leaves_no_section_behind(own: Path) -> None:
+    command = [sys.executable, "tests/prove_gpu.py", "--cpu", "slow", "--checks", "own", "--out", str(own / "out")]
+    env = {**os.environ, "PYTHONPATH": f".:tests:{own}", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.time() + 60
+    while not (own / "out" / "slow.jsonl").is_file():  # of the check before the one that waits
+        assert process.poll() is None
+        assert time.time() < until
+        time.sleep(0.1)
+    (section,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    while is_alive(int(section)):
+        assert time.time() < until
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -129,5 +148,6 @@ def test_the_document_names_every_section() -> None:
     text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
     names = [line.split()[0] for line in done.stdout.splitlines()]
     assert len(names) == 9
+    assert sum(int(line.split()[1]) for line in done.stdout.splitlines()) <= TOTAL
     assert all(f"`{name}`" in text for name in names)
     assert "scripts/prove-gpu" in (ROOT / "README.md").read_text(encoding="utf-8")
