@@ -31,6 +31,7 @@ TIMEOUT = timedelta(minutes=30)
 POLL = 0.2  # seconds between two looks for what rank 0 has done
 AT_ONCE = 3  # seconds: failures that torchrun saw within these are causes; later ones it caused itself
 _shared = 0  # values that rank 0 has given the others so far
+_given = 0  # values that each has given rank 0 so far
 
 
 def rank() -> int:
@@ -124,6 +125,21 @@ def from_rank_0(make: Callable[[], T]) -> T:
         kind = getattr(errors, told["error"], LaunchError)
         raise kind(*told["problems"])
     return cast("T", told["value"])
+
+
+def to_rank_0(value: T) -> list[T]:
+    """What every process gives (anything JSON holds), by rank, on rank 0; an empty list on the others."""
+    global _given
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    _given += 1
+    keys, store = [f"therefore/given/{_given}/{number}" for number in range(dist.get_world_size())], _store()
+    store.set(keys[rank()], json.dumps(value))
+    if rank() != 0:
+        return []
+    while not store.check(keys):
+        time.sleep(POLL)
+    return [cast("T", json.loads(store.get(key))) for key in keys]
 
 
 def _store() -> Any:

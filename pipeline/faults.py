@@ -4,6 +4,7 @@
     before = memory_kills()              then, when a process has ended:
     explain_death("rank 1", -9, before)  -> "rank 1 was killed by SIGKILL: …; Fix: …"
     record_failure(folder, [sentence])   the step's progress file says it, in place of what its peers saw of it
+    StoppedProcesses(pid).new()          sentences about processes that SIGSTOP has stopped
 
 Reads /proc and the cgroup file system (versions 1 and 2) only; imports no torch. Does not restart anything.
 """
@@ -28,7 +29,9 @@ from pipeline.progress import Progress, read_progress
 PARENT = "THEREFORE_PARENT"  # the pid of the process that starts this one, in its environment
 PR_SET_PDEATHSIG = 1  # prctl(2)
 CGROUPS = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
 PEER_WAIT = 5.0  # seconds that rank 0 on another node has to write what it saw, before it is replaced
+LOOK = 5.0  # seconds between two looks for stopped processes
 UNLIMITED = 1 << 60  # cgroup version 1 writes a number near 2^63 for "no limit"
 
 
@@ -62,16 +65,19 @@ def _same_process_tree(pid: int) -> bool:
 
 
 def _memory_groups() -> list[Path]:
-    """The folders of this process's memory cgroup: its own, and the root of what a container sees."""
-    found = []
+    """The folders of this process's memory cgroup, from its own up to the root (a container sees that alone).
+
+    A limit may stand on any of them: Slurm sets it for the job and the step, and starts processes in a group below.
+    """
+    found: list[Path] = []
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in OWN_GROUPS.read_text().splitlines():
             number, controllers, path = line.split(":", 2)
-            if number == "0":
-                found.append(CGROUPS / path.lstrip("/"))
-            elif "memory" in controllers.split(","):
-                found += [CGROUPS / "memory" / path.lstrip("/"), CGROUPS / "memory"]
-    return [folder for folder in [*found, CGROUPS] if folder.is_dir()]
+            if number == "0" or "memory" in controllers.split(","):
+                root = CGROUPS if number == "0" else CGROUPS / "memory"
+                own = root / path.strip("/")
+                found += [own, *(folder for folder in own.parents if folder.is_relative_to(root))]
+    return [folder for folder in dict.fromkeys([*found, CGROUPS]) if folder.is_dir()]
 
 
 def _counter(folder: Path, file: str, name: str) -> int | None:
@@ -185,8 +191,55 @@ def _may_still_write(progress: Progress) -> bool:
         return False
     if progress.host != os.uname().nodename:
         return True
+    return _state(progress.pid) not in "ZX"
+
+
+# ---------------------------------------------------------------- processes that stand still
+
+
+class StoppedProcesses:
+    """The processes below one that a signal (SIGSTOP, SIGTSTP) has stopped: the others wait for them without end."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.known: set[int] = set()
+        self.next = 0.0  # seconds since the epoch
+
+    def new(self) -> list[str]:
+        """A sentence for each that was not stopped when they were looked at last, `LOOK` seconds ago or more."""
+        if time.time() < self.next:
+            return []
+        self.next = time.time() + LOOK
+        now = {pid for pid in _below(self.pid) if _state(pid) == "T"}
+        told, self.known = sorted(now - self.known), now
+        return [
+            f"{_rank_of(pid)}process {pid} on {os.uname().nodename} is stopped (SIGSTOP), and the others wait for it. "
+            f"Fix: kill -CONT {pid}"
+            for pid in told
+        ]
+
+
+def _below(pid: int) -> list[int]:
+    """The processes that a process has started, and theirs (Linux; elsewhere none)."""
+    found = []
+    with contextlib.suppress(OSError):
+        for file in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in file.read_text().split():
+                found += [int(child), *_below(int(child))]
+    return found
+
+
+def _state(pid: int) -> str:
+    """R, S, D, T, Z, X of /proc/PID/stat; X where there is none."""
     try:
-        stat = Path(f"/proc/{progress.pid}/stat").read_text()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
+        return "X"
+
+
+def _rank_of(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if entry.startswith(b"RANK="):
+                return f"rank {entry[5:].decode()}, "
+    return ""

@@ -154,6 +154,12 @@ def live_jobs(folders: Iterable[Path]) -> dict[Path, Job]:
     return found
 
 
+def with_slurm(folder: Path, job: Job) -> str:
+    """`FOLDER is with Slurm, as job 41 of anna (RUNNING)`; the user where it is another one."""
+    whose = f" of {job.user}" if job.user and job.user != this_user() else ""
+    return f"{folder} is with Slurm, as job {job.id}{whose} ({job.state})"
+
+
 def make_wait(job: Job, after: str) -> bool:
     """Give a queued job another dependency, such as afterok:43. Whether Slurm accepts it; not for an ended one."""
     words = ["scontrol", *of_cluster(job.cluster), "update", f"JobId={job.id}", f"Dependency={after}"]
@@ -165,7 +171,7 @@ def claim(folders: Iterable[Path], job: str) -> None:
     folders = list(folders)
     others = [(folder, other) for folder, other in live_jobs(folders).items() if other.id != job]
     if others:
-        told = [f"{folder} is with Slurm already, as job {other.id} ({other.state})" for folder, other in others]
+        told = [with_slurm(folder, other) for folder, other in others]
         raise PlanError(*told, "wait for it (python -m pipeline status), or end it with python -m pipeline cancel")
     if not folders:
         return

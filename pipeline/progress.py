@@ -120,6 +120,17 @@ def restarts_without_end(progress: Progress) -> str | None:
     )
 
 
+def many_attempts(progress: Progress) -> str | None:
+    """A sentence about a step that has ended after more than `MANY` attempts; None for fewer."""
+    if progress.attempt <= MANY:
+        return None
+    each = f"about {progress.total / progress.attempt:.3g} {progress.unit}"
+    return (
+        f"it took {progress.attempt} attempts of {each}, and each waits in the queue and loads the model. "
+        "Fix: raise cluster.slurm.time"
+    )
+
+
 def describe(progress: Progress) -> str:
     """`loss 0.31, ETA 4:10` of a running step; the last figures of one that has ended."""
     parts = [progress.note] if progress.note else []

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pipeline.artifact import STEP, refuse_if_owned
 from pipeline.errors import PlanError, did_you_mean
-from pipeline.jobs import live_jobs
+from pipeline.jobs import live_jobs, with_slurm
 from pipeline.plan import Plan, Step
 from pipeline.records import OddFile, read_mapping
 from pipeline.slurm import is_here
@@ -98,7 +98,7 @@ def move_aside(folders: Sequence[Path], runs: Path) -> list[str]:
     for folder in folders:
         refuse_if_owned(folder)
     if is_here() and (queued := live_jobs(folders)):
-        told = [f"{folder} is with Slurm, as job {job.id} ({job.state})" for folder, job in queued.items()]
+        told = [with_slurm(folder, job) for folder, job in queued.items()]
         raise PlanError(*told, "wait for it (python -m pipeline status), or end it with python -m pipeline cancel")
     stamp, sentences = time.strftime("%Y%m%d-%H%M%S"), list[str]()
     for folder in reversed(folders):

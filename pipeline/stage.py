@@ -28,7 +28,7 @@ from pipeline.cluster import Cluster, process_count
 from pipeline.errors import EXIT_FAULT, ArtifactError, LaunchError, PipelineError, Stopped, explain_disk, run_main
 from pipeline.files import write_json
 from pipeline.fingerprint import plain
-from pipeline.progress import ProgressFile
+from pipeline.progress import ProgressFile, many_attempts
 from pipeline.recipe import Recipe
 from pipeline.records import read_mapping, read_record
 from pipeline.runtime import Runtime, show_hardware
@@ -159,6 +159,8 @@ def _work(folder: Path, run: Run) -> int:
             hardware = _hardware(order, runtime)
             metrics = run(order.recipe, inputs, folder, runtime)
             hardware |= _measured(order, runtime)
+            if sentence := many_attempts(progress.now):
+                runtime.warn(sentence)
             if warnings := progress.now.warnings:
                 metrics = {**metrics, WARNINGS: list(warnings)}
             runtime.check_still_owner()
@@ -208,14 +210,25 @@ def _hardware(order: Order, runtime: Runtime) -> dict[str, Any]:
 
 
 def _measured(order: Order, runtime: Runtime) -> dict[str, Any]:
-    """The memory that a stage with a model has held, to be compared with what was planned; also in the log."""
+    """The most memory that a process of a stage with a model has held, to be compared with what was planned.
+
+    Also in the log. What other processes than rank 0 have warned of (another card, on another node) is reported too.
+    """
     if STAGES[order.stage].processes == "one":
         return {}
-    from pipeline import devices
+    from pipeline import devices, distributed
 
-    found = {"measured": devices.measured()}
-    if runtime.rank == 0:
-        print(show_hardware(found), flush=True)
+    mine: dict[str, Any] = {"held": devices.measured(), "warnings": list(runtime.progress.now.warnings)}
+    told = distributed.to_rank_0(mine)
+    for rank, one in enumerate(told):
+        for sentence in one["warnings"]:
+            if sentence not in told[0]["warnings"]:
+                runtime.warn(f"rank {rank}: {sentence}")
+    if not told:
+        return {}
+    held = [one["held"] for one in told]
+    found = {"measured": {name: max(one[name] for one in held if name in one) for name in held[0]}}
+    print(show_hardware(found), flush=True)
     return found
 
 

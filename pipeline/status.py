@@ -37,6 +37,7 @@ from pipeline.step_folders import Files, read_files, step_folders
 from pipeline.task_code import code_changes_of
 
 PIECE = 1 << 20  # bytes of a log that are read at once
+SILENT = 900.0  # seconds without a word of a running step that are worth one: a long step of GRPO takes 8 minutes
 SLURM_EVERY = 30.0  # seconds between two questions to Slurm of a command that repeats; sites forbid more
 
 ACTIVE = ("starting", "running", "saving")
@@ -145,6 +146,9 @@ def _row(folder: Path, files: Files, answers: Answers, before: dict[Path, Row]) 
         command = record.command or "the run command that submitted it"
         reasons = [*reasons, f"its job was not queued again. Fix: {command}"]
     running = state in ACTIVE and progress is not None
+    if running and progress and (silent := time.time() - progress.updated) > SILENT:
+        why = "a long step, or a process that hangs or was stopped; see its log"
+        reasons = [*reasons, f"no word for {clock(silent)}: {why}"]
     return Row(
         step=f"{folder.parent.name}/{folder.name}",
         state=state,
@@ -162,11 +166,11 @@ def _row(folder: Path, files: Files, answers: Answers, before: dict[Path, Row]) 
         what=describe(progress) if progress else "",
         restarts=max(progress.attempt - 1 if progress else 0, job.restarts if job else 0),
         reasons=(*reasons, *(files.odd if state != "odd" else ())),
-        warnings=progress.warnings if progress else (),
+        warnings=files.warnings,
         log=record.log if record and record.log else str(folder / LOG),
         updated=progress.updated if progress else None,
         cluster=job.cluster if job else record.cluster if record else None,
-        user=(job.user if job else "") or (record.user if record else None),
+        user=(job.user if job else "") or (record.user if record else None) or (owner.user if owner else None),
     )
 
 
@@ -348,9 +352,20 @@ def cancel(rows: Iterable[Row]) -> list[str]:
         told.append(f"cancelled {len(ids)} jobs: {' '.join(ids)}")
     for row in chosen:
         if not row.job:
-            (Path(row.folder) / STOP).touch()
-            told.append(f"{row.step}: asked to save and leave")
+            told.append(_ask_to_stop(row))
     return told
+
+
+def _ask_to_stop(row: Row) -> str:
+    try:
+        (Path(row.folder) / STOP).touch()
+    except OSError as error:
+        whose = row.user if row.user and row.user != slurm.this_user() else "its owner"
+        raise PlanError(
+            f"{row.step}: cannot be asked to stop: {row.folder}/{STOP} cannot be written ({error.strerror}). "
+            f"Fix: ask {whose} to run the same cancel command, or to open the folder to the group (chmod g+w)"
+        ) from error
+    return f"{row.step}: asked to save and leave"
 
 
 def as_record(row: Row) -> dict[str, Any]:

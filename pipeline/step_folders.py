@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import slurm
-from pipeline.artifact import ARTIFACT, OWNER, PROGRESS, STEP, Owner, artifact_problem, is_done, read_owner
+from pipeline.artifact import (
+    ARTIFACT,
+    OWNER,
+    PROGRESS,
+    STEP,
+    Owner,
+    artifact_problem,
+    is_done,
+    open_artifact,
+    read_owner,
+)
 from pipeline.errors import ArtifactError, PlanError, did_you_mean
 from pipeline.fingerprint import LENGTH
 from pipeline.progress import Progress
@@ -46,6 +56,7 @@ class Files:
     record: JobRecord | None = None
     inputs: tuple[Path, ...] = ()
     odd: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # that the step reported
 
 
 def step_folders(runs: Path, recipes: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -104,4 +115,9 @@ def read_files(folder: Path) -> Files:
     if order is None and not odd:
         odd.append(f"{folder / STEP}: missing; it is the order that the step runs by")
     inputs = tuple(Path(place) for place in order.inputs.values()) if order else ()
-    return Files(bool(done), progress, owner, record, inputs, tuple(dict.fromkeys(odd)))
+    warnings = progress.warnings if progress else tried(_recorded_warnings) if done else ()
+    return Files(bool(done), progress, owner, record, inputs, tuple(dict.fromkeys(odd)), warnings or ())
+
+
+def _recorded_warnings(folder: Path) -> tuple[str, ...]:
+    return tuple(str(sentence) for sentence in open_artifact(folder, verify=False).warnings)

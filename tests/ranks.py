@@ -53,7 +53,8 @@ def share(rank: int, folder: Path) -> None:
     def refuse() -> None:
         raise ArtifactError("of another layout", "Fix: none")
 
-    found = {"value": distributed.from_rank_0(make), "made": len(made)}
+    found: dict[str, object] = {"value": distributed.from_rank_0(make), "made": len(made)}
+    found["given"] = [distributed.to_rank_0([rank, word]) for word in "ab"]
     try:
         distributed.from_rank_0(refuse)
     except ArtifactError as error:

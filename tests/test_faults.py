@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,10 @@ import pytest
 from running import ROOT, is_alive
 
 from pipeline import faults
+from pipeline.errors import LaunchError
 from pipeline.files import read_json
+from pipeline.launchers import local, torchrun
+from pipeline.plan import make_plan
 from pipeline.progress import ProgressFile, read_progress
 
 
@@ -75,6 +79,7 @@ def test_rank_0_decides_for_all_and_nobody_leaves_before_its_commit(tmp_path: Pa
         assert read_json(tmp_path / f"found-{rank}.json") == {
             "value": ["checkpoint-4", None],
             "made": 1 if rank == 0 else 0,  # the others neither read nor hash anything
+            "given": [[[0, "a"], [1, "a"]], [[0, "b"], [1, "b"]]] if rank == 0 else [[], []],
             "problems": ["of another layout", "Fix: none"],
             "committed": True,
         }
@@ -146,6 +151,40 @@ def test_the_kernels_own_count_proves_that_memory_ran_out(tmp_path: Path, monkey
     assert "out of host memory (the kernel counts 1 such kills, limit 64.0 GiB, peak 63.0 GiB)" in proved
 
 
+@pytest.mark.parametrize(
+    ("root", "line", "counter", "limit", "peak"),
+    [
+        ("", "0::/slurm/job_41/step_0/task_0", "memory.events", "memory.max", "memory.peak"),
+        (
+            "memory", "4:memory:/slurm/job_41/step_0/task_0", "memory.oom_control", "memory.limit_in_bytes",
+            "memory.max_usage_in_bytes",
+        ),
+    ],
+)  # fmt: skip
+def test_the_limit_is_that_of_the_job_above_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str, line: str, counter: str, limit: str, peak: str
+) -> None:
+    """As Slurm makes them: the count in the group of the process, the limit on the job. Before: no limit, no peak."""
+    monkeypatch.setattr(faults, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(faults, "OWN_GROUPS", tmp_path / "own")
+    (tmp_path / "own").write_text(f"9:cpu:/other\n{line}\n")
+    job = tmp_path / "cgroup" / root / "slurm" / "job_41"
+    task = job / "step_0" / "task_0"
+    task.mkdir(parents=True)
+    unlimited = "max\n" if limit == "memory.max" else f"{2**63 - 4096}\n"
+    for folder in (task, task.parent, job.parent):
+        (folder / limit).write_text(unlimited)
+    (job / limit).write_text(f"{8 << 30}\n")
+    (job / peak).write_text(f"{8 << 30}\n")
+    (task / counter).write_text("oom_kill 1\n")
+    (job / counter).write_text("oom_kill 7\n")
+    assert faults.memory_kills() == 1
+    assert faults.memory_limit() == (8 << 30, 8 << 30)
+    told = faults.explain_death("rank 1", -9, 0)
+    assert told is not None
+    assert "out of host memory (the kernel counts 1 such kills, limit 8.0 GiB, peak 8.0 GiB)" in told
+
+
 def test_cgroups_of_version_1_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(faults, "_memory_groups", lambda: [tmp_path])
     (tmp_path / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n")
@@ -172,3 +211,73 @@ def test_a_step_that_could_write_nothing_gets_its_sentence(tmp_path: Path) -> No
     progress = read_progress(tmp_path / "preprocess-1a2b3c4d5e")
     assert progress is not None
     assert (progress.stage, progress.state, progress.problems) == ("preprocess", "failed", (sentence,))
+
+
+def stop_rank_1(process: subprocess.Popen[str], folder: Path) -> int:
+    until = time.time() + 60
+    while len(list(folder.glob("pid-*"))) < 2:
+        assert process.poll() is None
+        assert time.time() < until
+        time.sleep(0.1)
+    pid = int((folder / "pid-1").read_text())
+    os.kill(pid, signal.SIGSTOP)
+    while faults._state(pid) != "T":
+        time.sleep(0.01)
+    return pid
+
+
+def test_a_stopped_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before: the other ranks waited for it, and nobody said so."""
+    monkeypatch.setattr(faults, "LOOK", 0.0)
+    process = start_ranks("asleep", tmp_path)
+    try:
+        still = faults.StoppedProcesses(process.pid)
+        pid = stop_rank_1(process, tmp_path)
+        (sentence,) = still.new()
+        assert sentence.startswith(f"rank 1, process {pid} on {os.uname().nodename} is stopped (SIGSTOP)")
+        assert sentence.endswith(f"Fix: kill -CONT {pid}")
+        assert still.new() == []  # told once
+        os.kill(pid, signal.SIGCONT)
+        while faults._state(pid) == "T":
+            time.sleep(0.01)
+        assert still.new() == []
+        os.kill(pid, signal.SIGSTOP)
+        while faults._state(pid) != "T":
+            time.sleep(0.01)
+        assert len(still.new()) == 1
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_both_launchers_say_that_a_process_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(faults, "LOOK", 0.1)
+    plan = make_plan(["tiny"], stages=["preprocess"], runs=tmp_path)
+    (step,) = plan.to_run
+    wait = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP); raise SystemExit(1)"
+    child = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {wait!r}]))"
+    shown = []
+
+    def go_on() -> None:
+        for _ in range(2):
+            text = ""
+            while "is stopped (SIGSTOP)" not in text:
+                time.sleep(0.1)
+                text += "".join(capfd.readouterr())
+            shown.append(text)
+            os.kill(int(text.rpartition("kill -CONT ")[2].split()[0]), signal.SIGCONT)
+
+    helper = threading.Thread(target=go_on)
+    helper.start()
+    for module in (local, torchrun):
+        monkeypatch.setattr(module, "command", lambda *_: [sys.executable, "-c", child])
+    with pytest.raises(LaunchError):
+        local.run_step(step, plan, "[1/1]")
+    signals = {number: signal.getsignal(number) for number in torchrun.STOP_SIGNALS}
+    assert torchrun.run_on_node(step.folder) == 1
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+    helper.join()
+    assert [text.count("warning: process") for text in shown] == [1, 1]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +18,11 @@ from test_slurm_launchers import change, fake, jobs, plan_of, states
 
 from pipeline import slurm, status
 from pipeline.artifact import own
-from pipeline.errors import LaunchError, PlanError
+from pipeline.errors import ArtifactError, LaunchError, PlanError
 from pipeline.launchers import local
-from pipeline.launchers.slurm import run_plan
+from pipeline.launchers.slurm import run_plan, show
 from pipeline.plan import make_plan, order_of
-from pipeline.progress import ProgressFile, restarts_without_end
+from pipeline.progress import ProgressFile, many_attempts, restarts_without_end
 from pipeline.stage import write_order
 
 __all__ = ["fake"]
@@ -92,6 +92,33 @@ def test_another_members_job_is_shown_and_not_cancelled(
     with pytest.raises(PlanError, match=r"job 41 of anna, which only anna can end.*Fix: ask anna"):
         status.cancel([row])
     assert not calls(fake, "scancel")
+
+
+def test_a_run_of_another_members_steps_says_whose_they_are(
+    tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before: "submitted before", "is with Slurm", and for a step that runs without Slurm the error of a file."""
+    first = run_plan(plan_of(tmp_path, stages=("preprocess",)))
+    change(fake, first[0].job, user="anna")
+    assert show(run_plan(plan_of(tmp_path, stages=("preprocess",)))).endswith("submitted before by anna")
+    with pytest.raises(PlanError, match=r"is with Slurm, as job 41 of anna \(PENDING\)"):
+        local.run_plan(make_plan(["tiny"], stages=("preprocess",), runs=tmp_path / "runs"))
+    folder = first[0].step.folder
+    change(fake, first[0].job, state="CANCELLED")
+    (folder / "job.json").unlink()
+    with own(folder):
+        ProgressFile(folder, "preprocess").update(state="running")
+        owner = json.loads((folder / "owner.json").read_text())
+        (folder / "owner.json").write_text(json.dumps({**owner, "user": "anna"}))
+        row = row_of(tmp_path / "runs", "preprocess")
+        assert (row.state, row.user) == ("running", "anna")
+        with pytest.raises(ArtifactError, match=r"is being written by process \d+ of anna on "):
+            local.run_plan(make_plan(["tiny"], stages=("preprocess",), runs=tmp_path / "runs"))
+        (folder / "stop").mkdir()
+        assert status.cancel([row]) == [f"{row.step}: asked to save and leave"]
+        gone = replace(row, folder=str(tmp_path / "not" / "there"))
+        with pytest.raises(PlanError, match=r"cannot be asked to stop: .*Fix: ask anna to run the same cancel command"):
+            status.cancel([gone])
 
 
 def test_a_job_that_has_ended_meanwhile_is_no_error_of_cancel(
@@ -239,11 +266,8 @@ def test_a_refused_requeue_is_a_new_job_that_the_dependents_wait_for(tmp_path: P
 
 
 def test_a_controller_that_is_away_is_waited_for(tmp_path: Path, fake: Path) -> None:
-    (fake / "away").touch()
-    timer = threading.Timer(1.5, (fake / "away").unlink)
-    timer.start()
+    (fake / "away").write_text("1")
     done, found = stopped(tmp_path, fake)
-    timer.join()
     assert done.returncode == 0, done.stderr
     assert "trying again" in done.stdout
     assert calls(fake, "scontrol")[-1] == f"scontrol requeue {found['sft'].job}"
@@ -430,6 +454,44 @@ def test_attempts_that_get_nowhere_are_told(tmp_path: Path, fake: Path, capfd: p
     assert f"note: {words}" in capfd.readouterr().out
     assert words in row_of(tmp_path / "runs", "sft").reasons
     assert restarts_without_end(replace(progress.now, first=30)) is None
+    assert many_attempts(progress.now) is None
+
+
+def test_a_step_that_took_many_attempts_says_so_when_it_is_done(tmp_path: Path) -> None:
+    """A warning of the step, so that status and the report show it."""
+    for attempt in range(30):
+        progress = ProgressFile(tmp_path, "sft")
+        progress.update(state="running", first=2 * attempt, done=2 * attempt, total=60)
+        progress.update(state="stopped", done=2 * attempt + 2)
+    told = many_attempts(progress.now)
+    assert told is not None
+    assert told.startswith("it took 30 attempts of about 2 steps")
+    assert "Fix: raise cluster.slurm.time" in told
+
+
+def test_a_silent_step_is_told(tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that hangs, or was stopped: before, the last words of hours ago looked like those of now."""
+    step = plan_of(tmp_path).steps[0]
+    write_order(step.folder, order_of(step, plan_of(tmp_path).cluster))
+    with own(step.folder):
+        ProgressFile(step.folder, "preprocess").update(state="running")
+        assert row_of(tmp_path / "runs", "preprocess").reasons == ()
+        record = json.loads((step.folder / "progress.json").read_text())
+        (step.folder / "progress.json").write_text(json.dumps({**record, "updated": record["updated"] - 3600}))
+        (reason,) = row_of(tmp_path / "runs", "preprocess").reasons
+    assert reason.startswith("no word for 1:00:0")
+
+
+def test_warnings_of_a_finished_step_are_shown_whatever_became_of_its_progress(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(ROOT / "tests" / "fixtures" / "records-v1" / "tiny-rehearsal", runs / "tiny-rehearsal")
+    (folder,) = runs.glob("*/sft-*")
+    record = json.loads((folder / "artifact.json").read_text())
+    record["metrics"]["warnings"] = ["3 of 9 rows were left out"]
+    (folder / "artifact.json").write_text(json.dumps(record))
+    for damage in ("", "{}"):
+        (folder / "progress.json").write_text(damage)
+        assert row_of(runs, "sft").warnings == ("3 of 9 rows were left out",)
 
 
 def test_a_full_disk_is_called_a_full_disk(tmp_path: Path, fake: Path) -> None:

@@ -570,7 +570,7 @@ def test_a_step_that_is_queued_is_not_taken_by_another_job(tmp_path: Path, fake:
     words = ["prepare", "--stages", "preprocess", "--cluster", "slurm", "tiny", "--runs", str(tmp_path / "runs")]
     done = run_cli(*words, env={"SLURM_JOB_ID": "7"})
     assert done.returncode == 2
-    assert "is with Slurm already, as job 41 (PENDING)" in done.stderr
+    assert "is with Slurm, as job 41 (PENDING)" in done.stderr
 
 
 # ---------------------------------------------------------------- status

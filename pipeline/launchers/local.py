@@ -25,7 +25,7 @@ from tqdm import tqdm
 from pipeline import faults
 from pipeline.artifact import STOP, refuse_if_owned
 from pipeline.errors import LaunchError, PipelineError, PlanError, Stopped, explain_disk, printable
-from pipeline.jobs import live_jobs
+from pipeline.jobs import live_jobs, with_slurm
 from pipeline.launchers.torchrun import command, environment
 from pipeline.plan import Plan, Step, order_of
 from pipeline.progress import ATTEMPT, Progress, clock, describe, read_progress
@@ -47,7 +47,7 @@ def run_plan(plan: Plan) -> list[Step]:
         refuse_if_owned(step.folder)
     queued = live_jobs(step.folder for step in todo) if is_here() else {}  # a folder copied from a cluster has none
     if queued:
-        told = [f"{folder} is with Slurm, as job {job.id} ({job.state})" for folder, job in queued.items()]
+        told = [with_slurm(folder, job) for folder, job in queued.items()]
         raise PlanError(*told, "wait for it (python -m pipeline status), or end it with python -m pipeline cancel")
     ran: list[Step] = []
     failed: dict[str, PipelineError] = {}
@@ -93,10 +93,13 @@ def run_step(step: Step, plan: Plan, title: str) -> None:
             env={**environment(stage, plan.cluster), ATTEMPT: attempt},
             start_new_session=True,
         )
+        still = faults.StoppedProcesses(process.pid)
         with _stopping(process, step, plan.cluster.stop_grace, attempt) as asked_to_end, _Bar(title) as bar:
             while process.poll() is None:
                 if progress := _progress(step, attempt):
                     bar.show(progress)
+                for sentence in still.new():
+                    tqdm.write(f"warning: {sentence}", file=sys.stderr)
                 if time.time() > limit and not asked:
                     asked = True
                     (step.folder / STOP).touch()

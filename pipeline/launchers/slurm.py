@@ -59,6 +59,7 @@ class Submission:
     job: str  # its id; where nothing is submitted, the step's label
     new: bool  # submitted now, not by an earlier command
     after: tuple[str, ...]  # the jobs it waits for
+    user: str | None = None  # whose job it is, where another user has submitted it
 
 
 Submit = Callable[[Step, Plan, Sequence[str], JobRecord], JobRecord]
@@ -111,7 +112,8 @@ def _submit_missing(
             jobs[step.label] = step.label
         elif new:
             jobs[step.label] = _submit(step, plan, after, submit, found, typed)
-        found.append(Submission(step, jobs[step.label], new, after))
+        other = job.user if job and not new and job.user != this_user() else None
+        found.append(Submission(step, jobs[step.label], new, after, other or None))
     return found
 
 
@@ -281,7 +283,7 @@ def show(submissions: list[Submission]) -> str:
     lines = []
     for one in submissions:
         waits = f"after {', '.join(one.after)}" if one.after else "can start"
-        state = waits if one.new else "submitted before"
+        state = waits if one.new else f"submitted before{f' by {one.user}' if one.user else ''}"
         lines.append(f"{one.step.label:<{width}}  job {one.job}  {state}")
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ stop, 2, 1.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -105,7 +106,12 @@ def run_on_node(folder: Path) -> int:
         env={**environment(stage, order.cluster), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN)},
         preexec_fn=ignore_stop_signals,
     )
-    code = process.wait()
+    code, still = None, faults.StoppedProcesses(process.pid)
+    while code is None:
+        for warning in still.new():
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(faults.LOOK)
     if sentence := faults.record_death(folder, f"{order.name} on {os.uname().nodename}", code, kills, started):
         print(f"error: {sentence}", file=sys.stderr, flush=True)
     return exit_code(folder, code, started)
