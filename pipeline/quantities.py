@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 from pipeline.arithmetic import DIGITS, Value, evaluate, nearly_equal
 from pipeline.reading import plain_math, unwrapped
@@ -73,6 +74,7 @@ _TAKEN_BACK = re.compile(
 )
 
 
+@lru_cache(maxsize=4096)  # a gold is compared with every completion of its row, a target read more than once
 def quantity_in(text: str) -> Quantity | None:
     r"""The one number of a short text with its unit: `1,234`, `$18.00`, `v = -2.5 \times 10^{-3}\ \mathrm{m/s^2}`.
 

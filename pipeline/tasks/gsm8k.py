@@ -3,14 +3,18 @@
     task: {name: gsm8k, source: hub, params: {format: chat, validation: 0.1}}
 
 The published rows (`question`, `answer`), or a file of the same shape: an answer is steps, then `#### 72` or
-`Final answer: 72`. The steps become the thought, without the calculator's marks `<<48/2=24>>`; the number becomes the
-answer. A completion is right where its one final number is equal to the gold one, however it is written.
+`Final answer: 72`. The steps (or what stands in `<think>` tags) become the thought, without the calculator's marks
+`<<48/2=24>>`; the number becomes the answer, in the row's own words. It is read as a model's answer is read, and a row
+whose target would not be paid in full is a bad row. A completion is right where its one final number is equal to the
+gold one, however it is written.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any, ClassVar, Literal
 
@@ -23,7 +27,10 @@ PROMPTS = {
     "chat": '{}\n\nThink step by step, then end with "####" and the number.',
     "text": "Solve this problem step-by-step:\nQuestion: {}\nAnswer:",  # with model.chat_template=plain
 }
-_LAST_LINE = re.compile(r"^\s*(?:####|final answer:).*$", re.IGNORECASE | re.MULTILINE)
+_CALCULATOR = re.compile(r"<<[^<>]*>>")
+_FINAL_LINE = re.compile(  # `#### 72`, also with the number on the next line, or `**Final answer:** 72`
+    r"^[^\S\n]*(?:####[^\S\n]*(?:\n\s*)?\S.*|\W{0,3}final answer\W{0,3}[:：].*)$", re.IGNORECASE | re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
@@ -75,15 +82,15 @@ class Gsm8k(Task):
         return _problem(values)
 
     def _example(self, row: Row) -> Example:
-        steps, gold = _solution(row.text("answer"))
+        solution = _solution(row.text("answer"))
         question = row.text("question")
         return Example(
             id=f"{row.source.rpartition('/')[2]}-{row.line}",
             question=PROMPTS[self.params.format].format(question),
-            gold=gold or "",
+            gold=solution.gold,
             group=sha256(answers.normalised(question).encode()).hexdigest()[:10],
-            tags={"steps": steps.count("\n") + 1},
-            target=f"{answers.OPEN}\n{steps}\n{answers.CLOSE}\n#### {gold}",
+            tags={"steps": solution.steps.count("\n") + 1},
+            target=solution.target,
         )
 
     def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
@@ -101,28 +108,70 @@ class Gsm8k(Task):
 
 
 def shown(said: answers.Quantity | None) -> str | None:
-    """A number as it is kept in predictions.jsonl; an irrational one with the digits of a double."""
-    return None if said is None else str(said.value) if said.exact else f"{float(said.value)}"
+    """A number as it is kept in predictions.jsonl: 3.75, 1/3; an irrational one with the digits of a double."""
+    return None if said is None else _digits(said.value) if said.exact else f"{float(said.value)}"
 
 
-def _solution(answer: str) -> tuple[str, str | None]:
-    """(steps, number) of a published answer."""
-    text = re.sub(r"<<[^<>]*>>", "", answer)
-    found = answers.quantity(text, prefilled=False)
-    gold = text and _LAST_LINE.findall(text)
-    steps = _LAST_LINE.sub("", text).strip()
-    if found is None or not gold:
-        return steps, None
-    return steps, str(found.value)
+def _digits(value: Fraction) -> str:
+    """Decimal digits where they end, else a fraction."""
+    for places in range(1, 13):
+        if value.denominator > 1 and 10**places % value.denominator == 0:
+            digits = f"{abs(value.numerator) * 10**places // value.denominator:0{places + 1}d}"
+            return f"{'-' if value < 0 else ''}{digits[:-places]}.{digits[-places:]}"
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An answer of a row, taken apart; `problem` says why it is no target."""
+
+    steps: str = ""
+    gold: str = ""
+    target: str = ""
+    problem: str | None = None
+
+
+def _solution(answer: str) -> Solution:
+    text = _CALCULATOR.sub("", answer)
+    thought, said = "", text
+    if answers.OPEN in text or answers.CLOSE in text:
+        parts = answers.split_thought(text, prefilled=False)
+        if not parts.well_formed:
+            return Solution(problem="answer holds <think> or </think>, and not one thought and then the answer")
+        thought, said = parts.thought or "", parts.answer or ""
+    marks = [match for match in _FINAL_LINE.finditer(said) if _states(match[0].strip())]
+    final = _final("\n".join(match[0].strip() for match in marks))
+    if isinstance(final, str):
+        return Solution(problem=f'answer does not end with one number after "####" or "Final answer:"{final}')
+    for match in reversed(marks):
+        said = said[: match.start()] + said[match.end() :]
+    steps = f"{thought.strip()}\n{said.strip()}".strip()
+    target = f"{answers.OPEN}\n{steps}\n{answers.CLOSE}\n#### {final[1]}"
+    if not answers.thinks_then_answers(target, prefilled=False):
+        return Solution(problem="answer has no steps before its number")
+    return Solution(steps, final[0], target)
+
+
+@lru_cache(maxsize=4096)
+def _states(line: str) -> bool:
+    """Whether a line states an answer, as `#### 72` does and the heading `#### Step 1: add` does not."""
+    return bool(answers.stated(line))
+
+
+@lru_cache(maxsize=4096)  # rows share their last lines: there are fewer numbers than rows
+def _final(lines: str) -> tuple[str, str] | str:
+    """(the number, the row's words for it) that the last lines of an answer state, or what is wrong with them."""
+    found = answers.read_quantity(lines, prefilled=False)
+    gold = shown(found.value)
+    if found.value is None or gold is None:
+        return " (it has two that differ)" if found.reason == "two_numbers" else ""
+    words = answers.stated(lines)[-1].rstrip(" .")
+    again = answers.read_quantity(f"#### {words}", prefilled=False).value
+    return gold, words if again and again.value == found.value.value else gold
 
 
 def _problem(values: Any) -> str | None:
-    if told := lacks(values, "question", "answer"):
-        return told
-    steps, gold = _solution(str(values["answer"]))
-    if gold is None:
-        return 'answer does not end with one number after "####" or "Final answer:"'
-    return None if steps else "answer has no steps before its number"
+    return lacks(values, "question", "answer") or _solution(str(values["answer"]).strip()).problem
 
 
 TASK = Gsm8k
