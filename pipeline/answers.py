@@ -38,6 +38,7 @@ __all__ = [  # what tasks and rewards may use, the other readers' too
     "choice",
     "expression",
     "final_text",
+    "has_empty_thought",
     "has_thought",
     "is_well_formed",
     "normalised",
@@ -131,6 +132,12 @@ def has_thought(completion: str, prefilled: bool) -> bool:
     return parts.answer is not None and _has_words(parts.thought)
 
 
+def has_empty_thought(completion: str) -> bool:
+    """Whether there is nothing at all between the tags of a thought."""
+    thought = split_thought(completion, prefilled=False).thought
+    return thought is not None and not thought.strip()
+
+
 def thinks_then_answers(completion: str, prefilled: bool) -> bool:
     """Whether the completion is one thought that has words, then an answer."""
     parts = split_thought(completion, prefilled)
@@ -156,10 +163,16 @@ def verdict(completion: str, prefilled: bool, words: Sequence[str] = YES_NO) -> 
     return read_verdict(completion, prefilled, words).value
 
 
-def is_well_formed(completion: str, prefilled: bool, words: Sequence[str] = YES_NO) -> bool:
-    """Whether the completion is one thought that has words, then `Therefore: Yes` or `Therefore: No` alone."""
-    answer = split_thought(completion, prefilled).answer
-    return thinks_then_answers(completion, prefilled) and bool(_verdict_alone(tuple(words)).fullmatch(answer or ""))
+def is_well_formed(
+    completion: str, prefilled: bool, words: Sequence[str] = YES_NO, *, empty_thought: bool = False
+) -> bool:
+    """Whether the completion is one thought that has words, then `Therefore: Yes` or `Therefore: No` alone.
+
+    `empty_thought`: of a task that teaches no thoughts, nothing at all between the tags will do as well.
+    """
+    parts = split_thought(completion, prefilled)
+    thinks = _has_words(parts.thought) or (empty_thought and parts.thought is not None and not parts.thought.strip())
+    return parts.well_formed and thinks and bool(_verdict_alone(tuple(words)).fullmatch(parts.answer or ""))
 
 
 # ---------------------------------------------------------------- final answers that are marked as such

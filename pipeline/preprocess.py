@@ -9,21 +9,27 @@ Leaves `data/<split>.parquet` (conversational prompt/completion records with met
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline import answers
 from pipeline.artifact import Artifact
-from pipeline.errors import DataError
+from pipeline.errors import DataError, some_of
 from pipeline.files import write_json
 from pipeline.recipe import Recipe
-from pipeline.rows import left_out
 from pipeline.runtime import Runtime
 from pipeline.stage import main
-from pipeline.tasks.task import Example, Task, rows, task_of
+from pipeline.tasks.task import Example, Splits, Task, rows, task_of
 
+REPORTED = {  # lists of a split's proof that the user has to know of
+    "skipped": "rows cannot be read and were left out",
+    "without_gold": "rows have no gold answer, so they are not rewarded and nothing verifies them",
+    "unpaid_targets": "targets would not be paid in full by the task's own judge",
+}
 TOKENIZER_ROWS = 4000  # rows that a tokenizer from scratch is trained on
 
 
@@ -32,8 +38,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     runtime.progress.update(state="running", note="reading or generating rows", unit="splits")
     task = task_of(recipe.task, recipe.seed)
     splits = task.load()
-    if not splits.sft and not splits.grpo:
-        raise DataError(f"task {recipe.task.name}: no training rows; ask for some in task.params")
+    if problems := nothing_to_learn(recipe, task, splits):
+        raise DataError(*problems)
 
     # ---- one parquet file a split
     parts = {"sft": splits.sft, "grpo": splits.grpo, "validation": splits.validation, **splits.tests}
@@ -42,12 +48,16 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         runtime.progress.update(done=done, total=len(parts), note=f"writing {name}")
         if examples:
             write_rows(task, examples, out / "data" / f"{name}.parquet")
-    write_json(out / "splits.json", {"tests": list(splits.tests), **splits.proof})
+    unpaid, thoughtless = target_faults(task, [*splits.sft, *splits.validation])
+    proof = {**splits.proof, "unpaid_targets": unpaid, "empty_thoughts": len(thoughtless)}
+    write_json(out / "splits.json", {"tests": list(splits.tests), **proof})
     counts = {name: len(examples) for name, examples in parts.items()}
-    skipped = splits.proof.get("skipped", [])
-    metrics: dict[str, Any] = {"rows": counts, "overlap": splits.proof.get("overlap"), "skipped": len(skipped)}
-    if skipped:
-        runtime.warn(left_out(skipped, " (splits.json names all)"))
+    metrics: dict[str, Any] = {"rows": counts, "overlap": proof.get("overlap"), "empty_thoughts": len(thoughtless)}
+    for name, told in REPORTED.items():
+        found = proof.get(name, [])
+        metrics[name] = len(found)
+        if found:
+            runtime.warn(f"{len(found):,} {told} (splits.json names all): {some_of(found, between='; ')}")
 
     # ---- a model from nothing
     if recipe.model.scratch:
@@ -63,8 +73,54 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
 
         runtime.progress.update(note="unpacking the model")
         metrics["parameters"] = unpack_gguf(recipe.model, out / "model")
-    runtime.progress.update(done=len(parts), figures={"rows": float(sum(counts.values()))})
+    different = {example.id for examples in parts.values() for example in examples}  # SFT and GRPO may share theirs
+    runtime.progress.update(done=len(parts), figures={"rows": float(len(different))})
     return metrics
+
+
+def target_faults(task: Task, examples: Iterable[Example]) -> tuple[list[str], list[str]]:
+    """(the rows whose target the task's own judge would not pay in full, each with why; those whose thought is empty).
+
+    An empty thought is what some recipes teach on purpose (`traces: 0.75`), so it is counted by itself.
+    """
+    unpaid, thoughtless = [], []
+    for example in examples:
+        if answers.has_empty_thought(example.target):
+            thoughtless.append(example.id)
+            worded = replace(example, target=example.target.replace(answers.OPEN, f"{answers.OPEN}x", 1))
+            fault = task.target_fault(worded)
+        else:
+            fault = task.target_fault(example)
+        if fault:
+            unpaid.append(f"{example.id}: {fault}")
+    return unpaid, thoughtless
+
+
+def nothing_to_learn(recipe: Recipe, task: Task, splits: Splits) -> list[str]:
+    """A sentence for each stage that will train and has no rows: what was read, and why rows fell out."""
+    rows = {"sft": splits.sft, "grpo": splits.grpo}
+    read = ", ".join(
+        f"{name} {len(examples):,}"
+        for name, examples in {**rows, "validation": splits.validation, **splits.tests}.items()
+    )
+    lost = []
+    for name, told in {**REPORTED, "same_question": "rows ask what a held-out row asks"}.items():
+        if found := splits.proof.get(name):
+            lost.append(f"{len(found):,} {told}: {some_of(found, between='; ')}")
+    if without := splits.proof.get("without_solution"):
+        lost.append(f"{without:,} rows have no worked solution")
+    where = recipe.task.path if task.source == "path" else f"task.source={task.source}"
+    sentences = []
+    for stage in recipe.stages:
+        if not rows[stage]:
+            needs = f" (a row needs {task.needs[stage]})" if stage in task.needs else ""
+            leave = {"sft": "train without SFT (--skip-sft)", "grpo": "train without GRPO (grpo.start=none)"}[stage]
+            sentences.append(
+                f"task: got no row for {stage} to learn from in {where}; expected one at least{needs}. Rows by use: "
+                f"{read}. {''.join(f'{text}. ' for text in lost)}Fix: name a file with such rows, ask for some in "
+                f"task.params, or {leave}"
+            )
+    return sentences
 
 
 def write_rows(task: Task, examples: Iterable[Example], path: Path) -> None:

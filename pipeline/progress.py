@@ -134,10 +134,15 @@ def many_attempts(progress: Progress) -> str | None:
 def describe(progress: Progress) -> str:
     """`loss 0.31, ETA 4:10` of a running step; the last figures of one that has ended."""
     parts = [progress.note] if progress.note else []
-    parts += [f"{name} {value:.4g}" for name, value in progress.figures.items()]
+    parts += [f"{name} {_figure(value)}" for name, value in progress.figures.items()]
     if progress.state == "running" and progress.eta is not None:
         parts.append(f"ETA {clock(progress.eta)}")
     return ", ".join(parts)
+
+
+def _figure(value: float) -> str:
+    """`0.3142`, and a count as one: `14,930`."""
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"
 
 
 def clock(seconds: float) -> str:

@@ -15,12 +15,11 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from hashlib import sha256
 from typing import Any, ClassVar, Literal
 
 from pipeline import answers
 from pipeline.rows import Columns, Row, lacks
-from pipeline.tasks.task import Example, Part, Splits, Task, Verdict, divide, proof_of
+from pipeline.tasks.task import Example, Needs, Part, Splits, Task, Verdict, divide, group_of, proof_of
 from pipeline.typed import Positive
 
 PROMPTS = {
@@ -55,6 +54,7 @@ class Gsm8k(Task):
     }
     positive = None
     answer_kind = "number"
+    needs: ClassVar[Needs] = dict.fromkeys(("sft", "grpo"), 'question and answer, steps that end with "#### 72"')
 
     params: Gsm8kParams
 
@@ -88,7 +88,7 @@ class Gsm8k(Task):
             id=f"{row.source.rpartition('/')[2]}-{row.line}",
             question=PROMPTS[self.params.format].format(question),
             gold=solution.gold,
-            group=sha256(answers.normalised(question).encode()).hexdigest()[:10],
+            group=group_of(question),
             tags={"steps": solution.steps.count("\n") + 1},
             target=solution.target,
         )

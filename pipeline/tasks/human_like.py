@@ -10,12 +10,11 @@ no GRPO. Every row keeps its rejected answer (`tags["rejected"]`), so that a mod
 from __future__ import annotations
 
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any, ClassVar
 
 from pipeline import answers
 from pipeline.rows import Columns, Row, lacks
-from pipeline.tasks.task import Example, Part, Splits, Task, Verdict, divide, proof_of
+from pipeline.tasks.task import Example, Needs, Part, Splits, Task, Verdict, divide, group_of, proof_of
 from pipeline.typed import Positive
 
 
@@ -37,6 +36,7 @@ class HumanLike(Task):
     columns: ClassVar[Columns] = {"prompt": ("question", "instruction", "query", "input")}
     positive = None
     rewardable = False
+    needs: ClassVar[Needs] = {"sft": "prompt, chosen and rejected"}
 
     params: HumanLikeParams
 
@@ -65,7 +65,7 @@ class HumanLike(Task):
             id=f"{row.source.rpartition('/')[2]}-{row.line}",
             question=prompt,
             gold="",
-            group=sha256(answers.normalised(prompt).encode()).hexdigest()[:10],
+            group=group_of(prompt),
             tags={"rejected": row.text("rejected")},
             target=row.text("chosen"),
         )
@@ -84,8 +84,10 @@ class HumanLike(Task):
 def _problem(values: Any) -> str | None:
     if told := lacks(values, "prompt", "chosen", "rejected"):
         return told
-    same = str(values["chosen"]).strip() == str(values["rejected"]).strip()
-    return "chosen and rejected are the same" if same else None
+    if str(values["chosen"]).strip() == str(values["rejected"]).strip():
+        return "chosen and rejected are the same"
+    why = answers.read_text(str(values["chosen"]), prefilled=False).reason
+    return f"chosen is no answer: {answers.REASONS[why]}" if why else None
 
 
 TASK = HumanLike

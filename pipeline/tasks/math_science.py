@@ -3,25 +3,27 @@ r"""Mathematics and science: MathCodeInstruct (Wang et al. 2024) and SciBench (W
     task: {name: math_science, source: hub, params: {mathcode_rows: 24308, tolerance: 0.05}}
 
 A row of MathCodeInstruct (`messages`: text, code and what the code printed, by turns) becomes a thought of all its
-parts and its last text as the answer, whose final answer is the gold: a number, or an expression that math-verify
-compares. A row of SciBench (`problem_text`, `solution`, `answer_number`, `unit`) is a number with a unit, right within
-a tolerance, powers of ten and SI prefixes folded in; those without a worked solution are asked and not learned from.
-A file may hold rows of both kinds.
+parts and its last text as the answer, whose final answer is the gold, read as a model's answer is read: a number, or
+an expression that math-verify compares. A row of SciBench (`problem_text`, `solution`, `answer_number`, `unit`) is a
+number with a unit, right within a tolerance, powers of ten and SI prefixes folded in; those without a worked solution
+are asked and not learned from. A row whose own target would not be graded right has no gold: it is learned from where
+it can be, never rewarded, and counted (`without_gold`). A file may hold rows of both kinds, told by what is filled.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from typing import Any, ClassVar
 
 from pipeline import answers
 from pipeline.rows import Columns, Row, is_missing, lacks, no_text
-from pipeline.tasks.task import Example, Part, Splits, Task, Verdict, divide, proof_of
+from pipeline.tasks.task import Example, Needs, Part, Splits, Task, Verdict, divide, group_of, proof_of
 from pipeline.typed import Positive, Share
 
 MATHCODE, SCIBENCH = "MathLLMs/MathCodeInstruct", "xw27/scibench"
+MATH_FIELDS = ("messages",)
 SCIENCE_FIELDS = ("problem_text", "answer_number")
 INSTRUCTION = r"Think step by step, then put the final answer in \boxed{}."
 FENCES = {"text": "{}", "code": "```python\n{}\n```", "execution": "```output\n{}\n```"}
@@ -49,14 +51,19 @@ class MathScience(Task):
     positive = None
     answer_kind = "expression"
     breakdowns = ("set",)
+    needs: ClassVar[Needs] = {
+        "sft": "messages that end with an answer, or problem_text, answer_number and solution",
+        "grpo": "messages whose last text states one final answer, or problem_text and answer_number",
+    }
 
     params: MathScienceParams
 
     def load(self) -> Splits:
         p = self.params
+        self._faults: dict[str, str] = {}  # why rows have no gold, by id
         math, science, skipped = self._read()
         named, more = self.read_named(_problem)
-        parts = {name: [_either(row) for row in rows] for name, rows in named.items()}
+        parts = {name: [example for row in rows for example in self._each(row)] for name, rows in named.items()}
         done = divide(
             [*_draw(math, p.mathcode_rows, self.seed), *_draw(science, p.scibench_rows, self.seed)],
             self.seed,
@@ -65,9 +72,16 @@ class MathScience(Task):
         )
         sft = [example for example in done.train if example.target]
         grpo = [replace(example, target="") for example in done.train if example.gold][: p.grpo_rows]
-        left = len(done.train) - len(sft)
         held = {"validation": done.validation, "test": done.test}
-        proof = proof_of(done.train, held, same_question=done.left, skipped=skipped + more, without_solution=left)
+        read = [*done.train, *done.validation, *done.test]
+        proof = proof_of(
+            done.train,
+            held,
+            same_question=done.left,
+            skipped=skipped + more,
+            without_solution=sum(not example.target for example in done.train + done.validation),
+            without_gold=[f"{e.id}: {self._faults[e.id]}" for e in read if not e.gold and e.id in self._faults],
+        )
         validation = [example for example in done.validation if example.target]
         return Splits(sft, grpo, validation, {"test": done.test} if done.test else {}, proof)
 
@@ -78,13 +92,41 @@ class MathScience(Task):
         """(rows of MathCodeInstruct, rows of SciBench, skipped); None in the place of a row that cannot be read."""
         if self.source == "path":
             rows, skipped = self.read(_problem)
-            examples = [_either(row) for row in rows]
+            examples = [example for row in rows for example in self._each(row)]
             math = [example for example in examples if example.tags["set"] == "mathcode"]
             return [*math], [example for example in examples if example.tags["set"] != "mathcode"], skipped
         rows_of_math, skipped = self.read_places(_math_problem, sample="mathcode")
         rows_of_science, more = self.read_places(_science_problem, hub=SCIBENCH, sample="scibench")
-        science = [_science(row) if row else None for row in rows_of_science]
-        return [_math(row) if row else None for row in rows_of_math], science, skipped + more
+        science = [self._science(row) if row else None for row in rows_of_science]
+        return [self._math(row) if row else None for row in rows_of_math], science, skipped + more
+
+    def _each(self, row: Row) -> list[Example]:
+        """The examples of a row of a file, which may be of either set, or of both."""
+        kinds = ((MATH_FIELDS, self._math), (SCIENCE_FIELDS, self._science))
+        return [make(row) for fields, make in kinds if _is_filled(row.values, fields)]
+
+    def _math(self, row: Row) -> Example:
+        """A row of MathCodeInstruct, without a gold where its own target would not be paid in full."""
+        example, why = _math(row)
+        fault = why or self.target_fault(example)
+        return self._without_gold(example, fault) if fault else example
+
+    def _science(self, row: Row) -> Example:
+        """A row of SciBench with the fullest wording of its answer that is read back as its gold."""
+        fault = ""
+        for answer in _science_answers(row):
+            example = _science(row, answer)
+            worked = replace(example, target=example.target or _target("worked out", answer))
+            fault = self.target_fault(worked) or ""
+            if not fault:
+                return example
+        return self._without_gold(example, fault)
+
+    def _without_gold(self, example: Example, why: str) -> Example:
+        """The row as one that nothing verifies; a target that is malformed is not learned from either."""
+        self._faults[example.id] = why
+        learned = answers.thinks_then_answers(example.target, prefilled=False)
+        return replace(example, gold="", target=example.target if learned else "")
 
     def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
         if not example.gold:
@@ -133,46 +175,69 @@ def _message(values: Any, role: str) -> list[tuple[str, str]]:
     return [part for parts in found for part in parts if part[1]]
 
 
-def _math(row: Row) -> Example:
+def _math(row: Row) -> tuple[Example, str | None]:
+    """(a row of MathCodeInstruct, why it has no gold)."""
     question = "\n".join(text for _, text in _message(row.values, "user"))
     parts = _message(row.values, "assistant")
     last = parts[-1][1] if parts[-1][0] == "text" else ""
-    gold = (answers.stated(last) or [""])[-1]
-    thought = "\n".join(FENCES.get(kind, "{}").format(text) for kind, text in (parts[:-1] or parts))
-    answer = last if last and len(parts) > 1 else rf"The answer is $\boxed{{{gold}}}$." if gold else last
-    return _example(f"mathcode-{row.line}", question, gold.strip("$ ."), "mathcode", "", thought, answer)
+    thought = "\n".join(FENCES.get(kind, "{}").format(text) for kind, text in parts[:-1])
+    answer = last
+    if not thought and answers.split_thought(last, prefilled=False).well_formed:
+        thought, _, answer = (part.strip() for part in last.removeprefix(answers.OPEN).partition(answers.CLOSE))
+    elif not thought:  # one text: it is worked out and answered in it
+        gold = answers.read_expression(last, prefilled=False).value
+        thought, answer = last, rf"The answer is $\boxed{{{gold}}}$." if gold else last
+    target = _target(thought, answer)
+    if not answers.thinks_then_answers(target, prefilled=False):
+        why = "holds <think> or </think> out of place" if last else "ends in code, not in a text"
+        return _example(f"mathcode-{row.line}", question, "", "mathcode", "", ""), f"its answer {why}"
+    said = answers.read_expression(target, prefilled=False)
+    example = _example(f"mathcode-{row.line}", question, said.value or "", "mathcode", "", target)
+    return example, None if said.value else answers.REASONS[said.reason or "no_answer"]
 
 
-def _either(row: Row) -> Example:
-    """The example of a row of a file, which may be of either set."""
-    return _math(row) if "messages" in row.values else _science(row)
-
-
-def _science(row: Row) -> Example:
-    unit = row.text("unit")
-    question = row.text("problem_text") + (f" Give the answer in {unit}." if unit else "")
-    gold, solution = row.text("answer_number"), row.text("solution")
-    bare = unit.replace("$", "").strip()
+def _science_answers(row: Row) -> list[str]:
+    """The final answer with its unit, as published; and without it, where the unit cannot be read back."""
+    gold, unit = row.text("answer_number"), row.text("unit")
+    bare = re.sub(r"(?<!\\)\$", "", unit).strip()  # `$\mathrm{~N}$` without what delimits it; `$\$$` is a dollar
     joined = gold + ((r" \times " if bare.startswith("10") else r"\ ") + bare if bare else "")
-    answer = rf"Final Answer: $\boxed{{{joined}}}$"
-    return _example(f"scibench-{row.line}", question, gold, "scibench", unit, solution, answer)
+    return [rf"Final Answer: $\boxed{{{text}}}$" for text in dict.fromkeys((joined, gold))]
 
 
-def _example(id: str, question: str, gold: str, set_: str, unit: str, thought: str, answer: str) -> Example:
+def _science(row: Row, answer: str) -> Example:
+    unit, solution = row.text("unit"), row.text("solution")
+    question = row.text("problem_text") + (f" Give the answer in {unit}." if unit else "")
+    target = _target(solution, answer) if solution else ""
+    return _example(f"scibench-{row.line}", question, row.text("answer_number"), "scibench", unit, target)
+
+
+def _target(thought: str, answer: str) -> str:
+    return f"{answers.OPEN}\n{thought}\n{answers.CLOSE}\n\n{answer}"
+
+
+def _example(id: str, question: str, gold: str, set_: str, unit: str, target: str) -> Example:
     return Example(
         id=id,
         question=f"{question}\n\n{INSTRUCTION}",
         gold=gold,
-        group=sha256(answers.normalised(question).encode()).hexdigest()[:10],
+        group=group_of(question),
         tags={"set": set_, "unit": unit},
-        target=f"{answers.OPEN}\n{thought}\n{answers.CLOSE}\n\n{answer}" if thought else "",
+        target=target,
     )
 
 
+def _is_filled(values: Any, names: Sequence[str]) -> bool:
+    return isinstance(values, dict) and all(not is_missing(values.get(name)) for name in names)
+
+
 def _problem(values: Any) -> str | None:
-    """Of a row of a file, which may be of either set."""
-    turns = isinstance(values, dict) and "messages" in values
-    return _math_problem(values) if turns else _science_problem(values)
+    """Of a row of a file, which may be of either set, or of both."""
+    math, science = _is_filled(values, MATH_FIELDS), _is_filled(values, SCIENCE_FIELDS)
+    if not math and not science:
+        named = isinstance(values, dict) and MATH_FIELDS[0] in values and SCIENCE_FIELDS[0] not in values
+        return _math_problem(values) if named else _science_problem(values)
+    told = [_math_problem(values) if math else None, _science_problem(values) if science else None]
+    return "; ".join(text for text in told if text) or None
 
 
 def _math_problem(values: Any) -> str | None:

@@ -6,18 +6,19 @@ SFT learns thought and answer of medical-o1-reasoning-SFT (`Question`, `Complex_
 be verified. The companion set medical-o1-verifiable-problem (`Open-ended Verifiable Question`, `Ground-True Answer`)
 has short gold answers: GRPO and the test set `short` compare them by normalised words. That is a proxy (another
 wording of the right answer counts as a miss, and nobody has checked the reasoning), never called correctness.
-A question that both sets hold is in training or held out, not in both. Not for use on patients.
+A question that both sets hold is in training or held out, not in both. One file may hold rows of both kinds, told by
+what is filled. Not for use on patients.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any, ClassVar, Literal
 
 from pipeline import answers
-from pipeline.rows import Columns, Row, lacks
-from pipeline.tasks.task import Example, Part, Splits, Task, Verdict, divide, proof_of
+from pipeline.rows import Columns, Row, is_missing, lacks
+from pipeline.tasks.task import Example, Needs, Part, Splits, Task, Verdict, divide, group_of, proof_of
 from pipeline.typed import Positive
 
 REASONING, VERIFIABLE = (
@@ -50,6 +51,7 @@ class Medical(Task):
     columns: ClassVar[Columns] = dict.fromkeys((*OPEN_FIELDS, *SHORT_FIELDS), ())
     positive = None
     answer_kind = "words"
+    needs: ClassVar[Needs] = {"sft": "Question, Complex_CoT and Response", "grpo": " and ".join(SHORT_FIELDS)}
     proxy = "the final answer equals the gold one in normalised words"
 
     params: MedicalParams
@@ -58,7 +60,7 @@ class Medical(Task):
         p = self.params
         opened, short, skipped = self._read()
         named, more = self.read_named(_problem)
-        parts = {name: [_either(row) for row in rows] for name, rows in named.items()}
+        parts = {name: [example for row in rows for example in _each(row)] for name, rows in named.items()}
         both = {
             name: ([e for e in rows if not e.tags["short"]], [e for e in rows if e.tags["short"]])
             for name, rows in parts.items()
@@ -87,7 +89,7 @@ class Medical(Task):
         """
         if self.source == "path":
             rows, skipped = self.read(_problem)
-            examples = [_either(row) for row in rows]
+            examples = [example for row in rows for example in _each(row)]
             opened = [example for example in examples if not example.tags["short"]]
             return [*opened], [example for example in examples if example.tags["short"]], skipped
         long, skipped = self.read_places(_open_problem, config=self.params.language)
@@ -119,38 +121,57 @@ class Medical(Task):
 def _open(row: Row) -> Example:
     question, thought, answer = (row.text(name) for name in OPEN_FIELDS)
     target = f"{answers.OPEN}\n{thought}\n{answers.CLOSE}\n\n{answer}"
-    return Example(f"open-{row.line}", question, "", _group(question), {"short": False}, target)
+    return Example(f"open-{row.line}", question, "", group_of(question), {"short": False}, target)
 
 
 def _short(row: Row) -> Example:
     question, gold = (row.text(name) for name in SHORT_FIELDS)
-    return Example(f"short-{row.line}", f"{question}\n\n{INSTRUCTION}", gold, _group(question), {"short": True})
+    gold = " ".join(gold.split())  # it is stated on one line
+    return Example(f"short-{row.line}", f"{question}\n\n{INSTRUCTION}", gold, group_of(question), {"short": True})
 
 
-def _either(row: Row) -> Example:
-    """The example of a row of a file, which may be of either set."""
-    return _short(row) if SHORT_FIELDS[0] in row.values else _open(row)
+def _each(row: Row) -> list[Example]:
+    """The examples of a row of a file, which may be of either set, or of both."""
+    kinds = ((OPEN_FIELDS, _open), (SHORT_FIELDS, _short))
+    return [make(row) for fields, make in kinds if _is_filled(row.values, fields)]
 
 
-def _group(question: str) -> str:
-    return sha256(answers.normalised(question).encode()).hexdigest()[:10]
+def _is_filled(values: Any, names: Sequence[str]) -> bool:
+    return isinstance(values, dict) and all(not is_missing(values.get(name)) for name in names)
 
 
 def _problem(values: Any) -> str | None:
-    """Of a row of a file, which may be of either set."""
-    short = isinstance(values, dict) and SHORT_FIELDS[0] in values
-    return _short_problem(values) if short else _open_problem(values)
+    """Of a row of a file, which may be of either set, or of both."""
+    opened, short = _is_filled(values, OPEN_FIELDS), _is_filled(values, SHORT_FIELDS)
+    if not opened and not short:
+        begun = _is_filled(values, SHORT_FIELDS[:1]) and not _is_filled(values, OPEN_FIELDS[:1])
+        named = isinstance(values, dict) and SHORT_FIELDS[0] in values and OPEN_FIELDS[0] not in values
+        return _short_problem(values) if begun or named else _open_problem(values)
+    told = [_open_problem(values) if opened else None, _short_problem(values) if short else None]
+    return "; ".join(text for text in told if text) or None
 
 
 def _open_problem(values: Any) -> str | None:
-    return lacks(values, *OPEN_FIELDS)
+    if told := lacks(values, *OPEN_FIELDS):
+        return told
+    thought, answer = str(values["Complex_CoT"]), str(values["Response"])
+    if any(tag in text for text in (thought, answer) for tag in (answers.OPEN, answers.CLOSE)):
+        return "Complex_CoT or Response holds <think> or </think>"
+    learned = answers.thinks_then_answers(f"{answers.OPEN}{thought}{answers.CLOSE}{answer}", prefilled=False)
+    return None if learned else f"Complex_CoT {thought!r} has no words"
 
 
 def _short_problem(values: Any) -> str | None:
     if told := lacks(values, *SHORT_FIELDS):
         return told
-    gold = str(values[SHORT_FIELDS[1]])
-    return None if answers.normalised(gold) else f"{SHORT_FIELDS[1]} {gold!r} has no words"
+    gold = " ".join(str(values[SHORT_FIELDS[1]]).split())
+    if not answers.normalised(gold):
+        return f"{SHORT_FIELDS[1]} {gold!r} has no words"
+    stated = answers.read_words(f"Final answer: {gold}", prefilled=False)
+    if stated.value != answers.normalised(gold):
+        why = answers.REASONS[stated.reason] if stated.reason else f"read as {stated.value!r}"
+        return f"{SHORT_FIELDS[1]} {gold[:80]!r} is no answer that can be stated ({why})"
+    return None
 
 
 TASK = Medical

@@ -9,20 +9,24 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import pipeline.tasks
 from pipeline.errors import DataError, RecipeError, did_you_mean, some_of
+from pipeline.reading import REASONS, plain_characters
 from pipeline.recipe import TaskChoice
 from pipeline.rows import SAMPLES, Columns, Row, file_problem, file_rows, hub_rows, sorted_out
 from pipeline.typed import Check, build
 
 Message = dict[str, str]  # {"role": …, "content": …}
+Needs = Mapping[str, str]
 PEEKED = 1000  # rows of a file that `check` looks at
 Part = Annotated[float, Check("a share below 1, or a whole number of rows", lambda v: 0 <= v < 1 or v == int(v) >= 1)]
 
@@ -78,6 +82,7 @@ class Task(ABC):
     answer_kind: ClassVar[str | None] = None  # of its final answers: a key of `rewards.audit.FINAL`; None: any text
     proxy: ClassVar[str | None] = None  # what `Verdict.proxy` is, in words
     positive: ClassVar[str | None]  # the gold that F1 and recall count, None for tasks without one
+    needs: ClassVar[Needs] = {}  # what a row has to have for sft and for grpo, in words
     breakdowns: ClassVar[tuple[str, ...]] = ()  # tags by which the report splits its figures
     published: ClassVar[tuple[dict[str, Any], ...]] = ()  # scores to stand beside: name, test, f1, …
 
@@ -116,6 +121,21 @@ class Task(ABC):
     @abstractmethod
     def is_well_formed(self, completion: str, prefilled: bool) -> bool:
         """Whether the completion keeps the form the task asks for, whatever it says."""
+
+    def target_fault(self, example: Example) -> str | None:
+        """Why the task's own judge would not pay a row's target in full; None where it does, or the row has no gold.
+
+        What SFT teaches is what evaluation calls right and the form reward pays: `preprocess` asks this of each row
+        that is learned from, and reports the others.
+        """
+        if not example.gold or not example.target:
+            return None
+        verdict = self.judge(example, example.target, False, False)
+        if not verdict.answered:
+            return f"its target is unanswered ({REASONS.get(verdict.reason or '', verdict.reason)})"
+        if not (verdict.correct or verdict.proxy):
+            return f"its target answers {verdict.answer!r}, its gold is {example.gold!r}"
+        return None if self.is_well_formed(example.target, False) else "its target is not in the form that is rewarded"
 
     def solve(self, example: Example) -> str | None:
         """The answer of an exact program, which then stands beside the models; None where the task has none."""
@@ -342,6 +362,26 @@ def divide(
     train = [example for example in rest if example and example.group not in groups]
     left += [example.id for example in rest if example and example.group in groups]
     return Division(train, held[names[1]], held[names[0]], left)
+
+
+_TOKEN = re.compile(  # numbers, words, and what makes a formula another one
+    r"\d+(?:[.,]\d+)*|[^\W\d_]+|[-+*/^<>=≤≥≠±×÷·%√|()\[\]]|(?<=[\d)])!|(?<!\d)\.(?=\d)"
+)
+_HYPHEN = re.compile(r"(?<=[^\W\d_]{2})-(?=[^\W\d_]{2})")
+
+
+def group_of(question: str) -> str:
+    """What questions share that are copies of each other: the same words, numbers and signs in the same order.
+
+    Case, punctuation, articles and blanks do not count; `3 + x` and `3 - x`, `(2+3)*4` and `2+(3*4)` are different.
+    """
+    found = _TOKEN.findall(_HYPHEN.sub(" ", plain_characters(question)).casefold())
+    kept = []
+    for word, following in zip(found, [*found[1:], ""], strict=True):
+        article = word in ("the", "an") or (word == "a" and len(following) > 1 and following.isalpha())
+        if not article:
+            kept.append(word.replace(",", ""))
+    return sha256(" ".join(kept).encode("utf-8", "replace")).hexdigest()[:10]
 
 
 def proof_of(train: Sequence[Example], held: Mapping[str, Sequence[Example]], **more: Any) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from pipeline.tasks.corr2cause.graphs import (
 )
 from pipeline.tasks.corr2cause.published_rows import COLUMNS, gold_of, label_of, question_of, words_of
 from pipeline.tasks.corr2cause.trace import proof
-from pipeline.tasks.task import Example, Splits, Task, Verdict
+from pipeline.tasks.task import Example, Needs, Splits, Task, Verdict
 from pipeline.typed import Check, Count, Positive, Share
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ class Corr2Cause(Task):
     columns: ClassVar[Columns] = COLUMNS
     positive = "Yes"
     answer_kind = "verdict"
+    needs: ClassVar[Needs] = dict.fromkeys(("sft", "grpo"), 'input ("Premise: … Hypothesis: …") and label (0 or 1)')
     breakdowns = ("n", "relation")
     published = (
         {"name": "Random", "f1": 0.204},
@@ -194,7 +195,12 @@ class Corr2Cause(Task):
         return Verdict(said.value == example.gold, said.value is not None, said.value, reason=said.reason)
 
     def is_well_formed(self, completion: str, prefilled: bool) -> bool:
-        return answers.is_well_formed(completion, prefilled, self.golds)
+        return answers.is_well_formed(completion, prefilled, self.golds, empty_thought=not self.proves)
+
+    @property
+    def proves(self) -> bool:
+        """Whether SFT learns proofs; where it learns bare verdicts alone, the form has no thought either."""
+        return self.source == "generated" and any(phase.traces for phase in self.params.phases)
 
     def solve(self, example: Example) -> str | None:
         """The exact answer, from the words of the question alone; None where they cannot be read, or no DAG fits."""
