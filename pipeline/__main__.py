@@ -347,7 +347,7 @@ def plan_command(args: argparse.Namespace) -> int:
     plan = _plan(args)
     if not args.memory:
         return _show_plan(plan, _outdated(plan, args) if args.refresh else ())
-    from pipeline.memory import show
+    from pipeline.fitting import show
 
     recipes = {step.recipe.name: step.recipe for step in plan.steps}
     print("\n\n".join(show(recipe, plan.cluster) for recipe in recipes.values()))

@@ -12,12 +12,13 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from pipeline import nvidia
 from pipeline.recipe import CONFIGS, Recipe, divisors, find_yaml, read_typed
-from pipeline.typed import Check, Count, Name, Positive, Rate, added
+from pipeline.typed import Check, Count, Name, NonNegative, Positive, Rate, added
 
 CLUSTERS = CONFIGS / "clusters"
 DEEPSPEED = Path("deepspeed")
@@ -78,7 +79,7 @@ class TrainingStage:
 
     per_device_batch_size: Positive | Literal["auto"]
     deepspeed: str  # none, the name of a file in deepspeed/, or auto: the cheapest that fits
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | Literal["auto"]  # auto: on GPUs, but for a model from nothing
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Cluster:
     launcher: Literal["local", "slurm", "submitit"]
     nodes: Positive  # of a training stage or an evaluation
     gpus: Count | Literal["auto"]  # of each node; auto: those of this machine
-    gpu_memory: Rate | None  # GB of each GPU, for the memory planner
+    gpu_memory: NonNegative | None  # GB of each GPU; None or 0: not known, or not to be compared
     compute_capability: Rate | None  # of each GPU, such as 7.5: what the hardware can do
     processes: Positive | Literal["auto"]  # of each node; auto: one a GPU, on a CPU one a core, two at most
     threads: Positive | Literal["auto"]  # per process; auto: cores ÷ processes
@@ -158,7 +159,24 @@ def read_cluster(name: str, overrides: Sequence[str] = ()) -> tuple[Cluster | No
     file = find_yaml(name, "cluster", CLUSTERS, cluster_names())
     files = list(dict.fromkeys([CLUSTERS / "local.yaml", file]))
     cluster, problems = read_typed(Cluster, files, overrides, {"name": file.stem})
+    if cluster is not None and cluster.launcher == "local":
+        cluster = _with_this_machine(cluster)
     return cluster, [f"cluster.{text}" if not text.startswith(("cluster.", "'")) else text for text in problems]
+
+
+def _with_this_machine(cluster: Cluster) -> Cluster:
+    """The cluster with memory and capability of this machine's GPUs, where its file leaves them open."""
+    if cluster.gpu_memory is not None and cluster.compute_capability is not None:
+        return cluster
+    found = nvidia.smallest() if wanted_gpus(cluster) and gpu_count() else None
+    if found is None:
+        return cluster
+    memory, capability = found
+    return replace(
+        cluster,
+        gpu_memory=memory if cluster.gpu_memory is None else cluster.gpu_memory,
+        compute_capability=capability if cluster.compute_capability is None else cluster.compute_capability,
+    )
 
 
 def driver_devices() -> list[str]:
@@ -179,6 +197,11 @@ def gpu_count() -> int:
     if visible is None or not devices:
         return len(devices)
     return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
+
+
+def wanted_gpus(cluster: Cluster) -> int:
+    """GPUs of a node that the cluster's file asks for."""
+    return gpu_count() if cluster.gpus == "auto" else cluster.gpus
 
 
 def core_count() -> int:
@@ -202,8 +225,7 @@ def process_count(cluster: Cluster) -> int:
     """Training processes on one node."""
     if cluster.processes != "auto":
         return cluster.processes
-    gpus = gpu_count() if cluster.gpus == "auto" else cluster.gpus
-    return gpus or min(2, core_count() if cluster.launcher == "local" else cluster.slurm.cpus)
+    return wanted_gpus(cluster) or min(2, core_count() if cluster.launcher == "local" else cluster.slurm.cpus)
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,16 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline.cluster import Cluster, driver_devices, gpu_count
+from pipeline.cluster import Cluster, driver_devices, wanted_gpus
 from pipeline.errors import LaunchError
+from pipeline.fitting import needs
 from pipeline.layouts import stage_layout
-from pipeline.memory import GIB, needs
+from pipeline.model_sizes import GIB
 from pipeline.modeling import choose_attention, choose_dtype
 from pipeline.recipe import Recipe
 
 ALLOW_CPU = "THEREFORE_ALLOW_CPU"  # 1: stages of a cluster with GPUs may run on CPUs, for tests of the cluster's file
 LESS = 0.9  # share of cluster.gpu_memory that a card may fall short by its driver's own use
-
-
-def wanted_gpus(cluster: Cluster) -> int:
-    """GPUs of a node that the cluster's file asks for."""
-    return gpu_count() if cluster.gpus == "auto" else cluster.gpus
 
 
 def check_devices(cluster: Cluster, *, rehearsal: bool) -> list[str]:
@@ -161,7 +157,7 @@ def _remedies(stage: str, cluster: Cluster) -> str:
     rows = layout.per_device_batch_size
     if rows == "auto" or rows > 1:
         words.append(f"cluster.{kind}.per_device_batch_size={1 if rows == 'auto' else max(1, rows // 2)}")
-    if not layout.gradient_checkpointing:
+    if layout.gradient_checkpointing is not True:
         words.append(f"cluster.{kind}.gradient_checkpointing=true")
     if kind == "grpo" and cluster.generation_batch_size == "auto":
         words.append("cluster.generation_batch_size=N below what the log shows")

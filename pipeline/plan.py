@@ -33,8 +33,8 @@ from pipeline.errors import ArtifactError, PlanError, RecipeError, did_you_mean
 from pipeline.families import gguf_file
 from pipeline.files import read_json
 from pipeline.fingerprint import describe_drift, file_identity, fingerprint, plain
+from pipeline.fitting import resolved
 from pipeline.layouts import refusals
-from pipeline.memory import resolved
 from pipeline.recipe import CONFIGS, Recipe, find_yaml, local_files, local_problems, read, read_typed, recipe_names
 from pipeline.records import OddFile, read_record
 from pipeline.rehearsal import rehearsal_of

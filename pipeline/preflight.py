@@ -22,11 +22,14 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 
 from pipeline import libraries
-from pipeline.cluster import AMPERE, DEEPSPEED, Cluster, gpu_count, half_precision
+from pipeline.cluster import AMPERE, DEEPSPEED, Cluster, half_precision, wanted_gpus
 from pipeline.errors import did_you_mean
 from pipeline.families import TEMPLATES, gguf_file, model_config, special_in, special_tokens
 from pipeline.fetch import not_fetched
-from pipeline.memory import GIB, adapter_parameters, needs, shape_of, what_fits
+from pipeline.fitting import host_remedies, is_unknown, needs, resolved, unknown_model, what_fits
+from pipeline.host_memory import limit, too_large
+from pipeline.memory import usable
+from pipeline.model_sizes import GIB, adapter_parameters, known_shape
 from pipeline.plan import Plan, refusals_of
 from pipeline.recipe import Model, Optimizer, Recipe
 from pipeline.rewards.audit import audit, audited
@@ -47,7 +50,7 @@ def problems(plan: Plan, *, audited: bool = False) -> tuple[list[str], list[str]
     for name, recipe in recipes.items():
         checks = (_names, _chat_format, _file, _attention, _lengths, _adapters)
         found = [text for look in checks for text in look(recipe)]
-        for look_wide in (_backend, _hardware, _memory):
+        for look_wide in (_backend, _hardware, _memory, _host_memory):
             found += look_wide(recipe, plan.cluster)
         if name in unread:
             bad, told = task_of(recipe.task, recipe.seed).peek()
@@ -160,7 +163,7 @@ def _backend(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
                     f"model.backend: the installed unsloth asks for {needed.name}{needed.specifier}, here is "
                     f"{version}; use transformers, or a release of unsloth for these versions"
                 )
-    if not (gpu_count() if cluster.gpus == "auto" else cluster.gpus):
+    if not wanted_gpus(cluster):
         yield "model.backend: 'unsloth' needs a GPU, and this cluster has none; use transformers"
     if any(getattr(cluster, stage).deepspeed != "none" for stage in ("sft", "grpo")):
         yield (
@@ -188,9 +191,7 @@ def _disk(plan: Plan, recipes: list[Recipe]) -> Iterator[str]:
     usage = shutil.disk_usage(place)
     wanted = LEAST_FREE
     for recipe in recipes:
-        config = model_config(recipe.model)
-        if config and config.get("model_type") in ("qwen2", "llama", "phi3"):
-            shape = shape_of(config)
+        if shape := known_shape(recipe.model):
             trained = adapter_parameters(shape, recipe.lora) if recipe.lora.enabled else shape.parameters
             wanted += trained * 16 * (plan.cluster.keep_checkpoints + 1)
     left = [("are free", usage.free)] if usage.total else []  # what is no disk has no size; writing there tells
@@ -333,10 +334,10 @@ def _lengths(recipe: Recipe) -> Iterator[str]:
 
 def _adapters(recipe: Recipe) -> Iterator[str]:
     """LoRA targets that the architecture does not have."""
-    config = model_config(recipe.model)
-    if not recipe.lora.enabled or not config or config.get("model_type") not in ("qwen2", "llama", "phi3"):
+    shape = known_shape(recipe.model)
+    if not recipe.lora.enabled or shape is None:
         return
-    known = list(shape_of(config).linears)
+    known = list(shape.linears)
     for target in recipe.lora.targets:
         if target not in (*known, "all-linear"):
             has = ", ".join(known)
@@ -344,15 +345,33 @@ def _adapters(recipe: Recipe) -> Iterator[str]:
 
 
 def _memory(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
-    gpu = (cluster.gpu_memory or 0) * GIB
+    gpu = usable(cluster)
     over = [need for need in needs(recipe, cluster) or () if gpu and need.verdict(gpu) == "does not fit"]
     if over:
         stages = ", ".join(f"{need.phase} {need.total / GIB:.1f} GiB" for need in over)
         remedy = " ".join(what_fits(recipe, cluster))
         how = f"say {remedy}" if remedy else "take larger GPUs"
         yield (
-            f"memory: {stages} of {cluster.gpu_memory:g} GiB a GPU; {how} (see plan --memory); "
-            "cluster.gpu_memory=null tries it anyway"
+            f"memory: {stages} of {gpu / GIB:.1f} GiB a GPU; {how} (see plan --memory); "
+            "cluster.gpu_memory=0 tries it anyway"
+        )
+
+
+def _host_memory(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
+    """What a node's own memory cannot hold."""
+    decided = resolved(recipe, cluster)
+    over, most = too_large(recipe, decided), limit(cluster) or 0
+    if not over:
+        return
+    stages = ", ".join(f"{need.stage} {need.bytes / GIB:.0f} GiB ({need.what})" for need in over)
+    remedies = host_remedies(recipe, decided, over)
+    how = ", or ".join(remedies) if remedies else "take a larger machine"
+    if cluster.launcher == "local":
+        yield f"host memory: {stages}; expected at most {most / GIB:.0f}, which this machine has. Fix: {how}"
+    else:
+        yield (
+            f"cluster.slurm.memory: got {cluster.slurm.memory}; expected at least what a node holds of {stages}. "
+            f"Fix: {how}"
         )
 
 
@@ -379,10 +398,11 @@ def _rewards(recipe: Recipe) -> tuple[list[str], str]:
 
 
 def _notes(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
-    gpu = (cluster.gpu_memory or 0) * GIB
+    gpu = usable(cluster)
+    yield from (f"{recipe.name}: {text}" for text in _not_compared(recipe, cluster))
     for need in needs(recipe, cluster) or ():
         if gpu and need.verdict(gpu) == "tight":
-            size = f"{need.total / GIB:.1f} of {cluster.gpu_memory:g} GiB"
+            size = f"{need.total / GIB:.1f} of {gpu / GIB:.1f} GiB"
             yield f"{recipe.name}/{need.phase} is tight: {size} a GPU; a longer row than foreseen may not fit"
     here = recipe.model.scratch or recipe.model.gguf or Path(recipe.model.name).exists()
     if not here and recipe.model.revision is None:
@@ -391,6 +411,21 @@ def _notes(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
     for name, revision in task.repositories().items() if task.source == "hub" else ():
         if revision is None:
             yield f"{recipe.name}: {name} is not pinned; python -m pipeline fetch {recipe.name} prints the commit"
+
+
+def _not_compared(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
+    """What was not checked, and how it would be."""
+    if recipe.model.scratch:
+        return
+    if known_shape(recipe.model) is None:
+        what = "memory and lora.targets were" if recipe.lora.enabled else "memory was"
+        brings = "" if model_config(recipe.model) else f". Fix: python -m pipeline fetch {recipe.name} brings it"
+        yield f"{unknown_model(recipe)}, so {what} not checked{brings}"
+    elif is_unknown(recipe, cluster):
+        yield (
+            "memory was not compared: cluster.gpu_memory is not known. Fix: cluster.gpu_memory=24 (GB of each GPU), or "
+            "a file in configs/clusters/; what is auto is as small as it can be until then"
+        )
 
 
 # ---------------------------------------------------------------- Slurm

@@ -54,7 +54,7 @@ def trainable(recipe: Recipe, checkpoint: Checkpoint, layout: TrainingStage) -> 
             recipe.lora,
             dtype=choose_dtype(recipe.model),
             length=length,
-            checkpointing=layout.gradient_checkpointing,
+            checkpointing=layout.gradient_checkpointing is True,
             seed=recipe.seed,
         )
     full = not recipe.lora.enabled and checkpoint.adapter is None
@@ -160,7 +160,7 @@ def arguments(
         "fp16": dtype == torch.float16,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "gradient_checkpointing": layout.gradient_checkpointing,
+        "gradient_checkpointing": layout.gradient_checkpointing is True,  # auto is decided before a step starts
         "deepspeed": deepspeed_settings(optimizer, layout),
         "save_strategy": "steps",
         "save_steps": cluster.save_steps,

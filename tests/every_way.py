@@ -3,7 +3,8 @@
     torchrun --nproc_per_node=2 tests/every_way.py zero2 OUT
 
 Each way is the recipe's rehearsal, run by the stages themselves. Leaves OUT/<recipe>/<way>/{sft,grpo}/ as a run does,
-with the stage's metrics and, under DeepSpeed, what its optimizer holds (engine.json); OUT/overflow/ has SFT in float16
+with the stage's metrics and, under DeepSpeed, what its optimizer holds (engine.json) and what a process holds of the
+weights before GRPO generates and while it does (weights.json); OUT/overflow/ has SFT in float16
 from loss scales that are too high. tests/test_training.py starts it and looks at what it left.
 """
 
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from accelerate.state import AcceleratorState
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from trl.trainer import grpo_trainer
 
 from pipeline import distributed, grpo, preprocess, sft, training
 from pipeline.artifact import Artifact
@@ -46,6 +49,7 @@ WAYS = {
 FAR = [
     f"{stage}.optimizer.learning_rate=1e-2" for stage in ("sft", "grpo")
 ]  # what SFT has learned is far from the base
+current: list[Path] = []  # the folder of the stage that runs
 SHORT = [*FAR, "grpo.beta=0.1", "cluster.save_steps=2", "cluster.processes=2", "cluster.gpu_memory=null"]
 
 
@@ -58,6 +62,7 @@ def main(layout: str, out: Path) -> None:
     # DeepSpeed refuses float16 on a CPU without AVX512-FP16, and computes it there all the same
     CPU_Accelerator.is_fp16_supported = lambda self: True
     training.save = observed(training.save)  # type: ignore[assignment]
+    grpo_trainer.unwrap_model_for_generation = weighed(grpo_trainer.unwrap_model_for_generation)
     distributed.start(deepspeed=layout != "none")
     where = [f"cluster.{stage}.deepspeed={layout}" for stage in ("sft", "grpo")]
     for name, way in cells():
@@ -84,6 +89,7 @@ def run(stage: str, recipe: Recipe, cluster: Cluster, inputs: dict[str, Artifact
     """One stage, in every process but for preprocess."""
     rank, world = distributed.rank(), distributed.world_size()
     folder.mkdir(parents=True, exist_ok=True)
+    current[:] = [folder]
     metrics: dict[str, Any] = {}
     try:
         if stage != "preprocess" or rank == 0:
@@ -140,6 +146,33 @@ def observed(save: Callable[[Trainer, Path], None]) -> Callable[[Trainer, Path],
         write_json(out / "engine.json", facts)
 
     return save_and_write
+
+
+def weighed(unwrap: Any) -> Any:
+    """TRL's way to a model that generates, which also writes what this process holds of the weights."""
+
+    @contextmanager
+    def unwrap_and_write(model: Any, accelerator: Any, **arguments: Any) -> Iterator[Any]:
+        before = weight_bytes(accelerator.unwrap_model(model))
+        with unwrap(model, accelerator, **arguments) as whole:
+            yield whole
+            while_generating = weight_bytes(whole)
+        if distributed.rank() == 0 and not (current[0] / "weights.json").exists():
+            write_json(current[0] / "weights.json", {"before": before, "while_generating": while_generating})
+
+    return unwrap_and_write
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of the storages that parameters, their ZeRO-3 parts and bitsandbytes' states occupy in this process."""
+    tensors = []
+    for weights in model.parameters():
+        tensors += [weights.data, getattr(weights, "ds_tensor", None), getattr(weights, "CB", None)]
+        if state := getattr(weights, "quant_state", None):
+            tensors += [state.absmax, state.state2.absmax if state.state2 else None]
+    tensors += [getattr(getattr(module, "state", None), "CB", None) for module in model.modules()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    return sum(size for place, size in storages.items() if place)
 
 
 if __name__ == "__main__":

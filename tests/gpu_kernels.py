@@ -15,7 +15,7 @@ import torch
 from proof import Measured, Place, check
 
 from pipeline.cluster import half_precision
-from pipeline.memory import GIB
+from pipeline.model_sizes import GIB
 from pipeline.recipe import Model
 
 

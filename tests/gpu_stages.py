@@ -20,7 +20,9 @@ from proof import Check, Measured, Place, check
 from pipeline.artifact import HISTORY, Artifact, Checkpoint
 from pipeline.cluster import Cluster, TrainingStage
 from pipeline.files import read_json, write_json
-from pipeline.memory import CONTEXT, GIB, needs, resolved
+from pipeline.fitting import needs, resolved
+from pipeline.memory import CONTEXT
+from pipeline.model_sizes import GIB
 from pipeline.plan import make_plan
 from pipeline.progress import ProgressFile
 from pipeline.recipe import Lora, Model, Recipe

@@ -233,7 +233,7 @@ def environment(*, cpu: bool) -> dict[str, str]:
         settings |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
         settings |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     else:
-        settings |= {"CUDA_VISIBLE_DEVICES": visible.split(",")[0]}
+        settings |= {"CUDA_VISIBLE_DEVICES": visible.split(",")[0], "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     return {**os.environ, **settings}
 
 

@@ -35,6 +35,7 @@ NANO = [
     "evaluate.max_new_tokens=12",
     "evaluate.draws=200",
     "cluster.processes=2",
+    "cluster.grpo.deepspeed=zero3",
     "cluster.save_steps=2",
     "cluster.logging_steps=1",
 ]

@@ -11,7 +11,7 @@ import torch
 from pipeline import devices
 from pipeline.cluster import Cluster, read_cluster
 from pipeline.errors import LaunchError
-from pipeline.memory import GIB
+from pipeline.model_sizes import GIB
 from pipeline.recipe import Recipe, read
 from pipeline.runtime import show_hardware
 

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     **dict.fromkeys(("errors", "typed", "fingerprint", "files", "loading", "libraries", "markdown", "records"), 0),
     **dict.fromkeys(
-        ("recipe", "cluster", "slurm", "artifact", "progress", "runtime", "families", "slurm_words", "jobs"), 1
+        ("recipe", "cluster", "slurm", "artifact", "progress", "runtime", "families", "slurm_words", "jobs", "nvidia"),
+        1,
     ),
     **dict.fromkeys(
         (
@@ -34,6 +35,9 @@ FLOORS = {
             "charts",
             "rehearsal",
             "memory",
+            "model_sizes",
+            "host_memory",
+            "fitting",
             "task_code",
         ),
         2,

@@ -132,8 +132,8 @@ def test_a_checkpoint_records_its_layout_and_its_files_tell_the_same(nano: Path)
 def test_another_layout_is_refused_by_plan_check_and_run(half_done: Path) -> None:
     words = [*NANO, "--stages", "sft", "--runs", str(half_done)]
     assert run_cli("check", "tiny", *words).returncode == 0
-    other = [*words, "cluster.sft.deepspeed=zero3", "cluster.processes=1"]
-    told = "cluster.sft.deepspeed: got zero3 on 1 process; expected zero2 on 2 processes"
+    other = [*words, "cluster.sft.deepspeed=zero2_offload", "cluster.processes=1"]
+    told = "cluster.sft.deepspeed: got zero2_offload on 1 process; expected zero2 on 2 processes"
     fix = "Fix: cluster.sft.deepspeed=zero2 cluster.processes=2 resumes it"
     for command in ("check", "run"):
         done = run_cli(command, "tiny", *other)

@@ -11,29 +11,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from live_bytes import LiveBytes
+from live_bytes import LiveBytes, LiveTensors
 from peft import LoraConfig, get_peft_model
 from running import run_cli
 from test_rehearsal import PUBLISHED
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from trl.trainer import utils as trl_utils
 
-from pipeline.cluster import Cluster, batches, cluster_names, read_cluster
+from pipeline.cluster import Cluster, batches, read_cluster
 from pipeline.families import model_config
-from pipeline.memory import (
+from pipeline.fitting import needs, resolved, what_fits
+from pipeline.memory import FRAGMENTATION, Need, Term, states_of, usable, zero_of
+from pipeline.model_sizes import (
     GIB,
     TILE,
-    Need,
-    Term,
     adapter_parameters,
     head_bytes,
     kept_per_token,
-    needs,
-    resolved,
+    prefill_per_token,
     shape_of,
-    states_of,
-    what_fits,
-    zero_of,
 )
 from pipeline.plan import make_plan, order_of
 from pipeline.recipe import Lora, Recipe, read, recipe_names
@@ -60,13 +56,20 @@ def config_of(kind: str, **changes: Any) -> dict[str, Any]:
     return {**config, **changes}
 
 
-def empty(config: dict[str, Any], *, lora: Lora | None, checkpointing: bool) -> PreTrainedModel:
+def empty(
+    config: dict[str, Any],
+    *,
+    lora: Lora | None,
+    checkpointing: bool,
+    attention: str = "live_bytes",
+    autocast: bool = True,
+) -> PreTrainedModel:
     """The model without data, its attention keeping what FlashAttention keeps."""
     values = {key: value for key, value in config.items() if key != "architectures"}
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), attn_implementation="live_bytes")
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), attn_implementation=attention)
     finally:
         torch.set_default_dtype(torch.float32)
     if checkpointing:
@@ -80,15 +83,17 @@ def empty(config: dict[str, Any], *, lora: Lora | None, checkpointing: bool) -> 
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-        model = get_peft_model(model, adapter).to("meta")
+        model = get_peft_model(model, adapter, autocast_adapter_dtype=autocast).to("meta")
     model.train()
     model.config.use_cache = False
     return model
 
 
-def kept(config: dict[str, Any], tokens: int, *, lora: Lora | None, checkpointing: bool) -> int:
+def kept(
+    config: dict[str, Any], tokens: int, *, lora: Lora | None, checkpointing: bool, attention: str = "live_bytes"
+) -> int:
     """Bytes that are alive between the forward and the backward pass."""
-    model = empty(config, lora=lora, checkpointing=checkpointing)
+    model = empty(config, lora=lora, checkpointing=checkpointing, attention=attention)
     ids = torch.ones((1, tokens), dtype=torch.long, device="meta")
     gc.collect()
     with LiveBytes() as live:
@@ -115,7 +120,7 @@ def test_seventy_billion_parameters_on_up_to_64_gpus() -> None:
         sum(term.bytes for term in states_of(shape.parameters, optimizer, zero_of("zero3"), gpus, False))
         for gpus in (1, 64)
     ]
-    assert totals == pytest.approx([16 * shape.parameters, 16 * shape.parameters / 64])
+    assert totals == pytest.approx([18 * shape.parameters, 18 * shape.parameters / 64])  # gradients summed in 32 bit
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,8 +143,39 @@ def test_a_layer_keeps_what_the_models_code_keeps(kind: str, lora: Lora | None, 
         - kept(few, tokens, lora=lora, checkpointing=checkpointing)
         for tokens in (64, 128)
     ]
-    whole, only_input = kept_per_token(shape_of(few), lora, mask=4, dropped=4, low=4)
+    whole, only_input = kept_per_token(shape_of(few), lora, mask=4, dropped=4, low=4, repeated=False)
     assert (growth[1] - growth[0]) / 64 / 2 == pytest.approx(only_input if checkpointing else whole, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sdpa_keeps_the_keys_that_were_repeated_for_it(kind: str) -> None:
+    few, many = config_of(kind, num_hidden_layers=2), config_of(kind, num_hidden_layers=4)
+    growth = [
+        kept(many, tokens, lora=None, checkpointing=False, attention="live_bytes_repeated")
+        - kept(few, tokens, lora=None, checkpointing=False, attention="live_bytes_repeated")
+        for tokens in (64, 128)
+    ]
+    whole, _ = kept_per_token(shape_of(few), None, repeated=True)
+    assert (growth[1] - growth[0]) / 64 / 2 == pytest.approx(whole, rel=0.01)
+
+
+@pytest.mark.parametrize("adapters", ["none", "16 bit", "32 bit"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_holds_what_the_models_code_holds_while_a_prompt_is_read(kind: str, adapters: str) -> None:
+    """The most that is alive in a forward pass, beside keys and values and beside 520 bytes of positions."""
+    config = config_of(kind, num_hidden_layers=3)
+    lora = None if adapters == "none" else LORA
+    model = empty(config, lora=lora, checkpointing=False, autocast=adapters == "32 bit").eval()
+    shape, peaks = shape_of(config), []
+    for tokens in (512, 1024):
+        ids = torch.ones((1, tokens), dtype=torch.long, device="meta")
+        gc.collect()
+        with torch.no_grad(), LiveTensors(model) as live:
+            model(input_ids=ids, use_cache=True, past_key_values=DynamicCache(), logits_to_keep=1)
+        peaks.append(live.peak)
+    cache = 2 * shape.layers * shape.key * 2
+    held = prefill_per_token(shape, lora=lora is not None, low=4 if adapters == "32 bit" else 2)
+    assert (peaks[1] - peaks[0]) / 512 - cache == pytest.approx(held, rel=0.01)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
@@ -201,17 +237,93 @@ def test_more_gpus_never_need_more_of_each(name: str, power: int) -> None:
     assert all(many[phase] <= few[phase] * 1.0001 for phase in few if phase != "grpo, generating")
 
 
-@pytest.mark.parametrize("cluster", [name for name in cluster_names() if name not in ("local", "slurm")])
-@pytest.mark.parametrize("name", [name for name in recipe_names() if name != "tiny"])
-def test_a_remedy_makes_everything_fit(name: str, cluster: str) -> None:
-    recipe, where = recipe_of(name), cluster_of(cluster)
+TIGHT_FITS = {  # what does not fit, and the change that is told to make it fit
+    "two batches": (
+        ["deepseek7b"],
+        ["h100", "gpu_memory=16", "sft.per_device_batch_size=16", "grpo.per_device_batch_size=8"],
+        ["cluster.sft.per_device_batch_size=1", "cluster.grpo.per_device_batch_size=1"],
+    ),
+    "what is generated at once": (
+        ["phi3.5"],
+        ["2x2080ti", "generation_batch_size=16", "evaluate_batch_size=16"],
+        ["cluster.generation_batch_size=auto", "cluster.evaluate_batch_size=auto"],
+    ),
+    "without checkpointing": (
+        ["deepseek7b"],
+        ["2x2080ti", "sft.gradient_checkpointing=false", "grpo.gradient_checkpointing=false"],
+        ["cluster.sft.gradient_checkpointing=true", "cluster.grpo.gradient_checkpointing=true"],
+    ),
+    "gathered to generate": (
+        ["deepseek7b"],
+        ["2x2080ti", "grpo.deepspeed=zero3"],
+        ["cluster.grpo.deepspeed=zero2"],
+    ),
+    "16-bit weights": (
+        ["deepseek7b", "model.quantization=none"],
+        ["2x2080ti"],
+        ["model.quantization=nf4", "lora.enabled=true"],
+    ),
+    "all weights": (
+        ["deepseek1.5b", "lora.enabled=false", "model.quantization=none"],
+        ["2x3090", "gpu_memory=20", "sft.per_device_batch_size=1", "grpo.per_device_batch_size=1"],
+        None,  # whichever it is
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TIGHT_FITS)
+def test_a_remedy_makes_everything_fit(case: str) -> None:
+    (name, *words), (cluster, *more), expected = TIGHT_FITS[case]
+    recipe, where = recipe_of(name, *words), cluster_of(cluster, *more)
+    assert "does not fit" in verdicts(recipe, where)
     remedy = what_fits(recipe, where)
-    gpu = (where.gpu_memory or 0) * GIB
-    if all(need.verdict(gpu) != "does not fit" for need in needs(recipe, where) or []) or not remedy:
-        return
-    changed = recipe_of(name, *(word for word in remedy if not word.startswith("cluster.")))
-    smaller = cluster_of(cluster, *(word.removeprefix("cluster.") for word in remedy if word.startswith("cluster.")))
-    assert all(need.verdict(gpu) != "does not fit" for need in needs(changed, smaller) or [])
+    assert remedy
+    assert expected is None or remedy == expected
+    changed = recipe_of(name, *words, *(word for word in remedy if not word.startswith("cluster.")))
+    changes = [word.removeprefix("cluster.") for word in remedy if word.startswith("cluster.")]
+    assert "does not fit" not in verdicts(changed, cluster_of(cluster, *more, *changes))
+
+
+def verdicts(recipe: Recipe, cluster: Cluster) -> list[str]:
+    return [need.verdict(usable(cluster)) for need in needs(recipe, cluster) or []]
+
+
+def test_a_model_that_no_change_makes_fit_has_no_remedy() -> None:
+    recipe, where = recipe_of("deepseek32b"), cluster_of("2x2080ti")
+    assert "does not fit" in verdicts(recipe, where)
+    assert what_fits(recipe, where) == []
+
+
+def test_the_recipe_of_two_small_cards_fits_them() -> None:
+    """deepseek7b on 2 × RTX 2080 Ti, of whose 11 GB torch can use 10.75 GiB."""
+    recipe, where = recipe_of("deepseek7b"), cluster_of("2x2080ti")
+    assert usable(where) / GIB == pytest.approx(10.75)
+    assert set(verdicts(recipe, where)) <= {"fits", "tight"}
+    found = {need.phase: need.total / GIB for need in needs(recipe, where) or []}
+    assert found == pytest.approx(
+        {"sft": 9.1, "grpo, learning": 10.2, "grpo, generating": 10.7, "evaluate": 10.4}, abs=0.1
+    )
+    assert "does not fit" in verdicts(recipe, cluster_of("2x2080ti", "grpo.deepspeed=zero3"))
+
+
+@pytest.mark.parametrize("way", ["nf4", "int8", "none"])
+def test_zero3_holds_the_model_and_a_share_of_it_while_it_generates(way: str) -> None:
+    """As tests/test_training.py measures it in two processes; ZeRO-2 holds it once."""
+    words = [f"model.quantization={way}", "lora.enabled=true"]
+    recipe = recipe_of("deepseek7b", *words)
+    held = {}
+    for zero in ("zero2", "zero3"):
+        cluster = cluster_of("2x2080ti", f"grpo.deepspeed={zero}", "generation_batch_size=4", "gpu_memory=80")
+        need = next(need for need in needs(recipe, cluster) or [] if need.phase == "grpo, generating")
+        held[zero] = sum(t.bytes for t in need.terms if t.what.startswith(("weights", "8-bit", "scales", "the whole")))
+    adapters = adapter_parameters(shape_of(_config(recipe)), recipe.lora) * 2
+    assert (held["zero3"] - adapters) / held["zero2"] == pytest.approx(1.5, rel=0.03)
+
+
+def _config(recipe: Recipe) -> dict[str, Any]:
+    config = model_config(recipe.model)
+    assert config is not None
+    return config
 
 
 @settings(max_examples=30)
@@ -231,12 +343,12 @@ def test_auto_is_the_largest_batch_that_fits_and_keeps_the_global_one(name: str,
         assert sizes is not None
         assert sizes.processes * sizes.per_device * sizes.accumulation == 64
         assert layout.deepspeed in ("zero2", "zero3", "zero3_offload")
-        fits = {n.phase: n.verdict(memory * GIB) for n in needs(recipe, cluster) or [] if n.phase.startswith(stage)}
+        fits = {n.phase: n.verdict(usable(cluster)) for n in needs(recipe, cluster) or [] if n.phase.startswith(stage)}
         twice = {stage: replace(layout, per_device_batch_size=2 * sizes.per_device)}
         double = replace(cluster, generation_batch_size="auto", **twice)
         if set(fits.values()) == {"fits"} and sizes.accumulation > 1 and sizes.per_device < 16:
-            more = {n.phase: n.verdict(memory * GIB) for n in needs(recipe, double) or [] if n.phase.startswith(stage)}
-            assert set(more.values()) != {"fits"}
+            more = [n.verdict(usable(cluster)) for n in needs(recipe, double) or [] if n.phase.startswith(stage)]
+            assert set(more) != {"fits"}
 
 
 @given(
@@ -267,7 +379,7 @@ def test_what_is_said_is_not_decided_again(tmp_path: Path) -> None:
     assert resolved(recipe, said) == said
     tiny = cluster_of("h100", "gpus=2", "sft.deepspeed=auto", "grpo.deepspeed=auto")
     decided = resolved(recipe_of("tiny"), tiny)  # nobody knows a configuration of a model from nothing
-    assert (decided.sft.deepspeed, decided.grpo.deepspeed) == ("zero2", "zero3")
+    assert (decided.sft.deepspeed, decided.grpo.deepspeed) == ("zero2", "zero2")
     assert decided.sft.per_device_batch_size == "auto"
 
 
@@ -302,9 +414,9 @@ def test_the_table_names_every_term_and_the_remedy() -> None:
 def test_an_evaluation_may_keep_most_weights_on_the_cpu() -> None:
     recipe, _ = read("deepseek7b", ["model.quantization=none"])
     assert recipe is not None
-    totals = []
+    totals, adapters = [], 4 * adapter_parameters(shape_of(_config(recipe)), recipe.lora)
     for words in (["evaluate_batch_size=8"], ["evaluate_batch_size=8", "max_memory={gpu: 4}"]):
         cluster, problems = read_cluster("2x2080ti", words)
         assert cluster is not None, problems
         totals.append(next(need for need in needs(recipe, cluster) or () if need.phase == "evaluate").total)
-    assert totals[0] - totals[1] == pytest.approx((2 * 7_615_616_512 - 4 * GIB) * 1.08)
+    assert totals[0] - totals[1] == pytest.approx((2 * 7_615_616_512 + adapters - 4 * GIB) * (1 + FRAGMENTATION))

@@ -66,7 +66,10 @@ CATALOGUE: list[tuple[list[str], str]] = [
     ),
     # hardware, memory, lengths
     (["deepseek32b", "--cluster", "2x2080ti", "--launcher", "local"], "memory: sft "),
-    ([*SEVEN, "cluster.grpo.per_device_batch_size=8"], "GiB of 11 GiB a GPU; say "),
+    (
+        [*SEVEN, "cluster.grpo.per_device_batch_size=8"],
+        "GiB of 10.8 GiB a GPU; say cluster.grpo.per_device_batch_size=1",
+    ),
     ([*SEVEN, "model.quantization=none"], "memory: sft "),
     (
         [*SEVEN, "sft.max_length=200000"],

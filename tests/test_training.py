@@ -14,7 +14,9 @@ from every_way import WAYS, cells
 from running import ROOT
 from safetensors.torch import load_file
 
+from pipeline.cluster import read_cluster
 from pipeline.files import read_json
+from pipeline.fitting import needs
 from pipeline.memory import states_of, zero_of
 from pipeline.modeling import choose_attention, choose_dtype
 from pipeline.recipe import Model, Recipe, read
@@ -87,6 +89,34 @@ def test_deepspeed_shares_out_the_optimizer_as_the_planner_says(trained: tuple[s
     for shard in shards:
         saved = torch.load(shard, weights_only=False, map_location="cpu")["optimizer_state_dict"]
         assert size_of(saved) == pytest.approx(wanted, rel=0.001)
+
+
+@pytest.mark.parametrize("way", ["bf16", "int8", "lora", "full"])
+def test_generation_holds_the_weights_that_the_planner_counts(trained: tuple[str, Path], way: str) -> None:
+    """Of two processes each: under ZeRO-3 all of the model and its half, else the model once."""
+    layout, out = trained
+    folder = out / "qwen1.5b" / way
+    held = read_json(folder / "grpo" / "weights.json")
+    if layout != "zero3":
+        assert held["while_generating"] <= held["before"]
+    elif way == "int8":  # between two uses bitsandbytes keeps whole what it has multiplied with
+        assert held["before"] > 1.1 * held["while_generating"] / 3
+    else:
+        scales = 0.004 * (way == "bf16")
+        assert held["while_generating"] / held["before"] == pytest.approx(3 - 2 * scales, rel=0.002)
+    if way != "bf16" or layout == "none":
+        return
+    # in 16 bit, as on a GPU, the bytes themselves
+    words = [word for word in WAYS[way] if not word.startswith("cluster.")]
+    recipe = recipe_of("qwen1.5b", *words, "grpo.beta=0.1", f"model.name={folder / 'preprocess' / 'model'}")
+    words = ["processes=2", f"grpo.deepspeed={layout}", "grpo.per_device_batch_size=1", "gpus=2"]
+    cluster, problems = read_cluster("local", words)
+    assert cluster is not None, problems
+    need = next(need for need in needs(recipe, cluster) or [] if need.phase == "grpo, generating")
+    kinds = ("weights", "scales", "adapters, 16 bit", "reference adapter", "the whole model")
+    assert sum(term.bytes for term in need.terms if term.what.startswith(kinds)) == pytest.approx(
+        held["while_generating"], rel=0.02
+    )
 
 
 @pytest.mark.parametrize("way", ["fp16", "fp16 lora", "bf16"])

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pipeline import faults
 from pipeline.artifact import STOP, is_done
-from pipeline.cluster import Cluster, gpu_count, thread_count
+from pipeline.cluster import Cluster, driver_devices, gpu_count, thread_count
 from pipeline.errors import EXIT_FAULT, EXIT_STOPPED, PlanError, run_main
 from pipeline.progress import read_progress
 from pipeline.slurm import hosts, this_job
@@ -30,6 +30,7 @@ from pipeline.stage import STAGES, Stage, read_order, stage_processes
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PORTS = range(15_000, 30_000)  # below those that the system hands out itself
 HIDE_GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # the user's own settings of torch's allocator
 STRIDE = 7919  # between the ports of a job's attempts
 SHUTDOWN = 10  # seconds that torchrun gives the other processes when one has failed
 
@@ -91,6 +92,8 @@ def environment(stage: Stage, cluster: Cluster) -> dict[str, str]:
     if cluster.gpus == 0 or not gpu_count():
         # compiling costs a CPU a minute and a C++ compiler for what eager mode does in milliseconds
         settings |= {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"} | dict.fromkeys(HIDE_GPUS, "")
+    elif driver_devices()[0].startswith("nvidia") and not ALLOCATOR & os.environ.keys():
+        settings["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # a cache that grows leaves fewer holes
     return {**os.environ, **settings}
 
 
