@@ -50,7 +50,8 @@ def passed(package: str, file: str, name: str) -> set[str]:
     return found
 
 
-def compared(package: str, file: str, name: str) -> list[str]:
+@cache
+def compared(package: str, file: str, name: str) -> tuple[str, ...]:
     """The strings that a file compares `self.name` with: what it knows to do something about."""
     found: dict[str, None] = {}
     for node in ast.walk(_source(package, file)):
@@ -59,7 +60,7 @@ def compared(package: str, file: str, name: str) -> list[str]:
             found |= {
                 part.value: None for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)
             }
-    return list(found)
+    return tuple(found)
 
 
 def schedule_arguments(name: str) -> dict[str, bool] | None:

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
@@ -64,6 +64,8 @@ def problems(plan: Plan, *, audited: bool = False) -> tuple[list[str], list[str]
         notes += _notes(recipe, plan.cluster)
     wrong += [step.unreadable for step in plan.to_run if step.unreadable]
     wrong += [text for step in plan.to_run for text in refusals_of(step, plan.cluster)]
+    if plan.cluster.keep_checkpoints == 1 and any(step.stage in ("sft", "grpo") for step in plan.to_run):
+        notes.append("cluster.keep_checkpoints=1: where the newest is damaged, training begins again. Fix: at least 2")
     wrong += _loggers(plan.cluster)
     wrong += _disk(plan, list(recipes.values()))
     if plan.cluster.launcher != "local":
@@ -239,7 +241,7 @@ def _names(recipe: Recipe) -> Iterator[str]:
     yield from _known("grpo.loss_type", recipe.grpo.loss_type, losses, "trl")
 
 
-def _known(key: str, name: str, names: list[str], package: str) -> Iterator[str]:
+def _known(key: str, name: str, names: Sequence[str], package: str) -> Iterator[str]:
     if len(names) > 1 and name not in names:
         yield f"{key}: {name!r} is none that {package} knows; {did_you_mean(name, names)}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from test_slurm_launchers import change, fake, jobs, plan_of, states
 
 from pipeline import slurm, status
 from pipeline.artifact import own
-from pipeline.errors import ArtifactError, LaunchError, PlanError
+from pipeline.errors import ArtifactError, LaunchError, PlanError, Stopped
 from pipeline.launchers import local
 from pipeline.launchers.slurm import run_plan, show
 from pipeline.plan import make_plan, order_of
@@ -414,6 +415,29 @@ def test_a_local_run_saves_before_its_job_ends(tmp_path: Path, fake: Path, monke
     change(fake, "7", end="Unknown")
     monkeypatch.delenv("SLURM_JOB_END_TIME")
     assert local._leave_at(step, plan) == float("inf")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_batch_systems_signals_to_a_local_run_are_one_wish_to_stop(
+    tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """sbatch --signal, scancel, the time limit, each of them repeated. Before: the step ended and nothing was saved."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    step = plan_of(tmp_path).steps[1]
+    step.folder.mkdir(parents=True)
+    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+
+    def signalled() -> None:
+        with local._stopping(process, step, 5, "attempt") as asked:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            assert asked() == 1
+            assert (step.folder / "stop").exists()
+            assert process.poll() is None  # it saves, and leaves by itself
+
+    with pytest.raises(Stopped, match="was stopped"):
+        signalled()
+    assert process.poll() is not None  # nothing stays behind
 
 
 # ---------------------------------------------------------------- why a job ended

@@ -288,3 +288,11 @@ def test_check_is_quick(tmp_path: Path) -> None:
     started = time.perf_counter()
     run_cli("check", "deepseek7b", "--cluster", "2x2080ti", "--runs", str(tmp_path))
     assert time.perf_counter() - started < 5
+
+
+def test_one_kept_checkpoint_is_worth_a_note(tmp_path: Path) -> None:
+    """A node that loses its power can damage the newest, and then there is no other."""
+    for kept, noted in ((1, True), (2, False)):
+        plan = make_plan(["tiny"], [f"cluster.keep_checkpoints={kept}"], stages=["preprocess", "sft"], runs=tmp_path)
+        notes = preflight.problems(plan)[1]
+        assert any("cluster.keep_checkpoints=1" in note for note in notes) == noted
