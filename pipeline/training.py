@@ -198,6 +198,7 @@ def train(trainer: Trainer, recipe: Recipe, stage: str, out: Path, runtime: Runt
     precision = str(choose_dtype(recipe.model)).removeprefix("torch.")
     layout = stage_layout(recipe, runtime.cluster, stage, processes=runtime.world, precision=precision)
     stopper, watch, signal = SaveAndStop(runtime, layout), Watch(runtime, trainer), Signal(runtime)
+    save_without_base(trainer)
     trainer.callback_handler.callbacks.insert(0, watch)  # so that the loggers after it get the figures that it adds
     trainer.add_callback(stopper)
     trainer.add_callback(signal)
@@ -289,6 +290,25 @@ def save(trainer: Trainer, out: Path) -> None:
     trainer.save_model(str(folder))
     (folder / "training_args.bin").unlink(missing_ok=True)
     distributed.barrier()
+
+
+def save_without_base(trainer: Trainer) -> None:
+    """Have the saves of an adapter leave its base alone.
+
+    Below ZeRO-3 accelerate clones the whole state to the CPU at each save, in every process: 4 to 5 GiB of a 7B model
+    in 4 bit, of which PEFT then writes the adapter.
+    """
+    whole = trainer.accelerator.get_state_dict
+
+    def state(model: Any, unwrap: bool = True) -> dict[str, torch.Tensor]:
+        plain = trainer.accelerator.unwrap_model(model)
+        if not isinstance(plain, PeftModel) or trainer.deepspeed.zero_optimization_stage() == 3:
+            return dict(whole(model, unwrap))
+        own = {name: value for name, value in plain.state_dict().items() if ".base_layer." not in name}
+        return {name: value.detach().cpu().clone() for name, value in own.items()}
+
+    if trainer.is_deepspeed_enabled:
+        trainer.accelerator.get_state_dict = state
 
 
 def warn_of_long_rows(runtime: Runtime, ids: Sequence[str], kept: Sequence[int], what: str, limit: str) -> None:

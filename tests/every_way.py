@@ -136,12 +136,15 @@ def observed(save: Callable[[Trainer, Path], None]) -> Callable[[Trainer, Path],
         optimizer = trainer.deepspeed.optimizer
         if hasattr(optimizer, "setup_buckets"):
             optimizer.setup_buckets()  # ZeRO-2 allocates them at each backward pass
+        whole = trainer.deepspeed.zero_optimization_stage() == 3  # there every process takes part
+        saved = [] if whole else sorted(trainer.accelerator.get_state_dict(trainer.deepspeed))
         buffers = [bucket.buffer for bucket in optimizer.ipg_buckets.values()]
         facts = {
             "dtype": str(optimizer.dtype),
             "summed_in": str(optimizer.gradient_accumulation_dtype),
             "bucket": max(b.numel() for group in buffers for b in (group if isinstance(group, list) else [group])),
             "width": trainer.model.config.hidden_size,
+            "saved": saved,
         }
         write_json(out / "engine.json", facts)
 

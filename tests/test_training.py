@@ -119,6 +119,21 @@ def test_generation_holds_the_weights_that_the_planner_counts(trained: tuple[str
     )
 
 
+@pytest.mark.parametrize("way", ["nf4", "int8", "lora", "full"])
+def test_a_save_of_an_adapter_does_not_clone_its_base(trained: tuple[str, Path], way: str) -> None:
+    """Below ZeRO-3, in each process. Before: the whole state, 4-bit weights and their constants too."""
+    layout, out = trained
+    if layout != "zero2":
+        return
+    step = out / "qwen1.5b" / way / "sft"
+    saved = read_json(step / "engine.json")["saved"]
+    assert any("layers.0.self_attn.q_proj" in name for name in saved)
+    assert not [name for name in saved if ".base_layer." in name]
+    assert {name for name in saved if "lora_" in name} == {
+        key.replace(".weight", ".default.weight") for key in weights_of(step) if "lora_" in key
+    }
+
+
 @pytest.mark.parametrize("way", ["fp16", "fp16 lora", "bf16"])
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_deepspeed_computes_in_16_bit_and_sums_gradients_in_32(trained: tuple[str, Path], stage: str, way: str) -> None:
