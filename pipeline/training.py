@@ -28,6 +28,7 @@ from pipeline.errors import DataError, LaunchError, RecipeError, Stopped, some_o
 from pipeline.layouts import deepspeed_file, stage_layout
 from pipeline.modeling import add_lora, add_lora_by_unsloth, choose_dtype, load_model
 from pipeline.monitor import AT_MINIMUM, NothingLeft, Signal, Watch, restore_callbacks, write_history
+from pipeline.pace import Pace
 from pipeline.recipe import Optimizer, Recipe
 from pipeline.rows import read_split
 from pipeline.runtime import Runtime
@@ -202,6 +203,7 @@ def train(trainer: Trainer, recipe: Recipe, stage: str, out: Path, runtime: Runt
     trainer.callback_handler.callbacks.insert(0, watch)  # so that the loggers after it get the figures that it adds
     trainer.add_callback(stopper)
     trainer.add_callback(signal)
+    trainer.add_callback(Pace(runtime, stage))
     resume, passed = resumable(out / "checkpoints", layout, stage, runtime)
     if runtime.rank == 0:
         for sentence in passed:

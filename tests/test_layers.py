@@ -45,7 +45,7 @@ FLOORS = {
     **dict.fromkeys(("modeling", "weight_checks", "template_trial", "to_gguf", "generation", "kernels"), 3),
     **dict.fromkeys(("faults", "layouts", "signing", "step_folders"), 1),
     **dict.fromkeys(("devices", "operators"), 3),
-    **dict.fromkeys(("distributed", "checkpoints", "monitor", "training"), 3),
+    **dict.fromkeys(("distributed", "checkpoints", "monitor", "pace", "training"), 3),
     "stage": 4,
     **dict.fromkeys(("preprocess", "sft", "grpo", "evaluate", "report", "export", "ask"), 5),
     **dict.fromkeys(("plan", "status", "fetch", "push"), 6),
