@@ -20,7 +20,7 @@ from pipeline.errors import ArtifactError, Stopped
 from pipeline.files import read_json, write_json
 from pipeline.fingerprint import file_sha256
 from pipeline.layouts import Layout, misfit, saved_layout, write_layout
-from pipeline.runtime import Runtime
+from pipeline.runtime import Deadline, Runtime
 from pipeline.signing import MANIFEST as MANIFEST
 from pipeline.signing import SIGNATURE, foreign, sign
 
@@ -110,15 +110,22 @@ def rotate(folder: Path, newest: Path, keep: int, best: str | None = None) -> No
 class SaveAndStop(TrainerCallback):
     """Writes the manifest after each save and then deletes older ones; turns the stop file into an agreed end."""
 
-    def __init__(self, runtime: Runtime, layout: Layout) -> None:
+    def __init__(self, runtime: Runtime, layout: Layout, deadline: Deadline) -> None:
         self.runtime = runtime
+        self.deadline = deadline
         self.layout = layout
         self.stopped = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        self.deadline.begin()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> TrainerControl:
         self.runtime.check_still_owner()  # before anything is written: a zombie of an old attempt ends here
+        self.deadline.step()
         if distributed.agree(self.runtime.stop_asked()) and state.global_step < state.max_steps:
             self.stopped = True
             control.should_save = True

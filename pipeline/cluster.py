@@ -10,67 +10,19 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pipeline import nvidia
 from pipeline.recipe import CONFIGS, Recipe, divisors, find_yaml, read_typed
-from pipeline.typed import Check, Count, Name, NonNegative, Positive, Rate, added
+from pipeline.site import Slurm, site_problems
+from pipeline.typed import Count, Name, NonNegative, Positive, Rate, added
 
 CLUSTERS = CONFIGS / "clusters"
 DEEPSPEED = Path("deepspeed")
 AMPERE = 8.0  # the compute capability with which bfloat16 and FlashAttention came
-
-
-TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)|(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?")
-
-
-def minutes(time: str) -> int:
-    """`12h`, `1d6h`, `90m`, `12:00:00`, `1-06:00:00` in minutes, rounded up; 0 where it is none of them."""
-    found = TIME.fullmatch(time)
-    if not found:
-        return 0
-    day, hour, minute, second, *short = (int(part or 0) for part in found.groups())
-    return (day + short[0]) * 1440 + (hour + short[1]) * 60 + minute + short[2] + (second > 0)
-
-
-A_TIME = "a time such as 12h, 90m or, in quotes, '12:00:00' (without them YAML reads a number)"
-Time = Annotated[str, Check(A_TIME, lambda v: minutes(v) > 0)]
-
-
-@dataclass(frozen=True)
-class Times:
-    """How long each stage's job may run before it has to save and queue again."""
-
-    preprocess: Time
-    sft: Time
-    grpo: Time
-    evaluate: Time
-    report: Time
-    export: Time
-
-
-@dataclass(frozen=True)
-class Slurm:
-    """What a job asks Slurm for; null leaves it to the site."""
-
-    partition: str | None
-    account: str | None
-    qos: str | None
-    constraint: str | None
-    gpu_type: str | None
-    cpus: Positive  # of each node, shared by its processes
-    memory: str | None  # of each node, such as 64G
-    time: Times
-    save_before: Positive  # seconds before the limit at which the step is asked to save
-    options: tuple[str, ...]  # further options of sbatch, such as --exclude=node7
-    modules: tuple[str, ...]  # loaded on the node before Python starts
-    environment: dict[str, str]  # variables of the job
-    venv: str | None  # its virtual environment; null: the one that submits
-    clusters: str | None = added(None)  # the cluster to submit to, by sbatch --clusters, where a site has several
 
 
 @dataclass(frozen=True)
@@ -124,12 +76,7 @@ class Cluster:
             )
         if self.slurm.gpu_type and self.gpus == 0:
             found.append(f"cluster.slurm.gpu_type: {self.slurm.gpu_type!r}, but cluster.gpus is 0; give a number")
-        shortest = min(minutes(time) for time in vars(self.slurm.time).values())
-        if self.launcher != "local" and self.slurm.save_before >= shortest * 60:
-            found.append(
-                f"cluster.slurm.save_before: {self.slurm.save_before} seconds, but the shortest time of a stage is "
-                f"{shortest} min; use less"
-            )
+        found += site_problems(self.slurm, self.launcher)
         known = deepspeed_names()
         for name, stage in (("sft", self.sft), ("grpo", self.grpo)):
             if stage.deepspeed not in (*known, "auto"):
@@ -225,7 +172,7 @@ def process_count(cluster: Cluster) -> int:
     """Training processes on one node."""
     if cluster.processes != "auto":
         return cluster.processes
-    return wanted_gpus(cluster) or min(2, core_count() if cluster.launcher == "local" else cluster.slurm.cpus)
+    return wanted_gpus(cluster) or min(2, core_count() if cluster.launcher == "local" else cluster.slurm.cpus or 2)
 
 
 @dataclass(frozen=True)

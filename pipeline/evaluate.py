@@ -38,7 +38,7 @@ from pipeline.modeling import (
 )
 from pipeline.recipe import Recipe
 from pipeline.rows import left_out, read_split
-from pipeline.runtime import Runtime
+from pipeline.runtime import Deadline, Runtime
 from pipeline.stage import main
 from pipeline.tasks.task import Task, example_of, rows, task_of
 
@@ -73,6 +73,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     prompts = prompt_ids(tokenizer, [row["prompt"] for _, row in left])
     total, mine, asked_at_once = len(asked), 0, runtime.cluster.evaluate_batch_size
     runtime.progress.update(state="running", done=len(answered), first=len(answered), total=total, note="")
+    deadline = Deadline(runtime, "evaluate")
     with (out / f"partial-{runtime.rank}-{time.time_ns()}.jsonl").open("w", encoding="utf-8") as file:
         completions = generate(
             model,
@@ -111,6 +112,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
             file.flush()
             mine += 1
             runtime.progress.update(done=min(total, len(answered) + mine * runtime.world))
+            deadline.step()
             leave_if_asked(runtime)
     distributed.barrier()
 

@@ -34,7 +34,7 @@ from pipeline.plan import Plan, refusals_of
 from pipeline.recipe import Model, Optimizer, Recipe
 from pipeline.rewards.audit import audit, audited
 from pipeline.rewards.reward import find_rewards
-from pipeline.slurm import is_here, reason_of
+from pipeline.slurm import call, is_here, reason_of
 from pipeline.tasks.task import task_of
 
 PROJECT = "therefore-pipeline"
@@ -437,7 +437,7 @@ def refused(scripts: dict[str, str]) -> list[str]:
     """What `sbatch --test-only` says against these batch scripts (stage -> text); nothing where there is no sbatch."""
     found: dict[str, list[str]] = {}
     for stage, text in scripts.items() if is_here() else ():
-        done = subprocess.run(["sbatch", "--test-only"], input=text, capture_output=True, text=True, timeout=60)
+        done = call("sbatch", "--test-only", stdin=text)
         if done.returncode:
             found.setdefault(reason_of(done.stderr).removeprefix("allocation failure: "), []).append(stage)
     return [f"sbatch would refuse the jobs of {', '.join(stages)}: {reason}" for reason, stages in found.items()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import Any
 from pipeline.artifact import STOP, Owner, is_owner
 from pipeline.cluster import Cluster
 from pipeline.errors import ArtifactError
-from pipeline.progress import ProgressFile
+from pipeline.progress import ProgressFile, clock
+from pipeline.slurm import job_end
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,44 @@ class Runtime:
         """ArtifactError when another attempt has taken the folder over: this one must not write any more."""
         if self.owner and not is_owner(self.folder, self.owner):
             raise ArtifactError(f"{self.folder} now belongs to another attempt; this one ({self.owner}) ends here")
+
+
+class Deadline:
+    """Stops a step early whose own steps take longer than the time Slurm gives it to save.
+
+    `save_before` seconds before the job's limit the step is asked to save, which it does at the end of the step or
+    batch that it is in. Where one takes longer than that, the limit comes first, and Slurm does not start the job
+    again. So this asks for the stop as soon as another one as long as the longest may not end in time.
+    """
+
+    def __init__(self, runtime: Runtime, stage: str) -> None:
+        self.runtime = runtime
+        self.stage = stage
+        self.before = runtime.cluster.slurm.save_seconds(stage)
+        self.end = job_end() if runtime.rank == 0 else None  # of the Slurm job, where there is one with a limit
+        self.longest = 0.0
+        self.told = False
+        self.begin()
+
+    def begin(self) -> None:
+        """The first step begins now: what came before is no measure."""
+        self.last = time.time()
+
+    def step(self) -> None:
+        """Call it after each step or batch."""
+        now = time.time()
+        self.longest, self.last = max(self.longest, now - self.last), now
+        if self.end is None or self.longest <= self.before:
+            return
+        if not self.told:
+            self.told = True
+            self.runtime.warn(
+                f"one step or batch took {clock(self.longest)}, more than cluster.slurm.save_before.{self.stage} "
+                f"({clock(self.before)}), so this step stops and saves early before a time limit. "
+                f"Fix: cluster.slurm.save_before.{self.stage}={math.ceil(round(2 * self.longest) / 60) * 60}"
+            )
+        if now + 2 * self.longest > self.end:
+            (self.runtime.folder / STOP).touch()
 
 
 def show_hardware(found: Mapping[str, Any]) -> str:

@@ -73,15 +73,31 @@ def is_here() -> bool:
     return shutil.which("squeue") is not None
 
 
-def call(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of Slurm's; MissingDependency where it is not installed."""
+KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # which Slurm, and who asks
+OTHERS = ("SLURM", "PMI", "PALS_", "OMPI_", "SQUEUE_", "SACCT_", "SCANCEL_", "SCONTROL_", "SRUN_")
+
+
+def own_environment() -> dict[str, str]:
+    """The environment without the variables of another job or step, and without what changes Slurm's answers.
+
+    What an allocation sets (SLURM_MEM_PER_CPU) would ask for something in a job that is submitted from it;
+    SQUEUE_PARTITION would hide jobs. SBATCH_* stays: it holds the user's own wishes for jobs.
+    """
+    return {name: value for name, value in os.environ.items() if name in KEPT or not name.startswith(OTHERS)}
+
+
+def call(
+    *command: str, stdin: str | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of Slurm's in `own_environment`; MissingDependency where it is not installed."""
     if shutil.which(command[0]) is None:
         raise MissingDependency(
             f"{command[0]}: no such program on this machine; go to a login node of the cluster "
             "(or load its Slurm module), or run here with --launcher local"
         )
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+        env = own_environment() | (env or {})
+        return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=TIMEOUT, env=env)
     except subprocess.TimeoutExpired as error:
         raise LaunchError(
             f"{command[0]} gave no answer in {TIMEOUT} s: the controller is busy or down (scontrol ping); try again"
@@ -141,7 +157,21 @@ def _squeue(cluster: str | None, *which: str) -> dict[str, Job]:
         reason = "" if reason == "None" else reason
         after = "" if after == "(null)" else after
         count = int(restarts) if restarts.isdigit() else 0
-        one = Job(job, state, node, elapsed, limit, reason, code, count, token, user, _seconds(submitted), name, after)
+        one = Job(
+            job,
+            state,
+            node,
+            elapsed,
+            limit,
+            reason,
+            ended_with(code),
+            count,
+            token,
+            user,
+            _seconds(submitted),
+            name,
+            after,
+        )
         found[job] = replace(one, cluster=cluster)
     return found
 
@@ -177,12 +207,15 @@ def _sacct(ids: Sequence[str], known: dict[str, Job], cluster: str | None) -> di
     return found
 
 
-def hosts(node_list: str) -> list[str]:
-    """`node[1-3,7]` as names."""
-    done = call("scontrol", "show", "hostnames", node_list)
-    if done.returncode:
-        raise LaunchError(f"scontrol show hostnames {node_list}: {_last_line(done.stderr)}")
-    return done.stdout.split()
+def first_host(node_list: str) -> str:
+    """The first name of `node[1-3,7],other2`. Nodes and containers without scontrol know it too."""
+    found = re.match(r"(?:[^,\[]|\[[^\]]*\])+", node_list)
+    return re.sub(r"\[([^\]\-,]*)[^\]]*\]", r"\1", found.group()) if found else node_list
+
+
+def ended_with(status: str) -> str:
+    """squeue's wait status as accounting writes it, exit code and signal: 512 is 2:0, 9 is 0:9."""
+    return f"{int(status) >> 8}:{int(status) & 127}" if status.isdigit() else status
 
 
 def _last_line(text: str) -> str:

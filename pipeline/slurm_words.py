@@ -31,7 +31,8 @@ WAITS = {
     "JobHeldAdmin": "held by an administrator",
 }
 LAUNCH_FAILURE = "0:53"  # the exit code of a job whose log slurmd could not open
-KILLED = ("0:9", "137", "137:0")
+KILLED = ("0:9", "137:0")
+TAIL = 8192  # bytes of a log that are looked at
 
 
 def pending(job: Job) -> str:
@@ -42,7 +43,7 @@ def pending(job: Job) -> str:
 
 def end_of(job: Job, log: Path) -> str:
     """Why a job ended that has left no word of its own."""
-    if "JobLaunchFailure" in job.reason or job.exit_code in (LAUNCH_FAILURE, "53"):
+    if "JobLaunchFailure" in job.reason or job.exit_code in (LAUNCH_FAILURE,):
         return (
             f"Slurm could not start it on {job.node or 'its node'}, most likely because its log cannot be written. "
             f"Fix: see that {log.parent} exists on the nodes and that you may write there"
@@ -53,4 +54,23 @@ def end_of(job: Job, log: Path) -> str:
         if job.state == "OUT_OF_MEMORY":
             return f"out of host memory: it needs more memory than cluster.slurm.memory{held}. Fix: raise that"
         return f"was killed, most likely because the host's memory ran out{held}. Fix: raise cluster.slurm.memory"
-    return ENDS.get(job.state, "ended without a word, see its log")
+    return ENDS.get(job.state) or last_error(log) or "ended without a word, see its log"
+
+
+def how_it_ended(exit_code: str) -> str:
+    """`exit code 2` for 2:0, `signal 9` for 0:9; nothing for 0:0."""
+    code, _, number = exit_code.partition(":")
+    if number not in ("", "0"):
+        return f"signal {number}"
+    return f"exit code {code}" if code not in ("", "0") else ""
+
+
+def last_error(log: Path) -> str | None:
+    """The sentence with which the batch script ended itself: the last `error: …` at the end of a log."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - TAIL))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), None)

@@ -31,7 +31,7 @@ from pipeline.errors import LaunchError, PlanError, did_you_mean, explain_disk, 
 from pipeline.jobs import Answers, query
 from pipeline.progress import clock, describe, restarts_without_end
 from pipeline.slurm import Job, JobRecord, call, of_cluster, reason_of
-from pipeline.slurm_words import end_of, pending
+from pipeline.slurm_words import end_of, how_it_ended, pending
 from pipeline.stage import STAGES
 from pipeline.step_folders import Files, read_files, step_folders
 from pipeline.task_code import code_changes_of
@@ -202,7 +202,7 @@ def _state(folder: Path, files: Files, job: Job | None, answers: Answers) -> tup
         return ended, told
     full = _full_disk(folder)
     if job:
-        code = f"; exit code {job.exit_code}" if job.exit_code not in ("", "0:0", "0") else ""
+        code = f"; {how}" if (how := how_it_ended(job.exit_code)) else ""
         why = f"{full or end_of(job, Path(record.log) if record and record.log else folder / LOG)} ({job.state}{code})"
         return "cancelled" if job.state == "CANCELLED" else "failed", [why, *told]
     if record is None and progress is None:

@@ -31,7 +31,7 @@ from pipeline.monitor import AT_MINIMUM, NothingLeft, Signal, Watch, restore_cal
 from pipeline.pace import Pace
 from pipeline.recipe import Optimizer, Recipe
 from pipeline.rows import read_split
-from pipeline.runtime import Runtime
+from pipeline.runtime import Deadline, Runtime
 
 PROJECT = "therefore"  # the name under which wandb and trackio keep the runs
 MANY_SKIPS = 0.1  # share of the steps that is worth a warning
@@ -198,7 +198,8 @@ def train(trainer: Trainer, recipe: Recipe, stage: str, out: Path, runtime: Runt
     """
     precision = str(choose_dtype(recipe.model)).removeprefix("torch.")
     layout = stage_layout(recipe, runtime.cluster, stage, processes=runtime.world, precision=precision)
-    stopper, watch, signal = SaveAndStop(runtime, layout), Watch(runtime, trainer), Signal(runtime)
+    stopper = SaveAndStop(runtime, layout, Deadline(runtime, stage))
+    watch, signal = Watch(runtime, trainer), Signal(runtime)
     save_without_base(trainer)
     trainer.callback_handler.callbacks.insert(0, watch)  # so that the loggers after it get the figures that it adds
     trainer.add_callback(stopper)

@@ -221,7 +221,12 @@ def _union(kinds: tuple[Any, ...], value: Any, path: str, problems: list[str]) -
         if not tried:
             return result
         found.append(tried)
-    problems.extend(found[0])  # the first kind says it best; words that may stand instead are named after it
+    mapping = [
+        tried
+        for kind, tried in zip(others, found, strict=True)
+        if dataclasses.is_dataclass(kind) and isinstance(value, Mapping)
+    ]
+    problems.extend((mapping or found)[0])  # the first kind says it best; words that may stand instead follow it
     words = [word for kind in others[1:] for word in typing.get_args(kind) if isinstance(word, str)]
     if words:
         problems[-1] += f", nor is it {' or '.join(words)}"

@@ -15,7 +15,10 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     **dict.fromkeys(("errors", "typed", "fingerprint", "files", "loading", "libraries", "markdown", "records"), 0),
     **dict.fromkeys(
-        ("recipe", "cluster", "slurm", "artifact", "progress", "runtime", "families", "slurm_words", "jobs", "nvidia"),
+        (
+            *("recipe", "cluster", "slurm", "artifact", "progress", "runtime", "families", "slurm_words", "jobs"),
+            *("nvidia", "site"),
+        ),
         1,
     ),
     **dict.fromkeys(

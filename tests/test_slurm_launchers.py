@@ -22,13 +22,14 @@ from running import NANO, ROOT, run_cli
 
 from pipeline import slurm, status
 from pipeline.artifact import Owner, is_alive, own, read_owner
-from pipeline.cluster import Cluster, minutes, read_cluster
+from pipeline.cluster import Cluster, read_cluster
 from pipeline.errors import ArtifactError, LaunchError, PlanError
 from pipeline.launchers.batch_script import render, script
 from pipeline.launchers.slurm import run_plan
 from pipeline.launchers.torchrun import PORTS, Meeting, command, exit_code, meeting, port_of
 from pipeline.plan import Plan, make_plan, order_of
 from pipeline.progress import ProgressFile
+from pipeline.site import minutes
 from pipeline.stage import STAGES, write_order
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -95,8 +96,10 @@ def test_everything_that_a_cluster_can_ask_for_in_full() -> None:
         "gpus=4",
         *("slurm.partition=gpu", "slurm.account=lab", "slurm.qos=long", "slurm.constraint=ib", "slurm.gpu_type=a100"),
         *("slurm.cpus=32", "slurm.memory=250G", "slurm.time.grpo=1d12h", "slurm.save_before=300"),
-        *("slurm.options=[--exclude=node7]", "slurm.modules=[cuda/12.4, gcc]", "slurm.venv=/home/me/venv"),
-        "slurm.environment={HF_HOME: /scratch/my cache}",
+        *("slurm.options=[--exclude=node7, --comment=my job]", "slurm.modules=[cuda/12.4, '2023.10']"),
+        *("slurm.setup=[module purge]", "slurm.venv=$HOME/venv", "slurm.environment={HF_HOME: $SCRATCH/my cache}"),
+        *("slurm.srun=[--mpi=pmix]", "slurm.wrapper=[apptainer, exec, --nv, ~/therefore.sif]", "slurm.interface=ib0"),
+        *("slurm.pass_environment=[HF_TOKEN]", "slurm.gpu_request=gpus-per-node"),
     ]
     assert script(STAGES["grpo"], cluster_of(*asked)) == (FIXTURES / "job.slurm").read_text()
 
@@ -134,7 +137,16 @@ def job(fake: Path, tmp_path: Path) -> tuple[list[str], Path]:
 
 
 @pytest.mark.parametrize(
-    ("code", "state", "requeued"), [(75, "RUNNING", True), (75, "COMPLETING", False), (2, "RUNNING", False)]
+    ("code", "state", "requeued"),
+    [
+        (75, "RUNNING", True),
+        (75, "COMPLETING", False),
+        (2, "RUNNING", False),
+        (143, "RUNNING", True),  # TERM ended Python before it listened; before: failed, and the chain with it
+        (138, "RUNNING", True),
+        (143, "COMPLETING", False),
+        (137, "RUNNING", False),
+    ],
 )
 def test_only_an_agreed_stop_of_a_running_job_starts_it_again(
     job: tuple[list[str], Path], fake: Path, monkeypatch: pytest.MonkeyPatch, code: int, state: str, requeued: bool
@@ -203,8 +215,8 @@ def test_jobs_that_can_meet_on_a_node_have_different_ports(job: int, later: int)
 
 def test_attempts_of_a_job_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     """A zombie of the first attempt would let the second one in."""
-    monkeypatch.setattr("pipeline.launchers.torchrun.hosts", lambda _: ["node1"])
     monkeypatch.setenv("SLURM_JOB_ID", "41")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "node1")
     first = meeting()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -265,7 +277,10 @@ def test_slurm_is_told_the_time_that_was_meant(number: int) -> None:
     [
         (["cluster.slurm.time.sft=12:00:00"], "cluster.slurm.time.sft: 43200 is not a time such as 12h"),
         (["cluster.gpus=auto"], "cluster.gpus: 'auto' counts the GPUs of this machine"),
-        (["cluster.slurm.save_before=7200"], "cluster.slurm.save_before: 7200 seconds, but the shortest time"),
+        (
+            ["cluster.slurm.save_before=7200"],
+            "cluster.slurm.save_before: got 7200 seconds; expected less than the 1800",
+        ),
         (["cluster.slurm.gpu_type=a100", "cluster.gpus=0"], "cluster.slurm.gpu_type: 'a100', but cluster.gpus is 0"),
         (["cluster.slurm.partion=x"], "cluster.slurm.partion: unknown setting; did you mean 'partition'?"),
         (["--launcher", "local", "--nodes", "2"], "cluster.nodes: 2, but the launcher local starts one"),
@@ -459,7 +474,7 @@ def test_a_dry_run_prints_scripts_and_lines_and_writes_nothing(tmp_path: Path, f
     words = ["run", "tiny", "--launcher", "slurm", "--dry-run", "--runs", str(tmp_path / "runs")]
     done = run_cli(*words)
     assert done.returncode == 0
-    assert done.stdout.count("#!/usr/bin/env bash") == 7
+    assert done.stdout.count("#!/bin/bash -l") == 7
     assert done.stdout.count("\nsbatch --parsable") == 7
     assert "sbatch --parsable --dependency=afterok:tiny/preprocess --comment=TOKEN" in done.stdout
     assert not (tmp_path / "runs").exists()

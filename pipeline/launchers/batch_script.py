@@ -3,24 +3,29 @@
     script(STAGES["grpo"], cluster)              the committed slurm/grpo.slurm: of the recipe that its arguments name
     script(STAGES["sft"], cluster, step, venv)   runs/…/job.slurm: of one step
 
-Both come from one template. Nothing here submits anything; that is launchers/slurm.py.
+Both come from one template. What a job needs stands in the cluster's file, not in the shell that submits; what is not
+there on the node ends the job with a sentence. Every value is quoted; only `$NAME` and a leading `~` are filled in.
+Nothing here submits anything; that is launchers/slurm.py.
 """
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.artifact import LOG, SCRIPT
-from pipeline.cluster import Cluster, minutes
+from pipeline.cluster import Cluster
+from pipeline.errors import PlanError
 from pipeline.plan import Step
+from pipeline.site import Slurm, minutes, option_words, parts, references
 from pipeline.stage import STAGES, Stage
 
 FOLDER = Path("slurm")
 LOGS = Path("logs")
 
 HEAD = """\
-#!/usr/bin/env bash
+#!/bin/bash -l
 # {about}
 #
 #   {usage}
@@ -39,11 +44,26 @@ OPTIONS = """\
 """
 
 SETUP = """
+asked=; trap 'asked=1' USR1 TERM      # a signal, from here on, is the wish that the step saves and the job starts again
+cd "${{SLURM_SUBMIT_DIR:-.}}" || exit 2
+{check}{setup}venv={venv}
+[ -x "$venv/bin/python" ] || fail "slurm.venv: there is no $venv/bin/python. Fix: name a folder that the nodes see"
+export PATH="$venv/bin:$PATH"
 set -uo pipefail
 IFS=$'\\n'
-cd "${{SLURM_SUBMIT_DIR:-.}}" || exit
-{check}{setup}export PATH="{venv}/bin:$PATH"
 """
+
+FAIL = """fail() { echo "error: $1 (on $HOSTNAME)" >&2; exit 2; }"""
+
+MODULES = """\
+command -v module >/dev/null || fail 'slurm.modules: there is no command module. Fix: the file that defines it, as a \
+line of slurm.setup, such as . /etc/profile.d/modules.sh'
+load() {
+  local before=${LOADEDMODULES-}
+  module load "$1" || fail "slurm.modules: $1 does not load. Fix: module avail $1"
+  case ":${LOADEDMODULES-$1}:" in *":$1":* | *":$1/"*) return ;; esac  # some versions report no failure
+  [ "$LOADEDMODULES" != "$before" ] || fail "slurm.modules: $1 does not load. Fix: module avail $1"
+}"""
 
 CHECK = """\
 if [ $# = 0 ]; then
@@ -60,12 +80,16 @@ steps=$(python -m pipeline prepare --stages {stage} --cluster {cluster} "$@") ||
 RUN = """
 for step in $steps; do
   rm -f "$step/stop"
-  trap 'touch "$step/stop"' USR1 TERM  # all ranks see it at the same step, save, and leave with code 75
-  srun --wait=60 --cpus-per-task="$SLURM_CPUS_PER_TASK" python -m pipeline.launchers.torchrun --step "$step" &
-  while kill -0 $! 2>/dev/null; do wait $!; done  # a trap ends wait, not the step
-  wait $!
-  code=$?
-  [ $code != 75 ] || python -m pipeline.launchers.requeue "$step"  # unless someone is cancelling this job
+  trap 'asked=1; touch "$step/stop"' USR1 TERM  # all ranks see it at the same step, save, and leave with code 75
+  code=75
+  if [ -z "$asked" ]; then
+    srun --wait=60 {srun}python -m pipeline.launchers.torchrun --step "$step" &
+    while kill -0 $! 2>/dev/null; do wait $!; done  # a trap ends wait, not the step
+    wait $!
+    code=$?
+  fi
+  # 75: it has saved; 138, 140, 143: USR1, USR2, TERM ended it before it listened. Not while someone cancels the job:
+  case $code in 75 | 138 | 140 | 143) python -m pipeline.launchers.requeue "$step" ;; esac
   [ $code = 0 ] || exit $code
 done
 """
@@ -77,31 +101,90 @@ def script(stage: Stage, cluster: Cluster, step: Step | None = None, venv: str |
     `venv` is the environment to use where the cluster names none; by default that of the project.
     """
     slurm, name = cluster.slurm, stage.name
+    if step:
+        refuse_odd(step.folder)
     usage = f"sbatch {FOLDER}/{name}.slurm {USAGE.get(name, 'RECIPE [key=value …]')}"
-    save_before = str(slurm.save_before)
+    save_before = str(slurm.save_seconds(name))
     head = HEAD.format(
         about=f"{step.label if step else name}: {stage.about}.",
-        usage=f"sbatch {step.folder / SCRIPT}" if step else usage,
+        usage=f"sbatch {shlex.quote(str(step.folder / SCRIPT))}" if step else usage,
         origin=f"Rendered from configs/clusters/{cluster.name}.yaml by "
         + ("the launcher." if step else "scripts/render. Options of sbatch and SBATCH_* variables come before these."),
     )
+    log = str(step.folder / LOG).replace("%", "%%") if step else str(LOGS / "%x-%j.log")
     options = OPTIONS.format(
-        name=step.label if step else name,
-        asked="\n".join(f"#SBATCH {option}" for option in resources(stage, cluster)),
-        log=step.folder / LOG if step else LOGS / "%x-%j.log",
+        name=shlex.quote(step.label if step else name),
+        asked="\n".join(f"#SBATCH {_quoted(option)}" for option in resources(stage, cluster)),
+        log=shlex.quote(log),
         save_before=save_before,
         pad=" " * (12 - len(save_before)),
     )
+    default = shlex.quote(venv) if venv else '"${THEREFORE_VENV:-$PWD/.venv}"'
     setup = SETUP.format(
         check="" if step else CHECK.format(stage=name, usage=usage),
-        setup="".join(
-            [f"module load {' '.join(slurm.modules)}\n"] * bool(slurm.modules)
-            + [f"export {key}={shlex.quote(value)}\n" for key, value in slurm.environment.items()]
-        ),
-        venv=slurm.venv or venv or "${THEREFORE_VENV:-$PWD/.venv}",
+        setup="".join(f"{line}\n" for line in setup_lines(slurm)),
+        venv=shell_value(slurm.venv) if slurm.venv else default,
     )
     which = f"steps={shlex.quote(str(step.folder))}\n" if step else PREPARE.format(stage=name, cluster=cluster.name)
-    return head + options + setup + which + RUN
+    cores = "${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}"
+    words = [cores, *map(shell_value, (*slurm.srun, *slurm.wrapper))]
+    return head + options + setup + which + RUN.format(srun="".join(f"{word} " for word in words))
+
+
+def setup_lines(slurm: Slurm) -> list[str]:
+    """What a job's shell does before Python starts, a line each; `fail` ends the job with a sentence."""
+    leaked = ["SLURM_EXPORT_ENV"]  # else srun would pass on only what sbatch --export has named
+    if slurm.memory:
+        leaked += ["SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU"]  # of the allocation that submitted this job
+    lines = [FAIL, f"unset {' '.join(leaked)}"]
+    lines += [f"eval {shlex.quote(line)} || fail {_message('slurm.setup', line, 'failed')}" for line in slurm.setup]
+    if slurm.modules:
+        lines += [MODULES, *(f"load {shlex.quote(module)}" for module in slurm.modules)]
+    lines += [
+        f'[ -n "${{{name}+set}}" ] || fail '
+        + shlex.quote(f"slurm.pass_environment: {name} is not set. Fix: export it in the shell that submits")
+        for name in slurm.pass_environment
+    ]
+    for name, value in slurm.variables.items():
+        lines += _needed(f"slurm.environment.{name}", [value])
+        lines.append(f"export {name}={shell_value(value)}")
+    others = {"slurm.venv": [slurm.venv or ""], "slurm.srun": slurm.srun, "slurm.wrapper": slurm.wrapper}
+    return lines + [line for key, values in others.items() for line in _needed(key, values)]
+
+
+def _needed(key: str, values: Iterable[str]) -> list[str]:
+    """A line for each variable that has to be set for these values to be filled in."""
+    names = dict.fromkeys(name for value in values for name in references(value))
+    return [
+        f'[ -n "${{{name}+set}}" ] || fail '
+        + shlex.quote(f"{key}: ${name} is not set in the job. Fix: write the value out, or set it in slurm.setup")
+        for name in names
+    ]
+
+
+def _message(key: str, value: str, what: str) -> str:
+    return shlex.quote(f"{key}: {value!r} {what}")
+
+
+def shell_value(value: str) -> str:
+    """A value as a word of bash in which $NAME and a leading ~ are filled in, and nothing else is."""
+    words = (f'"${{{text}}}"' if kind == "name" else shlex.quote(text) for kind, text in parts(value) if text)
+    return "".join(words) or "''"
+
+
+def _quoted(option: str) -> str:
+    """An option as sbatch reads it in a #SBATCH line, by the rules of a shell."""
+    name, equals, value = option.partition("=")
+    return f"{name}={shlex.quote(value)}" if equals else shlex.quote(option)
+
+
+def refuse_odd(folder: Path) -> None:
+    """PlanError for a folder whose name has no place in a batch script."""
+    if not str(folder).isprintable() or "\\" in str(folder):
+        raise PlanError(
+            f"--runs: got {str(folder)!r}; expected a folder without control characters and backslashes, which a job "
+            "could not write its log to. Fix: --runs DIR"
+        )
 
 
 USAGE = {
@@ -116,11 +199,14 @@ def resources(stage: Stage, cluster: Cluster) -> list[str]:
     named = {"clusters": slurm.clusters, "partition": slurm.partition, "account": slurm.account, "qos": slurm.qos}
     named["constraint"] = slurm.constraint
     options = [f"--{name}={value}" for name, value in named.items() if value]
-    options += [f"--nodes={cluster.nodes if wide else 1}", "--ntasks-per-node=1", f"--cpus-per-task={slurm.cpus}"]
-    if cluster.gpus and wide:
-        options.append(f"--gres=gpu:{slurm.gpu_type + ':' if slurm.gpu_type else ''}{cluster.gpus}")
+    options += [f"--nodes={cluster.nodes if wide else 1}", "--ntasks-per-node=1"]
+    options += [f"--cpus-per-task={slurm.cpus}"] * bool(slurm.cpus)
+    if cluster.gpus and wide and slurm.gpu_request != "none":
+        kind = f"{slurm.gpu_type}:{cluster.gpus}" if slurm.gpu_type else cluster.gpus
+        options.append(f"--gres=gpu:{kind}" if slurm.gpu_request == "gres" else f"--gpus-per-node={kind}")
     options += [f"--mem={slurm.memory}"] * bool(slurm.memory)
-    return [*options, f"--time={_time(getattr(slurm.time, stage.name))}", *slurm.options]
+    options.append(f"--time={_time(getattr(slurm.time, stage.name))}")
+    return options + [word for option in slurm.options for word in option_words(option)]
 
 
 def _time(time: str) -> str:

@@ -133,7 +133,7 @@ def _leave_at(step: Step, plan: Plan) -> float:
     end = job_end() if this_job() and step.stage in CAN_STOP else None
     if end is None:
         return math.inf
-    now, before = time.time(), plan.cluster.slurm.save_before
+    now, before = time.time(), plan.cluster.slurm.save_seconds(step.stage)
     return max(end - before, now + (end - now) / 2)
 
 

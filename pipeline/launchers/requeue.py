@@ -10,7 +10,6 @@ waits for it. A job that somebody cancels is not queued again.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 from pipeline.artifact import SCRIPT
 from pipeline.errors import EXIT_FAULT, LaunchError, PlanError, run_main
 from pipeline.jobs import make_wait
-from pipeline.launchers.slurm import sbatch_line
+from pipeline.launchers.slurm import exported, sbatch_line
 from pipeline.slurm import (
     ask,
     call,
@@ -35,6 +34,7 @@ from pipeline.slurm import (
     this_job,
     write_job,
 )
+from pipeline.stage import read_order
 
 PATIENCE = 600  # seconds to wait for a controller that does not answer; Slurm's time limit may be sooner
 PAUSES = (2.0, 5.0, 10.0, 20.0, 30.0)  # seconds between the tries; the first are short, because a time limit is near
@@ -83,7 +83,8 @@ def _successor(job: str, folder: Path, reason: str) -> str:
         return taken.id
     new = replace(record, token=uuid.uuid4().hex, submitted=time.time(), id=None)
     write_job(folder, new)  # as with every submission: first the token, then the job, then its id
-    done = call(*sbatch_line(script, [job], new.token, "afterany"))
+    env = exported(read_order(folder).cluster.slurm)
+    done = call(*sbatch_line(script, [job], new.token, "afterany"), env=env)
     said = reason_of(done.stderr)
     if done.returncode and not reaches(said):
         raise Away(said)
@@ -114,8 +115,6 @@ def main(argv: list[str]) -> int:
     job, folder = this_job(), Path(argv[0])
     if job is None:
         raise PlanError("SLURM_JOB_ID is not set: this queues the Slurm job again that it runs in")
-    for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
-        del os.environ[name]  # of this job; a new one has its own
     until, pauses = time.time() + PATIENCE, iter(PAUSES)
     while True:
         try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import re
 import shlex
 import sys
@@ -25,9 +26,10 @@ from pipeline.artifact import LOG, OWNER, SCRIPT, Owner, refuse_if_owned
 from pipeline.cluster import read_cluster
 from pipeline.errors import EXIT_MISTAKE, LaunchError, PlanError, RecipeError, run_main
 from pipeline.jobs import is_ours, live_jobs, make_wait, query
-from pipeline.launchers.batch_script import FOLDER, render, resources, script
+from pipeline.launchers.batch_script import FOLDER, refuse_odd, render, resources, script
 from pipeline.plan import Plan, Step, order_of
 from pipeline.records import record_or_none
+from pipeline.site import Slurm
 from pipeline.slurm import (
     Job,
     JobRecord,
@@ -74,7 +76,9 @@ def run_plan(
     has to run it again.
     """
     submit = submit or sbatch
+    refuse_odd(plan.runs)
     if not dry_run:
+        _refuse_unset(plan.cluster.slurm)
         call("sbatch", "--version")  # before anything is written
     with contextlib.nullcontext() if dry_run else alone(plan.runs):
         new: set[str] = set()
@@ -240,11 +244,34 @@ def sbatch(step: Step, plan: Plan, after: Sequence[str], record: JobRecord) -> J
     """Write the step's batch script and submit it. LaunchError with Slurm's reason where it refuses."""
     path = step.folder / SCRIPT
     path.write_text(script(STAGES[step.stage], plan.cluster, step, sys.prefix), encoding="utf-8")
-    done = call(*sbatch_line(path, after, record.token))
+    done = call(*sbatch_line(path, after, record.token), env=exported(plan.cluster.slurm))
     if done.returncode:
         raise refused(step, plan, reason_of(done.stderr))
     number, cluster = submitted_as(done.stdout)
     return replace(record, id=number, cluster=cluster)
+
+
+def exported(slurm: Slurm) -> dict[str, str]:
+    """For the environment of sbatch: `pass_environment` goes with the job, whatever else of the shell does.
+
+    The values are in Slurm's own keeping, as is all of the environment where nobody asks for less (--export=NONE).
+    """
+    options = [option.partition("=")[2] for option in slurm.options if option.startswith("--export=")]
+    wish = os.environ.get("SBATCH_EXPORT") or (options or ["ALL"])[-1]
+    if not slurm.pass_environment or "ALL" in wish.upper().split(","):
+        return {}
+    named = [] if wish.upper() in ("NONE", "NIL") else [wish]
+    return {"SBATCH_EXPORT": ",".join([*named, *slurm.pass_environment])}
+
+
+def _refuse_unset(slurm: Slurm) -> None:
+    if unset := [name for name in slurm.pass_environment if name not in os.environ]:
+        raise PlanError(
+            *(
+                f"cluster.slurm.pass_environment: got {name}; expected a variable of this shell. Fix: export {name}=…"
+                for name in unset
+            )
+        )
 
 
 def sbatch_line(path: Path, after: Sequence[str], token: str, kind: str = "afterok") -> list[str]:

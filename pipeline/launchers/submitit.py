@@ -9,31 +9,34 @@ has saved, and hands the same command back; submitit then requeues the job.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.artifact import STOP
-from pipeline.cluster import minutes
 from pipeline.errors import EXIT_STOPPED, MissingDependency
-from pipeline.launchers.batch_script import resources
-from pipeline.launchers.slurm import refused
+from pipeline.launchers.batch_script import resources, setup_lines, shell_value
+from pipeline.launchers.slurm import exported, refused
 from pipeline.plan import Plan, Step
-from pipeline.slurm import JobRecord, reason_of
+from pipeline.site import Slurm, minutes
+from pipeline.slurm import JobRecord, own_environment, reason_of
 from pipeline.stage import STAGES
 
 if TYPE_CHECKING:
     from submitit.core.utils import DelayedSubmission
 
 JOBS = "submitit"  # of a step's folder: its pickles, scripts and logs
+LOGIN = "command -v module >/dev/null || . /etc/profile"  # where sites define it; submitit's shell is no login shell
+# USR2 would end a Python that does not yet listen to it: until then it is ignored
+LISTENS_LATER = """bash -c 'trap "" USR1 USR2; exec "$@"' bash"""
 FOR_EVER = 1_000_000  # time limits that a job may run into; each has made progress
 
 
@@ -94,19 +97,17 @@ def submit(step: Step, plan: Plan, after: Sequence[str], record: JobRecord) -> J
     extra: dict[str, str | bool] = {key: value or True for key, value in asked.items() if key not in options}
     extra |= {"requeue": True, "kill-on-invalid-dep": "yes", "comment": record.token}
     extra |= {"dependency": f"afterok:{':'.join(after)}"} if after else {}
-    python = shlex.quote(f"{slurm.venv}/bin/python") if slurm.venv else None  # None: the one that submits
-    executor = submitit.SlurmExecutor(step.folder / JOBS, max_num_timeout=FOR_EVER, python=python)
-    setup = [f"module load {' '.join(slurm.modules)}"] * bool(slurm.modules)
-    setup += [f"export {key}={shlex.quote(value)}" for key, value in slurm.environment.items()]
-    with warnings.catch_warnings():
+    executor = submitit.SlurmExecutor(step.folder / JOBS, max_num_timeout=FOR_EVER, python=_python(slurm))
+    path = f'export PATH={shell_value(slurm.venv or sys.prefix)}/bin:"$PATH"'
+    with warnings.catch_warnings(), _environment(own_environment() | exported(slurm)):
         warnings.simplefilter("ignore")
         executor.update_parameters(
             job_name=step.label,
             time=minutes(getattr(slurm.time, stage.name)),
-            signal_delay_s=slurm.save_before,
+            signal_delay_s=slurm.save_seconds(stage.name),
             stderr_to_stdout=True,
-            setup=setup,
-            srun_args=[f"--cpus-per-task={slurm.cpus}", "--wait=60"],
+            setup=[*[LOGIN] * bool(slurm.modules or slurm.setup), *setup_lines(slurm), path],
+            srun_args=[*([f"--cpus-per-task={slurm.cpus}"] if slurm.cpus else []), "--wait=60"],
             additional_parameters=extra,
         )
         try:
@@ -114,3 +115,22 @@ def submit(step: Step, plan: Plan, after: Sequence[str], record: JobRecord) -> J
         except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
             raise refused(step, plan, reason_of(str(error))) from error
     return replace(record, id=job.job_id, log=str(job.paths.stdout))
+
+
+def _python(slurm: Slurm) -> str:
+    """What submitit puts between srun and its own module: options, wrapper and Python, as words of a shell."""
+    options, wrapper = ([shell_value(word) for word in words] for words in (slurm.srun, slurm.wrapper))
+    return " ".join([*options, LISTENS_LATER, *wrapper, "python"])
+
+
+@contextlib.contextmanager
+def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
+    """Another environment for a while: submitit calls sbatch in that of this process."""
+    before = dict(os.environ)
+    try:
+        os.environ.clear()
+        os.environ.update(wanted)
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

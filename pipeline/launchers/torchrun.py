@@ -2,10 +2,10 @@
 
     python -m pipeline.launchers.torchrun --step DIR      on every node of a Slurm job, by srun: for one and for many
 
-The nodes meet at the job's first host, at a port that follows from the job's id and its attempt. TERM, USR1 and USR2
-are not the end of a run but the wish that it saves and leaves: whichever node receives one writes the stop file, and
-the training processes, which Slurm may have signalled too, ignore them. Ends with the code of the stage: 0, 75 after a
-stop, 2, 1.
+The nodes meet at the job's first host (one node at its own loopback), at a port that follows from the job's id and its
+attempt. TERM, USR1 and USR2 are not the end of a run but the wish that it saves and leaves: whichever node receives one
+writes the stop file, and the training processes, which Slurm may have signalled too, ignore them. Ends with the code of
+the stage: 0, 75 after a stop, 2, 1.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from pipeline.artifact import STOP, is_done
 from pipeline.cluster import Cluster, driver_devices, gpu_count, thread_count
 from pipeline.errors import EXIT_FAULT, EXIT_STOPPED, PlanError, run_main
 from pipeline.progress import read_progress
-from pipeline.slurm import hosts, this_job
+from pipeline.slurm import first_host, this_job, this_restart
 from pipeline.stage import STAGES, Stage, read_order, stage_processes
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PORTS = range(15_000, 30_000)  # below those that the system hands out itself
 HIDE_GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # the user's own settings of torch's allocator
+LOOPBACK = "127.0.0.1"
 STRIDE = 7919  # between the ports of a job's attempts
 SHUTDOWN = 10  # seconds that torchrun gives the other processes when one has failed
 
@@ -43,15 +44,30 @@ class Meeting:
     host: str
     port: int
     id: str
+    address: str | None = None  # of this node, for the others; None: what its own name resolves to
 
 
-def meeting() -> Meeting | None:
-    """The meeting point of the Slurm job this runs in; None outside of one."""
+def meeting(suffix: str | None = None) -> Meeting | None:
+    """The meeting point of the Slurm job this runs in; None outside of one.
+
+    One node needs no name that can be looked up. `suffix` turns a node's name into that of its fast network.
+    """
     job = this_job()
     if job is None:
         return None
-    nodes, attempt = hosts(os.environ["SLURM_JOB_NODELIST"]), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    return Meeting(len(nodes), nodes[0], port_of(job, attempt), f"{job}-{attempt}")
+    attempt, nodes = this_restart(), int(os.environ["SLURM_JOB_NUM_NODES"])
+    name = f"{job}-{attempt}"
+    if nodes == 1:
+        return Meeting(1, LOOPBACK, port_of(job, attempt), name, LOOPBACK)
+    first = fast_name(first_host(os.environ["SLURM_JOB_NODELIST"]), suffix)
+    mine = fast_name(os.environ["SLURMD_NODENAME"], suffix) if suffix else None
+    return Meeting(nodes, first, port_of(job, attempt), name, mine)
+
+
+def fast_name(host: str, suffix: str | None) -> str:
+    """node1 and -ib make node1-ib; node1.site makes node1-ib.site."""
+    name, dot, domain = host.partition(".")
+    return f"{name}{suffix or ''}{dot}{domain}"
 
 
 def port_of(job: str, attempt: int = 0) -> int:
@@ -71,6 +87,7 @@ def command(stage: Stage, folder: Path, cluster: Cluster, at: Meeting | None = N
     if at:
         where = [f"--nnodes={at.nodes}", f"--rdzv-id={at.id}", "--rdzv-backend=c10d"]
         where += [f"--rdzv-endpoint={at.host}:{at.port}", "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT"]
+        where += [f"--local-addr={at.address}"] * bool(at.address)
     count = stage_processes(stage, cluster)
     return [sys.executable, "-m", "pipeline.distributed", *where, f"--nproc-per-node={count}", *work]
 
@@ -105,7 +122,7 @@ def run_on_node(folder: Path) -> int:
         signal.signal(number, lambda *_: (folder / STOP).touch())
     kills = faults.memory_kills()
     process = subprocess.Popen(
-        command(stage, folder, order.cluster, meeting()),
+        command(stage, folder, order.cluster, meeting(order.cluster.slurm.host_suffix)),
         env={**environment(stage, order.cluster), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN)},
         preexec_fn=ignore_stop_signals,
     )
@@ -133,7 +150,8 @@ def exit_code(folder: Path, code: int, started: float) -> int:
     progress = read_progress(folder)
     if progress and progress.updated >= started and progress.state in ("stopped", "failed"):
         return EXIT_STOPPED if progress.state == "stopped" else progress.exit_code or EXIT_FAULT
-    return code if code > 0 else EXIT_FAULT
+    early = [128 + number for number in STOP_SIGNALS]  # of a launcher that was signalled before it listened
+    return code if code > 0 and code not in early else EXIT_FAULT
 
 
 def main(argv: list[str]) -> int:

@@ -158,6 +158,45 @@ def test_submitit_runs_the_same_chain_and_requeues_in_its_own_way(lab: Lab, runs
     assert vars(pickled.function) == {"folder": str(only(runs, "tiny/sft-*"))}  # a name, and no closure
 
 
+@pytest.mark.parametrize("launcher", ["slurm", "submitit"])
+def test_a_job_needs_nothing_of_the_shell_that_submits(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str
+) -> None:
+    """From within another allocation, exporting nothing, in a folder of odd letters; with a site's own set-up.
+
+    The first attempt is signalled while its node is set up (by sbatch): it is queued again and goes on.
+    """
+    runs = tmp_path / 'it\'s 100% "mine" #1'
+    leaked = {"SLURM_MEM_PER_CPU": "100", "SLURM_NTASKS": "7", "SLURM_JOB_ID": "1", "SLURM_EXPORT_ENV": "NONE"}
+    asked = {"SQUEUE_PARTITION": "urgent", "SLURM_TIME_FORMAT": "relative", "SACCT_FORMAT": "jobid"}
+    for name, value in {**leaked, **asked, "SBATCH_EXPORT": "NONE", "HF_TOKEN": "hf_" + "x" * 20, "LOST": "1"}.items():
+        monkeypatch.setenv(name, value)
+    early = '[ -n "$SLURM_RESTART_COUNT" ] || { scancel --batch --signal=USR1 $SLURM_JOB_ID; sleep 1; }'
+    words = [
+        "cluster.slurm.setup=['export BASE=/tmp', 'module() { export LOADEDMODULES=$2/1; }'"
+        + (f", '{early}']" if launcher == "slurm" else "]"),
+        "cluster.slurm.modules=[cuda]",
+        "cluster.slurm.environment={THEREFORE_ALLOW_CPU: '1', SEEN: $BASE/hf}",
+        "cluster.slurm.pass_environment=[HF_TOKEN]",
+        "cluster.slurm.srun=[--kill-on-bad-exit=1]",
+        'cluster.slurm.wrapper=[bash, -c, \'env | grep -E "^(SEEN|HF_TOKEN|LOST|LOADED)"; exec "$@"\', bash]',
+        "cluster.slurm.gpu_request=gpus-per-node",
+        "cluster.slurm.cpus=null",
+        "cluster.slurm.options=['--comment=never mind', '--mail-type NONE']",
+    ]
+    submit(lab, runs, *words, "--stages", "preprocess", launcher=launcher)
+    (job,) = jobs_of(runs).values()
+    for name in (*leaked, *asked):
+        monkeypatch.delenv(name)
+    found = wait_for_end(runs)["tiny/preprocess"]
+    log = Path(found["log"]).read_text()
+    assert found["state"] == "done", log
+    seen = [line for line in log.splitlines() if line.startswith(("SEEN", "HF_TOKEN", "LOST", "LOADED"))]
+    assert sorted(seen) == ["HF_TOKEN=hf_" + "x" * 20, "LOADEDMODULES=cuda/1", "SEEN=/tmp/hf"]
+    if launcher == "slurm":
+        assert "Restarts=1 " in slurm("scontrol", "show", "job", "--oneliner", job)
+
+
 # ---------------------------------------------------------------- what fails
 
 
@@ -290,7 +329,7 @@ def test_two_nodes_train_together(lab: Lab, runs: Path, nano: Path) -> None:
 def test_a_stage_alone_by_its_committed_script(lab: Lab, runs: Path, nano: Path) -> None:
     """sbatch slurm/grpo.slurm from the project's root, as a user types it; then the same once more."""
     copy_steps(nano, runs, "preprocess", "sft")
-    env = {**os.environ, "THEREFORE_VENV": sys.prefix, "SBATCH_TIMELIMIT": "7"}
+    env = {**os.environ, "THEREFORE_VENV": sys.prefix, "SBATCH_TIMELIMIT": "7", "THEREFORE_ALLOW_CPU": "1"}
 
     def sbatch(stage: str, *words: str) -> tuple[str, str]:
         command = ["sbatch", "--wait", "--parsable", f"slurm/{stage}.slurm", *words]
