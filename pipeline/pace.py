@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pipeline.cluster import minutes
 from pipeline.runtime import Runtime
+from pipeline.site import minutes
 from pipeline.slurm import job_end
 
 MEASURED = 2  # steps, after the first of an attempt, which also compiles and fills caches
@@ -41,9 +41,9 @@ class Pace(TrainerCallback):
         """Seconds that an attempt may train before it has to save; None where nothing limits it."""
         slurm = self.runtime.cluster.slurm
         if self.runtime.cluster.launcher != "local":
-            return minutes(getattr(slurm.time, self.stage)) * 60.0 - slurm.save_before
+            return minutes(getattr(slurm.time, self.stage)) * 60.0 - slurm.save_seconds(self.stage)
         end = job_end() if self.runtime.rank == 0 else None  # a job that someone made around the local launcher
-        return None if end is None else end - slurm.save_before - self.clock()
+        return None if end is None else end - slurm.save_seconds(self.stage) - self.clock()
 
 
 def too_slow(seconds: float, left: int, attempt: float | None, stage: str) -> str | None:
