@@ -22,6 +22,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -680,15 +681,14 @@ def generate_command(args: argparse.Namespace) -> int:
 
     from pipeline.tasks.corr2cause.generate import generate
 
-    sizes: list[int] = []
-    for part in args.n.split(","):
-        low, _, high = part.partition("-")
-        if not low.isdecimal() or not (high or low).isdecimal():
-            raise PlanError(f"--n: {args.n!r} is no list of numbers; write 6, or 3,5 or 2-6")
-        sizes += range(int(low), int(high or low) + 1)
-    for name in ("copies", "processes"):
-        if getattr(args, name) < 1:
-            raise PlanError(f"--{name}: {getattr(args, name)} is not a whole number ≥ 1")
+    sizes, problems = _sizes(args.n)
+    most = 4 * (os.cpu_count() or 1)
+    problems += [f"--copies: {args.copies} is not a whole number ≥ 1"] if args.copies < 1 else []
+    problems += [f"--seed: got {args.seed}; expected 0 to {2**31 - 1}"] if not 0 <= args.seed < 2**31 else []
+    if not 1 <= args.processes <= most:
+        problems.append(f"--processes: got {args.processes}; expected 1 to {most}, four for each core here")
+    if problems:
+        raise PlanError(*problems)
     try:
         params = OmegaConf.to_container(OmegaConf.from_dotlist(args.words))
     except OmegaConfBaseException as error:
@@ -702,6 +702,22 @@ def generate_command(args: argparse.Namespace) -> int:
         print(f"{split:<11} {sum(rows for *_, rows in counts):>9} rows of {made['classes'][split]} classes; {told}")
     print(f"overlap {made['overlap']}; {args.out}/README.md is the data card")
     return 0
+
+
+def _sizes(text: str) -> tuple[list[int], list[str]]:
+    """(the numbers of variables that `6`, `3,5` or `2-6` names, what is wrong with it); the task says which can be."""
+    sizes: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", part)
+        if match is None:
+            return [], [f"--n: {text[:40]!r} is no list of numbers; write 6, or 3,5 or 2-6"]
+        low, high = int(match[1]), int(match[2] or match[1])
+        if low > high:
+            return [], [f"--n: {part.strip()!r} runs backwards and names no number. Fix: --n {high}-{low}"]
+        if high - low > 20:
+            return [], [f"--n: {part.strip()!r} are {high - low + 1:,} numbers of variables; write 6, or 3,5 or 2-6"]
+        sizes |= set(range(low, high + 1))
+    return sorted(sizes), []
 
 
 def _evaluation_plan(args: argparse.Namespace, changes: Sequence[str] = ()) -> Plan:

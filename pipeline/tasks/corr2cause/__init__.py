@@ -41,11 +41,16 @@ from pipeline.tasks.corr2cause.graphs import (
 from pipeline.tasks.corr2cause.published_rows import COLUMNS, gold_of, label_of, question_of, words_of
 from pipeline.tasks.corr2cause.trace import proof
 from pipeline.tasks.task import Example, Needs, Splits, Task, Verdict
-from pipeline.typed import Check, Count, Positive, Share
+from pipeline.typed import Check, Positive, Share
 
 if TYPE_CHECKING:
     from pipeline.tasks.corr2cause.audit import Solver
 
+MOST = 10_000_000  # rows of one set: more would take days, and memory
+Rows = Annotated[int, Check(f"a whole number from 0 to {MOST:,}", lambda v: 0 <= v <= MOST)]
+SomeRows = Annotated[int, Check(f"a whole number from 1 to {MOST:,}", lambda v: 1 <= v <= MOST)]
+Drawn = Annotated[int, Check("a whole number from 1 to 100,000", lambda v: 1 <= v <= 100_000)]
+Members = Annotated[int, Check("a whole number from 1 to 10,000", lambda v: 1 <= v <= 10_000)]
 Size = Annotated[int, Check(f"a whole number from 2 to {MAX_N}", lambda v: 2 <= v <= MAX_N)]
 
 
@@ -54,7 +59,7 @@ class Phase:
     """A stretch of the SFT rows: which numbers of variables, and how many rows."""
 
     n: tuple[Size, ...]
-    rows: Positive
+    rows: SomeRows
     traces: Share = 1.0  # share whose target is a proof in the thought; the others state the verdict at once
     shuffled: Share = 0.0  # share whose premise tells its statements in random order: no short cut by position
     proof: Literal["full", "short"] = "full"  # short: the links, the shared arrows and the decision
@@ -73,18 +78,18 @@ class Corr2CauseParams:
     premise: Literal["full", "minimal"] = "full"  # minimal: one smallest separating set a pair
     letters: Literal["permuted", "alphabet"] = "permuted"  # the first N letters in random order, or any N of 26
     max_independences: Positive | None = None  # leaves classes out, of all sets alike, whose premises are longer
-    sampled_classes: Positive = 300  # N ≥ 7: how many classes are drawn for each N
+    sampled_classes: Drawn = 300  # N ≥ 7: how many classes are drawn for each N
     density: Share = 0.4  # N ≥ 7: the probability of each arrow of a random graph
-    max_members: Positive = 200  # N ≥ 7: leaves larger classes out
+    max_members: Members = 200  # N ≥ 7: leaves larger classes out
     validation_classes: Share = 0.1  # share of the classes of each N
     test_classes: Share = 0.2
     grpo_only_classes: Share = 0.0  # share of the training classes that SFT does not see
     phases: tuple[Phase, ...] = (Phase((3, 4, 5), 1000),)  # SFT rows in the order of a curriculum
     instruction: str = text.INSTRUCTION  # the last line of the question; "" for none
-    grpo_rows: Count = 1000
-    validation_rows: Count = 200
-    test_rows: Count = 1000
-    perturbed_rows: Count = 1000  # of the test rows, repeated in each of the two perturbed sets
+    grpo_rows: Rows = 1000
+    validation_rows: Rows = 200
+    test_rows: Rows = 1000
+    perturbed_rows: Rows = 1000  # of the test rows, repeated in each of the two perturbed sets
 
 
 class Class(Protocol):

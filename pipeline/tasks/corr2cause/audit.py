@@ -3,7 +3,7 @@
 Each row's premise is read back to independences (published wording, or `A indep B | C`), the class and the label are
 found by the exact solver, and what disagrees is listed: wrong labels, premises that no DAG is faithful to, rows that
 cannot be read, each by its line. Exit code 0 when every row is right, 1 when not, 2 when the file cannot be read;
-`--json` for scripts.
+`--json` for scripts. Premises of up to ten variables are decided, each claim in a fraction of a second.
 
 published_rows.py says which columns a row may have.
 """
@@ -16,7 +16,8 @@ from typing import Any
 
 from pipeline.metrics import Outcome, count_table, figures
 from pipeline.rows import Row
-from pipeline.tasks.corr2cause.graphs import PLUSPLUS, PUBLISHED, EquivalenceClass, Semantics, holds
+from pipeline.tasks.corr2cause.decide import decide
+from pipeline.tasks.corr2cause.graphs import PLUSPLUS, PUBLISHED, EquivalenceClass, Semantics
 from pipeline.tasks.corr2cause.premise import Claim, Premise, class_of, read_claim, read_premise
 from pipeline.tasks.corr2cause.published_rows import label_of, question_of, words_of
 
@@ -95,10 +96,7 @@ class Solver:
         if mec is None:
             return Solved(premise, claim, None)
         semantics = self.semantics or (PLUSPLUS if premise.wording == "indep" else PUBLISHED)
-        # member by member: premises seldom come twice, and tables of all claims would be made for one
-        held = {holds(dag, claim.relation, claim.i, claim.j, semantics) for dag in mec.members}
-        status = "undetermined" if len(held) == 2 else "entailed" if True in held else "contradicted"
-        return Solved(premise, claim, status)
+        return Solved(premise, claim, decide(mec.pattern, claim.relation, claim.i, claim.j, semantics))
 
 
 def audit(rows: Iterable[Row], semantics: Semantics | None = None, *, paper: bool = False) -> Audit:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from hashlib import sha256
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,21 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import DataError
 from pipeline.recipe import TaskChoice
-from pipeline.tasks.corr2cause import Class, Corr2Cause, Slot, split_classes
+from pipeline.tasks.corr2cause import Class, Corr2Cause, Corr2CauseParams, Slot, split_classes
 from pipeline.tasks.corr2cause.graphs import EquivalenceClass
 from pipeline.tasks.task import task_of
 
+MOST_ROWS = 1_000_000_000  # of a set: a day's work of a large machine
+CLASSES = {2: 2, 3: 5, 4: 20, 5: 142, 6: 2201}  # of N unlabelled nodes; beyond, as many as are drawn
 GROUP = 32  # classes in a group of rows
 SPLITS = {"train": ("sft", "both", "grpo"), "validation": ("validation",), "test": ("test",)}
 STATUS = {"Yes": "entailed", "No": "contradicted", "Unknown": "undetermined"}
+
+
+def most_rows(params: Corr2CauseParams, copies: int) -> int:
+    """How many rows a set can have at most: before anything is made."""
+    classes = {n: CLASSES.get(n, params.sampled_classes) for n in set(params.n)}
+    return copies * sum(count * 3 * n * (n - 1) for n, count in classes.items())
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,10 @@ def _parts(order: Order) -> dict[str, list[list[Class]]]:
     return parts
 
 
-def _group(job: tuple[Order, str, int, int]) -> list[dict[str, Any]]:
+Job = tuple[Order, str, int, int]  # and split, group, copy
+
+
+def _group(job: Job) -> list[dict[str, Any]]:
     """The rows of one group of classes under one renaming: a function of the order alone."""
     order, split, number, copy = job
     task, rows = order.task, []
@@ -154,6 +166,8 @@ def generate(
 
     RecipeError for params that cannot be, DataError where the folder holds something already.
     """
+    if out.exists() and not out.is_dir():
+        raise DataError(f"--out: {out} is a file; give a new folder")
     if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):  # a broken run leaves such
         raise DataError(f"--out: {out} is not empty; give a new folder")
     settled = {"instruction": "", **params}
@@ -161,6 +175,10 @@ def generate(
         settled.setdefault("phases", [{"n": list(settled.get("n", (3, 4, 5))), "rows": 1, "traces": 0.0}])
     order = Order(json.dumps(settled, sort_keys=True), seed, copies, proof)
     task = order.task  # says what is wrong with the params before anything is written
+    if (most := most_rows(task.params, copies)) > MOST_ROWS:
+        fits = max(1, copies * MOST_ROWS // most)
+        told = f"--copies: got {copies}, which is up to {most:,} rows; expected at most {MOST_ROWS:,} rows"
+        raise DataError(f"{told}. Fix: --copies {fits}")
     out.mkdir(parents=True, exist_ok=True)
     parts = _parts(order)
     ids = {split: sorted({mec.id for group in groups for mec in group}) for split, groups in parts.items()}
@@ -175,8 +193,8 @@ def generate(
             partial, path = out / f".{split}.parquet", out / f"{split}.parquet"
             schema = _schema(task.params.style)
             with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-                jobs = [(order, split, k, copy) for copy in range(copies) for k in range(len(groups))]
-                windows = (jobs[k : k + 4 * processes] for k in range(0, len(jobs), 4 * processes))
+                jobs = ((order, split, k, copy) for copy in range(copies) for k in range(len(groups)))
+                windows = _windows(jobs, 4 * processes)
                 for rows in (rows for window in windows for rows in pool.imap(_group, window)):
                     if rows:  # a few groups are under way at a time, so none piles up
                         writer.write_table(pa.Table.from_pylist(rows, schema=schema))
@@ -189,6 +207,12 @@ def generate(
     (out / "splits.json").write_text(json.dumps({"overlap": overlap, "classes": ids}) + "\n", encoding="utf-8")
     (out / "README.md").write_text(_card(order, record, hashes), encoding="utf-8")
     return record
+
+
+def _windows(jobs: Iterator[Job], size: int) -> Iterator[list[Job]]:
+    """The jobs, a few at a time."""
+    while window := list(islice(jobs, size)):
+        yield window
 
 
 class _Here:

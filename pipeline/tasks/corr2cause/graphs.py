@@ -410,7 +410,10 @@ class EquivalenceClass:
 
         from pipeline.tasks.corr2cause.enumeration import independent
 
-        return independences_of(self.n, independent(np.array([self.members[0]], dtype=np.uint16)))[0]
+        member = extension_of(self.pattern)  # any: they have the same
+        if member is None:
+            raise ValueError("no DAG has this skeleton and these v-structures")
+        return independences_of(self.n, independent(np.array([member], dtype=np.uint16)))[0]
 
     @cached_property
     def tables(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
 
-from pipeline.tasks.corr2cause.graphs import EquivalenceClass, Independence, completed, extension_of
+from pipeline.tasks.corr2cause.graphs import MAX_N, EquivalenceClass, Independence, completed, extension_of
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,9 @@ def read_premise(words: str) -> Premise:
     opening = _OPENING.search(words.strip())
     if not opening:
         raise ValueError('no "closed system of N variables, …"')
+    announced = opening["n"]
+    if len(announced) > 3 or int(announced) > MAX_N:
+        raise ValueError(f"{announced[:12]} variables are announced; at most {MAX_N} can be decided")
     head, indep = opening["rest"], _FAITHFUL in opening["rest"]
     statements = _STATEMENTS.search(head)
     if not statements:
