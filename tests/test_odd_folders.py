@@ -150,12 +150,15 @@ def test_a_damaged_file_costs_its_own_row_at_most(runs: Path, how: str, capsys: 
         assert f"{RECIPE}/{folder.name}" in said(capsys, "status", "--all", *where)
         assert len(json.loads(said(capsys, "status", "--json", *where))) == len(rows)
         assert "has ended" in said(capsys, "logs", f"{RECIPE}/sft", *where)
+        if name == "log.txt" and how != "a terabyte":
+            said(capsys, "logs", f"{RECIPE}/grpo", *where)
         assert "nothing is under way" in said(capsys, "cancel", "--yes", *where)
+        if name in ("history.json", "log.txt", "stop"):  # which no plan reads
+            restore()
+            continue
         plan = said(capsys, "plan", "tiny", "--rehearse", *where)
         assert all(f"{RECIPE}/{step}" in plan for step in STEPS), (name, plan)
         said(capsys, "run", "tiny", "--rehearse", "--refresh", "changed", "--dry-run", *where)
-        if name == "log.txt" and how != "a terabyte":
-            said(capsys, "logs", f"{RECIPE}/grpo", *where)
         restore()
 
 
