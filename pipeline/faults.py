@@ -24,7 +24,7 @@ from pathlib import Path
 from pipeline.artifact import PROGRESS, is_done
 from pipeline.errors import EXIT_FAULT
 from pipeline.files import write_json
-from pipeline.progress import Progress, read_progress
+from pipeline.progress import ATTEMPT, Progress, read_progress
 
 PARENT = "THEREFORE_PARENT"  # the pid of the process that starts this one, in its environment
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -177,8 +177,11 @@ def record_failure(folder: Path, problems: Sequence[str], since: float, state: s
         time.sleep(0.2)
     if is_done(folder):
         return
-    if progress is None or progress.started < since:
-        progress = Progress(folder.name.rpartition("-")[0], state, started=since)
+    if progress is None or progress.started < since:  # rank 0 has not begun to keep this attempt's
+        attempt = progress.attempt + 1 if progress and progress.state != "done" else 1
+        token, host = os.environ.get(ATTEMPT, ""), os.uname().nodename  # the launcher knows its own start by the token
+        name = folder.name.rpartition("-")[0]
+        progress = Progress(name, state, started=since, attempt=attempt, host=host, token=token)
     code = EXIT_FAULT if state == "failed" else None
     ended = replace(progress, state=state, note="", problems=tuple(problems), exit_code=code, updated=time.time())
     with contextlib.suppress(OSError):  # a full disk, which the launcher reports itself

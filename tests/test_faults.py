@@ -18,7 +18,7 @@ from pipeline.errors import LaunchError
 from pipeline.files import read_json
 from pipeline.launchers import local, torchrun
 from pipeline.plan import make_plan
-from pipeline.progress import ProgressFile, read_progress
+from pipeline.progress import ATTEMPT, ProgressFile, read_progress
 
 
 def start_ranks(mode: str, folder: Path) -> subprocess.Popen[str]:
@@ -201,6 +201,20 @@ def test_what_a_step_has_written_itself_stands(tmp_path: Path) -> None:
     kept = read_progress(tmp_path)
     assert kept is not None
     assert kept.problems == ("no rows",)
+
+
+def test_a_death_before_rank_0_keeps_its_progress_is_this_attempts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before: the launcher took it for another run's and showed the end of the log in place of the sentence."""
+    progress = ProgressFile(tmp_path, "sft")
+    progress.update(state="stopped", done=4, total=9)
+    monkeypatch.setenv(ATTEMPT, "mine")
+    faults.record_failure(tmp_path, ["rank 1 was killed"], time.time())
+    found = read_progress(tmp_path)
+    assert found is not None
+    assert (found.state, found.problems, found.token, found.attempt) == ("failed", ("rank 1 was killed",), "mine", 2)
+    assert found.host == os.uname().nodename
 
 
 def test_a_step_that_could_write_nothing_gets_its_sentence(tmp_path: Path) -> None:
