@@ -132,6 +132,7 @@ class Solution:
 
 
 def _solution(answer: str) -> Solution:
+    """(steps, number) of a published answer."""
     text = _CALCULATOR.sub("", answer)
     thought, said = "", text
     if answers.OPEN in text or answers.CLOSE in text:
