@@ -303,10 +303,11 @@ def save_without_base(trainer: Trainer) -> None:
     """
     whole = trainer.accelerator.get_state_dict
 
-    def state(model: Any, unwrap: bool = True) -> dict[str, torch.Tensor]:
+    def state(model: Any, unwrap: bool = True) -> dict[str, torch.Tensor] | None:
         plain = trainer.accelerator.unwrap_model(model)
         if not isinstance(plain, PeftModel) or trainer.deepspeed.zero_optimization_stage() == 3:
-            return dict(whole(model, unwrap))
+            found: dict[str, torch.Tensor] | None = whole(model, unwrap)  # under ZeRO-3 rank 0 alone has one
+            return found
         own = {name: value for name, value in plain.state_dict().items() if ".base_layer." not in name}
         return {name: value.detach().cpu().clone() for name, value in own.items()}
 

@@ -48,7 +48,7 @@ def test_hours_are_told_after_the_first_steps_and_more_than_the_limit_is_a_warni
     assert told.count("pace: ") == 1
     (warning,) = warnings_of(tmp_path)
     assert (
-        "take 66.3 h, and an attempt has 14.0 h (cluster.slurm.time.grpo): about 5 attempts, each of which " in warning
+        "take 66.3 h, and an attempt has 13.7 h (cluster.slurm.time.grpo): about 5 attempts, each of which " in warning
     )
     assert "Fix: raise cluster.slurm.time.grpo, use more GPUs, or lower grpo.max_steps" in warning
 
@@ -83,7 +83,7 @@ def test_this_machine_has_a_limit_only_inside_a_job(tmp_path: Path, monkeypatch:
         monkeypatch.delenv(name, raising=False)
     run_steps(tmp_path, [480, 480, 480], launcher="local", gpus=0)
     assert warnings_of(tmp_path) == ()
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(1000 + 3 * 480 + 120 + 7200))  # two hours, and save_before
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(1000 + 3 * 480 + 1200 + 7200))  # two hours, and save_before
     run_steps(tmp_path, [480, 480, 480], launcher="local", gpus=0)
     assert "an attempt has 2.0 h" in warnings_of(tmp_path)[0]
 
