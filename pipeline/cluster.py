@@ -13,16 +13,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pipeline import nvidia
 from pipeline.recipe import CONFIGS, Recipe, divisors, find_yaml, read_typed
 from pipeline.site import Slurm, site_problems
-from pipeline.typed import Count, Name, NonNegative, Positive, Rate, added
+from pipeline.typed import Check, Count, Name, Positive, Rate, added
 
 CLUSTERS = CONFIGS / "clusters"
 DEEPSPEED = Path("deepspeed")
 AMPERE = 8.0  # the compute capability with which bfloat16 and FlashAttention came
+Memory = Annotated[float, Check("a number of GB from 0 to 100000", lambda v: 0 <= v <= 100_000)]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Cluster:
     launcher: Literal["local", "slurm", "submitit"]
     nodes: Positive  # of a training stage or an evaluation
     gpus: Count | Literal["auto"]  # of each node; auto: those of this machine
-    gpu_memory: NonNegative | None  # GB of each GPU; None or 0: not known, or not to be compared
+    gpu_memory: Memory | None  # GB of each GPU; None or 0: not known, or not to be compared
     compute_capability: Rate | None  # of each GPU, such as 7.5: what the hardware can do
     processes: Positive | Literal["auto"]  # of each node; auto: one a GPU, on a CPU one a core, two at most
     threads: Positive | Literal["auto"]  # per process; auto: cores ÷ processes

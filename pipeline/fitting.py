@@ -79,6 +79,8 @@ def _decided(recipe: Recipe, cluster: Cluster, stage: Stage) -> TrainingStage:
         zero = AUTO_ZERO[0] if layout.deepspeed == "auto" else layout.deepspeed
         return replace(layout, deepspeed=zero, per_device_batch_size=1 if small else given)
     zeros = AUTO_ZERO if layout.deepspeed == "auto" else (layout.deepspeed,)
+    if settings.optimizer.name == "muon":  # which DeepSpeed refuses under ZeRO-3
+        zeros = zeros[:1]
     rows = [n for n in range(min(share, AUTO_PER_DEVICE), 0, -1) if share % n == 0] if given == "auto" else [given]
     choices = [replace(layout, deepspeed=zero, per_device_batch_size=n) for zero in zeros for n in rows]
     for enough in ENOUGH:
@@ -150,6 +152,8 @@ def _all_fit(recipe: Recipe, cluster: Cluster) -> bool:
 def host_remedies(recipe: Recipe, cluster: Cluster, over: list[HostNeed]) -> list[str]:
     """Overrides, each of which alone makes what a node holds fit, and what the GPUs hold too where that is known."""
     found = []
+    if any(need.stage == "preprocess" for need in over):  # a model from nothing, of any size
+        return ["a smaller model.scratch"]
     if cluster.launcher != "local":
         found.append(f"cluster.slurm.memory={-(-max(need.bytes for need in over) // GIB):.0f}G")
     names = [need.stage for need in over]

@@ -16,7 +16,7 @@ from pipeline.cluster import Cluster, process_count, wanted_gpus
 from pipeline.faults import memory_limit
 from pipeline.memory import zero_of
 from pipeline.model_sizes import GIB, HALF, SINGLE, adapter_parameters, known_shape
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, Scratch
 
 PROCESS = 3 * GIB  # Python, torch, CUDA's libraries and buffers of one process: an estimate
 SLURM_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
@@ -48,7 +48,10 @@ def slurm_bytes(text: str) -> float | None:
 
 
 def host_needs(recipe: Recipe, cluster: Cluster) -> list[HostNeed]:
-    """Of each training stage, on a cluster whose `auto` is decided; nothing where model or layout are not known."""
+    """Of each stage, on a cluster whose `auto` is decided; nothing where model or layout are not known."""
+    if recipe.model.scratch:
+        drawn = SINGLE * _drawn(recipe.model.scratch)
+        return [HostNeed("preprocess", drawn, f"{drawn / GIB:.0f} of the weights that it draws in 32 bit")]
     shape = known_shape(recipe.model)
     if shape is None or not wanted_gpus(cluster):
         return []
@@ -74,6 +77,14 @@ def host_needs(recipe: Recipe, cluster: Cluster) -> list[HostNeed]:
             parts.insert(0, f"{loaded / GIB:.0f} of the weights in {wide} bit, which each process loads there first")
         found.append(HostNeed(stage, max(offloaded, loaded) + processes * PROCESS, " and ".join(parts)))
     return found
+
+
+def _drawn(scratch: Scratch) -> int:
+    """Weights of the matrices of a model from nothing, whose head is its embedding."""
+    key = scratch.hidden_size * scratch.key_value_heads // scratch.heads
+    attention = scratch.hidden_size * 2 * (scratch.hidden_size + key)
+    layer = attention + 3 * scratch.hidden_size * scratch.intermediate_size
+    return scratch.vocabulary * scratch.hidden_size + scratch.layers * layer
 
 
 def too_large(recipe: Recipe, cluster: Cluster) -> list[HostNeed]:

@@ -249,6 +249,8 @@ class Recipe:
                 f"model.quantization: {self.model.quantization!r} weights cannot be trained themselves; "
                 "set lora.enabled=true, or model.quantization=none"
             )
+        if self.lora.enabled and not self.lora.targets:
+            found.append("lora.targets: got none; expected the modules to adapt. Fix: lora.targets=[all-linear]")
         if self.model.backend == "unsloth" and not self.lora.enabled:
             found.append("model.backend: 'unsloth' trains adapters here; set lora.enabled=true, or use transformers")
         if self.model.scratch and self.model.gguf:
@@ -351,7 +353,15 @@ def local_problems(recipe: Recipe) -> list[str]:
         elif name and path.is_file() and not path.stat().st_size:
             found.append(f"{key}: got {name}, an empty file; expected one with content. Fix: name another file")
     folder = Path(recipe.model.name)
-    if recipe.model.scratch or recipe.model.gguf or not folder.is_dir():
+    if recipe.model.scratch or recipe.model.gguf:
+        return found
+    if folder.exists() and not folder.is_dir():
+        return [
+            *found,
+            f"model.name: got {folder}, which is not a folder; expected a model's folder or a hub id. "
+            "Fix: name the folder that holds config.json and the weights (a GGUF file is named by model.gguf)",
+        ]
+    if not folder.is_dir():
         return found
     if not _holds_model(folder):
         found.append(

@@ -230,6 +230,14 @@ def test_no_remedy_for_the_gpu_offloads_more_than_the_host_holds() -> None:
     assert not any("offload" in word for word in what_fits(recipe, cluster_of("h100", *zero3, "slurm.memory=64G")))
 
 
+def test_auto_never_takes_zero3_for_muon() -> None:
+    small = ["nodes=2", "gpu_memory=32", "sft.deepspeed=auto"]
+    recipe = recipe_of("llama8b", *FULL, "sft.optimizer.name=muon", "sft.optimizer.max_grad_norm=0")
+    assert resolved(recipe, cluster_of("h100", *small)).sft.deepspeed == "zero2"  # it does not fit
+    adamw = recipe_of("llama8b", *FULL)
+    assert resolved(adamw, cluster_of("h100", *small)).sft.deepspeed == "zero3"
+
+
 def test_auto_does_not_offload_to_a_host_that_is_too_small() -> None:
     recipe = recipe_of("llama8b", *FULL)
     words = ["gpus=2", "gpu_memory=48", "sft.deepspeed=auto"]
