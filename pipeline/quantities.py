@@ -69,6 +69,7 @@ _AFTER_COMMA = re.compile(
     r",\s+(?:which|so|since|because|as|thus|hence|therefore|where|assuming|rounded|after|i|we|the)\b[^0-9]*$",
     re.IGNORECASE,
 )
+_REASON = re.compile(r",?\s+(?:because|since)\s.*", re.IGNORECASE | re.DOTALL)
 _TAKEN_BACK = re.compile(
     r"\b(?:or|wait|actually|no|not|correction|rather|instead|sorry|but)\b[^0-9]{0,60}[0-9]", re.IGNORECASE
 )
@@ -188,9 +189,10 @@ def _from_match(match: re.Match[str]) -> Quantity | None:
 def _unit_text(text: str) -> str | None:
     """What follows a number, as far as it is a unit or words; None where it is a formula or a second number."""
     unit, _, rest = _sentence(text)
-    if _TAKEN_BACK.search(rest):
+    reason = _REASON.search(unit)
+    if _TAKEN_BACK.search(rest) or (reason and _TAKEN_BACK.search(reason[0])):
         return None
-    unit = _AFTER_COMMA.sub("", unit).rstrip(" .,;*_\"'`")
+    unit = _AFTER_COMMA.sub("", unit[: reason.start()] if reason else unit).rstrip(" .,;*_\"'`")
     return None if _NO_UNIT.match(unit) else unit
 
 
