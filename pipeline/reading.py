@@ -141,8 +141,6 @@ def plain_characters(text: str) -> str:
 def _form(letter: str) -> str:
     """The compatible form of a letter, but for those whose form would say something else in a formula."""
     form = unicodedata.normalize("NFKC", letter)
-    if form.isdecimal():  # the digits of any script
-        return str(unicodedata.decimal(form))
     if "\u2044" in form:  # one half
         above, _, under = form.partition("\u2044")
         return rf"\frac{{{above}}}{{{under}}}"

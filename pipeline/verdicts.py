@@ -33,6 +33,7 @@ _OPENERS = re.compile(
 _CLOSERS = re.compile(r"[*_\"'“”‘’«»`$})\]✅✔☑]+|\\[)\]]|</(?:answer|b|i|em|strong)>|[ \t]+(?=[*_\"'”’»`$})\]✅✔☑])")
 _REASON_WORDS = r"indeed|because|since|as|given|due\s{1,9}to|it|the|this|that|there"
 _FOLLOWS = re.compile(rf"\s*\Z|[^\S\n]*(?:\n|[.,;:!—–(]|-{{1,2}}(?=\s)|(?:{_REASON_WORDS})\b|<)", re.IGNORECASE)
+_GOES_ON = re.compile(r"[\s-]*[^\W_]")  # "No direct edge", "No-one": a sentence
 # a verdict after the first one stands as an answer, unless a word follows it at once: "no graph", "no-one"
 _STANDS = rf"(?!-\w|[^\S\n]{{1,9}}(?!(?:{_REASON_WORDS}|or|and|but)\b)[^\W_])"
 _BOTH_WITHIN = 40  # characters after a verdict in which the other one makes it both
@@ -111,9 +112,12 @@ def verdict_in(answer: str, words: Sequence[str] = YES_NO) -> Reading[str]:
 
 
 def _read(text: str, patterns: _Words) -> Reading[str]:
-    said: set[str] = set()
+    said, half = set[str](), set[str]()
     end, count = -1, 0
     for word, after in _mentions(text, patterns):
+        if after < 0:
+            half.add(word)
+            continue
         if word == _DENIED:
             return unread("denied_verdict")
         if word == _BOTH:
@@ -126,7 +130,7 @@ def _read(text: str, patterns: _Words) -> Reading[str]:
             return unread("too_many_answers")
     if not said:
         return unread("no_verdict")
-    said |= {match[1].capitalize() for match in patterns.stated.finditer(text)}
+    said |= half | {match[1].capitalize() for match in patterns.stated.finditer(text)}
     if len(said) != 1:
         return unread("two_verdicts")
     (word,) = said
@@ -137,7 +141,10 @@ _BOTH, _DENIED, _MANY = "both", "denied", "many"
 
 
 def _mentions(text: str, patterns: _Words) -> Iterator[tuple[str, int]]:
-    """(its verdict, or `both` or `denied`; where that ends) of each mention that counts."""
+    """(its verdict, or `both` or `denied`; where that ends) of each mention that counts.
+
+    -1 for one that a sign follows which ends no verdict (`Yes=`): it gives none, and the other may not stand beside it.
+    """
     for count, mention in enumerate(_MENTION.finditer(text)):
         if count == MENTIONS:
             yield _MANY, mention.end()
@@ -158,6 +165,8 @@ def _mentions(text: str, patterns: _Words) -> Iterator[tuple[str, int]]:
         if _FOLLOWS.match(text, after) is None:
             if patterns.against[word].search(near):
                 yield _BOTH, after
+            elif not _GOES_ON.match(text, after):
+                yield word, -1
             continue
         yield _DENIED if _is_denied(text, mention.start()) else word, after
 

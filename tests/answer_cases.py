@@ -221,7 +221,7 @@ NUMBERS = [
         shown=False,
     ),
     *_numbers(None, "72", "I am done.", r"\boxed{}", "#### Step 1: add", reason="no_answer"),
-    *_numbers("5", "The answer is 5 because 2+3=5.", "#### 5 apples, since 2 + 3 = 5", "#### ٥", shown=False),
+    *_numbers("5", "The answer is 5 because 2+3=5.", "#### 5 apples, since 2 + 3 = 5", shown=False),
     *_numbers(None, "#### 5 because not 5 but 6", reason="no_answer", shown=False),
     *_numbers(None, "The answer is 5 because the answer is 6.", reason="two_numbers", shown=False),
     *_numbers(None, "#### 5\n#### 6", r"\boxed{5} or \boxed{6}", "The answer is 6. #### 5", reason="two_numbers"),
