@@ -1,19 +1,72 @@
-"""Therefore: teach a language model to reason its way to an answer that can be checked.
+"""Therefore: fine-tune language models on tasks whose answers can be checked, and measure whether each stage helped.
 
     YAML + overrides ─▶ Recipe ─▶ Plan[Step] ─▶ launcher ─▶ stage process ─▶ Artifact ─▶ … ─▶ report
 
-The floors, imports going down only (tests/test_layers.py):
+Folders are layers: a module imports from its own folder and from those below it. tests/test_layers.py reads this table.
 
-    8  __main__                                          the command line
-    7  launchers/                                        start processes
-    6  plan                                              what runs, and why; no torch
-    5  preprocess sft grpo evaluate report export ask    the stages: run(recipe, inputs, out, runtime)
-    4  stage                                             the table of stages and the harness
-    3  modeling to_gguf generation checkpoints monitor training distributed     torch and its libraries
-    2  tasks/ rewards/ answers metrics                   what is asked, and what counts
-       answers reads with verdicts quantities expressions units arithmetic reading
-    1  recipe cluster artifact progress                  what travels, typed
-    0  errors typed fingerprint
+    cli/         the command line, one file a group of commands
+    launchers/   start processes: local, slurm, submitit, torchrun
+    preflight/   every check that can run before a job is queued
+    *.py         the stages and commands that users type: preprocess sft grpo evaluate report export ask
+    training/    trainers, callbacks, checkpoints, process groups, the harness of a stage      (torch)
+    engines/     generation                                                                     (torch)
+    models/      loading, chat formats, random initialisation, checks of weights, GGUF         (torch)
+    workflow/    plan, stages, artifacts, locks, progress, status
+    hub/         download, upload
+    sizing/      memory: what a stage needs, what fits; the small copy of a recipe
+    rewards/     one function a reward
+    tasks/       one file a task; rows of files and of the hub
+    scoring/     the reader of model text, metrics, charts
+    config/      recipe, cluster, loading of YAML and overrides, architectures
+    core/        errors, files, hashes, typed records, the client of Slurm's commands
 """
 
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import types
+import warnings
+from collections.abc import Sequence
+
 __version__ = "0.1.0"
+
+_FORMER = {  # folder -> modules that were `pipeline.NAME` before they moved into it (NAME=what it is called now)
+    "core": "errors files records markdown slurm_words typed=schema fingerprint=hashing slurm=slurm_client",
+    "config": "recipe cluster loading=load families=architectures",
+    "scoring": "answers arithmetic expressions quantities reading units verdicts metrics charts",
+    "tasks": "rows row_files",
+    "sizing": "memory rehearsal=smoke",
+    "hub": "fetch=download push=upload",
+    "workflow": "artifact progress runtime stage plan status step_folders jobs "
+    "refresh task_code layouts signing faults",
+    "models": "modeling=loading weight_checks template_trial to_gguf=gguf kernels",
+    "engines": "generation",
+    "training": "training=trainer monitor=callbacks checkpoints distributed devices operators",
+    "preflight": "preflight=checks libraries",
+}
+MOVED = {
+    old: f"pipeline.{folder}.{new or old}"
+    for folder, words in _FORMER.items()
+    for old, _, new in (word.partition("=") for word in words.split())
+    if old not in _FORMER  # training and preflight are folders now
+}
+
+
+class _Former(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds `pipeline.answers` as `pipeline.scoring.answers`, so that a task someone wrote keeps working."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        package, _, old = name.rpartition(".")
+        return importlib.util.spec_from_loader(name, self) if package == "pipeline" and old in MOVED else None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        new = MOVED[module.__name__.rpartition(".")[2]]
+        warnings.warn(f"{module.__name__} is now {new}", FutureWarning, stacklevel=2)
+        sys.modules[module.__name__] = importlib.import_module(new)
+
+
+sys.meta_path.insert(0, _Former())

@@ -18,15 +18,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from pipeline.answers import CLOSE, OPEN, REASONS, split_thought
-from pipeline.artifact import find_checkpoint
-from pipeline.cluster import MaxMemory
-from pipeline.errors import PlanError, printable, run_main
-from pipeline.generation import Completion, Sampling, Stream, generate_batch, seed_of, stop_ids
-from pipeline.modeling import check_tokenizer, load_to_ask, load_tokenizer, prefills_thought, prompt_ids
-from pipeline.recipe import Recipe
+from pipeline.config.cluster import MaxMemory
+from pipeline.config.recipe import Recipe
+from pipeline.core.errors import PlanError, printable, run_main
+from pipeline.core.schema import build
+from pipeline.engines.generation import Completion, Sampling, Stream, generate_batch, seed_of, stop_ids
+from pipeline.models.loading import check_tokenizer, load_to_ask, load_tokenizer, prefills_thought, prompt_ids
+from pipeline.scoring.answers import CLOSE, OPEN, REASONS, split_thought
 from pipeline.tasks.task import Message, Task, Verdict, task_of
-from pipeline.typed import build
+from pipeline.workflow.artifact import find_checkpoint
 
 DIM, PLAIN = "\x1b[2m", "\x1b[22m"
 

@@ -18,16 +18,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline import distributed
-from pipeline.answers import has_thought
-from pipeline.artifact import PROMPTS, Artifact, find_checkpoint
-from pipeline.checkpoints import leave_if_asked
-from pipeline.cluster import AUTO_EVALUATE
-from pipeline.errors import DataError
-from pipeline.files import read_lines, write_json
-from pipeline.generation import Sampling, generate, mean_log_likelihood
-from pipeline.metrics import baseline_figures, outcome_of, reasons_of, summarize
-from pipeline.modeling import (
+from pipeline.config.cluster import AUTO_EVALUATE
+from pipeline.config.recipe import Recipe
+from pipeline.core.errors import DataError
+from pipeline.core.files import read_lines, write_json
+from pipeline.engines.generation import Sampling, generate, mean_log_likelihood
+from pipeline.models.loading import (
     check_tokenizer,
     encode_rows,
     first_weights,
@@ -36,11 +32,15 @@ from pipeline.modeling import (
     prefills_thought,
     prompt_ids,
 )
-from pipeline.recipe import Recipe
-from pipeline.rows import left_out, read_split
-from pipeline.runtime import Deadline, Runtime
-from pipeline.stage import main
+from pipeline.scoring.answers import has_thought
+from pipeline.scoring.metrics import baseline_figures, outcome_of, reasons_of, summarize
+from pipeline.tasks.rows import left_out
 from pipeline.tasks.task import Task, example_of, rows, task_of
+from pipeline.training import distributed
+from pipeline.training.checkpoints import leave_if_asked
+from pipeline.training.harness import main
+from pipeline.workflow.artifact import PROMPTS, Artifact, find_checkpoint, read_split
+from pipeline.workflow.runtime import Deadline, Runtime
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runtime) -> dict[str, Any]:

@@ -20,12 +20,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from pipeline import __version__
-from pipeline.artifact import ADAPTER, Artifact, Checkpoint, find_checkpoint, is_done, open_artifact, step_of
-from pipeline.families import FORMATS
-from pipeline.generation import stop_ids
-from pipeline.markdown import cell, fenced
-from pipeline.metrics import HEADLINE
-from pipeline.modeling import (
+from pipeline.config.architectures import FORMATS
+from pipeline.config.recipe import Evaluate, Recipe
+from pipeline.core.markdown import cell, fenced
+from pipeline.engines.generation import stop_ids
+from pipeline.models.gguf import write_gguf
+from pipeline.models.loading import (
     check_adapter_alone,
     check_tokenizer,
     choose_dtype,
@@ -34,12 +34,12 @@ from pipeline.modeling import (
     merged,
     revision_of,
 )
-from pipeline.recipe import Evaluate, Recipe
-from pipeline.runtime import Runtime
-from pipeline.stage import git_commit, main, versions
+from pipeline.models.weight_checks import NO_CODE, NO_PICKLE, check_computes, reading
+from pipeline.scoring.metrics import HEADLINE
 from pipeline.tasks.task import Task, task_of
-from pipeline.to_gguf import write_gguf
-from pipeline.weight_checks import NO_CODE, NO_PICKLE, check_computes, reading
+from pipeline.training.harness import git_commit, main, versions
+from pipeline.workflow.artifact import ADAPTER, Artifact, Checkpoint, find_checkpoint, is_done, open_artifact, step_of
+from pipeline.workflow.runtime import Runtime
 
 REHEARSED = "REHEARSAL of a shrunken model with random weights: nothing here is a result."
 

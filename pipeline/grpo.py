@@ -15,19 +15,17 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
-from pipeline import distributed
-from pipeline.artifact import Artifact, Checkpoint
-from pipeline.cluster import generation_sizes
-from pipeline.errors import RecipeError
-from pipeline.generation import cache_for, decode, stop_ids
-from pipeline.kernels import choose_head
-from pipeline.modeling import device, first_weights, load_tokenizer, prefills_thought, prompt_lengths
-from pipeline.recipe import Recipe
+from pipeline.config.cluster import generation_sizes
+from pipeline.config.recipe import Recipe
+from pipeline.core.errors import RecipeError
+from pipeline.engines.generation import cache_for, decode, stop_ids
+from pipeline.models.kernels import choose_head
+from pipeline.models.loading import device, first_weights, load_tokenizer, prefills_thought, prompt_lengths
 from pipeline.rewards.reward import RewardFunction, find_rewards, make_sample
-from pipeline.runtime import Runtime
-from pipeline.stage import main
 from pipeline.tasks.task import Task, example_of, task_of
-from pipeline.training import (
+from pipeline.training import distributed
+from pipeline.training.harness import main
+from pipeline.training.trainer import (
     adapters_kept,
     arguments,
     layout_of,
@@ -37,6 +35,8 @@ from pipeline.training import (
     trainable,
     warn_of_long_rows,
 )
+from pipeline.workflow.artifact import Artifact, Checkpoint
+from pipeline.workflow.runtime import Runtime
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runtime) -> dict[str, Any]:

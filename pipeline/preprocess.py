@@ -16,14 +16,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import answers
-from pipeline.artifact import Artifact
-from pipeline.errors import DataError, some_of
-from pipeline.files import write_json
-from pipeline.recipe import Recipe
-from pipeline.runtime import Runtime
-from pipeline.stage import main
+from pipeline.config.recipe import Recipe
+from pipeline.core.errors import DataError, some_of
+from pipeline.core.files import write_json
+from pipeline.scoring import answers
 from pipeline.tasks.task import Example, Splits, Task, rows, task_of
+from pipeline.training.harness import main
+from pipeline.workflow.artifact import Artifact
+from pipeline.workflow.runtime import Runtime
 
 REPORTED = {  # lists of a split's proof that the user has to know of
     "skipped": "rows cannot be read and were left out",
@@ -61,7 +61,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
 
     # ---- a model from nothing
     if recipe.model.scratch:
-        from pipeline.modeling import make_scratch
+        from pipeline.models.loading import make_scratch
 
         runtime.progress.update(note="training the tokenizer")
         texts = _texts(task, splits.sft[:: max(1, len(splits.sft) // TOKENIZER_ROWS)] or splits.grpo)
@@ -69,7 +69,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         metrics["parameters"] = make_scratch(recipe.model.scratch, texts, template, out / "model", recipe.seed)
     # ---- or one from a file
     if recipe.model.gguf:
-        from pipeline.modeling import unpack_gguf
+        from pipeline.models.loading import unpack_gguf
 
         runtime.progress.update(note="unpacking the model")
         metrics["parameters"] = unpack_gguf(recipe.model, out / "model")

@@ -21,18 +21,19 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline import __version__
-from pipeline.artifact import HISTORY, PROMPTS, Artifact
-from pipeline.charts import Mark, Series, curves, intervals, number
-from pipeline.errors import printable
-from pipeline.files import read_json, read_lines, write_json
-from pipeline.fingerprint import plain
-from pipeline.markdown import cell, fenced
-from pipeline.metrics import HEADLINE, LOWER_IS_BETTER, SOLVER, compare, outcome_of, unanswered_rows
-from pipeline.reading import REASONS
-from pipeline.recipe import Goal, Recipe
-from pipeline.runtime import Runtime, show_hardware
-from pipeline.stage import main, read_order
+from pipeline.config.recipe import Goal, Recipe
+from pipeline.core.errors import printable
+from pipeline.core.files import read_json, read_lines, write_json
+from pipeline.core.hashing import plain
+from pipeline.core.markdown import cell, fenced
+from pipeline.scoring.charts import Mark, Series, curves, intervals, number
+from pipeline.scoring.metrics import HEADLINE, LOWER_IS_BETTER, SOLVER, compare, outcome_of, unanswered_rows
+from pipeline.scoring.reading import REASONS
 from pipeline.tasks.task import Task, task_of
+from pipeline.training.harness import main
+from pipeline.workflow.artifact import HISTORY, PROMPTS, Artifact
+from pipeline.workflow.runtime import Runtime, show_hardware
+from pipeline.workflow.stage import read_order
 
 REHEARSED = "REHEARSAL of a shrunken model with random weights: no figure here is a result"
 TITLES = {

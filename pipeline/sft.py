@@ -17,14 +17,12 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback
 from trl import SFTConfig, SFTTrainer
 
-from pipeline import distributed
-from pipeline.artifact import Artifact
-from pipeline.kernels import choose_head
-from pipeline.modeling import encode_rows, first_weights, load_tokenizer
-from pipeline.recipe import Recipe
-from pipeline.runtime import Runtime
-from pipeline.stage import main
-from pipeline.training import (
+from pipeline.config.recipe import Recipe
+from pipeline.models.kernels import choose_head
+from pipeline.models.loading import encode_rows, first_weights, load_tokenizer
+from pipeline.training import distributed
+from pipeline.training.harness import main
+from pipeline.training.trainer import (
     adapters_kept,
     arguments,
     layout_of,
@@ -34,6 +32,8 @@ from pipeline.training import (
     trainable,
     warn_of_long_rows,
 )
+from pipeline.workflow.artifact import Artifact
+from pipeline.workflow.runtime import Runtime
 
 WINDOW = 16  # global batches that are sorted by length together: little padding, yet a random order
 

@@ -24,15 +24,17 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.trainer import grpo_trainer
 
-from pipeline import distributed, grpo, preprocess, sft, training
-from pipeline.artifact import Artifact
-from pipeline.cluster import Cluster, TrainingStage
-from pipeline.errors import LaunchError
-from pipeline.files import write_json
-from pipeline.plan import make_plan
-from pipeline.progress import ProgressFile
-from pipeline.recipe import Recipe
-from pipeline.runtime import Runtime
+from pipeline import grpo, preprocess, sft
+from pipeline.config.cluster import Cluster, TrainingStage
+from pipeline.config.recipe import Recipe
+from pipeline.core.errors import LaunchError
+from pipeline.core.files import write_json
+from pipeline.training import distributed
+from pipeline.training import trainer as training
+from pipeline.workflow.artifact import Artifact
+from pipeline.workflow.plan import make_plan
+from pipeline.workflow.progress import ProgressFile
+from pipeline.workflow.runtime import Runtime
 
 RECIPES = ("qwen1.5b", "phi3.5", "llama8b")
 ONCE = ("fp16", "fp16 lora", "bf16")  # ways that no architecture has a say in: the first recipe's only

@@ -14,9 +14,9 @@ from types import ModuleType
 import torch
 from proof import Measured, Place, check
 
-from pipeline.cluster import half_precision
-from pipeline.model_sizes import GIB
-from pipeline.recipe import Model
+from pipeline.config.cluster import half_precision
+from pipeline.config.recipe import Model
+from pipeline.sizing.model_sizes import GIB
 
 
 def peak() -> dict[str, float]:
@@ -53,7 +53,7 @@ def known_architecture(place: Place) -> Measured:
     needs_gpu=True,
 )
 def own_precision(place: Place) -> Measured:
-    from pipeline.modeling import choose_dtype
+    from pipeline.models.loading import choose_dtype
 
     major, minor = torch.cuda.get_device_capability()
     dtype = choose_dtype(Model("x", None, None, None, None, "none", "auto", "auto"))
@@ -170,7 +170,7 @@ def repeated_keys(place: Place) -> Measured:
     """What transformers is asked for on a Turing card and on an Ampere one, whatever card this is."""
     from transformers.integrations import sdpa_attention
 
-    from pipeline import modeling
+    from pipeline.models import loading as modeling
 
     capability, use_gqa = modeling.compute_capability, sdpa_attention.use_gqa_in_sdpa
     keys = torch.randn(1, 2, 8, 4, device=place.device)

@@ -17,16 +17,16 @@ import torch
 from gpu_kernels import allocated, peak
 from proof import Check, Measured, Place, check
 
-from pipeline.artifact import HISTORY, Artifact, Checkpoint
-from pipeline.cluster import Cluster, TrainingStage
-from pipeline.files import read_json, write_json
-from pipeline.fitting import needs, resolved
-from pipeline.memory import CONTEXT
-from pipeline.model_sizes import GIB
-from pipeline.plan import make_plan
-from pipeline.progress import ProgressFile
-from pipeline.recipe import Lora, Model, Recipe
-from pipeline.runtime import Runtime
+from pipeline.config.cluster import Cluster, TrainingStage
+from pipeline.config.recipe import Lora, Model, Recipe
+from pipeline.core.files import read_json, write_json
+from pipeline.sizing.fitting import needs, resolved
+from pipeline.sizing.memory import CONTEXT
+from pipeline.sizing.model_sizes import GIB
+from pipeline.workflow.artifact import HISTORY, Artifact, Checkpoint
+from pipeline.workflow.plan import make_plan
+from pipeline.workflow.progress import ProgressFile
+from pipeline.workflow.runtime import Runtime
 
 SMALLER_CARD = 10.75  # GiB that a card of 11 GB leaves to programs, its CUDA context included
 SEVEN = Path("configs/models/deepseek-ai--DeepSeek-R1-Distill-Qwen-7B.json")
@@ -128,7 +128,7 @@ def wires(layout: str) -> tuple[Check, ...]:
 @check("fp16 with a loss scale that overflows", "the skipped steps are counted, and training ends with all its steps")
 def overflow(place: Place, layout: str) -> Measured:
     """DeepSpeed skips a step whose gradients overflow and halves its loss scale; training has to go on (F1)."""
-    import pipeline.training as training
+    import pipeline.training.trainer as training
 
     allow_float16_on_a_cpu()
     read = training.read_deepspeed
@@ -289,7 +289,7 @@ def cached_decode(place: Place, cache: str) -> Measured:
 @cache
 def with_adapter(place: Place) -> Any:
     """The 7B shape in nf4 with a fresh adapter of rank 64, ready to generate; loaded once."""
-    from pipeline.modeling import add_lora, choose_dtype, load_model
+    from pipeline.models.loading import add_lora, choose_dtype, load_model
 
     checkpoint, choice = nf4_seven(place)
     base = load_model(checkpoint, choice, dtype=choose_dtype(choice))
@@ -318,8 +318,8 @@ def step_time(model: Any, place: Place, rows: int, more: dict[str, Any]) -> floa
 
 @check("the same 16 answers at batch 16 and at batch 4", "16 of 16 on a CPU; on a GPU a figure without a bound")
 def same_answers(place: Place) -> Measured:
-    from pipeline.generation import Sampling, generate
-    from pipeline.modeling import load_to_ask, load_tokenizer
+    from pipeline.engines.generation import Sampling, generate
+    from pipeline.models.loading import load_to_ask, load_tokenizer
 
     checkpoint, choice = nf4_seven(place)
     model, tokenizer = load_to_ask(checkpoint, choice, None), load_tokenizer(checkpoint, choice)

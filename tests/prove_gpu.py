@@ -30,10 +30,10 @@ from typing import Any
 
 from proof import Check, Finding, Measured, Place, Section, one_process
 
-from pipeline import faults
-from pipeline.errors import EXIT_FAULT, PlanError, did_you_mean, run_main
-from pipeline.files import read_lines, write_json
-from pipeline.stage import git_commit, versions
+from pipeline.core.errors import EXIT_FAULT, PlanError, did_you_mean, run_main
+from pipeline.core.files import read_lines, write_json
+from pipeline.training.harness import git_commit, versions
+from pipeline.workflow import faults
 
 TOTAL = 590  # seconds of the whole proof
 LEAST = 10  # seconds that a section needs to be started at all

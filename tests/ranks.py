@@ -1,6 +1,6 @@
 """Two processes of one torchrun for tests/test_faults.py.
 
-python -m pipeline.distributed --standalone --nproc-per-node=2 tests/ranks.py MODE --step DIR
+python -m pipeline.training.distributed --standalone --nproc-per-node=2 tests/ranks.py MODE --step DIR
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipeline import distributed, faults
-from pipeline.errors import ArtifactError
-from pipeline.progress import ProgressFile
+from pipeline.core.errors import ArtifactError
+from pipeline.training import distributed
+from pipeline.workflow import faults
+from pipeline.workflow.progress import ProgressFile
 
 
 def main(mode: str, folder: Path) -> None:

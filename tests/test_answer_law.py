@@ -13,8 +13,8 @@ from answer_cases import BEGIN, CASES, DOCS, END, PAIRS, Case, Pair, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import answers
-from pipeline.reading import REASONS
+from pipeline.scoring import answers
+from pipeline.scoring.reading import REASONS
 
 READERS: dict[str, Callable[[str], answers.Reading[Any]]] = {
     "verdict": lambda text: answers.read_verdict(text, True),

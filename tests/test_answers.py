@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.answers import (
+from pipeline.scoring.answers import (
     CLOSE,
     OPEN,
     choice,

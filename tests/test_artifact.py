@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifact import (
+from pipeline.core.errors import ArtifactError
+from pipeline.core.files import read_json, read_lines, write_json
+from pipeline.workflow.artifact import (
     ARTIFACT,
     OWNER,
     Artifact,
@@ -23,8 +25,6 @@ from pipeline.artifact import (
     own,
     read_owner,
 )
-from pipeline.errors import ArtifactError
-from pipeline.files import read_json, read_lines, write_json
 
 
 def made(folder: Path) -> Artifact:
@@ -117,7 +117,7 @@ def test_one_process_owns_a_folder(tmp_path: Path) -> None:
 
 def test_a_dead_owner_is_replaced_and_fenced(tmp_path: Path) -> None:
     code = (
-        "import sys, os; from pathlib import Path; from pipeline.artifact import own\n"
+        "import sys, os; from pathlib import Path; from pipeline.workflow.artifact import own\n"
         "held = own(Path(sys.argv[1])); held.__enter__(); os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)

@@ -15,18 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import only, run_cli
 
-from pipeline.answers import CLOSE, OPEN
-from pipeline.artifact import find_checkpoint
 from pipeline.ask import DIM, PLAIN, Asked, Options, Order, Screen, ask, load, sampling_of, tell
-from pipeline.cluster import MaxMemory
-from pipeline.errors import PlanError
-from pipeline.files import read_lines
-from pipeline.fingerprint import plain
-from pipeline.generation import Sampling, Stream, generate_batch, stop_ids
-from pipeline.modeling import input_device, load_to_ask, load_tokenizer, make_scratch, prompt_ids
-from pipeline.recipe import Model, Recipe, Scratch, read
-from pipeline.stage import read_order
-from pipeline.typed import build
+from pipeline.config.cluster import MaxMemory
+from pipeline.config.recipe import Model, Recipe, Scratch, read
+from pipeline.core.errors import PlanError
+from pipeline.core.files import read_lines
+from pipeline.core.hashing import plain
+from pipeline.core.schema import build
+from pipeline.engines.generation import Sampling, Stream, generate_batch, stop_ids
+from pipeline.models.loading import input_device, load_to_ask, load_tokenizer, make_scratch, prompt_ids
+from pipeline.scoring.answers import CLOSE, OPEN
+from pipeline.workflow.artifact import find_checkpoint
+from pipeline.workflow.stage import read_order
 
 QUESTION = "Premise: A correlates with B.\nHypothesis: A directly causes B."
 GREEDY = Options(QUESTION, False, False, None, None, None, None, None, None)

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from running import NANO, ROOT, only, run_cli
 
-from pipeline.artifact import is_done
-from pipeline.errors import LaunchError, explain_disk
+from pipeline.core.errors import LaunchError, explain_disk
 from pipeline.launchers.local import check_port
-from pipeline.progress import read_progress
+from pipeline.workflow.artifact import is_done
+from pipeline.workflow.progress import read_progress
 
 
 @pytest.mark.parametrize(
@@ -191,9 +191,9 @@ def test_without_a_compiler_training_still_works(nano: Path, tmp_path: Path) -> 
 
 
 def test_the_environment_of_a_stage_is_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.cluster import read_cluster
+    from pipeline.config.cluster import read_cluster
     from pipeline.launchers.torchrun import environment
-    from pipeline.stage import STAGES
+    from pipeline.workflow.stage import STAGES
 
     cluster, _ = read_cluster("local", ["processes=2"])
     assert cluster is not None

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.charts import Mark, Series, curves, intervals, number, ticks
+from pipeline.scoring.charts import Mark, Series, curves, intervals, number, ticks
 
 FIXTURES = Path(__file__).parent / "fixtures"
 finite = st.floats(-1e6, 1e6, allow_nan=False)

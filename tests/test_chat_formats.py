@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.artifact import Checkpoint
-from pipeline.errors import RecipeError
-from pipeline.families import FAMILIES, TEMPLATES, TRL
-from pipeline.modeling import encode_rows, load_tokenizer, prefills_thought, prompt_ids
-from pipeline.modeling import train_tokenizer as train
-from pipeline.recipe import Model
+from pipeline.config.architectures import FAMILIES, TEMPLATES, TRL
+from pipeline.config.recipe import Model
+from pipeline.core.errors import RecipeError
+from pipeline.models.loading import encode_rows, load_tokenizer, prefills_thought, prompt_ids
+from pipeline.models.loading import train_tokenizer as train
+from pipeline.workflow.artifact import Checkpoint
 
 PROMPT = [{"role": "user", "content": "Does A cause B?"}]
 THOUGHT = "<think>\nA B linked.\n</think>\n\nTherefore: No"

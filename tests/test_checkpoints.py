@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.checkpoints import MANIFEST, damage, newest_good, numbered, rotate, write_manifest
+from pipeline.training.checkpoints import damage, newest_good, numbered, rotate, write_manifest
+from pipeline.workflow.signing import MANIFEST
 
 
 def saved(folder: Path, step: int, *, manifest: bool = True) -> Path:

@@ -19,9 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.answers import verdict
-from pipeline.errors import DataError, RecipeError
-from pipeline.recipe import TaskChoice
+from pipeline.config.recipe import TaskChoice
+from pipeline.core.errors import DataError, RecipeError
+from pipeline.scoring.answers import verdict
 from pipeline.tasks.corr2cause import Corr2Cause, enumeration, slots_of, text
 from pipeline.tasks.corr2cause.graphs import (
     RELATIONS,

@@ -14,16 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.__main__ import command
-from pipeline.errors import DataError
+from pipeline.cli.main import command
+from pipeline.config.recipe import TaskChoice
+from pipeline.core.errors import DataError
 from pipeline.evaluate import count
-from pipeline.recipe import TaskChoice
-from pipeline.rows import Row, file_rows
 from pipeline.tasks.corr2cause import text
 from pipeline.tasks.corr2cause.audit import audit
 from pipeline.tasks.corr2cause.graphs import RELATIONS, classes, sampled
 from pipeline.tasks.corr2cause.paper import published_classes, wrong_labels
 from pipeline.tasks.corr2cause.premise import class_of, read_claim, read_premise
+from pipeline.tasks.rows import Row, file_rows
 from pipeline.tasks.task import Example, task_of
 
 RELEASED = Path(__file__).parent / "fixtures" / "corr2cause_released.csv"  # 23 rows of the published training split

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.__main__ import command
-from pipeline.errors import DataError, PlanError, RecipeError
+from pipeline.cli.main import command
+from pipeline.core.errors import DataError, PlanError, RecipeError
 from pipeline.tasks.corr2cause import decide as deciding
 from pipeline.tasks.corr2cause.audit import Solver, audit
 from pipeline.tasks.corr2cause.decide import decide
@@ -119,7 +119,7 @@ def test_no_claim_about_ten_variables_comes_near_to_the_limit(monkeypatch: pytes
 
 
 def test_a_claim_beyond_the_limit_is_a_row_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.rows import file_rows
+    from pipeline.tasks.rows import file_rows
 
     monkeypatch.setattr(deciding, "LIMIT", 3)
     path = tmp_path / "rows.jsonl"

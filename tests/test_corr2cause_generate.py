@@ -11,14 +11,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.__main__ import command
-from pipeline.answers import split_thought
-from pipeline.errors import DataError, PlanError, RecipeError
-from pipeline.rows import Row, file_rows
+from pipeline.cli.main import command
+from pipeline.core.errors import DataError, PlanError, RecipeError
+from pipeline.scoring.answers import split_thought
 from pipeline.tasks.corr2cause.audit import audit
 from pipeline.tasks.corr2cause.check import check
 from pipeline.tasks.corr2cause.generate import generate
 from pipeline.tasks.corr2cause.graphs import PLUSPLUS, classes
+from pipeline.tasks.rows import Row, file_rows
 
 
 def rows_of(folder: Path) -> dict[str, list[dict[str, Any]]]:

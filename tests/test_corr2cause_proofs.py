@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.answers import split_thought
-from pipeline.recipe import TaskChoice
+from pipeline.config.recipe import TaskChoice
+from pipeline.scoring.answers import split_thought
 from pipeline.tasks.corr2cause import Corr2Cause, text
 from pipeline.tasks.corr2cause.check import check
 from pipeline.tasks.corr2cause.graphs import RELATIONS, EquivalenceClass, Semantics, classes, sampled

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline import devices
-from pipeline.cluster import Cluster, read_cluster
-from pipeline.errors import LaunchError
-from pipeline.model_sizes import GIB
-from pipeline.recipe import Recipe, read
-from pipeline.runtime import show_hardware
+from pipeline.config.cluster import Cluster, read_cluster
+from pipeline.config.recipe import Recipe, read
+from pipeline.core.errors import LaunchError
+from pipeline.sizing.model_sizes import GIB
+from pipeline.training import devices
+from pipeline.workflow.runtime import show_hardware
 
 
 def cluster_of(name: str = "2x2080ti", *words: str) -> Cluster:

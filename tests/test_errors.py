@@ -8,7 +8,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import printable
+from pipeline.core.errors import printable
 
 
 def test_escape_sequences_are_shown_and_have_no_effect() -> None:
@@ -24,6 +24,6 @@ def test_a_text_can_be_shown_piece_by_piece(one: str, other: str) -> None:
 
 
 def test_an_error_that_quotes_a_file_is_printed_without_its_escapes() -> None:
-    code = "from pipeline.errors import *; run_main(lambda: (_ for _ in ()).throw(PlanError('x\\x1b[2Jy')))"
+    code = "from pipeline.core.errors import *; run_main(lambda: (_ for _ in ()).throw(PlanError('x\\x1b[2Jy')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: x␛[2Jy\n")

@@ -20,23 +20,31 @@ from safetensors import safe_open
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline.artifact import Artifact, find_checkpoint, open_artifact
 from pipeline.ask import Order as AskOrder
 from pipeline.ask import ask
-from pipeline.cluster import read_cluster
-from pipeline.errors import ArtifactError, PlanError
+from pipeline.config.cluster import read_cluster
+from pipeline.config.recipe import Lora, Model, Scratch, read
+from pipeline.core.errors import ArtifactError, PlanError
+from pipeline.core.hashing import plain
+from pipeline.core.schema import build
 from pipeline.export import evaluations, lineage
 from pipeline.export import run as export
-from pipeline.fingerprint import plain
-from pipeline.modeling import add_lora, load_model, load_tokenizer, make_scratch, merged, prompt_ids, train_tokenizer
-from pipeline.plan import evaluation_plan, export_plan, make_plan, order_of
-from pipeline.progress import ProgressFile
-from pipeline.recipe import Lora, Model, Scratch, read
+from pipeline.models.gguf import interleaved, name_in_file, write_gguf
+from pipeline.models.loading import (
+    add_lora,
+    load_model,
+    load_tokenizer,
+    make_scratch,
+    merged,
+    prompt_ids,
+    train_tokenizer,
+)
 from pipeline.report import _settings
-from pipeline.runtime import Runtime
-from pipeline.stage import Order, read_order, write_order
-from pipeline.to_gguf import interleaved, name_in_file, write_gguf
-from pipeline.typed import build
+from pipeline.workflow.artifact import Artifact, find_checkpoint, open_artifact
+from pipeline.workflow.plan import evaluation_plan, export_plan, make_plan, order_of
+from pipeline.workflow.progress import ProgressFile
+from pipeline.workflow.runtime import Runtime
+from pipeline.workflow.stage import Order, read_order, write_order
 
 ARCHITECTURES = ("qwen2", "llama", "phi3")
 ANSWER = "Pairs: A B linked. Links: A - B. naïve → 你好\n</think>\nTherefore: Yes"

@@ -13,17 +13,18 @@ from pathlib import Path
 import pytest
 from running import ROOT, is_alive
 
-from pipeline import faults
-from pipeline.errors import LaunchError
-from pipeline.files import read_json
+from pipeline.core import cgroups
+from pipeline.core.errors import LaunchError
+from pipeline.core.files import read_json
 from pipeline.launchers import local, torchrun
-from pipeline.plan import make_plan
-from pipeline.progress import ATTEMPT, ProgressFile, read_progress
+from pipeline.workflow import faults
+from pipeline.workflow.plan import make_plan
+from pipeline.workflow.progress import ATTEMPT, ProgressFile, read_progress
 
 
 def start_ranks(mode: str, folder: Path) -> subprocess.Popen[str]:
     """Two processes of tests/ranks.py under the project's torchrun."""
-    where = [sys.executable, "-m", "pipeline.distributed", "--standalone", "--nproc-per-node=2"]
+    where = [sys.executable, "-m", "pipeline.training.distributed", "--standalone", "--nproc-per-node=2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     env |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10"}
     return subprocess.Popen(
@@ -134,13 +135,13 @@ def test_an_exit_code_is_no_death() -> None:
 
 
 def test_the_kernels_own_count_proves_that_memory_ran_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "_memory_groups", lambda: [tmp_path])
-    assert faults.memory_kills() is None
+    monkeypatch.setattr(cgroups, "_memory_groups", lambda: [tmp_path])
+    assert cgroups.memory_kills() is None
     events = "low 0\nhigh 0\nmax 12\noom 4\noom_kill {}\noom_group_kill 0\n"
     (tmp_path / "memory.events").write_text(events.format(3))
     (tmp_path / "memory.max").write_text(f"{64 << 30}\n")
     (tmp_path / "memory.peak").write_text(f"{63 << 30}\n")
-    before = faults.memory_kills()
+    before = cgroups.memory_kills()
     assert before == 3
     unproved = faults.explain_death("rank 0", -9, before)
     assert unproved is not None
@@ -165,8 +166,8 @@ def test_the_limit_is_that_of_the_job_above_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str, line: str, counter: str, limit: str, peak: str
 ) -> None:
     """As Slurm makes them: the count in the group of the process, the limit on the job. Before: no limit, no peak."""
-    monkeypatch.setattr(faults, "CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(faults, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(cgroups, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(cgroups, "OWN_GROUPS", tmp_path / "own")
     (tmp_path / "own").write_text(f"9:cpu:/other\n{line}\n")
     job = tmp_path / "cgroup" / root / "slurm" / "job_41"
     task = job / "step_0" / "task_0"
@@ -178,19 +179,19 @@ def test_the_limit_is_that_of_the_job_above_the_process(
     (job / peak).write_text(f"{8 << 30}\n")
     (task / counter).write_text("oom_kill 1\n")
     (job / counter).write_text("oom_kill 7\n")
-    assert faults.memory_kills() == 1
-    assert faults.memory_limit() == (8 << 30, 8 << 30)
+    assert cgroups.memory_kills() == 1
+    assert cgroups.memory_limit() == (8 << 30, 8 << 30)
     told = faults.explain_death("rank 1", -9, 0)
     assert told is not None
     assert "out of host memory (the kernel counts 1 such kills, limit 8.0 GiB, peak 8.0 GiB)" in told
 
 
 def test_cgroups_of_version_1_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "_memory_groups", lambda: [tmp_path])
+    monkeypatch.setattr(cgroups, "_memory_groups", lambda: [tmp_path])
     (tmp_path / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n")
     (tmp_path / "memory.limit_in_bytes").write_text("9223372036854771712\n")
-    assert faults.memory_kills() == 2
-    assert faults.memory_limit() == (None, None)  # 2^63 is no limit
+    assert cgroups.memory_kills() == 2
+    assert cgroups.memory_limit() == (None, None)  # 2^63 is no limit
 
 
 def test_what_a_step_has_written_itself_stands(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from fake_hub import COMMIT, serve
 from running import NANO, only, run_cli
 
-from pipeline.artifact import open_artifact
+from pipeline.workflow.artifact import open_artifact
 
 NAME = "someone/small"
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.fingerprint import canonical_json, describe_drift, file_identity, fingerprint, plain
-from pipeline.typed import added, build
+from pipeline.core.hashing import canonical_json, describe_drift, file_identity, fingerprint, plain
+from pipeline.core.schema import added, build
 
 leaves = st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False)
 values = st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
@@ -83,8 +83,8 @@ def test_drift_is_empty_exactly_for_equal_values(one: Any, other: Any) -> None:
 
 
 def test_a_large_file_is_known_by_its_size_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.fingerprint.WHOLE", 10)
-    monkeypatch.setattr("pipeline.fingerprint.ENDS", 4)
+    monkeypatch.setattr("pipeline.core.hashing.WHOLE", 10)
+    monkeypatch.setattr("pipeline.core.hashing.ENDS", 4)
     file = tmp_path / "weights"
     seen = set()
     for content in (b"0123456789abcdef", b"X123456789abcdef", b"0123456789abcdeX", b"0123456789abcdef0"):

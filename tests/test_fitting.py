@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 from running import run_cli
 
-from pipeline import nvidia, preflight
-from pipeline.cluster import Cluster, read_cluster
-from pipeline.families import model_config
-from pipeline.fitting import resolved, what_fits
-from pipeline.host_memory import host_needs, limit, slurm_bytes, too_large
+from pipeline.config.architectures import model_config
+from pipeline.config.cluster import Cluster, read_cluster
+from pipeline.config.recipe import Recipe, read
+from pipeline.core import nvidia
 from pipeline.launchers.torchrun import environment
-from pipeline.memory import usable
-from pipeline.model_sizes import GIB, known_shape
-from pipeline.plan import Plan, make_plan
-from pipeline.recipe import Recipe, read
-from pipeline.stage import STAGES
+from pipeline.preflight import checks as preflight
+from pipeline.sizing.fitting import resolved, what_fits
+from pipeline.sizing.host_memory import host_needs, limit, slurm_bytes, too_large
+from pipeline.sizing.memory import usable
+from pipeline.sizing.model_sizes import GIB, known_shape
+from pipeline.workflow.plan import Plan, make_plan
+from pipeline.workflow.stage import STAGES
 
 TWO_CARDS = "0, GPU-aa11, 11264, 7.5\n1, GPU-bb22, 24576, 8.6\n"
 FULL = ["lora.enabled=false", "model.quantization=none"]
@@ -47,7 +48,7 @@ def cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    for module in ("pipeline.cluster", "pipeline.launchers.torchrun"):
+    for module in ("pipeline.config.cluster", "pipeline.launchers.torchrun"):
         monkeypatch.setattr(f"{module}.driver_devices", lambda: ["nvidia0", "nvidia1"])
     nvidia.smallest.cache_clear()
     return table

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tokenizers import AddedToken
 
-from pipeline.artifact import find_checkpoint
-from pipeline.cluster import MaxMemory
-from pipeline.errors import RecipeError
-from pipeline.generation import (
+from pipeline.config.cluster import MaxMemory
+from pipeline.config.recipe import read
+from pipeline.core.errors import RecipeError
+from pipeline.engines.generation import (
     Draw,
     Repetition,
     Sampling,
@@ -24,10 +24,10 @@ from pipeline.generation import (
     seed_of,
 )
 from pipeline.grpo import _for_trl
-from pipeline.modeling import add_lora, load_model, load_to_ask, load_tokenizer, make_scratch, train_tokenizer
-from pipeline.recipe import read
+from pipeline.models.loading import add_lora, load_model, load_to_ask, load_tokenizer, make_scratch, train_tokenizer
 from pipeline.rewards.reward import Sample
 from pipeline.tasks.task import task_of
+from pipeline.workflow.artifact import find_checkpoint
 
 TAGS = ["<think>", "</think>"]
 SCORES = torch.tensor([[2.0, 1.0, 0.0, -1.0, -3.0]])

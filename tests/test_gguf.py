@@ -13,11 +13,11 @@ from running import run_cli
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.artifact import find_checkpoint
-from pipeline.errors import ArtifactError
-from pipeline.families import gguf_file
-from pipeline.modeling import base_checkpoint, make_scratch, unpack_gguf
-from pipeline.recipe import Model, Scratch
+from pipeline.config.architectures import gguf_file
+from pipeline.config.recipe import Model, Scratch
+from pipeline.core.errors import ArtifactError
+from pipeline.models.loading import base_checkpoint, make_scratch, unpack_gguf
+from pipeline.workflow.artifact import find_checkpoint
 
 MODEL = Model("m", None, None, None, None, "none", "auto", "float32")
 NAMES = {

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from fake_hub import COMMIT, serve
 from running import only, run_cli
 
-from pipeline.rows import SAMPLES
+from pipeline.tasks.rows import SAMPLES
 
 NAME = "openai/gsm8k"
 CARD = """---

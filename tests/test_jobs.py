@@ -17,14 +17,15 @@ import pytest
 from running import ROOT, run_cli
 from test_slurm_launchers import change, fake, jobs, plan_of, states
 
-from pipeline import slurm, status
-from pipeline.artifact import own
-from pipeline.errors import ArtifactError, LaunchError, PlanError, Stopped
+from pipeline.core import slurm_client as slurm
+from pipeline.core.errors import ArtifactError, LaunchError, PlanError, Stopped
 from pipeline.launchers import local
 from pipeline.launchers.slurm import run_plan, show
-from pipeline.plan import make_plan, order_of
-from pipeline.progress import ProgressFile, many_attempts, restarts_without_end
-from pipeline.stage import write_order
+from pipeline.workflow import status
+from pipeline.workflow.artifact import own
+from pipeline.workflow.plan import make_plan, order_of
+from pipeline.workflow.progress import ProgressFile, many_attempts, restarts_without_end
+from pipeline.workflow.stage import write_order
 
 __all__ = ["fake"]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,51 +13,18 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import MOVED
+
 ROOT = Path(__file__).parent.parent
-FLOORS = {
-    **dict.fromkeys(("errors", "typed", "fingerprint", "files", "loading", "libraries", "markdown", "records"), 0),
-    **dict.fromkeys(
-        (
-            *("recipe", "cluster", "slurm", "artifact", "progress", "runtime", "families", "slurm_words", "jobs"),
-            *("nvidia", "site"),
-        ),
-        1,
-    ),
-    **dict.fromkeys(
-        (
-            "tasks",
-            "rows",
-            "row_files",
-            "rewards",
-            "answers",
-            "verdicts",
-            "quantities",
-            "arithmetic",
-            "units",
-            "expressions",
-            "reading",
-            "metrics",
-            "charts",
-            "rehearsal",
-            "memory",
-            "model_sizes",
-            "host_memory",
-            "fitting",
-            "task_code",
-        ),
-        2,
-    ),
-    **dict.fromkeys(("modeling", "weight_checks", "template_trial", "to_gguf", "generation", "kernels"), 3),
-    **dict.fromkeys(("faults", "layouts", "signing", "step_folders"), 1),
-    **dict.fromkeys(("devices", "operators"), 3),
-    **dict.fromkeys(("distributed", "checkpoints", "monitor", "pace", "training"), 3),
-    "stage": 4,
-    **dict.fromkeys(("preprocess", "sft", "grpo", "evaluate", "report", "export", "ask"), 5),
-    **dict.fromkeys(("plan", "status", "fetch", "push"), 6),
-    **dict.fromkeys(("preflight", "refresh"), 7),
-    "launchers": 8,
-    "__main__": 9,
-}
+
+
+def layers() -> list[str]:
+    """The folders from the bottom up, and `*.py` for the stages, as the table in pipeline/__init__.py lists them."""
+    table = ast.get_docstring(ast.parse((ROOT / "pipeline" / "__init__.py").read_text(encoding="utf-8"))) or ""
+    return re.findall(r"^    (\w+(?=/)|\*\.py)", table, re.MULTILINE)[::-1]
+
+
+LAYERS = layers()
 HEAVY = {"torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "bitsandbytes", "pandas"}
 
 
@@ -68,35 +37,56 @@ def imports_of(file: Path) -> Iterator[str]:
 
 
 def modules() -> list[Path]:
-    return [path for path in sorted((ROOT / "pipeline").rglob("*.py")) if path != ROOT / "pipeline" / "__init__.py"]
+    return [
+        path
+        for path in sorted((ROOT / "pipeline").rglob("*.py"))
+        if path.parent != ROOT / "pipeline" or not path.name.startswith("__")
+    ]
 
 
-def room(path: Path) -> str:
-    return path.relative_to(ROOT / "pipeline").parts[0].removesuffix(".py")
+def layer(parts: tuple[str, ...]) -> int:
+    """The layer of a module, by its path below pipeline/ without the ending."""
+    return LAYERS.index(parts[0] if len(parts) > 1 or parts[0] in LAYERS else "*.py")
+
+
+def test_every_folder_is_a_layer() -> None:
+    folders = {path.name for path in (ROOT / "pipeline").iterdir() if (path / "__init__.py").is_file()}
+    assert folders == set(LAYERS) - {"*.py"}
+    stages = {path.stem for path in (ROOT / "pipeline").glob("*.py")} - {"__init__", "__main__"}
+    assert stages == {"preprocess", "sft", "grpo", "evaluate", "report", "export", "ask"}
 
 
 def test_imports_go_down_only() -> None:
     climbing = []
     for path in modules():
-        here = FLOORS[room(path)]
+        mine = path.relative_to(ROOT / "pipeline").with_suffix("").parts
         for name in imports_of(path):
-            parts = name.split(".")
-            if parts[0] == "pipeline" and len(parts) > 1 and parts[1] in FLOORS:
-                there = FLOORS[parts[1]]
-                beside = there == here and here < 5  # stages, launchers and the command line do not know their like
-                if there >= here and parts[1] != room(path) and not beside:
-                    climbing.append(f"{path.relative_to(ROOT)} ({here}) imports pipeline.{parts[1]} ({there})")
+            parts = tuple(name.split(".")[1:])
+            if name.split(".")[0] == "pipeline" and parts and parts[0] != "__version__":
+                beside = len(mine) > 1 and parts[0] == mine[0]  # a folder's modules know each other, stages do not
+                if layer(parts) >= layer(mine) and not beside:
+                    climbing.append(f"{path.relative_to(ROOT)} imports {name}")
     assert not climbing
 
 
-def test_heavy_packages_stay_on_their_floors() -> None:
+def test_heavy_packages_stay_in_their_layers() -> None:
     found = {}
     for path in modules():
-        if FLOORS[room(path)] not in (3, 5):
+        parts = path.relative_to(ROOT / "pipeline").with_suffix("").parts
+        if LAYERS[layer(parts)] not in ("models", "engines", "training", "*.py"):
             # rows.py imports datasets where it reads the hub's, which no light command does: see LIGHT
-            allowed = {"datasets"} if room(path) == "rows" else set()
+            allowed = {"datasets"} if parts == ("tasks", "rows") else set()
             found[path.name] = {name.split(".")[0] for name in imports_of(path)} & (HEAVY - allowed)
     assert not {name: heavy for name, heavy in found.items() if heavy}
+
+
+def test_a_task_that_imports_a_module_by_its_former_name_keeps_working() -> None:
+    code = "from pipeline import answers\nfrom pipeline.rows import lacks\nfrom pipeline.typed import Positive\n"
+    code += "import pipeline.scoring.answers\nprint(answers is pipeline.scoring.answers)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+    assert "FutureWarning: pipeline.rows is now pipeline.tasks.rows" in done.stderr
+    assert all(importlib.util.find_spec(name) for name in MOVED.values())
 
 
 def test_the_report_imports_nothing_heavy() -> None:
@@ -109,7 +99,9 @@ def test_the_report_imports_nothing_heavy() -> None:
 def test_an_evaluation_imports_no_trainer() -> None:
     code = "import sys, pipeline.evaluate; print(sorted(name for name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert not set(ast.literal_eval(done.stdout)) & {"pipeline.training", "trl", "datasets", "transformers.trainer"}
+    assert not set(ast.literal_eval(done.stdout)) & {
+        *("pipeline.training.trainer", "trl", "datasets", "transformers.trainer")
+    }
 
 
 LIGHT = [
@@ -128,7 +120,7 @@ LIGHT = [
 def test_light_commands_import_nothing_heavy(argv: list[str]) -> None:
     code = (
         "import sys, json, io, contextlib\n"
-        "from pipeline.__main__ import command\n"
+        "from pipeline.cli.main import command\n"
         "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
         f"    command({argv!r})\n"
         "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"

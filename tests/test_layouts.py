@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from running import NANO, only, run_cli
 
-from pipeline.checkpoints import write_manifest
-from pipeline.cluster import Cluster, read_cluster
-from pipeline.files import read_json
-from pipeline.layouts import LAYOUT, Layout, misfit, saved_layout, stage_layout
-from pipeline.recipe import Recipe, read
-from pipeline.signing import MANIFEST, SIGNATURE
+from pipeline.config.cluster import Cluster, read_cluster
+from pipeline.config.recipe import Recipe, read
+from pipeline.core.files import read_json
+from pipeline.training.checkpoints import write_manifest
+from pipeline.workflow.layouts import LAYOUT, Layout, misfit, saved_layout, stage_layout
+from pipeline.workflow.signing import MANIFEST, SIGNATURE
 
 ZERO2 = Layout(2, 2, "zero2", False, "full", "muon", "float32")
 HERE = Path("runs/tiny/sft-1/checkpoints/checkpoint-4")
@@ -150,7 +150,7 @@ def test_another_users_checkpoint_is_refused_before_anything_runs(half_done: Pat
     done = run_cli("run", "tiny", *NANO, "--stages", "sft", "--runs", str(half_done), env=env)
     assert done.returncode == 2
     assert "got the signature of another key" in done.stderr
-    assert "python -m pipeline.signing" in done.stderr
+    assert "python -m pipeline.workflow.signing" in done.stderr
 
 
 def test_an_older_manifest_without_layout_is_refused_by_its_files(half_done: Path) -> None:

@@ -13,14 +13,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.artifact import STEP
-from pipeline.cluster import Batches, batches, generation_sizes, read_cluster
-from pipeline.errors import PipelineError, RecipeError
-from pipeline.fingerprint import file_identity, plain
-from pipeline.loading import read_typed
-from pipeline.plan import _identity, make_plan, recipe_of
-from pipeline.recipe import CONFIGS, Recipe, divisors, read
-from pipeline.typed import Name, build, is_free_mapping
+from pipeline.config.cluster import Batches, batches, generation_sizes, read_cluster
+from pipeline.config.load import read_typed
+from pipeline.config.recipe import CONFIGS, Recipe, divisors, read
+from pipeline.core.errors import PipelineError, RecipeError
+from pipeline.core.hashing import file_identity, plain
+from pipeline.core.schema import Name, build, is_free_mapping
+from pipeline.workflow.artifact import STEP
+from pipeline.workflow.plan import _identity, make_plan, recipe_of
 
 QUICK = 5.0  # seconds within which every answer comes; what these tests are about took minutes, or never ended
 

@@ -18,11 +18,12 @@ from test_rehearsal import PUBLISHED
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from trl.trainer import utils as trl_utils
 
-from pipeline.cluster import Cluster, batches, read_cluster
-from pipeline.families import model_config
-from pipeline.fitting import needs, resolved, what_fits
-from pipeline.memory import FRAGMENTATION, Need, Term, states_of, usable, zero_of
-from pipeline.model_sizes import (
+from pipeline.config.architectures import model_config
+from pipeline.config.cluster import Cluster, batches, read_cluster
+from pipeline.config.recipe import Lora, Recipe, read, recipe_names
+from pipeline.sizing.fitting import needs, resolved, what_fits
+from pipeline.sizing.memory import FRAGMENTATION, Need, Term, states_of, usable, zero_of
+from pipeline.sizing.model_sizes import (
     GIB,
     TILE,
     adapter_parameters,
@@ -31,8 +32,7 @@ from pipeline.model_sizes import (
     prefill_per_token,
     shape_of,
 )
-from pipeline.plan import make_plan, order_of
-from pipeline.recipe import Lora, Recipe, read, recipe_names
+from pipeline.workflow.plan import make_plan, order_of
 
 LORA = Lora(True, 8, 16.0, 0.05, ("all-linear",))
 KINDS = {"qwen2": "qwen1.5b", "llama": "llama8b", "phi3": "phi3.5"}

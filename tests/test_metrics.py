@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.metrics import (
+from pipeline.scoring.metrics import (
     HEADLINE,
     Outcome,
     baseline_figures,

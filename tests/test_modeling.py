@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.artifact import Checkpoint, find_checkpoint
-from pipeline.errors import ArtifactError, RecipeError
-from pipeline.modeling import (
+from pipeline.config.recipe import Lora, Model, Recipe, Scratch, read
+from pipeline.core.errors import ArtifactError, RecipeError
+from pipeline.models.loading import (
     add_lora,
     check_tokenizer,
     choose_dtype,
@@ -26,7 +26,7 @@ from pipeline.modeling import (
     read_template,
     train_tokenizer,
 )
-from pipeline.recipe import Lora, Model, Recipe, Scratch, read
+from pipeline.workflow.artifact import Checkpoint, find_checkpoint
 
 TEXTS = ["Premise: A correlates with B.\nHypothesis: A directly causes B.", "<think>\nPairs: A B linked.\n</think>"]
 PROMPT = [{"role": "user", "content": "A correlates with B."}]

@@ -17,18 +17,19 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import sdpa_attention
 from trl.kernels import chunked_logprob
 
-from pipeline import kernels, preprocess, sft
-from pipeline.artifact import STOP, Artifact, Checkpoint, find_checkpoint
-from pipeline.checkpoints import SaveAndStop
-from pipeline.cluster import read_cluster
-from pipeline.errors import LaunchError, Stopped
-from pipeline.modeling import INT8_LOGGER, add_lora, load_model, make_scratch, repeat_keys_before_ampere
-from pipeline.monitor import IDLE_STEPS, MOST_SKIPS, Signal, Watch
-from pipeline.plan import make_plan
-from pipeline.progress import ProgressFile, read_progress
-from pipeline.recipe import Lora, Model, Scratch, read
-from pipeline.runtime import Runtime
-from pipeline.training import raise_if_useless, trainable
+from pipeline import preprocess, sft
+from pipeline.config.cluster import read_cluster
+from pipeline.config.recipe import Lora, Model, Scratch, read
+from pipeline.core.errors import LaunchError, Stopped
+from pipeline.models import kernels
+from pipeline.models.loading import INT8_LOGGER, add_lora, load_model, make_scratch, repeat_keys_before_ampere
+from pipeline.training.callbacks import IDLE_STEPS, MOST_SKIPS, Signal, Watch
+from pipeline.training.checkpoints import SaveAndStop
+from pipeline.training.trainer import raise_if_useless, trainable
+from pipeline.workflow.artifact import STOP, Artifact, Checkpoint, find_checkpoint
+from pipeline.workflow.plan import make_plan
+from pipeline.workflow.progress import ProgressFile, read_progress
+from pipeline.workflow.runtime import Runtime
 
 SCRATCH = Scratch("qwen2", 400, 32, 1, 4, 2, 32, 128, 10000.0, 0.02)
 MODEL = Model("m", None, SCRATCH, None, None, "none", "sdpa", "float32")
@@ -137,7 +138,7 @@ def test_below_capability_8_keys_are_repeated(
 
 def test_a_model_is_loaded_with_keys_repeated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", sdpa_attention.use_gqa_in_sdpa)
-    monkeypatch.setattr("pipeline.modeling.compute_capability", lambda: 7.5)
+    monkeypatch.setattr("pipeline.models.loading.compute_capability", lambda: 7.5)
     load_model(find_checkpoint(str(folder)), MODEL, dtype=torch.float32)
     assert not sdpa_attention.use_gqa_in_sdpa(None, torch.empty(1, 2, 8, 16), torch.empty(1, 2, 8, 16))
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from running import ROOT
 
-from pipeline import status
-from pipeline.__main__ import command
-from pipeline.artifact import _checked
-from pipeline.errors import PipelineError, PlanError
-from pipeline.files import read_json
+from pipeline.cli.main import command
+from pipeline.core.errors import PipelineError, PlanError
+from pipeline.core.files import read_json
+from pipeline.workflow import status
+from pipeline.workflow.artifact import _checked
 
 RECIPE = "tiny-rehearsal"
 STEPS = ("preprocess", "sft", "grpo", "evaluate-base", "evaluate-sft", "evaluate-grpo", "report")
@@ -261,8 +261,8 @@ def test_an_odd_recipe_or_task_costs_its_line_of_the_list(
     (tmp_path / "good.yaml").write_text("# a\x1b[2J good one\n")
     (tmp_path / "odd.yaml").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "none.yaml").write_bytes(b"")
-    monkeypatch.setattr("pipeline.recipe.CONFIGS", tmp_path)
-    monkeypatch.setattr("pipeline.__main__.recipe_names", lambda: ["good", "none", "odd"])
+    monkeypatch.setattr("pipeline.config.recipe.CONFIGS", tmp_path)
+    monkeypatch.setattr("pipeline.cli.data.recipe_names", lambda: ["good", "none", "odd"])
     monkeypatch.setattr("pipeline.tasks.task.task_names", lambda: ["gsm8k", "mine"])
     told = said(capsys, "list")
     assert "a␛[2J good one" in told

@@ -10,12 +10,12 @@ import pytest
 from running import ROOT, only, run_cli
 from safetensors.torch import load_file
 
-from pipeline import status
-from pipeline.artifact import open_artifact
-from pipeline.files import read_lines
-from pipeline.fingerprint import fingerprint, plain
-from pipeline.progress import read_progress
-from pipeline.stage import STAGES, read_order
+from pipeline.core.files import read_lines
+from pipeline.core.hashing import fingerprint, plain
+from pipeline.workflow import status
+from pipeline.workflow.artifact import open_artifact
+from pipeline.workflow.progress import read_progress
+from pipeline.workflow.stage import STAGES, read_order
 
 RECORDS = ROOT / "tests" / "fixtures" / "records-v1"
 STEPS = sorted(path.parent for path in RECORDS.glob("*/*/artifact.json"))

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from running import ROOT
 
-from pipeline import operators
-from pipeline.operators import LOCK, clear_stale, held
+from pipeline.training import operators
+from pipeline.training.operators import LOCK, clear_stale, held
 
 BUILD = """\
 import sys, time
@@ -76,7 +76,7 @@ def test_a_lock_that_another_machine_may_hold_is_removed_only_when_it_is_old(
 
 def test_the_flock_ends_with_its_process_and_is_named_while_it_is_held(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from pipeline.operators import held\n"
+        "import sys, time; from pathlib import Path; from pipeline.training.operators import held\n"
         "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -111,7 +111,7 @@ def test_setup_builds_the_operator_beside_a_stale_lock(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / LOCK).touch()
     env = {**os.environ, operators.DIRECTORY: str(tmp_path), "DS_ACCELERATOR": "cpu", "CXX": "no-such-compiler"}
-    command = [sys.executable, "-m", "pipeline.operators"]
+    command = [sys.executable, "-m", "pipeline.training.operators"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert f"removed {folder / LOCK}" in done.stdout

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from pipeline.cluster import read_cluster
-from pipeline.pace import Pace, too_slow
-from pipeline.progress import ProgressFile, read_progress
-from pipeline.runtime import Runtime
+from pipeline.config.cluster import read_cluster
+from pipeline.training.pace import Pace, too_slow
+from pipeline.workflow.progress import ProgressFile, read_progress
+from pipeline.workflow.runtime import Runtime
 
 
 def run_steps(

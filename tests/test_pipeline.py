@@ -18,13 +18,13 @@ import pytest
 from running import NANO, ROOT, only, run_cli
 from safetensors.torch import load_file
 
-from pipeline.artifact import is_alive, open_artifact, own, read_owner
-from pipeline.checkpoints import damage, numbered
-from pipeline.errors import ArtifactError
-from pipeline.files import read_json, read_lines
+from pipeline.core.errors import ArtifactError
+from pipeline.core.files import read_json, read_lines
 from pipeline.launchers.local import run_step
-from pipeline.plan import make_plan
-from pipeline.progress import ProgressFile, read_progress
+from pipeline.training.checkpoints import damage, numbered
+from pipeline.workflow.artifact import is_alive, open_artifact, own, read_owner
+from pipeline.workflow.plan import make_plan
+from pipeline.workflow.progress import ProgressFile, read_progress
 
 
 def sub_run(runs: Path, *overrides: str, stages: str = "sft", timeout: float = 300) -> None:

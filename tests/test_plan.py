@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifact import Artifact, commit, own
-from pipeline.cluster import Cluster
-from pipeline.errors import PlanError, RecipeError
-from pipeline.plan import Plan, Step, explain, make_plan, order_of
-from pipeline.stage import read_order, write_order
+from pipeline.config.cluster import Cluster
+from pipeline.core.errors import PlanError, RecipeError
+from pipeline.workflow.artifact import Artifact, commit, own
+from pipeline.workflow.plan import Plan, Step, explain, make_plan, order_of
+from pipeline.workflow.stage import read_order, write_order
 
 
 def step(plan: Plan, name: str) -> Step:

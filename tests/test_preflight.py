@@ -14,12 +14,13 @@ from types import SimpleNamespace
 import pytest
 from running import run_cli
 
-from pipeline import libraries, preflight
-from pipeline.__main__ import command
-from pipeline.errors import PipelineError
-from pipeline.families import BUNDLED
-from pipeline.plan import make_plan
-from pipeline.recipe import recipe_names
+from pipeline.cli.main import command
+from pipeline.config.architectures import BUNDLED
+from pipeline.config.recipe import recipe_names
+from pipeline.core.errors import PipelineError
+from pipeline.preflight import checks as preflight
+from pipeline.preflight import libraries
+from pipeline.workflow.plan import make_plan
 
 SEVEN = ["deepseek7b", "--cluster", "2x2080ti", "--launcher", "local"]
 CATALOGUE: list[tuple[list[str], str]] = [

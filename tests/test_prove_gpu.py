@@ -12,7 +12,7 @@ import pytest
 from prove_gpu import TOTAL
 from running import ROOT, is_alive
 
-from pipeline.files import read_json
+from pipeline.core.files import read_json
 
 OWN = """
 import time

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster import batches, cluster_names, process_count, read_cluster, thread_count
-from pipeline.errors import PipelineError, RecipeError
-from pipeline.plan import make_plan
-from pipeline.recipe import CONFIGS, read, recipe_names
+from pipeline.config.cluster import batches, cluster_names, process_count, read_cluster, thread_count
+from pipeline.config.recipe import CONFIGS, read, recipe_names
+from pipeline.core.errors import PipelineError, RecipeError
+from pipeline.workflow.plan import make_plan
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -123,7 +123,7 @@ def test_a_recipe_that_is_no_yaml_is_told_with_its_line(tmp_path: Path) -> None:
 
 
 def test_threads_fit_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.cluster.gpu_count", lambda: 0)
+    monkeypatch.setattr("pipeline.config.cluster.gpu_count", lambda: 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
     cluster, _ = read_cluster("local")
@@ -131,7 +131,7 @@ def test_threads_fit_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (process_count(cluster), thread_count(cluster, 2)) == (2, 4)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})  # bound to fewer than were granted
     assert thread_count(cluster, 2) == 1
-    monkeypatch.setattr("pipeline.cluster.gpu_count", lambda: 4)
+    monkeypatch.setattr("pipeline.config.cluster.gpu_count", lambda: 4)
     assert process_count(cluster) == 4
 
 

@@ -13,15 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import run_cli
 
-from pipeline import slurm, status
-from pipeline.artifact import ARTIFACT, OWNER, PROGRESS, STEP, Artifact, Owner, is_done, own, read_owner
-from pipeline.errors import ArtifactError, PlanError
-from pipeline.files import read_json, write_json
-from pipeline.jobs import live_jobs
-from pipeline.plan import explain, make_plan, order_of
-from pipeline.progress import Progress, ProgressFile, read_progress
-from pipeline.records import OddFile, read_record, record_or_none
-from pipeline.stage import read_order, write_order
+from pipeline.core import slurm_client as slurm
+from pipeline.core.errors import ArtifactError, PlanError
+from pipeline.core.files import read_json, write_json
+from pipeline.core.records import OddFile, read_record, record_or_none
+from pipeline.workflow import status
+from pipeline.workflow.artifact import ARTIFACT, OWNER, PROGRESS, STEP, Artifact, Owner, is_done, own, read_owner
+from pipeline.workflow.jobs import live_jobs
+from pipeline.workflow.plan import explain, make_plan, order_of
+from pipeline.workflow.progress import Progress, ProgressFile, read_progress
+from pipeline.workflow.stage import read_order, write_order
 
 KINDS = {PROGRESS: Progress, OWNER: Owner, slurm.JOB: slurm.JobRecord, ARTIFACT: Artifact}
 RECORDS: dict[str, dict[str, Any]] = {

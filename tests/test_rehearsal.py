@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 from running import only, run_cli
 
-from pipeline import preflight, preprocess
-from pipeline.artifact import Artifact, find_checkpoint, open_artifact
-from pipeline.cluster import cluster_names
-from pipeline.errors import RecipeError
-from pipeline.families import BUNDLED, model_config
-from pipeline.files import read_json
-from pipeline.modeling import load_tokenizer, prompt_ids
-from pipeline.plan import make_plan
-from pipeline.progress import ProgressFile
-from pipeline.recipe import Recipe, read, recipe_names
-from pipeline.rehearsal import STEPS
-from pipeline.rows import read_split
-from pipeline.runtime import Runtime
+from pipeline import preprocess
+from pipeline.config.architectures import BUNDLED, model_config
+from pipeline.config.cluster import cluster_names
+from pipeline.config.recipe import Recipe, read, recipe_names
+from pipeline.core.errors import RecipeError
+from pipeline.core.files import read_json
+from pipeline.models.loading import load_tokenizer, prompt_ids
+from pipeline.preflight import checks as preflight
+from pipeline.sizing.smoke import STEPS
+from pipeline.workflow.artifact import Artifact, find_checkpoint, open_artifact, read_split
+from pipeline.workflow.plan import make_plan
+from pipeline.workflow.progress import ProgressFile
+from pipeline.workflow.runtime import Runtime
 
 PUBLISHED = {  # parameters, from the models' cards
     "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,

@@ -7,9 +7,17 @@ from typing import Any
 
 import pytest
 
-from pipeline.metrics import HEADLINE, Outcome, baseline_figures, compare, reasons_of, summarize, unanswered_rows
-from pipeline.recipe import Goal, TaskChoice
+from pipeline.config.recipe import Goal, TaskChoice
 from pipeline.report import TITLES, claim, figure, goal_met, headline, notes, render
+from pipeline.scoring.metrics import (
+    HEADLINE,
+    Outcome,
+    baseline_figures,
+    compare,
+    reasons_of,
+    summarize,
+    unanswered_rows,
+)
 from pipeline.tasks.task import task_of
 
 FIXTURES = Path(__file__).parent / "fixtures"

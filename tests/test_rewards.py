@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pipeline.recipe import Reward, TaskChoice, read, recipe_names
+from pipeline.config.recipe import Reward, TaskChoice, read, recipe_names
 from pipeline.rewards.audit import FINAL, audit, audited, exploits
 from pipeline.rewards.reward import Sample, find_rewards, make_sample, reward_names
 from pipeline.tasks.corr2cause.said import said

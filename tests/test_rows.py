@@ -17,12 +17,12 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from running import run_cli
 
-from pipeline.errors import DataError, PlanError, RecipeError
-from pipeline.plan import evaluation_plan, make_plan
-from pipeline.preflight import problems as preflight
-from pipeline.recipe import TaskChoice, read
-from pipeline.row_files import Row, file_rows
+from pipeline.config.recipe import TaskChoice, read
+from pipeline.core.errors import DataError, PlanError, RecipeError
+from pipeline.preflight.checks import problems as preflight
+from pipeline.tasks.row_files import Row, file_rows
 from pipeline.tasks.task import Example, Splits, divide, task_of
+from pipeline.workflow.plan import evaluation_plan, make_plan
 
 NAMES = {"question": ("problem",), "answer": ("solution",)}
 ROW = {"question": "q", "answer": "a"}

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.cluster import read_cluster
-from pipeline.plan import _with_task_params
-from pipeline.recipe import Recipe, read
+from pipeline.config.cluster import read_cluster
+from pipeline.config.recipe import Recipe, read
+from pipeline.workflow.plan import _with_task_params
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "seeds.md").read_text(encoding="utf-8")

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import signing
-from pipeline.checkpoints import damage, write_manifest
-from pipeline.errors import ArtifactError
-from pipeline.files import read_json, write_json
-from pipeline.fingerprint import file_sha256
-from pipeline.signing import MANIFEST, SIGNATURE, foreign
+from pipeline.core.errors import ArtifactError
+from pipeline.core.files import read_json, write_json
+from pipeline.core.hashing import file_sha256
+from pipeline.training.checkpoints import damage, write_manifest
+from pipeline.workflow import signing
+from pipeline.workflow.signing import MANIFEST, SIGNATURE, foreign
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_an_own_checkpoint_is_resumed_and_another_users_is_refused(home: Path, m
     assert told is not None
     assert told.startswith(f"{checkpoint}: got the signature of another key; expected that of ")
     assert "runs the code of whoever wrote them" in told
-    assert f"Fix: if you trust its origin, python -m pipeline.signing {checkpoint.parent}" in told
+    assert f"Fix: if you trust its origin, python -m pipeline.workflow.signing {checkpoint.parent}" in told
 
 
 def test_a_replaced_file_with_a_fresh_manifest_is_refused(home: Path) -> None:

@@ -17,20 +17,22 @@ import pytest
 from running import ROOT, run_cli
 from test_slurm_launchers import change, cluster_of, fake, jobs, plan_of
 
-from pipeline import preflight, slurm, status
-from pipeline.cluster import Cluster, read_cluster
-from pipeline.errors import PlanError
+from pipeline.config.cluster import Cluster, read_cluster
+from pipeline.config.site import is_secret
+from pipeline.core import slurm_client as slurm
+from pipeline.core.errors import PlanError
+from pipeline.core.schema import build
+from pipeline.core.slurm_words import how_it_ended
 from pipeline.launchers import submitit
 from pipeline.launchers.batch_script import script, shell_value
 from pipeline.launchers.slurm import run_plan
 from pipeline.launchers.torchrun import Meeting, command, meeting
-from pipeline.plan import Plan, make_plan
-from pipeline.progress import ProgressFile
-from pipeline.runtime import Deadline, Runtime
-from pipeline.site import is_secret
-from pipeline.slurm_words import how_it_ended
-from pipeline.stage import STAGES
-from pipeline.typed import build
+from pipeline.preflight import checks as preflight
+from pipeline.workflow import status
+from pipeline.workflow.plan import Plan, make_plan
+from pipeline.workflow.progress import ProgressFile
+from pipeline.workflow.runtime import Deadline, Runtime
+from pipeline.workflow.stage import STAGES
 
 __all__ = ["fake"]
 SECRET = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz"

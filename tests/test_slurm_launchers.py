@@ -20,17 +20,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import NANO, ROOT, run_cli
 
-from pipeline import slurm, status
-from pipeline.artifact import Owner, is_alive, own, read_owner
-from pipeline.cluster import Cluster, read_cluster
-from pipeline.errors import ArtifactError, LaunchError, PlanError
+from pipeline.config.cluster import Cluster, read_cluster
+from pipeline.config.site import minutes
+from pipeline.core import slurm_client as slurm
+from pipeline.core.errors import ArtifactError, LaunchError, PlanError
 from pipeline.launchers.batch_script import render, script
 from pipeline.launchers.slurm import run_plan
 from pipeline.launchers.torchrun import PORTS, Meeting, command, exit_code, meeting, port_of
-from pipeline.plan import Plan, make_plan, order_of
-from pipeline.progress import ProgressFile
-from pipeline.site import minutes
-from pipeline.stage import STAGES, write_order
+from pipeline.workflow import status
+from pipeline.workflow.artifact import Owner, is_alive, own, read_owner
+from pipeline.workflow.plan import Plan, make_plan, order_of
+from pipeline.workflow.progress import ProgressFile
+from pipeline.workflow.stage import STAGES, write_order
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FAKE = Path(__file__).parent / "fakes" / "slurm"

@@ -15,17 +15,18 @@ from hypothesis import strategies as st
 from running import only, run_cli
 from target_cases import BAD, BEGIN, CASES, DOCS, END, UNVERIFIED, Case, row, table
 
-from pipeline import answers, preprocess
-from pipeline.artifact import open_artifact
-from pipeline.cluster import read_cluster
-from pipeline.errors import DataError
-from pipeline.progress import Progress, ProgressFile, describe
-from pipeline.recipe import Recipe, TaskChoice, read
+from pipeline import preprocess
+from pipeline.config.cluster import read_cluster
+from pipeline.config.recipe import Recipe, TaskChoice, read
+from pipeline.core.errors import DataError
 from pipeline.rewards.reward import make_sample
-from pipeline.rows import SAMPLES
-from pipeline.runtime import Runtime
+from pipeline.scoring import answers
 from pipeline.tasks.gsm8k import Gsm8k
+from pipeline.tasks.rows import SAMPLES
 from pipeline.tasks.task import Example, Splits, Task, group_of, task_of
+from pipeline.workflow.artifact import open_artifact
+from pipeline.workflow.progress import Progress, ProgressFile, describe
+from pipeline.workflow.runtime import Runtime
 
 ROOT = Path(__file__).parent.parent
 TASKS = {"mathcode": "math_science", "scibench": "math_science", "verifiable": "medical"}

@@ -11,13 +11,13 @@ from running import only, run_cli
 
 import pipeline.rewards
 import pipeline.tasks
-from pipeline import refresh, status
-from pipeline.artifact import ARTIFACT, open_artifact
-from pipeline.errors import ArtifactError, PlanError
-from pipeline.files import read_json, write_json
-from pipeline.plan import Plan, explain, make_plan, order_of
-from pipeline.stage import write_order
-from pipeline.task_code import code_of
+from pipeline.core.errors import ArtifactError, PlanError
+from pipeline.core.files import read_json, write_json
+from pipeline.workflow import refresh, status, task_code
+from pipeline.workflow.artifact import ARTIFACT, open_artifact
+from pipeline.workflow.plan import Plan, explain, make_plan, order_of
+from pipeline.workflow.stage import write_order
+from pipeline.workflow.task_code import code_of
 
 WORDS = ["task.source=sample", "model.revision=null"]
 
@@ -29,7 +29,7 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder = tmp_path / "code" / package.__name__.rpartition(".")[2]
         shutil.copytree(package.__path__[0], folder)
         monkeypatch.setattr(package, "__path__", [str(folder)])
-        monkeypatch.setitem(__import__("pipeline.task_code", fromlist=["x"]).FOLDERS, package.__name__, [str(folder)])
+        monkeypatch.setitem(task_code.FOLDERS, package.__name__, [str(folder)])
     return tmp_path / "code"
 
 
@@ -77,7 +77,7 @@ def outdated(plan: Plan) -> set[str]:
 
 
 READERS = [
-    f"pipeline/{name}.py"
+    f"pipeline/scoring/{name}.py"
     for name in ("answers", "arithmetic", "expressions", "quantities", "reading", "units", "verdicts")
 ]
 
@@ -166,7 +166,7 @@ def test_results_are_moved_aside_whole_and_the_steps_run_again(plan: Plan, code:
 
 
 def test_what_is_being_written_stays(plan: Plan, code: Path) -> None:
-    from pipeline.artifact import own
+    from pipeline.workflow.artifact import own
 
     edit(code / "rewards" / "correctness.py", "return ", "return 2 * ")
     folders, _ = refresh.outdated_folders(plan, ["changed"])

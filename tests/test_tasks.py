@@ -21,16 +21,16 @@ from running import run_cli
 
 import pipeline.tasks
 from pipeline import preprocess
-from pipeline.cluster import read_cluster
-from pipeline.errors import DataError, RecipeError
-from pipeline.fetch import Repository, repositories
-from pipeline.progress import ProgressFile
-from pipeline.recipe import TaskChoice, read
+from pipeline.config.cluster import read_cluster
+from pipeline.config.recipe import TaskChoice, read
+from pipeline.core.errors import DataError, RecipeError
+from pipeline.hub.download import Repository, repositories
 from pipeline.rewards.audit import FINAL, audit
 from pipeline.rewards.reward import find_rewards
-from pipeline.rows import SAMPLES, file_rows
-from pipeline.runtime import Runtime
+from pipeline.tasks.rows import SAMPLES, file_rows
 from pipeline.tasks.task import Example, Task, example_of, hold_out, make_task, task_names, task_of
+from pipeline.workflow.progress import ProgressFile
+from pipeline.workflow.runtime import Runtime
 
 ROOT = Path(__file__).parent.parent
 READ = ("gsm8k", "math_science", "medical", "human_like")
@@ -399,7 +399,7 @@ def test_scibench_folds_units_and_powers_of_ten_in(gold: str, unit: str, said: s
 def test_a_quantity_is_the_same_under_any_power_and_prefix(
     value: Fraction, power: int, prefix: tuple[str, int]
 ) -> None:
-    from pipeline.answers import quantity_in, same_quantity
+    from pipeline.scoring.answers import quantity_in, same_quantity
 
     said = quantity_in(f"{float(value):.12g} \\times 10^{{{power}}}\\ \\mathrm{{{prefix[0]}J}}")
     assert said is not None
@@ -441,7 +441,7 @@ def test_what_cannot_be_verified_is_never_called_right() -> None:
 
 
 def test_a_rehearsal_reads_the_samples_in_the_hubs_place_and_a_file_of_the_users(tmp_path: Path) -> None:
-    from pipeline.rehearsal import rehearsal_of
+    from pipeline.sizing.smoke import rehearsal_of
 
     recipe, _ = read("gsm8k", ["task.revision=abc"])
     assert recipe is not None
@@ -512,7 +512,7 @@ def test_list_shows_every_task_with_its_settings() -> None:
 
 
 def test_a_split_that_a_task_does_not_have_is_told() -> None:
-    from pipeline.plan import make_plan
+    from pipeline.workflow.plan import make_plan
 
     with pytest.raises(RecipeError, match="medical with source 'hub' has no split 'tset'; did you mean 'test'"):
         make_plan(["medical"], ["evaluate.splits=[tset]"])

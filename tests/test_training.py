@@ -14,13 +14,13 @@ from every_way import WAYS, cells
 from running import ROOT
 from safetensors.torch import load_file
 
-from pipeline.cluster import read_cluster
-from pipeline.files import read_json
-from pipeline.fitting import needs
-from pipeline.memory import states_of, zero_of
-from pipeline.modeling import choose_attention, choose_dtype
-from pipeline.recipe import Model, Recipe, read
-from pipeline.training import adapters_kept
+from pipeline.config.cluster import read_cluster
+from pipeline.config.recipe import Model, Recipe, read
+from pipeline.core.files import read_json
+from pipeline.models.loading import choose_attention, choose_dtype
+from pipeline.sizing.fitting import needs
+from pipeline.sizing.memory import states_of, zero_of
+from pipeline.training.trainer import adapters_kept
 
 CELLS = cells()
 
@@ -208,7 +208,7 @@ def test_adapters_are_not_rounded_when_a_trainer_is_made(tmp_path: Path) -> None
 def on_gpu(monkeypatch: pytest.MonkeyPatch, major: int, minor: int, *, flash: bool = False) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, minor))
-    monkeypatch.setattr("pipeline.modeling.is_flash_attn_2_available", lambda: flash)
+    monkeypatch.setattr("pipeline.models.loading.is_flash_attn_2_available", lambda: flash)
 
 
 def model_of(*words: str) -> Model:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.typed import Positive, Rate, build
+from pipeline.core.schema import Positive, Rate, build
 
 
 @dataclass(frozen=True)

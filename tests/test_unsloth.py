@@ -17,14 +17,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import preflight
-from pipeline.artifact import find_checkpoint
-from pipeline.cluster import read_cluster
-from pipeline.errors import RecipeError
-from pipeline.modeling import make_scratch
-from pipeline.plan import make_plan
-from pipeline.recipe import Scratch, read
-from pipeline.training import trainable
+from pipeline.config.cluster import read_cluster
+from pipeline.config.recipe import Scratch, read
+from pipeline.core.errors import RecipeError
+from pipeline.models.loading import make_scratch
+from pipeline.preflight import checks as preflight
+from pipeline.training.trainer import trainable
+from pipeline.workflow.artifact import find_checkpoint
+from pipeline.workflow.plan import make_plan
 
 ON = ["model.backend=unsloth", "lora.enabled=true", "sft.optimizer.name=adamw_torch"]
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from running import only, run_cli
 
-from pipeline.artifact import Artifact, open_artifact
-from pipeline.cluster import read_cluster
+from pipeline.config.cluster import read_cluster
 from pipeline.launchers.local import _Bar
-from pipeline.progress import ProgressFile, read_progress
-from pipeline.runtime import Runtime
-from pipeline.training import warn_of_long_rows
+from pipeline.training.trainer import warn_of_long_rows
+from pipeline.workflow.artifact import Artifact, open_artifact
+from pipeline.workflow.progress import ProgressFile, read_progress
+from pipeline.workflow.runtime import Runtime
 
 ROW = '{"question": "one more than %d?", "answer": "%d + 1\\n#### %d"}\n'
 

@@ -24,11 +24,11 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, Trainer, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
-from pipeline import preflight, weight_checks
-from pipeline.artifact import Checkpoint, find_checkpoint
-from pipeline.errors import ArtifactError, PipelineError
-from pipeline.generation import Sampling, generate_batch, stop_ids
-from pipeline.modeling import (
+from pipeline.config.recipe import Lora, Model, Scratch
+from pipeline.core.errors import ArtifactError, PipelineError
+from pipeline.engines.generation import Sampling, generate_batch, stop_ids
+from pipeline.models import weight_checks
+from pipeline.models.loading import (
     add_lora,
     check_adapter_alone,
     check_tokenizer,
@@ -39,8 +39,9 @@ from pipeline.modeling import (
     merged,
     prompt_ids,
 )
-from pipeline.plan import make_plan
-from pipeline.recipe import Lora, Model, Scratch
+from pipeline.preflight import checks as preflight
+from pipeline.workflow.artifact import Checkpoint, find_checkpoint
+from pipeline.workflow.plan import make_plan
 
 # the suite turns warnings into errors; a user sees neither, so what a library only warns of must be refused here
 pytestmark = pytest.mark.filterwarnings("ignore")

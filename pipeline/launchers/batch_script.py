@@ -14,12 +14,12 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.artifact import LOG, SCRIPT
-from pipeline.cluster import Cluster
-from pipeline.errors import PlanError
-from pipeline.plan import Step
-from pipeline.site import Slurm, minutes, option_words, parts, references
-from pipeline.stage import STAGES, Stage
+from pipeline.config.cluster import Cluster
+from pipeline.config.site import Slurm, minutes, option_words, parts, references
+from pipeline.core.errors import PlanError
+from pipeline.workflow.artifact import LOG, SCRIPT
+from pipeline.workflow.plan import Step
+from pipeline.workflow.stage import STAGES, Stage
 
 FOLDER = Path("slurm")
 LOGS = Path("logs")

@@ -22,15 +22,16 @@ from types import FrameType
 
 from tqdm import tqdm
 
-from pipeline import faults
-from pipeline.artifact import STOP, refuse_if_owned
-from pipeline.errors import LaunchError, PipelineError, PlanError, Stopped, explain_disk, printable
-from pipeline.jobs import live_jobs, with_slurm
+from pipeline.core import cgroups
+from pipeline.core.errors import LaunchError, PipelineError, PlanError, Stopped, explain_disk, printable
+from pipeline.core.slurm_client import JOB, is_here, job_end, this_job
 from pipeline.launchers.torchrun import command, environment
-from pipeline.plan import Plan, Step, order_of
-from pipeline.progress import ATTEMPT, Progress, clock, describe, read_progress
-from pipeline.slurm import JOB, is_here, job_end, this_job
-from pipeline.stage import STAGES, write_order
+from pipeline.workflow import faults
+from pipeline.workflow.artifact import STOP, refuse_if_owned
+from pipeline.workflow.jobs import live_jobs, with_slurm
+from pipeline.workflow.plan import Plan, Step, order_of
+from pipeline.workflow.progress import ATTEMPT, Progress, clock, describe, read_progress
+from pipeline.workflow.stage import STAGES, write_order
 
 POLL = 0.2  # seconds
 TAIL = 15  # lines of a failed step's log that are shown
@@ -81,7 +82,7 @@ def run_step(step: Step, plan: Plan, title: str) -> None:
         check_port()
     write_order(step.folder, order_of(step, plan.cluster))
     (step.folder / JOB).unlink(missing_ok=True)  # of an earlier attempt on Slurm
-    started, attempt, kills = time.time(), uuid.uuid4().hex, faults.memory_kills()
+    started, attempt, kills = time.time(), uuid.uuid4().hex, cgroups.memory_kills()
     limit, asked = _leave_at(step, plan), False
     log = step.folder / "log.txt"
     with log.open("ab") as file:

@@ -17,11 +17,8 @@ import uuid
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.artifact import SCRIPT
-from pipeline.errors import EXIT_FAULT, LaunchError, PlanError, run_main
-from pipeline.jobs import make_wait
-from pipeline.launchers.slurm import exported, sbatch_line
-from pipeline.slurm import (
+from pipeline.core.errors import EXIT_FAULT, LaunchError, PlanError, run_main
+from pipeline.core.slurm_client import (
     ask,
     call,
     find,
@@ -34,7 +31,10 @@ from pipeline.slurm import (
     this_job,
     write_job,
 )
-from pipeline.stage import read_order
+from pipeline.launchers.slurm import exported, sbatch_line
+from pipeline.workflow.artifact import SCRIPT
+from pipeline.workflow.jobs import make_wait
+from pipeline.workflow.stage import read_order
 
 PATIENCE = 600  # seconds to wait for a controller that does not answer; Slurm's time limit may be sooner
 PAUSES = (2.0, 5.0, 10.0, 20.0, 30.0)  # seconds between the tries; the first are short, because a time limit is near

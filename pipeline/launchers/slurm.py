@@ -22,15 +22,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.artifact import LOG, OWNER, SCRIPT, Owner, refuse_if_owned
-from pipeline.cluster import read_cluster
-from pipeline.errors import EXIT_MISTAKE, LaunchError, PlanError, RecipeError, run_main
-from pipeline.jobs import is_ours, live_jobs, make_wait, query
-from pipeline.launchers.batch_script import FOLDER, refuse_odd, render, resources, script
-from pipeline.plan import Plan, Step, order_of
-from pipeline.records import record_or_none
-from pipeline.site import Slurm
-from pipeline.slurm import (
+from pipeline.config.cluster import read_cluster
+from pipeline.config.site import Slurm
+from pipeline.core.errors import EXIT_MISTAKE, LaunchError, PlanError, RecipeError, run_main
+from pipeline.core.records import record_or_none
+from pipeline.core.slurm_client import (
     Job,
     JobRecord,
     ask,
@@ -44,7 +40,11 @@ from pipeline.slurm import (
     this_user,
     write_job,
 )
-from pipeline.stage import STAGES, write_order
+from pipeline.launchers.batch_script import FOLDER, refuse_odd, render, resources, script
+from pipeline.workflow.artifact import LOG, OWNER, SCRIPT, Owner, refuse_if_owned
+from pipeline.workflow.jobs import is_ours, live_jobs, make_wait, query
+from pipeline.workflow.plan import Plan, Step, order_of
+from pipeline.workflow.stage import STAGES, write_order
 
 ENDING = 60  # seconds to wait for a job that is ending
 ROUNDS = 3  # of submission, where Slurm cancels jobs meanwhile

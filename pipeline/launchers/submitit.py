@@ -21,14 +21,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.artifact import STOP
-from pipeline.errors import EXIT_STOPPED, MissingDependency
+from pipeline.config.site import Slurm, minutes
+from pipeline.core.errors import EXIT_STOPPED, MissingDependency
+from pipeline.core.slurm_client import JobRecord, own_environment, reason_of
 from pipeline.launchers.batch_script import resources, setup_lines, shell_value
 from pipeline.launchers.slurm import exported, refused
-from pipeline.plan import Plan, Step
-from pipeline.site import Slurm, minutes
-from pipeline.slurm import JobRecord, own_environment, reason_of
-from pipeline.stage import STAGES
+from pipeline.workflow.artifact import STOP
+from pipeline.workflow.plan import Plan, Step
+from pipeline.workflow.stage import STAGES
 
 if TYPE_CHECKING:
     from submitit.core.utils import DelayedSubmission

@@ -19,13 +19,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import faults
-from pipeline.artifact import STOP, is_done
-from pipeline.cluster import Cluster, driver_devices, gpu_count, thread_count
-from pipeline.errors import EXIT_FAULT, EXIT_STOPPED, PlanError, run_main
-from pipeline.progress import read_progress
-from pipeline.slurm import first_host, this_job, this_restart
-from pipeline.stage import STAGES, Stage, read_order, stage_processes
+from pipeline.config.cluster import Cluster, driver_devices, gpu_count, thread_count
+from pipeline.core import cgroups
+from pipeline.core.errors import EXIT_FAULT, EXIT_STOPPED, PlanError, run_main
+from pipeline.core.slurm_client import first_host, this_job, this_restart
+from pipeline.workflow import faults
+from pipeline.workflow.artifact import STOP, is_done
+from pipeline.workflow.progress import read_progress
+from pipeline.workflow.stage import STAGES, Stage, read_order, stage_processes
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PORTS = range(15_000, 30_000)  # below those that the system hands out itself
@@ -89,7 +90,7 @@ def command(stage: Stage, folder: Path, cluster: Cluster, at: Meeting | None = N
         where += [f"--rdzv-endpoint={at.host}:{at.port}", "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT"]
         where += [f"--local-addr={at.address}"] * bool(at.address)
     count = stage_processes(stage, cluster)
-    return [sys.executable, "-m", "pipeline.distributed", *where, f"--nproc-per-node={count}", *work]
+    return [sys.executable, "-m", "pipeline.training.distributed", *where, f"--nproc-per-node={count}", *work]
 
 
 def environment(stage: Stage, cluster: Cluster) -> dict[str, str]:
@@ -120,7 +121,7 @@ def run_on_node(folder: Path) -> int:
     stage, started = STAGES[order.stage], time.time()
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: (folder / STOP).touch())
-    kills = faults.memory_kills()
+    kills = cgroups.memory_kills()
     process = subprocess.Popen(
         command(stage, folder, order.cluster, meeting(order.cluster.slurm.host_suffix)),
         env={**environment(stage, order.cluster), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN)},

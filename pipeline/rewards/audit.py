@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from pipeline.answers import CLOSE, OPEN, split_thought
 from pipeline.rewards.reward import RewardFunction, make_sample
+from pipeline.scoring.answers import CLOSE, OPEN, split_thought
 from pipeline.tasks.task import Example, Task
 
 HONEST = "the claim is checked step by step"

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import pipeline.rewards
-from pipeline.errors import did_you_mean
-from pipeline.recipe import Reward
+from pipeline.config.recipe import Reward
+from pipeline.core.errors import did_you_mean
 from pipeline.tasks.task import Example, Task, Verdict
 
 

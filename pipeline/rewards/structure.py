@@ -8,8 +8,8 @@ for a question that states no independences.
 
 from __future__ import annotations
 
-from pipeline.answers import split_thought
 from pipeline.rewards.reward import Sample
+from pipeline.scoring.answers import split_thought
 from pipeline.tasks.corr2cause.said import agreement, asked, said, true_structure
 
 

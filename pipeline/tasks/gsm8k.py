@@ -17,10 +17,10 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
-from pipeline import answers
-from pipeline.rows import Columns, Row, lacks
+from pipeline.core.schema import Positive
+from pipeline.scoring import answers
+from pipeline.tasks.rows import Columns, Row, lacks
 from pipeline.tasks.task import Example, Needs, Part, Splits, Task, Verdict, divide, group_of, proof_of
-from pipeline.typed import Positive
 
 PROMPTS = {
     "chat": '{}\n\nThink step by step, then end with "####" and the number.',

@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pipeline import answers
-from pipeline.rows import Columns, Row, lacks
+from pipeline.core.schema import Positive
+from pipeline.scoring import answers
+from pipeline.tasks.rows import Columns, Row, lacks
 from pipeline.tasks.task import Example, Needs, Part, Splits, Task, Verdict, divide, group_of, proof_of
-from pipeline.typed import Positive
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from pipeline import answers
-from pipeline.rows import Columns, Row, is_missing, lacks, no_text
+from pipeline.core.schema import Positive, Share
+from pipeline.scoring import answers
+from pipeline.tasks.rows import Columns, Row, is_missing, lacks, no_text
 from pipeline.tasks.task import Example, Needs, Part, Splits, Task, Verdict, divide, group_of, proof_of
-from pipeline.typed import Positive, Share
 
 MATHCODE, SCIBENCH = "MathLLMs/MathCodeInstruct", "xw27/scibench"
 MATH_FIELDS = ("messages",)

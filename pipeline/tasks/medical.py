@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pipeline import answers
-from pipeline.rows import Columns, Row, is_missing, lacks
+from pipeline.core.schema import Positive
+from pipeline.scoring import answers
+from pipeline.tasks.rows import Columns, Row, is_missing, lacks
 from pipeline.tasks.task import Example, Needs, Part, Splits, Task, Verdict, divide, group_of, proof_of
-from pipeline.typed import Positive
 
 REASONING, VERIFIABLE = (
     "FreedomIntelligence/medical-o1-reasoning-SFT",

@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import pipeline.tasks
-from pipeline.errors import DataError, RecipeError, did_you_mean, some_of
-from pipeline.reading import REASONS, plain_characters
-from pipeline.recipe import TaskChoice
-from pipeline.rows import SAMPLES, Columns, Row, file_problem, file_rows, hub_rows, sorted_out
-from pipeline.typed import Check, build
+from pipeline.config.recipe import TaskChoice
+from pipeline.core.errors import DataError, RecipeError, did_you_mean, some_of
+from pipeline.core.schema import Check, build
+from pipeline.scoring.reading import REASONS, plain_characters
+from pipeline.tasks.rows import SAMPLES, Columns, Row, file_problem, file_rows, hub_rows, sorted_out
 
 Message = dict[str, str]  # {"role": …, "content": …}
 Needs = Mapping[str, str]
+FRAMEWORK = ("task", "rows", "row_files")  # modules of this folder that are no task
 PEEKED = 1000  # rows of a file that `check` looks at
 Part = Annotated[float, Check("a share below 1, or a whole number of rows", lambda v: 0 <= v < 1 or v == int(v) >= 1)]
 
@@ -48,7 +49,7 @@ class Verdict:
     """A judgement. `correct` is None where it cannot be verified; unanswered is never correct.
 
     `proxy` is for answers that cannot be verified: a stand-in for correctness, and shown as one wherever it is shown.
-    `reason` is why there is no answer, a word of `pipeline.reading.REASONS`; None for one that was read.
+    `reason` is why there is no answer, a word of `pipeline.scoring.reading.REASONS`; None for one that was read.
     """
 
     correct: bool | None
@@ -251,8 +252,8 @@ class Task(ABC):
 
 
 def task_names() -> list[str]:
-    """Every module of this folder but this one."""
-    return sorted(m.name for m in pkgutil.iter_modules(pipeline.tasks.__path__) if m.name != "task")
+    """Every module of this folder but those that all tasks stand on."""
+    return sorted(m.name for m in pkgutil.iter_modules(pipeline.tasks.__path__) if m.name not in FRAMEWORK)
 
 
 def make_task(choice: TaskChoice, seed: int) -> tuple[Task | None, list[str]]:

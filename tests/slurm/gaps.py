@@ -12,7 +12,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from pipeline.slurm import call, read_job
+from pipeline.core.slurm_client import call, read_job
 
 
 def work(folder: Path) -> tuple[float, float]:

@@ -20,9 +20,9 @@ import pytest
 from running import NANO, ROOT, only, run_cli
 from slurm_lab import Lab, copy_steps, is_running, jobs_of, rows, slurm, submit, wait_for_end, wait_until
 
-from pipeline.artifact import open_artifact
-from pipeline.checkpoints import damage
-from pipeline.files import read_json
+from pipeline.core.files import read_json
+from pipeline.training.checkpoints import damage
+from pipeline.workflow.artifact import open_artifact
 
 ALL = ["preprocess", "sft", "grpo", "evaluate-base", "evaluate-sft", "evaluate-grpo", "report"]
 LONG = ["sft.max_steps=500", "task.params.phases=[{n: [3, 4], rows: 4000}]"]

@@ -22,9 +22,9 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
-from pipeline import answers
-from pipeline.errors import DataError
-from pipeline.rows import Columns, Row
+from pipeline.core.errors import DataError
+from pipeline.core.schema import Check, Positive, Share
+from pipeline.scoring import answers
 from pipeline.tasks.corr2cause import text
 from pipeline.tasks.corr2cause.graphs import (
     ENUMERATED_N,
@@ -40,8 +40,8 @@ from pipeline.tasks.corr2cause.graphs import (
 )
 from pipeline.tasks.corr2cause.published_rows import COLUMNS, gold_of, label_of, question_of, words_of
 from pipeline.tasks.corr2cause.trace import proof
+from pipeline.tasks.rows import Columns, Row
 from pipeline.tasks.task import Example, Needs, Splits, Task, Verdict
-from pipeline.typed import Check, Positive, Share
 
 if TYPE_CHECKING:
     from pipeline.tasks.corr2cause.audit import Solver

@@ -14,12 +14,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.metrics import Outcome, count_table, figures
-from pipeline.rows import Row
+from pipeline.scoring.metrics import Outcome, count_table, figures
 from pipeline.tasks.corr2cause.decide import decide
 from pipeline.tasks.corr2cause.graphs import PLUSPLUS, PUBLISHED, EquivalenceClass, Semantics
 from pipeline.tasks.corr2cause.premise import Claim, Premise, class_of, read_claim, read_premise
 from pipeline.tasks.corr2cause.published_rows import label_of, question_of, words_of
+from pipeline.tasks.rows import Row
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import DataError
-from pipeline.recipe import TaskChoice
+from pipeline.config.recipe import TaskChoice
+from pipeline.core.errors import DataError
 from pipeline.tasks.corr2cause import Class, Corr2Cause, Corr2CauseParams, Slot, split_classes
 from pipeline.tasks.corr2cause.graphs import EquivalenceClass
 from pipeline.tasks.task import task_of

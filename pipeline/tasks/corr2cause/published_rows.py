@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.row_files import Columns, is_missing
+from pipeline.tasks.row_files import Columns, is_missing
 
 WORDS = ("input", "query", "question")
 LABELS = ("label", "gold", "relation")

@@ -1,0 +1,112 @@
+"""ask, evaluate, export: any checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+from pipeline.cli.plans import evaluation_plan_of, export_plan_of
+from pipeline.cli.results import show_export, show_metrics
+from pipeline.cli.run import submit_command
+from pipeline.core.errors import (
+    MissingDependency,
+    PipelineError,
+    PlanError,
+)
+from pipeline.core.hashing import plain
+from pipeline.workflow import refresh
+from pipeline.workflow.plan import (
+    recipe_of,
+)
+
+# of a process that answers at once: no warnings of the libraries to each other, no half a minute of compiling
+QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+def ask_command(args: argparse.Namespace) -> int:
+    """Resolve every checkpoint's recipe, then become the process that loads the models."""
+    problems = []
+    question = sys.stdin.read() if args.question == "-" and not args.chat else args.question
+    if args.question == "-" and args.chat:
+        problems.append("--chat reads its questions from stdin already: leave - out")
+    if question is not None and not question.strip():
+        problems.append("the question is empty: write it in quotes after the options, or pipe it in with -")
+    if question is None and not args.chat:
+        problems.append("no question: write it in quotes, - reads it from stdin, --chat asks for several")
+    limits = {
+        "--temperature": (args.temperature, 0, 1e6),
+        "--top-p": (args.top_p, 1e-6, 1),
+        "--top-k": (args.top_k, 0, 1e9),
+    }
+    limits |= {"--max-new-tokens": (args.max_new_tokens, 1, 1e9), "--seed": (args.seed, 0, 2**63 - 1)}
+    for name, (value, least, most) in limits.items():
+        if value is not None and not least <= value <= most:
+            problems.append(f"{name}: {value} is not a number from {least:g} to {most:g}")
+    asked, memory = [], None
+    for checkpoint in args.ckpt:
+        try:
+            recipe, cluster, _ = recipe_of(checkpoint, args.words)
+            asked.append({"checkpoint": checkpoint, "recipe": plain(recipe)})
+            memory = plain(cluster.max_memory)
+        except PipelineError as error:
+            problems += error.problems
+    if problems:
+        raise PlanError(*dict.fromkeys(problems))
+    names = ("chat", "sample", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
+    options = {name: getattr(args, name) for name in names} | {"question": question, "max_memory": memory}
+    order = json.dumps({"asked": asked, "options": options})
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", "pipeline.ask", "--order", order], QUIET | os.environ)
+
+
+def evaluate_command(args: argparse.Namespace) -> int:
+    plan = evaluation_plan_of(args)
+    print("".join(f"note: {note}\n" for note in refresh.code_notes(plan)), end="", file=sys.stderr)
+    if plan.cluster.launcher != "local":
+        return submit_command(args, plan)
+    from pipeline.launchers.local import run_plan
+
+    run_plan(plan)
+    show_metrics(plan.steps[0])
+    return 0
+
+
+def export_command(args: argparse.Namespace) -> int:
+    plan = export_plan_of(args)
+    step = plan.steps[0]
+    if step.options.get("quant"):
+        _refuse_missing_packages(step.options["quant"])
+    if args.public and not args.push:
+        raise PlanError("--public: says how to push; add --push OWNER/NAME, or leave it out")
+    if plan.cluster.launcher != "local":
+        if args.push:
+            raise PlanError(
+                "--push: nodes have no internet; export first, then the same here without --launcher pushes"
+            )
+        return submit_command(args, plan)
+    from pipeline.hub.upload import check_access, push
+    from pipeline.launchers.local import run_plan
+
+    if args.push:
+        check_access(args.push)
+    if step.done:
+        print("this export is done already")
+    run_plan(plan)
+    place = show_export(step, pushed=bool(args.push))
+    if args.push:
+        message = f"{step.recipe.name} {step.options['source']} as {step.options['format']}"
+        print("\n".join(["", *push(place, args.push, public=args.public, message=message)]))
+    return 0
+
+
+def _refuse_missing_packages(quant: str) -> None:
+    from pipeline.preflight.checks import missing_for_gguf
+
+    if missing := missing_for_gguf(quant):
+        raise MissingDependency(*missing)

@@ -1,0 +1,79 @@
+"""status, logs, cancel: steps that run, wait or have run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from pipeline.core.errors import (
+    EXIT_INTERRUPTED,
+    PlanError,
+    printable,
+)
+from pipeline.workflow import status
+
+
+def status_command(args: argparse.Namespace) -> int:
+    ask = status.Asked()  # the table again and again, Slurm at most every 30 s
+
+    def read() -> tuple[list[status.Row], list[str]]:
+        return status.table(args.runs, args.recipes, everything=args.all, ask=ask)
+
+    rows, troubles = read()
+    if args.json:
+        print(json.dumps([status.as_record(row) for row in rows], indent=1))
+    elif not rows and troubles:
+        raise PlanError(*troubles)
+    elif not rows:
+        print(f"nothing has run under {args.runs}/; begin with python -m pipeline run tiny")
+    elif args.watch:
+        for text in status.watch(read):
+            print(text, flush=True)
+    else:
+        print(status.show(rows, troubles))
+    reports = [row for row in rows if row.state == "done" and row.step.partition("/")[2].startswith("report-")]
+    if not args.json and reports and not any(row.live for row in rows):
+        print("\n" + "\n".join(f"report: {row.folder}/report.html" for row in reports))
+    return 0
+
+
+def logs_command(args: argparse.Namespace) -> int:
+    ask = status.Asked()
+    rows, troubles = status.table(args.runs, ask=ask)
+    try:
+        row = status.find_step(rows, args.step)
+    except PlanError as error:
+        raise PlanError(*error.problems, *troubles) from None  # it may lie where nothing could be listed
+
+    def going() -> bool:
+        now, _ = status.table(args.runs, [Path(row.folder).parent.name], ask=ask)
+        return any(other.live for other in now if other.folder == row.folder)
+
+    print(printable(f"{row.step}: {row.state}; {row.log}"), file=sys.stderr)
+    for text in status.follow(Path(row.log), going if args.follow else None):
+        print(text, end="", flush=True)
+    return 0
+
+
+def cancel_command(args: argparse.Namespace) -> int:
+    rows, troubles = status.table(args.runs)
+    recipes = {row.step.partition("/")[0] for row in rows}
+    chosen = [row for row in rows if not args.names or row.step.partition("/")[0] in args.names]
+    chosen += [status.find_step(rows, name) for name in args.names if name not in recipes]
+    going = {row.step: row for row in chosen if row.live}
+    if troubles and (not rows or any(row.state == "unknown" for row in chosen)):
+        raise PlanError(*troubles)
+    if not going:
+        print("nothing is under way; nothing to cancel")
+        return 0
+    print(status.show(list(going.values())))
+    if not args.yes:
+        if not sys.stdin.isatty():
+            raise PlanError(f"{len(going)} steps would be ended; say --yes")
+        if input(f"end these {len(going)} steps? what is done stays [y/N] ").strip().lower() not in ("y", "yes"):
+            print("nothing was ended")
+            return EXIT_INTERRUPTED
+    print("\n".join(status.cancel(going.values())))
+    return 0

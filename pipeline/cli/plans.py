@@ -1,0 +1,96 @@
+"""The plan that a command's words and options ask for."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+
+from pipeline.config.recipe import recipe_names
+from pipeline.core.errors import (
+    PlanError,
+    RecipeError,
+)
+from pipeline.workflow.plan import (
+    RUNS,
+    Plan,
+    evaluation_plan,
+    export_plan,
+    make_plan,
+)
+
+
+def cluster_of(args: argparse.Namespace) -> tuple[str, list[str]]:
+    """The cluster that the options name, and what they change in it."""
+    name = args.cluster or ("slurm" if args.launcher in ("slurm", "submitit") else "local")
+    changes = [f"cluster.launcher={args.launcher}"] * bool(args.launcher)
+    return name, changes + [f"cluster.nodes={args.nodes}"] * (args.nodes is not None)
+
+
+def plan_of(args: argparse.Namespace, changes: Sequence[str] = ()) -> Plan:
+    """The plan that the words and options ask for; `changes` are overrides that theirs come after."""
+    names = [word for word in args.words if "=" not in word]
+    overrides = [word for word in args.words if "=" in word]
+    if not names:
+        raise RecipeError(f"no recipe; name one or more of {', '.join(recipe_names())}")
+    stages = [stage for stage in args.stages.split(",") if stage]
+    cluster, more = cluster_of(args)
+    overrides = [*changes, *more, *overrides]
+    return make_plan(
+        names,
+        overrides,
+        cluster=cluster,
+        stages=stages,
+        skip_sft=args.skip_sft,
+        rehearse=args.rehearse,
+        runs=args.runs,
+    )
+
+
+def refuse_what_would_fail(plan: Plan) -> None:
+    """The checks that cost nothing, at the start of every run."""
+    from pipeline.preflight import checks as preflight
+
+    wrong, notes = preflight.problems(plan)
+    if wrong:
+        raise PlanError(*wrong)
+    print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
+
+
+def typed_again(args: argparse.Namespace) -> str:
+    """The run that was asked for, to be typed again: every word but --stages and --dry-run."""
+    words = list(args.words)
+    words += ["--skip-sft"] if args.skip_sft else []
+    words += ["--rehearse"] if args.rehearse else []
+    words += ["--launcher", args.launcher] if args.launcher else []
+    words += ["--cluster", args.cluster] if args.cluster else []
+    words += ["--nodes", str(args.nodes)] if args.nodes else []
+    words += ["--runs", str(args.runs)] if args.runs != RUNS else []
+    return shlex.join(["python", "-m", "pipeline", "run", *words])
+
+
+def evaluation_plan_of(args: argparse.Namespace, changes: Sequence[str] = ()) -> Plan:
+    cluster, more = cluster_of(args)
+    return evaluation_plan(
+        args.ckpt,
+        [*changes, *more, *args.words],
+        task=args.task,
+        split=args.split,
+        limit=args.limit,
+        cluster=cluster,
+        runs=args.runs,
+    )
+
+
+def export_plan_of(args: argparse.Namespace, changes: Sequence[str] = ()) -> Plan:
+    cluster, more = cluster_of(args)
+    return export_plan(
+        args.ckpt,
+        [*changes, *more, *args.words],
+        format=args.format,
+        quant=args.quant,
+        out=getattr(args, "out", None),
+        cluster=cluster,
+        runs=args.runs,
+    )

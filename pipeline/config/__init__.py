@@ -1,0 +1,1 @@
+"""Recipes and clusters: their types, how YAML and overrides are read, what is known of architectures."""

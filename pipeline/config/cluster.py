@@ -1,0 +1,243 @@
+"""Where a plan runs and how wide: launcher, nodes, processes, per-device sizes, ZeRO, what a job asks Slurm for.
+
+    cluster, problems = read_cluster("slurm", ["sft.deepspeed=none", "slurm.partition=gpu"])
+
+`configs/clusters/local.yaml` ← `configs/clusters/<name>.yaml` ← the command line's `cluster.key=value`. Nothing
+here is ever part of a result's identity: the same recipe on another cluster is the same step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pipeline.config.load import read_typed
+from pipeline.config.recipe import CONFIGS, Recipe, divisors, find_yaml
+from pipeline.config.site import Slurm, site_problems
+from pipeline.core import nvidia
+from pipeline.core.schema import Check, Count, Name, Positive, Rate, added
+
+CLUSTERS = CONFIGS / "clusters"
+DEEPSPEED = Path("deepspeed")
+AMPERE = 8.0  # the compute capability with which bfloat16 and FlashAttention came
+Memory = Annotated[float, Check("a number of GB from 0 to 100000", lambda v: 0 <= v <= 100_000)]
+
+
+@dataclass(frozen=True)
+class TrainingStage:
+    """How one training stage is laid out on the devices."""
+
+    per_device_batch_size: Positive | Literal["auto"]
+    deepspeed: str  # none, the name of a file in deepspeed/, or auto: the cheapest that fits
+    gradient_checkpointing: bool | Literal["auto"]  # auto: on GPUs, but for a model from nothing
+
+
+@dataclass(frozen=True)
+class MaxMemory:
+    """What a model that is asked, not trained, may take; the rest of it lies on the CPU, then on disk."""
+
+    gpu: Rate | None = None  # GiB of each GPU; None: what is free
+    cpu: Rate | None = None  # GiB; None: what is free
+
+
+@dataclass(frozen=True)
+class Cluster:
+    name: Name
+    launcher: Literal["local", "slurm", "submitit"]
+    nodes: Positive  # of a training stage or an evaluation
+    gpus: Count | Literal["auto"]  # of each node; auto: those of this machine
+    gpu_memory: Memory | None  # GB of each GPU; None or 0: not known, or not to be compared
+    compute_capability: Rate | None  # of each GPU, such as 7.5: what the hardware can do
+    processes: Positive | Literal["auto"]  # of each node; auto: one a GPU, on a CPU one a core, two at most
+    threads: Positive | Literal["auto"]  # per process; auto: cores ÷ processes
+    sft: TrainingStage
+    grpo: TrainingStage
+    generation_batch_size: Positive | Literal["auto"]  # completions that each process generates at once in GRPO
+    evaluate_batch_size: Positive | Literal["auto"]  # prompts that each process generates for at once
+    max_memory: MaxMemory | None  # of a model in `evaluate` and `ask`; None: the whole of it on one device
+    save_steps: Positive
+    keep_checkpoints: Positive
+    logging_steps: Positive
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...]
+    stop_grace: Positive  # seconds a process has to end after it was asked to
+    slurm: Slurm
+    max_idle_steps: Positive | None = added(None)  # GRPO steps in a row without spread that end it; None: it only warns
+
+    def problems(self) -> list[str]:
+        """What cannot be, before any recipe is looked at."""
+        found = []
+        if self.launcher == "local" and self.nodes > 1:
+            found.append(f"cluster.nodes: {self.nodes}, but the launcher local starts one; use --launcher slurm, or 1")
+        if self.launcher != "local" and self.gpus == "auto":
+            found.append(
+                "cluster.gpus: 'auto' counts the GPUs of this machine, but jobs run on others; give the number per node"
+            )
+        if self.slurm.gpu_type and self.gpus == 0:
+            found.append(f"cluster.slurm.gpu_type: {self.slurm.gpu_type!r}, but cluster.gpus is 0; give a number")
+        found += site_problems(self.slurm, self.launcher)
+        known = deepspeed_names()
+        for name, stage in (("sft", self.sft), ("grpo", self.grpo)):
+            if stage.deepspeed not in (*known, "auto"):
+                found.append(
+                    f"cluster.{name}.deepspeed: {stage.deepspeed!r} is no file of {DEEPSPEED}/; "
+                    f"use {' or '.join([*known, 'auto'])}"
+                )
+        return found
+
+
+def _zero_stage(deepspeed: str) -> int:
+    """The ZeRO stage of a file of deepspeed/; 0 for none, auto and a file that is not there."""
+    file = DEEPSPEED / f"{deepspeed}.json"
+    return int(json.loads(file.read_text(encoding="utf-8"))["zero_optimization"]["stage"]) if file.is_file() else 0
+
+
+def deepspeed_names() -> list[str]:
+    return ["none", *sorted(file.stem for file in DEEPSPEED.glob("*.json"))]
+
+
+def cluster_names() -> list[str]:
+    return sorted(file.stem for file in CLUSTERS.glob("*.yaml"))
+
+
+def read_cluster(name: str, overrides: Sequence[str] = ()) -> tuple[Cluster | None, list[str]]:
+    """A cluster by name or by the path of its YAML file, and everything that is wrong with it."""
+    file = find_yaml(name, "cluster", CLUSTERS, cluster_names())
+    files = list(dict.fromkeys([CLUSTERS / "local.yaml", file]))
+    cluster, problems = read_typed(Cluster, files, overrides, {"name": file.stem})
+    if cluster is not None and cluster.launcher == "local":
+        cluster = _with_this_machine(cluster)
+    return cluster, [f"cluster.{text}" if not text.startswith(("cluster.", "'")) else text for text in problems]
+
+
+def _with_this_machine(cluster: Cluster) -> Cluster:
+    """The cluster with memory and capability of this machine's GPUs, where its file leaves them open."""
+    if cluster.gpu_memory is not None and cluster.compute_capability is not None:
+        return cluster
+    found = nvidia.smallest() if wanted_gpus(cluster) and gpu_count() else None
+    if found is None:
+        return cluster
+    memory, capability = found
+    return replace(
+        cluster,
+        gpu_memory=memory if cluster.gpu_memory is None else cluster.gpu_memory,
+        compute_capability=capability if cluster.compute_capability is None else cluster.compute_capability,
+    )
+
+
+def driver_devices() -> list[str]:
+    """The GPUs of this machine as its drivers name them, of NVIDIA or else of AMD, whether they are hidden or not."""
+    nvidia = [p.name for p in Path("/dev").glob("nvidia[0-9]*") if p.name.removeprefix("nvidia").isdigit()]
+    if nvidia or not Path("/dev/kfd").exists():
+        return sorted(nvidia)
+    nodes = Path("/sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id")  # 0 for a processor
+    return sorted(f"kfd{path.parent.name}" for path in nodes if path.read_text().strip() not in ("", "0"))
+
+
+def gpu_count() -> int:
+    """The GPUs this process may use, without importing torch; none where no driver has made a device."""
+    devices = driver_devices()
+    hidden_by = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES") if devices and devices[0].startswith("kfd") else ()
+    settings = (os.environ.get(name) for name in (*hidden_by, "CUDA_VISIBLE_DEVICES"))
+    visible = next((setting for setting in settings if setting is not None), None)
+    if visible is None or not devices:
+        return len(devices)
+    return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
+
+
+def wanted_gpus(cluster: Cluster) -> int:
+    """GPUs of a node that the cluster's file asks for."""
+    return gpu_count() if cluster.gpus == "auto" else cluster.gpus
+
+
+def core_count() -> int:
+    """The cores this process may use: those it is bound to, and no more than Slurm has granted."""
+    granted = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    bound = len(os.sched_getaffinity(0))
+    return min(int(granted), bound) if granted.isdigit() else bound
+
+
+def half_precision(compute_capability: float) -> Literal["bfloat16", "float16"]:
+    """The 16-bit format that a GPU computes in: bfloat16 from Ampere (8.0) on, by emulation alone before."""
+    return "bfloat16" if compute_capability >= AMPERE else "float16"
+
+
+def thread_count(cluster: Cluster, processes: int) -> int:
+    """Threads of each process of a node: together no more than the cores, or everything becomes many times slower."""
+    return cluster.threads if cluster.threads != "auto" else max(1, core_count() // processes)
+
+
+def process_count(cluster: Cluster) -> int:
+    """Training processes on one node."""
+    if cluster.processes != "auto":
+        return cluster.processes
+    return wanted_gpus(cluster) or min(2, core_count() if cluster.launcher == "local" else cluster.slurm.cpus or 2)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How a global batch is made of devices: global = processes × per_device × accumulation."""
+
+    processes: int
+    per_device: int
+    accumulation: int
+
+
+AUTO_PER_DEVICE = 16
+AUTO_EVALUATE = 100
+
+
+def generation_sizes(recipe: Recipe, sizes: Batches) -> list[int]:
+    """How many completions each process may generate at once, the most first: whole groups, a whole share of a step."""
+    rows = [sizes.per_device * n for n in reversed(divisors(sizes.accumulation))]
+    return [n for n in rows if n * sizes.processes % recipe.grpo.num_generations == 0] or rows[:1]
+
+
+def batches(
+    cluster: Cluster, recipe: Recipe, stage: Literal["sft", "grpo"], processes: int | None = None
+) -> tuple[Batches | None, list[str]]:
+    """The layout of one training stage, or what does not divide and the nearest values that do."""
+    processes = processes or cluster.nodes * process_count(cluster)
+    settings = recipe.sft if stage == "sft" else recipe.grpo
+    wanted, layout = settings.global_batch_size, cluster.sft if stage == "sft" else cluster.grpo
+    if settings.optimizer.name == "muon" and layout.deepspeed == "none":
+        return None, [
+            f"{stage}.optimizer.name: 'muon' is DeepSpeed's, but cluster.{stage}.deepspeed is 'none'; "
+            "use zero2, or an optimizer such as adamw_torch"
+        ]
+    if settings.optimizer.name == "muon" and _zero_stage(layout.deepspeed) == 3:
+        return None, [
+            f"cluster.{stage}.deepspeed: got {layout.deepspeed}; expected ZeRO-2, because DeepSpeed refuses muon under "
+            f"ZeRO-3 (it scatters gradients). Fix: cluster.{stage}.deepspeed=zero2, or "
+            f"{stage}.optimizer.name=adamw_torch"
+        ]
+    if wanted % processes:
+        lower, upper = wanted // processes * processes, -(-wanted // processes) * processes
+        return None, [
+            f"{stage}.global_batch_size: {wanted} cannot be shared by {processes} processes; "
+            f"use {' or '.join(str(n) for n in (lower, upper) if n)}, or other numbers of cluster.nodes and processes"
+        ]
+    share = wanted // processes
+    shares = divisors(share)
+    if layout.per_device_batch_size == "auto":
+        per_device = max(n for n in shares if n <= AUTO_PER_DEVICE)
+    else:
+        per_device = layout.per_device_batch_size
+    if share % per_device:
+        near = [n for n in shares if n < per_device][-1:] + [n for n in shares if n > per_device][:1]
+        return None, [
+            f"cluster.{stage}.per_device_batch_size: {per_device} does not divide the {share} rows "
+            f"that each of {processes} processes has of {stage}.global_batch_size {wanted}; "
+            f"use {' or '.join(str(n) for n in near)}"
+        ]
+    made = Batches(processes, per_device, share // per_device)
+    if stage == "grpo" and cluster.generation_batch_size not in ("auto", *(known := generation_sizes(recipe, made))):
+        return None, [
+            f"cluster.generation_batch_size: {cluster.generation_batch_size} is no whole share of the {share} "
+            f"completions of each process with whole groups of {recipe.grpo.num_generations}; use "
+            f"{' or '.join(str(n) for n in known[:8])}, or auto"
+        ]
+    return made, []

@@ -1,0 +1,381 @@
+"""A recipe: what is learned, from what, how. Its values live in configs/, its types here.
+
+    recipe, problems = read("tiny", ["grpo.beta=0.01"])
+
+`configs/base.yaml` ← `configs/<name>.yaml` ← `key=value`, merged by OmegaConf, typed by the frozen dataclasses
+below. A recipe is an identity: nothing about where or how wide it runs is in it (that is `cluster.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pipeline.config.load import read_typed
+from pipeline.core.errors import RecipeError, did_you_mean
+from pipeline.core.hashing import file_identity
+from pipeline.core.schema import Check, Count, Name, NonNegative, Positive, Rate, Share, added
+
+CONFIGS = Path("configs")
+
+Even = Annotated[int, Check("a whole number ≥ 2", lambda v: v >= 2)]
+Epochs = Annotated[float, Check("a number > 0 of at most 100000", lambda v: 0 < v <= 100_000)]
+Draws = Annotated[int, Check("a whole number from 1 to 1000000", lambda v: 1 <= v <= 1_000_000)]
+MODEL_FILES = 10_000  # in a model's folder: more is another kind of folder
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """A model made from nothing: its tokenizer is trained on the task's text, its weights are random."""
+
+    architecture: Literal["qwen2", "llama", "phi3"]
+    vocabulary: Positive  # at most this many tokens
+    hidden_size: Positive
+    layers: Positive
+    heads: Positive
+    key_value_heads: Positive
+    intermediate_size: Positive
+    context: Positive  # tokens
+    rope_theta: Rate
+    initializer_range: Rate
+
+
+@dataclass(frozen=True)
+class Model:
+    """The base model: a hub id with a pinned revision, a local folder, or one made from scratch."""
+
+    name: str
+    revision: str | None
+    scratch: Scratch | None
+    gguf: str | None  # a .gguf file, or package/file of an installed Python package: unpacked once, by preprocess
+    chat_template: str | None  # None: the tokenizer's own; a name of `families.TEMPLATES`; or a .jinja file
+    quantization: Literal["none", "nf4", "int8"]
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    backend: Literal["transformers", "unsloth"] = "transformers"  # unsloth: what puts a fresh adapter on its base
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (Hu et al. 2021). Off means full fine-tuning."""
+
+    enabled: bool
+    r: Positive
+    alpha: Rate
+    dropout: Share
+    targets: tuple[str, ...]  # module names, or ["all-linear"]
+
+
+@dataclass(frozen=True)
+class TaskChoice:
+    """Which task, from where. `params` are the task's own settings, typed by the task's file."""
+
+    name: str
+    source: Literal["auto", "generated", "path", "hub", "sample"]
+    path: str | None
+    revision: str | dict[str, str] | None  # the hub commit; of several data sets {name: commit}
+    bad_rows: Literal["stop", "skip"]
+    params: dict[str, Any]
+    validation_path: str | None = added(None)  # a file of its own; None: a share of the training rows
+    test_path: str | None = added(None)  # likewise; all its rows
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The files of rows it names, by their key."""
+        named = {"path": self.path, "validation_path": self.validation_path, "test_path": self.test_path}
+        return {f"task.{name}": path for name, path in named.items() if path}
+
+    def problems(self) -> list[str]:
+        """Files that would be ignored or read twice, and a source without its file."""
+        found, wanted = [], "name a .jsonl, .json, .csv or .parquet file"
+        for key, path in self.files.items() if self.source not in ("auto", "path") else ():
+            found.append(
+                f"{key}: got {path[:80]}, but task.source is {self.source!r}, which reads no file. "
+                f"Fix: task.source=path, or {key}=null"
+            )
+        if self.source == "path" and not self.files:
+            found.append(f"task.path: null, but task.source is 'path'; {wanted}")
+        elif self.source in ("auto", "path") and self.files and not (self.path or self.test_path):
+            found.append(f"task.path: null, but task.validation_path is set; {wanted}")
+        seen: dict[str, str] = {}
+        for key, path in self.files.items():
+            if is_path(path) and (before := seen.setdefault(os.path.realpath(path), key)) != key:
+                found.append(
+                    f"{key}: got {path}, the file of {before} too; expected another one. "
+                    f"Fix: {key}=null holds out a share of {before}"
+                )
+        return found
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How weights move: shared by SFT and GRPO."""
+
+    name: str  # one of transformers' `optim` names, or muon (Jordan et al. 2024) by DeepSpeed
+    learning_rate: Rate
+    muon_learning_rate: Rate  # muon: of the hidden matrices; everything else moves by AdamW at learning_rate
+    schedule: str  # one of transformers' `lr_scheduler_type` names
+    schedule_args: dict[str, Any] | None
+    warmup: NonNegative  # a share of the steps when < 1, else steps
+    weight_decay: NonNegative
+    beta2: Share
+    max_grad_norm: NonNegative
+
+
+@dataclass(frozen=True)
+class Sft:
+    """Supervised fine-tuning on the task's targets."""
+
+    optimizer: Optimizer
+    epochs: Epochs
+    max_steps: Positive | None
+    global_batch_size: Positive  # rows in one optimizer step, over all processes
+    max_length: Positive  # tokens of prompt and completion; longer rows are dropped and counted
+    order: Literal["shuffled", "by_length", "curriculum"]
+    prompt_loss: Share  # of the rows, the first in their order: the loss falls on their prompts too
+    packing: bool
+    validate_every: Positive | None  # steps between two losses on the validation rows
+    early_stopping_patience: Positive | None  # validations without a better loss before it ends, with the best weights
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One function of `rewards/`, its weight, and what it is called with."""
+
+    weight: float
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Grpo:
+    """Group relative policy optimization (Shao et al. 2024)."""
+
+    optimizer: Optimizer
+    start: Literal["sft", "base", "none"]  # none: the recipe has no GRPO
+    rewards: dict[str, Reward]
+    epochs: Epochs
+    max_steps: Positive | None
+    global_batch_size: Even  # completions in one optimizer step, over all processes
+    num_generations: Even  # completions of one prompt
+    num_iterations: Positive  # optimizer passes over each completion
+    temperature: Rate
+    top_p: Share
+    top_k: Count  # 0: all
+    max_prompt_length: Positive  # tokens; longer prompts are dropped and counted
+    max_completion_length: Positive
+    beta: NonNegative  # weight of the KL term; 0 keeps no reference model
+    epsilon: Rate
+    epsilon_high: Rate
+    loss_type: str
+    scale_rewards: Literal["group", "batch", "none"]
+    mask_truncated: bool
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a figure has to be for a run to count as a success."""
+
+    below: float | None = None
+    above: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """How a model is asked and how its answers are counted."""
+
+    splits: tuple[str, ...]
+    limit: Positive | None  # rows of each split; None: all
+    temperature: NonNegative  # 0: greedy
+    top_p: Share
+    top_k: Count
+    repetition_penalty: Rate  # 1: none; above, tokens that stand already become less likely (Keskar et al. 2019)
+    max_new_tokens: Positive
+    draws: Draws  # of the bootstrap
+    confidence: Share
+    prompts: tuple[str, ...]  # questions whose answers stand side by side in the report, model by model
+    goals: dict[str, Goal]  # success indicators: a figure of SFT's validation or of the last model -> its bound
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All of it, resolved. `name` is where it came from and is not part of its identity."""
+
+    name: Name  # a folder of runs/
+    rehearsal: bool  # a shrunken copy by --rehearse: its figures are no result
+    seed: Count
+    model: Model
+    lora: Lora
+    task: TaskChoice
+    sft: Sft
+    grpo: Grpo
+    evaluate: Evaluate
+
+    @property
+    def stages(self) -> tuple[Literal["sft", "grpo"], ...]:
+        """The training stages it has, in their order."""
+        return {"sft": ("sft", "grpo"), "base": ("grpo",), "none": ("sft",)}[self.grpo.start]  # type: ignore[return-value]
+
+    def problems(self) -> list[str]:
+        """Combinations that cannot work, each with what would."""
+        found = []
+        batch, group = self.grpo.global_batch_size, self.grpo.num_generations
+        if batch % group and "grpo" in self.stages:
+            near = [n for n in divisors(batch) if n > 1]
+            below = [n for n in near if n < group][-1:]
+            above = [n for n in near if n > group][:1]
+            found.append(
+                f"grpo.num_generations: {group} does not divide grpo.global_batch_size {batch}; "
+                f"use {' or '.join(str(n) for n in below + above)}"
+            )
+        for stage, optimizer in (("sft", self.sft.optimizer), ("grpo", self.grpo.optimizer)):
+            if optimizer.name == "muon" and optimizer.max_grad_norm:
+                found.append(
+                    f"{stage}.optimizer.max_grad_norm: {optimizer.max_grad_norm:g} would shrink every step of muon, "
+                    "whose gradients are orthogonal matrices of a far larger norm; use 0"
+                )
+        if self.sft.early_stopping_patience and not self.sft.validate_every:
+            found.append(
+                "sft.early_stopping_patience: nothing to be patient about; set sft.validate_every too, such as 100"
+            )
+        if not self.grpo.rewards and "grpo" in self.stages:
+            found.append("grpo.rewards: empty; list at least one, such as correctness: {weight: 1.0, params: {}}")
+        if self.model.quantization != "none" and not self.lora.enabled:
+            found.append(
+                f"model.quantization: {self.model.quantization!r} weights cannot be trained themselves; "
+                "set lora.enabled=true, or model.quantization=none"
+            )
+        if self.lora.enabled and not self.lora.targets:
+            found.append("lora.targets: got none; expected the modules to adapt. Fix: lora.targets=[all-linear]")
+        if self.model.backend == "unsloth" and not self.lora.enabled:
+            found.append("model.backend: 'unsloth' trains adapters here; set lora.enabled=true, or use transformers")
+        if self.model.scratch and self.model.gguf:
+            found.append(
+                "model.gguf: a model from scratch has no file; set one of model.scratch and model.gguf to null"
+            )
+        if scratch := self.model.scratch:
+            found.extend(self._scratch_problems(scratch))
+        paths = {"model.name": self.model.name, "model.gguf": self.model.gguf, **self.task.files}
+        for key, path in {**paths, "model.chat_template": self.model.chat_template}.items():
+            if path is not None and not is_path(path):
+                found.append(f"{key}: got {path[:40]!r}…; expected a name or path. Fix: shorten it, on one line")
+        return [*found, *self.task.problems()]
+
+    def _scratch_problems(self, scratch: Scratch) -> list[str]:
+        found = []
+        if scratch.hidden_size % scratch.heads:
+            found.append(f"model.scratch.heads: {scratch.heads} does not divide hidden_size {scratch.hidden_size}")
+        elif scratch.hidden_size // scratch.heads % 2:
+            found.append(
+                f"model.scratch.hidden_size: {scratch.hidden_size} gives heads of odd width, which cannot be rotated"
+            )
+        if scratch.heads % scratch.key_value_heads:
+            found.append(
+                f"model.scratch.key_value_heads: {scratch.key_value_heads} does not divide heads {scratch.heads}"
+            )
+        longest = {
+            "sft.max_length": self.sft.max_length,
+            "grpo.max_prompt_length + grpo.max_completion_length": self.grpo.max_prompt_length
+            + self.grpo.max_completion_length,
+        }
+        for name, tokens in longest.items():
+            if tokens > scratch.context:
+                found.append(f"{name}: {tokens} tokens do not fit model.scratch.context {scratch.context}")
+        if self.model.quantization != "none" and not self.rehearsal:
+            found.append("model.quantization: a model from scratch has nothing to quantize; use none")
+        return found
+
+
+def is_path(text: str) -> bool:
+    """Whether a file system could hold such a path at all."""
+    parts = text.encode(errors="replace").split(b"/")
+    return bool(text) and "\0" not in text and "\n" not in text and max(map(len, parts)) < 256 and len(text) < 4096
+
+
+def divisors(number: int) -> list[int]:
+    """What divides a number, in ascending order. Time grows with the square root of the number."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return [*small, *(number // n for n in reversed(small) if n * n != number)]
+
+
+def recipe_names(configs: Path = CONFIGS) -> list[str]:
+    """The recipes that can be named: every configs/*.yaml but base."""
+    return sorted(file.stem for file in configs.glob("*.yaml") if file.stem != "base")
+
+
+def read(name: str, overrides: Sequence[str] = (), configs: Path = CONFIGS) -> tuple[Recipe | None, list[str]]:
+    """A recipe by name or by the path of its YAML file, and everything that is wrong with it."""
+    file = find_yaml(name, "recipe", configs, recipe_names(configs))
+    return read_typed(Recipe, [configs / "base.yaml", file], overrides, {"name": file.stem})
+
+
+def find_yaml(name: str, what: str, folder: Path, known: list[str]) -> Path:
+    """`folder/name.yaml`, or `name` itself where it is the path of a YAML file."""
+    if not is_path(name):
+        raise RecipeError(f"{what}: got {name[:40]!r}…; expected its name or the path of its YAML file")
+    direct = Path(name)
+    if direct.suffix in (".yaml", ".yml"):
+        if direct.is_file():
+            return direct
+        raise RecipeError(f"{what} {name!r}: no such file; {did_you_mean(direct.stem, known)}")
+    file = folder / f"{name}.yaml"
+    if not file.is_file() or name not in known:
+        raise RecipeError(f"unknown {what} {name!r} in {folder}/; {did_you_mean(name, known)}")
+    return file
+
+
+def local_files(recipe: Recipe) -> dict[str, str]:
+    """The identity of every local file the recipe names, so that its content enters the identity."""
+    named = {**recipe.task.files, "model.chat_template": recipe.model.chat_template}
+    found = {}
+    for key, name in named.items():
+        if name and Path(name).is_file():
+            found[key] = file_identity(Path(name))
+    folder = Path(recipe.model.name)
+    if not recipe.model.scratch and folder.is_dir() and _holds_model(folder):
+        for file in sorted(folder.iterdir()):
+            if file.is_file():
+                found[f"model.name/{file.name}"] = file_identity(file)
+    return found
+
+
+def local_problems(recipe: Recipe) -> list[str]:
+    """Paths of the recipe that are not what they should be. Nothing is opened: a device or a pipe may never end."""
+    found = []
+    for key, name in {**recipe.task.files, "model.chat_template": recipe.model.chat_template}.items():
+        path = Path(name or "")
+        if name and path.exists() and not path.is_dir() and not path.is_file():
+            found.append(f"{key}: got {name}, a device or pipe; expected a regular file. Fix: copy it into a file")
+        elif name and path.is_file() and not path.stat().st_size:
+            found.append(f"{key}: got {name}, an empty file; expected one with content. Fix: name another file")
+    folder = Path(recipe.model.name)
+    if recipe.model.scratch or recipe.model.gguf:
+        return found
+    if folder.exists() and not folder.is_dir():
+        return [
+            *found,
+            f"model.name: got {folder}, which is not a folder; expected a model's folder or a hub id. "
+            "Fix: name the folder that holds config.json and the weights (a GGUF file is named by model.gguf)",
+        ]
+    if not folder.is_dir():
+        return found
+    if not _holds_model(folder):
+        found.append(
+            f"model.name: got {folder}, a folder without config.json; expected a model's folder or a hub id. "
+            "Fix: name the folder that holds config.json and the weights"
+        )
+    elif sum(1 for _ in islice(folder.iterdir(), MODEL_FILES + 1)) > MODEL_FILES:
+        found.append(
+            f"model.name: got {folder}, a folder of more than {MODEL_FILES} files; expected a model's folder. "
+            "Fix: move the model into a folder of its own"
+        )
+    return found
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether a folder is a model's, an adapter's or a step's."""
+    return any((folder / name).exists() for name in ("config.json", "adapter_config.json", "artifact.json"))

@@ -1,0 +1,104 @@
+"""What makes two things the same: canonical JSON, its hash, and the difference told field by field.
+
+The whole typed object is hashed, never the YAML and never a difference from defaults, so an identity cannot
+change because a default moved. The encoder raises on anything that has no single written form.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.schema import is_neutral
+
+LENGTH = 10  # hexadecimal characters of a fingerprint
+
+
+def plain(value: Any, path: str = "") -> Any:
+    """`value` as dicts, lists, strings, finite numbers, booleans and None.
+
+    Dataclass fields that were `typed.added` are left out while they are neutral.
+    Raises TypeError, naming the path, for anything without a deterministic form (sets, floats that are not
+    finite, objects).
+    """
+    if value is None or isinstance(value, bool | str | int):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise TypeError(f"{path or 'value'} is {value}: only finite numbers have a fingerprint")
+        return int(value) if value.is_integer() and abs(value) < 2**53 else value  # 1 and 1.0 are one setting
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            f.name: plain(item, f"{path}.{f.name}")
+            for f in dataclasses.fields(value)
+            if not is_neutral(f, item := getattr(value, f.name))
+        }
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError(f"{path or 'value'} has keys that are not strings")
+        return {key: plain(item, f"{path}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{path}[{i}]") for i, item in enumerate(value)]
+    raise TypeError(f"{path or 'value'} is a {type(value).__name__}, which has no fingerprint")
+
+
+def canonical_json(value: Any) -> str:
+    """One line of JSON, keys sorted: equal exactly for equal values."""
+    return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def fingerprint(value: Any) -> str:
+    """The first ten hexadecimal characters of the sha256 of the canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:LENGTH]
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+WHOLE = 64 << 20  # bytes up to which a file's whole content is its identity
+ENDS = 1 << 20
+
+
+def file_identity(path: Path) -> str:
+    """A local file's part in an identity: its sha256; for weights over 64 MiB that of its size and both ends.
+
+    No more is read than the size on disk: files such as those of /proc have none and may never end.
+    """
+    size = path.stat().st_size
+    if size <= WHOLE:
+        with path.open("rb") if size else contextlib.nullcontext(io.BytesIO()) as file:
+            return hashlib.sha256(file.read(size)).hexdigest()
+    with path.open("rb") as file:
+        head = file.read(ENDS)
+        file.seek(-ENDS, 2)
+        return hashlib.sha256(str(size).encode() + head + file.read()).hexdigest()
+
+
+def describe_drift(old: Any, new: Any, path: str = "") -> list[str]:
+    """Each field that differs, as `sft.learning_rate: 2e-05 -> 1e-05`, in the order of `new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in [*new, *(key for key in old if key not in new)]:
+            where = f"{path}.{key}" if path else key
+            if key not in old:
+                lines.append(f"{where}: (new) -> {_short(new[key])}")
+            elif key not in new:
+                lines.append(f"{where}: {_short(old[key])} -> (gone)")
+            else:
+                lines.extend(describe_drift(old[key], new[key], where))
+        return lines
+    return [] if old == new else [f"{path}: {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,279 @@
+"""From plain YAML values to frozen dataclasses, with every problem found at once.
+
+`build(Recipe, values)` checks names, types and the `Check` of each annotated field, and returns the typed object
+with the list of what is wrong, each as `sft.learning_rate: 'fast' is not a number > 0`. The dataclass is the
+schema: no other list of keys exists. Values are never guessed: a missing key is a problem, not a default, except for
+fields that were `added` later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pipeline.core.errors import did_you_mean
+
+T = TypeVar("T")
+MISSING = object()
+
+
+def added(neutral: Any) -> Any:
+    """A dataclass field that came after records were first written: `field: Type = added(neutral)`.
+
+    `neutral` is the behaviour from before the field existed. Older records are read as if they held it, and
+    `fingerprint.plain` leaves the field out while it is neutral, so a finished step stays finished.
+    """
+    metadata = {"added": True}
+    if isinstance(neutral, dict):
+        return dataclasses.field(default_factory=lambda: dict(neutral), metadata=metadata)
+    return dataclasses.field(default=neutral, metadata=metadata)
+
+
+def is_neutral(field: dataclasses.Field[Any], value: Any) -> bool:
+    """Whether a field was `added` and holds its neutral value."""
+    if not field.metadata.get("added"):
+        return False
+    factory = field.default_factory
+    return bool(value == (field.default if factory is dataclasses.MISSING else factory()))
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a value must be, in words and as a test: `Annotated[int, Check("a whole number > 0", ...)]`."""
+
+    words: str
+    test: Callable[[Any], bool]
+
+
+MOST = 2**32 - 1  # of a whole number: more rows, steps or tokens than any run has, and few enough to compute with
+Count = Annotated[int, Check("a whole number ≥ 0", lambda v: v >= 0)]
+Positive = Annotated[int, Check("a whole number ≥ 1", lambda v: v >= 1)]
+Rate = Annotated[float, Check("a number > 0", lambda v: v > 0)]
+NonNegative = Annotated[float, Check("a number ≥ 0", lambda v: v >= 0)]
+Share = Annotated[float, Check("a number from 0 to 1", lambda v: 0 <= v <= 1)]
+
+RESERVED = ("evaluations", "exports")  # folders of runs/ that belong to no recipe
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can be the name of a folder or file: it stays in its place and needs no escapes."""
+    return bool(re.fullmatch(r"\w[\w .+=@,-]*", text)) and len(text) <= 100 and text not in RESERVED
+
+
+Name = Annotated[
+    str,
+    Check(
+        "a name: letters, digits and _ . - + = @ or spaces, at most 100, the first a letter or digit, and not "
+        f"{' or '.join(RESERVED)}",
+        is_name,
+    ),
+]
+
+
+def build(cls: type[T], values: Any, path: str = "") -> tuple[T | None, list[str]]:
+    """The typed object, or None where something is wrong, and the problems, each with its full path."""
+    problems: list[str] = []
+    result = _value(cls, values, path, problems)
+    return (None if problems else result), problems
+
+
+def _value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return _free(value, path, problems)
+    if origin is Annotated:
+        return _checked(args[0], args[1:], value, path, problems)
+    if origin in (typing.Union, types.UnionType):
+        return _union(args, value, path, problems)
+    if origin is Literal:
+        if value in args and type(value) in {type(arg) for arg in args}:
+            return value
+        problems.append(f"{path}: {_shown(value)} is not one of its values; {_menu(value, args)}")
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_value(args[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value))
+        problems.append(f"{path}: {_shown(value)} is not a list; write [{value}]")
+    elif origin is dict:
+        if isinstance(value, Mapping):
+            problems += _key_problems(value, path)
+            return {str(key): _value(args[1], item, f"{path}.{key}", problems) for key, item in value.items()}
+        problems.append(f"{path}: {_shown(value)} is not a mapping of names to values")
+    elif dataclasses.is_dataclass(kind):
+        return _dataclass(typing.cast(type, kind), value, path, problems)
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return _finite(value, path, problems)
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        if kind is int and abs(value) > MOST:
+            problems.append(f"{path}: {_shown(value)} is not a whole number of at most {MOST}")
+            return None
+        return _text(value, path, problems) if isinstance(value, str) else value
+    else:
+        problems.append(f"{path}: {_shown(value)} is not {_NAMES.get(kind, kind.__name__)}")
+    return None
+
+
+def _finite(value: float, path: str, problems: list[str]) -> float | None:
+    """A number as a float; one that is infinite, not a number, or too large for a float is a problem."""
+    try:
+        if math.isfinite(float(value)):
+            return float(value)
+    except OverflowError:
+        pass
+    problems.append(f"{path}: {_shown(value)} is not a finite number")
+    return None
+
+
+def _text(value: str, path: str, problems: list[str]) -> str:
+    """A text that UTF-8 can write: half of a surrogate pair cannot be hashed or saved."""
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        problems.append(f"{path}: {_shown(value)} contains bytes that are not UTF-8")
+    return value
+
+
+def _free(value: Any, path: str, problems: list[str]) -> Any:
+    """A value without a declared type: it must still have a written form, or it could not be hashed."""
+    if isinstance(value, Mapping):
+        problems += _key_problems(value, path)
+        return {str(key): _free(item, f"{path}.{key}", problems) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_free(item, f"{path}[{index}]", problems) for index, item in enumerate(value)]
+    if isinstance(value, float):
+        return _finite(value, path, problems)
+    if isinstance(value, str):
+        return _text(value, path, problems)
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > MOST:
+        problems.append(f"{path}: {_shown(value)} is not a whole number of at most {MOST}")
+    elif not (value is None or isinstance(value, int)):
+        problems.append(f"{path}: {_shown(value)} is not a text, number, list or mapping")
+    return value
+
+
+def _key_problems(value: Mapping[Any, Any], path: str) -> list[str]:
+    return [
+        f"{path}: got the name {key!r}; expected a text. Fix: write it in quotes"
+        for key in value
+        if not isinstance(key, str)
+    ]
+
+
+def is_free_mapping(cls: type, path: str) -> bool:
+    """Whether the setting at `path` of a dataclass is a mapping whose names the class does not fix."""
+    kinds: list[Any] = [cls]
+    for name in path.split("."):
+        below: list[Any] = []
+        for kind in _members(kinds):
+            if kind is Any:
+                return True
+            if dataclasses.is_dataclass(kind):
+                hints = typing.get_type_hints(kind, include_extras=True)
+                below += [hints[name]] if name in hints else []
+            elif typing.get_origin(kind) is dict:
+                below.append(typing.get_args(kind)[1])
+        kinds = below
+    return any(kind is Any or typing.get_origin(kind) is dict for kind in _members(kinds))
+
+
+def _members(kinds: list[Any]) -> list[Any]:
+    """The members of unions and what annotations are on."""
+    found: list[Any] = []
+    for kind in kinds:
+        origin, args = typing.get_origin(kind), typing.get_args(kind)
+        if origin is Annotated:
+            found += _members([args[0]])
+        elif origin in (typing.Union, types.UnionType):
+            found += _members(list(args))
+        else:
+            found.append(kind)
+    return found
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+
+
+def _checked(kind: Any, checks: tuple[Any, ...], value: Any, path: str, problems: list[str]) -> Any:
+    before = len(problems)
+    result = _value(kind, value, path, problems)
+    number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    if len(problems) > before and kind in (int, float) and number:
+        return None  # beyond all bounds, which says more than the check's words
+    for check in checks:
+        if len(problems) > before or not check.test(result):
+            del problems[before:]
+            problems.append(f"{path}: {_shown(value)} is not {check.words}")
+            return None
+    return result
+
+
+def _union(kinds: tuple[Any, ...], value: Any, path: str, problems: list[str]) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    others = [kind for kind in kinds if kind is not type(None)]
+    found: list[list[str]] = []
+    for kind in others:
+        tried: list[str] = []
+        result = _value(kind, value, path, tried)
+        if not tried:
+            return result
+        found.append(tried)
+    mapping = [
+        tried
+        for kind, tried in zip(others, found, strict=True)
+        if dataclasses.is_dataclass(kind) and isinstance(value, Mapping)
+    ]
+    problems.extend((mapping or found)[0])  # the first kind says it best; words that may stand instead follow it
+    words = [word for kind in others[1:] for word in typing.get_args(kind) if isinstance(word, str)]
+    if words:
+        problems[-1] += f", nor is it {' or '.join(words)}"
+    return None
+
+
+def _dataclass(cls: type, value: Any, path: str, problems: list[str]) -> Any:
+    if not isinstance(value, Mapping):
+        problems.append(f"{path or 'the file'}: {_shown(value)} is not a mapping of settings")
+        return None
+    hints = typing.get_type_hints(cls, include_extras=True)
+    names = [field.name for field in dataclasses.fields(cls)]
+    before = len(problems)
+    for key in value:
+        if key not in names:
+            problems.append(f"{_join(path, str(key))}: unknown setting; {did_you_mean(str(key), names)}")
+    found = {}
+    for name in names:
+        if name in value:
+            found[name] = _value(hints[name], value[name], _join(path, name), problems)
+        elif (default := _default(cls, name)) is not MISSING:
+            found[name] = default
+        else:
+            problems.append(f"{_join(path, name)}: missing")
+    return None if len(problems) > before else cls(**found)
+
+
+def _default(cls: type, name: str) -> Any:
+    field = next(f for f in dataclasses.fields(cls) if f.name == name)
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return MISSING
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: short, also where it is an integer of more digits than Python prints."""
+    if isinstance(value, int) and value.bit_length() > 400:
+        return f"a number of about {int(value.bit_length() * 0.30103)} digits"
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _menu(value: Any, options: tuple[Any, ...]) -> str:
+    return did_you_mean(str(value), [str(option) for option in options])

@@ -1,0 +1,1 @@
+"""Download from and upload to the Hugging Face hub."""

@@ -1,0 +1,1 @@
+"""Models: loading, chat formats, random initialisation, checks of weights, GGUF."""

@@ -1,0 +1,331 @@
+"""A model folder as one GGUF file as llama.cpp reads it: metadata, tokenizer, chat template, quantized weights.
+
+    write_gguf(folder, out / "model-q8_0.gguf", "q8_0")
+
+Qwen2, Llama and Phi-3, the architectures of the recipes. Names and quantizers are those of the package gguf, the layout
+is that of llama.cpp's converter: Llama's rotary halves are interleaved, Phi-3 keeps its joined projections, tied
+embeddings are written once. Weights are read and written one at a time, so the file may be larger than the memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from pipeline.core.errors import ArtifactError, LaunchError
+from pipeline.models.weight_checks import NO_CODE
+from pipeline.workflow.artifact import WEIGHTS
+
+ARCHITECTURES = ("qwen2", "llama", "phi3")
+# how a byte-level vocabulary splits text before it merges: the name llama.cpp has for a pattern
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = {QWEN2: "qwen2", QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|"): "llama-bpe"}
+PROBE = (
+    "Premise: Suppose there is a closed system of 3 variables, A, B and C.\nHypothesis: A directly causes B.\n\n"
+    "<think>\nx = 3.14 and 12 345; naïve → 你好!\n</think>\n  Therefore: Yes"
+)
+
+
+def write_gguf(folder: Path, file: Path, quant: str, name: str, told: Callable[[str], None] = print) -> int:
+    """Write the model and tokenizer of `folder` as `file`. Returns its size in bytes.
+
+    Raises ArtifactError for another architecture, and where the file's tokenizer would read a text otherwise.
+    """
+    if quant == "q4_k_m":  # the package gguf has no quantizer for these
+        whole = file.with_name(f".{file.name}.f16")
+        try:
+            _write(folder, whole, "f16", name, told)
+            told(f"quantizing to {quant}")
+            _quantize(whole, file, quant)
+        finally:
+            whole.unlink(missing_ok=True)
+    else:
+        _write(folder, file, quant, name, told)
+    check_tokenizer_of(file, AutoTokenizer.from_pretrained(folder, **NO_CODE))
+    return file.stat().st_size
+
+
+def _write(folder: Path, file: Path, quant: str, name: str, told: Callable[[str], None]) -> None:
+    from gguf import GGUFWriter, LlamaFileType
+
+    config = AutoConfig.from_pretrained(folder, **NO_CODE)
+    if config.model_type not in ARCHITECTURES:
+        raise ArtifactError(
+            f"{folder}: a model of type {config.model_type} cannot be written as GGUF here; known: "
+            f"{', '.join(ARCHITECTURES)}; export it as merged16 and use llama.cpp's convert_hf_to_gguf.py"
+        )
+    writer = GGUFWriter(file, config.model_type)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
+    writer.add_name(name_in_file(name, tokenizer))
+    types = {"q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0", "f16": "MOSTLY_F16"}
+    writer.add_file_type(LlamaFileType[types[quant]])
+    writer.add_quantization_version(2)
+    _add_config(writer, config)
+    _add_tokenizer(writer, tokenizer, config.vocab_size)
+    tensors = list(_tensors(folder, config, quant))
+    for one in tensors:
+        writer.add_tensor_info(one.name, one.stored_shape, one.stored_dtype, one.nbytes, raw_dtype=one.kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for number, one in enumerate(tensors, 1):
+            writer.write_tensor_data(one.read())
+            if number % 50 == 0:
+                told(f"writing tensor {number} of {len(tensors)}")
+    finally:
+        writer.close()
+
+
+# ---------------------------------------------------------------- weights
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the file: its name there, its shape, how it is stored, and how to get its values."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Any  # gguf.GGMLQuantizationType
+    values: Callable[[], np.ndarray[Any, Any]]  # float32
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is stored as blocks of bytes."""
+        return self.kind.name not in ("F32", "F16")
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        from gguf import quant_shape_to_byte_shape
+
+        return tuple(quant_shape_to_byte_shape(self.shape, self.kind)) if self.packed else self.shape
+
+    @property
+    def stored_dtype(self) -> Any:
+        return np.dtype({"F32": np.float32, "F16": np.float16}.get(self.kind.name, np.uint8))
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.stored_shape) * int(self.stored_dtype.itemsize)
+
+    def read(self) -> np.ndarray[Any, Any]:
+        from gguf.quants import quantize
+
+        values = np.ascontiguousarray(self.values())
+        return quantize(values, self.kind) if self.packed else values.astype(self.stored_dtype)
+
+
+def _tensors(folder: Path, config: Any, quant: str) -> Iterator[Tensor]:
+    """Every tensor under llama.cpp's name, the rotary tables that a config implies first."""
+    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
+
+    arch = next(key for key, text in MODEL_ARCH_NAMES.items() if text == config.model_type)
+    assert isinstance(arch, MODEL_ARCH)
+    names = get_tensor_name_map(arch, config.num_hidden_layers)
+    for name, values in _rotary_tables(config).items():
+        yield Tensor(name, values.shape, GGMLQuantizationType.F32, lambda values=values: values)  # type: ignore[misc]
+    for path, source in _stored(folder):
+        known = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        if known is None:
+            raise ArtifactError(f"{path}: GGUF has no name for the tensor {source} of {config.model_type}")
+        name = known
+        if name == "output.weight" and config.tie_word_embeddings:
+            continue
+        with safe_open(path, "pt") as file:
+            shape = tuple(file.get_slice(source).get_shape())
+        turn = _heads_to_turn(source, config)
+        kind = GGMLQuantizationType[_kind(name, shape, quant)]
+
+        def values_of(path: Path = path, source: str = source, turn: int = turn) -> np.ndarray[Any, Any]:
+            with safe_open(path, "pt") as file:
+                values: np.ndarray[Any, Any] = file.get_tensor(source).to(torch.float32).numpy()
+            return interleaved(values, turn) if turn else values
+
+        yield Tensor(name, shape, kind, values_of)
+
+
+def _stored(folder: Path) -> Iterator[tuple[Path, str]]:
+    """(file, tensor) of a model folder, of one file or of several with an index."""
+    index = folder / WEIGHTS[1]
+    files = (
+        sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if index.is_file()
+        else [WEIGHTS[0]]
+    )
+    for name in files:
+        with safe_open(folder / name, "pt") as file:
+            keys = list(file.keys())
+        yield from ((folder / name, key) for key in keys)
+
+
+def _kind(name: str, shape: tuple[int, ...], quant: str) -> str:
+    """How a tensor is stored: vectors and norms in 32 bit; in a file of 4 bit the embeddings have 8."""
+    if len(shape) < 2 or name.endswith("_norm.weight"):
+        return "F32"
+    if quant == "f16" or shape[-1] % 32:  # blocks have 32 values
+        return "F16"
+    return "Q8_0" if quant == "q8_0" or name in ("token_embd.weight", "output.weight") else "Q4_0"
+
+
+def _heads_to_turn(name: str, config: Any) -> int:
+    """Llama's queries and keys are rotated in neighbouring pairs there: of how many heads this tensor's rows are."""
+    if config.model_type != "llama":
+        return 0
+    if ".q_proj." in name:
+        return int(config.num_attention_heads)
+    return int(config.num_key_value_heads) if ".k_proj." in name else 0
+
+
+def interleaved(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """Rows of each head from two halves (x0 x1 … y0 y1 …) to pairs (x0 y0 x1 y1 …)."""
+    halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
+    return halves.swapaxes(1, 2).reshape(values.shape)
+
+
+def _rotary_tables(config: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """What a context longer than the one of pre-training does to each frequency, as factors of it."""
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind == "llama3":
+        inverse, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+        width = len(inverse) * 2
+        plain = rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
+        return {"rope_freqs.weight": (plain / inverse).numpy()}
+    if kind == "longrope":
+        tables = {"rope_factors_long.weight": "long_factor", "rope_factors_short.weight": "short_factor"}
+        return {name: np.array(rope[key], dtype=np.float32) for name, key in tables.items()}
+    if kind not in ("default", "linear"):
+        raise ArtifactError(f"rope_type {kind!r} cannot be written as GGUF here; use llama.cpp's convert_hf_to_gguf.py")
+    return {}
+
+
+def _add_config(writer: Any, config: Any) -> None:
+    from gguf import RopeScalingType
+
+    rope = config.rope_parameters
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if config.model_type != "qwen2":
+        writer.add_rope_dimension_count(int(width * rope.get("partial_rotary_factor", 1.0)))
+    if rope.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if config.model_type == "phi3":
+        first = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+        writer.add_rope_scaling_orig_ctx_len(first)
+        writer.add_sliding_window(config.sliding_window or 0)
+        if rope.get("rope_type") == "longrope":
+            ratio = config.max_position_embeddings / first
+            factor = math.sqrt(1 + math.log(ratio) / math.log(first)) if ratio > 1 else 1.0
+            writer.add_rope_scaling_attn_factors(factor)
+
+
+# ---------------------------------------------------------------- tokenizer
+
+
+def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Vocabulary, kinds of tokens, merges or scores, special tokens and the chat template."""
+    from gguf import TokenType
+
+    said = json.loads(tokenizer.backend_tokenizer.to_str())
+    if said["model"]["type"] != "BPE":
+        raise ArtifactError(f"a tokenizer of type {said['model']['type']} cannot be written as GGUF here; BPE can")
+    sentencepiece = bool(said["model"].get("byte_fallback"))
+    words = {index: word for word, index in tokenizer.get_vocab().items()}
+    added = tokenizer.added_tokens_decoder
+    tokens, kinds, scores = [], [], []
+    for index in range(rows):
+        word = words.get(index, f"[PAD{index}]")
+        kind = TokenType.NORMAL if index in words else TokenType.UNUSED
+        if index in added:
+            kind = TokenType.CONTROL if added[index].special else TokenType.USER_DEFINED
+        elif sentencepiece and len(word) == 6 and word.startswith("<0x"):
+            kind = TokenType.BYTE
+        if index == tokenizer.unk_token_id and sentencepiece:
+            kind = TokenType.UNKNOWN
+        tokens.append(word)
+        kinds.append(kind)
+        scores.append(-float(index) if kind == TokenType.NORMAL else 0.0)  # merges are ranked as their words are
+    writer.add_tokenizer_model("llama" if sentencepiece else "gpt2")
+    writer.add_tokenizer_pre("default" if sentencepiece else split_name(said))
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    if sentencepiece:
+        writer.add_token_scores(scores)
+    else:
+        merges = said["model"]["merges"]
+        writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    for add, special in (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+        (writer.add_unk_token_id, tokenizer.unk_token_id if sentencepiece else None),
+    ):
+        if special is not None:
+            add(special)
+    writer.add_add_bos_token(False)  # the chat template writes it where the family wants one
+    writer.add_chat_template(str(tokenizer.chat_template))
+
+
+def name_in_file(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The model's name, with `phi3` in it exactly where the tokenizer is Phi-3's.
+
+    llama.cpp takes such a name to mean that special tokens swallow the blanks after them, and that these four exist.
+    """
+    plain = re.sub(r"phi-?3", "phi 3", name, flags=re.IGNORECASE)
+    known = {"<unk>", "<s>", "</s>", "<|endoftext|>"} <= set(tokenizer.get_vocab())
+    swallows = any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
+    return f"{plain} (phi3)" if known and swallows else plain
+
+
+def split_name(said: dict[str, Any]) -> str:
+    """llama.cpp's name of a byte-level tokenizer's split; gpt-2's for one it has no name for (`check_tokenizer_of`)."""
+    return next((name for pattern, name in SPLITS.items() if json.dumps(pattern) in json.dumps(said)), "gpt-2")
+
+
+def check_tokenizer_of(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ArtifactError where the tokenizer read back from the file splits a prompt otherwise than the model's own."""
+    packed = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, **NO_CODE)
+    turns = [{"role": "user", "content": PROBE}]
+    prompt = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+    ours, theirs = (one(prompt, add_special_tokens=False)["input_ids"] for one in (tokenizer, packed))
+    if ours != theirs:
+        at = next((k for k, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), len(theirs))
+        file.unlink()
+        raise ArtifactError(
+            f"{file.name}: GGUF has no tokenizer like this model's: {tokenizer.decode(ours[at : at + 4])!r} would be "
+            f"tokens {theirs[at : at + 4]} instead of {ours[at : at + 4]}; export it as merged16"
+        )
+
+
+def _quantize(whole: Path, file: Path, quant: str) -> None:
+    """llama.cpp's quantizer, for kinds the package gguf cannot write."""
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
+    code = llama_cpp.llama_model_quantize(str(whole).encode(), str(file).encode(), params)
+    if code:
+        raise LaunchError(f"{file}: llama.cpp's quantizer ended with code {code}; see the log above")

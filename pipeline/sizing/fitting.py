@@ -1,0 +1,260 @@
+"""What of a cluster's `auto` becomes for a recipe, what makes it fit where it does not, and the table that shows both.
+
+    python -m pipeline plan deepseek7b --cluster 2x2080ti --memory
+
+Memory decides where the GPU and the model are known (memory.py). Where they are not, the smallest is chosen for any
+model that is not drawn from nothing, and check says that nothing was compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pipeline.config.architectures import model_config
+from pipeline.config.cluster import (
+    AUTO_EVALUATE,
+    AUTO_PER_DEVICE,
+    Cluster,
+    TrainingStage,
+    batches,
+    generation_sizes,
+    process_count,
+    wanted_gpus,
+)
+from pipeline.config.recipe import Recipe
+from pipeline.sizing.host_memory import HostNeed, too_large
+from pipeline.sizing.memory import (
+    CONTEXT,
+    FRAGMENTATION,
+    Need,
+    Stage,
+    Term,
+    evaluation_need,
+    phases,
+    training_needs,
+    usable,
+)
+from pipeline.sizing.model_sizes import GIB, known_shape
+
+AUTO_ZERO = ("zero2", "zero3", "zero3_offload")  # the cheapest first
+UNKNOWN_AT_ONCE = 8  # prompts that are answered at once where nobody knows what fits
+LIGHT = "paged_adamw_8bit"
+ENOUGH = (("fits",), ("fits", "tight"))
+
+
+def resolved(recipe: Recipe, cluster: Cluster) -> Cluster:
+    """The cluster with everything that is `auto` decided for this recipe; the global batch stays the recipe's.
+
+    The first ZeRO stage under which a batch fits, the cheapest first, and under it the largest batch per device; then
+    the most completions at once that are expected to fit, because a token takes as long for one row as for many.
+    """
+    cluster = replace(cluster, sft=_decided(recipe, cluster, "sft"), grpo=_decided(recipe, cluster, "grpo"))
+    return _generating(recipe, cluster)
+
+
+def needs(recipe: Recipe, cluster: Cluster) -> list[Need] | None:
+    """What every phase of the recipe's stages needs, `auto` decided; None where the model is not known."""
+    return phases(recipe, resolved(recipe, cluster))
+
+
+def is_unknown(recipe: Recipe, cluster: Cluster) -> bool:
+    """Whether a recipe runs on GPUs of which nobody can say beforehand whether it fits: then everything is small."""
+    if recipe.model.scratch or not wanted_gpus(cluster):
+        return False
+    return not usable(cluster) or known_shape(recipe.model) is None
+
+
+def _decided(recipe: Recipe, cluster: Cluster, stage: Stage) -> TrainingStage:
+    layout = cluster.sft if stage == "sft" else cluster.grpo
+    if layout.gradient_checkpointing == "auto":  # it saves memory of GPUs, and costs a third more computing
+        needed = not recipe.model.scratch and wanted_gpus(cluster) > 0
+        layout = replace(layout, gradient_checkpointing=needed)
+    if layout.deepspeed != "auto" and layout.per_device_batch_size != "auto":
+        return layout
+    settings, world = recipe.sft if stage == "sft" else recipe.grpo, cluster.nodes * process_count(cluster)
+    share, shape, given = settings.global_batch_size // world, known_shape(recipe.model), layout.per_device_batch_size
+    if shape is None or not usable(cluster) or settings.global_batch_size % world:
+        small = given == "auto" and is_unknown(recipe, cluster)
+        zero = AUTO_ZERO[0] if layout.deepspeed == "auto" else layout.deepspeed
+        return replace(layout, deepspeed=zero, per_device_batch_size=1 if small else given)
+    zeros = AUTO_ZERO if layout.deepspeed == "auto" else (layout.deepspeed,)
+    if settings.optimizer.name == "muon":  # which DeepSpeed refuses under ZeRO-3
+        zeros = zeros[:1]
+    rows = [n for n in range(min(share, AUTO_PER_DEVICE), 0, -1) if share % n == 0] if given == "auto" else [given]
+    choices = [replace(layout, deepspeed=zero, per_device_batch_size=n) for zero in zeros for n in rows]
+    for enough in ENOUGH:
+        for choice in choices:
+            tried = _with(cluster, stage, choice)
+            found = training_needs(recipe, tried, shape, stage)
+            held = all(need.verdict(usable(cluster)) in enough for need in found)
+            if held and stage not in {need.stage for need in too_large(recipe, tried)}:
+                return choice
+    return choices[-1]  # the smallest; that it does not fit is told by check
+
+
+def _with(cluster: Cluster, stage: str, layout: TrainingStage) -> Cluster:
+    return replace(cluster, sft=layout) if stage == "sft" else replace(cluster, grpo=layout)
+
+
+def _generating(recipe: Recipe, cluster: Cluster) -> Cluster:
+    """The cluster with the most that can be generated at once, in GRPO and in evaluation."""
+    shape = known_shape(recipe.model) if usable(cluster) else None
+    sizes, _ = batches(cluster, recipe, "grpo")
+    if cluster.generation_batch_size == "auto" and sizes:
+        choices = [replace(cluster, generation_batch_size=n) for n in generation_sizes(recipe, sizes)]
+        needed = [training_needs(recipe, one, shape, "grpo")[1] for one in choices] if shape else []
+        cluster = _first_that_fits(recipe, choices, needed, "generation_batch_size")
+    if cluster.evaluate_batch_size == "auto":
+        halved = [AUTO_EVALUATE, *(2**n for n in range(6, -1, -1))]
+        choices = [replace(cluster, evaluate_batch_size=n) for n in halved]
+        needed = [evaluation_need(recipe, one, shape) for one in choices] if shape else []
+        cluster = _first_that_fits(recipe, choices, needed, "evaluate_batch_size")
+    return cluster
+
+
+def _first_that_fits(recipe: Recipe, choices: list[Cluster], needed: list[Need], name: str) -> Cluster:
+    """The first of the choices, the largest first, that is expected to fit, else the last.
+
+    Without needs to go by it is the first, on GPUs that are not known the first of at most `UNKNOWN_AT_ONCE`.
+    """
+    if needed:
+        known = zip(choices, needed, strict=True)
+        return next((one for one, need in known if need.verdict(usable(one)) != "does not fit"), choices[-1])
+    most = UNKNOWN_AT_ONCE if is_unknown(recipe, choices[0]) else getattr(choices[0], name)
+    return next((one for one in choices if getattr(one, name) <= most), choices[-1])
+
+
+# ---------------------------------------------------------------- remedies
+
+
+def what_fits(recipe: Recipe, cluster: Cluster) -> list[str]:
+    """The smallest change that makes every phase fit, as overrides: one alone, else two, the mildest first."""
+    changes = _changes(recipe, cluster)
+    for words, changed in changes:
+        if _all_fit(*changed):
+            return words
+    for number, (words, changed) in enumerate(changes):
+        later = [" ".join(more) for more, _ in changes[number + 1 :]]
+        for more, both in _changes(*changed):
+            if " ".join(more) in later and _all_fit(*both):
+                return [*words, *more]
+    return []
+
+
+def _all_fit(recipe: Recipe, cluster: Cluster) -> bool:
+    """Whether the GPUs hold every phase, as far as their memory is known, and the nodes what is kept there."""
+    decided = resolved(recipe, cluster)
+    found = phases(recipe, decided) or [] if usable(cluster) else []
+    return all(need.verdict(usable(cluster)) != "does not fit" for need in found) and not too_large(recipe, decided)
+
+
+def host_remedies(recipe: Recipe, cluster: Cluster, over: list[HostNeed]) -> list[str]:
+    """Overrides, each of which alone makes what a node holds fit, and what the GPUs hold too where that is known."""
+    found = []
+    if any(need.stage == "preprocess" for need in over):  # a model from nothing, of any size
+        return ["a smaller model.scratch"]
+    if cluster.launcher != "local":
+        found.append(f"cluster.slurm.memory={-(-max(need.bytes for need in over) // GIB):.0f}G")
+    names = [need.stage for need in over]
+    for zero in AUTO_ZERO[:2]:
+        changed = cluster
+        for name in names:
+            changed = _with(changed, name, replace(getattr(changed, name), deepspeed=zero))
+        if changed != cluster and _all_fit(recipe, changed):
+            found.append(" ".join(f"cluster.{name}.deepspeed={zero}" for name in names))
+    if not recipe.lora.enabled:
+        adapted = replace(recipe, lora=replace(recipe.lora, enabled=True))
+        if _all_fit(adapted, cluster):
+            return [*found, "lora.enabled=true"]
+        packed = replace(adapted, model=replace(recipe.model, quantization="nf4"))
+        if _all_fit(packed, cluster):
+            return [*found, "lora.enabled=true model.quantization=nf4"]
+    return found
+
+
+Change = tuple[list[str], tuple[Recipe, Cluster]]
+
+
+def _changes(recipe: Recipe, cluster: Cluster) -> list[Change]:
+    """What may be changed, the mildest first: where it runs before what it is."""
+    found: list[Change] = []
+    if cluster.evaluate_batch_size != "auto" or cluster.generation_batch_size != "auto":
+        names = ("generation_batch_size", "evaluate_batch_size")
+        words = [f"cluster.{name}=auto" for name in names if getattr(cluster, name) != "auto"]
+        auto = replace(cluster, generation_batch_size="auto", evaluate_batch_size="auto")
+        found.append((words, (recipe, auto)))
+    layouts = (("gradient_checkpointing", True), ("per_device_batch_size", 1), ("deepspeed", "zero2"))
+    for change, value in (*layouts, ("deepspeed", "zero3"), ("deepspeed", "zero3_offload")):
+        decided = resolved(recipe, cluster)
+        old = {name: getattr(decided, name) for name in ("sft", "grpo")}
+        new = {name: replace(layout, **{change: value}) for name, layout in old.items()}
+        words = [f"cluster.{name}.{change}={str(value).lower()}" for name in new if new[name] != old[name]]
+        if words:
+            found.append((words, (recipe, replace(cluster, **new))))
+    if "8bit" not in recipe.sft.optimizer.name + recipe.grpo.optimizer.name:
+        stages = {n: replace(s, optimizer=replace(s.optimizer, name=LIGHT)) for n, s in _stages(recipe).items()}
+        words = [f"{name}.optimizer.name={LIGHT}" for name in stages]
+        found.append((words, (replace(recipe, **stages), cluster)))
+    if recipe.model.quantization != "nf4" and not recipe.model.scratch:
+        model, lora = replace(recipe.model, quantization="nf4"), replace(recipe.lora, enabled=True)
+        found.append(
+            (["model.quantization=nf4", "lora.enabled=true"], (replace(recipe, model=model, lora=lora), cluster))
+        )
+    half = recipe.grpo.max_completion_length // 2
+    shorter = replace(recipe, grpo=replace(recipe.grpo, max_completion_length=half))
+    found.append(([f"grpo.max_completion_length={half}"], (shorter, cluster)))
+    return found
+
+
+def _stages(recipe: Recipe) -> dict[str, Any]:
+    return {name: getattr(recipe, name) for name in recipe.stages}
+
+
+# ---------------------------------------------------------------- shown
+
+
+def show(recipe: Recipe, cluster: Cluster) -> str:
+    """Every phase with its terms, the verdict, and what would make it fit."""
+    decided = resolved(recipe, cluster)
+    found = phases(recipe, decided)
+    if found is None:
+        return f"{recipe.name}: {unknown_model(recipe)}, so its memory cannot be told"
+    gpu, lines = usable(cluster), _told(cluster, decided)
+    for need in found:
+        verdict = f"{need.verdict(gpu)} in {cluster.gpu_memory:g}" if gpu else "cluster.gpu_memory names no GPU"
+        lines.append(f"{recipe.name}/{need.phase}: {need.total / GIB:.1f} GiB, {verdict}")
+        terms = [*need.terms, Term(f"fragmentation, {FRAGMENTATION:.0%} (estimate)", FRAGMENTATION * need.known)]
+        terms.append(Term("CUDA context and work spaces (estimate)", CONTEXT))
+        lines += [f"  {term.bytes / GIB:7.2f}  {term.what}" for term in terms if term.bytes >= GIB / 200]
+    if gpu:
+        lines.append(f"of {cluster.gpu_memory:g} GB torch can use about {gpu / GIB:.2f} GiB")
+    if gpu and any(need.verdict(gpu) == "does not fit" for need in found):
+        remedy = what_fits(recipe, cluster)
+        how = "say " + " ".join(remedy) if remedy else "no single change or pair of changes makes it fit: a larger GPU"
+        lines.append(f"to make it fit: {how}")
+    return "\n".join(lines)
+
+
+def unknown_model(recipe: Recipe) -> str:
+    """Why the sizes of a recipe's model are not known, as the beginning of a sentence."""
+    config = model_config(recipe.model)
+    if recipe.model.scratch:
+        return "its model is made from nothing"
+    if config is None:
+        return f"the config.json of {recipe.model.name} is neither bundled nor in the local cache"
+    return f"the architecture of {recipe.model.name}, {config.get('model_type')!r}, is not one that is known here"
+
+
+def _told(asked: Cluster, decided: Cluster) -> list[str]:
+    """What auto has become."""
+    words = []
+    for stage in ("sft", "grpo"):
+        old, new = getattr(asked, stage), getattr(decided, stage)
+        for name in ("per_device_batch_size", "deepspeed", "gradient_checkpointing"):
+            if getattr(old, name) != getattr(new, name):
+                words.append(f"cluster.{stage}.{name}={str(getattr(new, name)).lower()}")
+    for name in ("generation_batch_size", "evaluate_batch_size"):
+        if getattr(asked, name) != getattr(decided, name):
+            words.append(f"cluster.{name}={getattr(decided, name)}")
+    return [f"auto is {' '.join(words)}"] if words else []

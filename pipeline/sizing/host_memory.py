@@ -1,0 +1,93 @@
+"""What a stage needs of a node's own memory: what is offloaded to it, and what is loaded there before it is on a GPU.
+
+    too_large(recipe, cluster)      [(stage, bytes, what)] of stages that need more than a node has
+    limit(cluster)                  bytes of a node; None where nobody knows
+
+Offloaded states and loaded weights are exact; what a process itself takes is an estimate.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from pipeline.config.cluster import Cluster, process_count, wanted_gpus
+from pipeline.config.recipe import Recipe, Scratch
+from pipeline.core.cgroups import memory_limit
+from pipeline.sizing.memory import zero_of
+from pipeline.sizing.model_sizes import GIB, HALF, SINGLE, adapter_parameters, known_shape
+
+PROCESS = 3 * GIB  # Python, torch, CUDA's libraries and buffers of one process: an estimate
+SLURM_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
+UNITS = {"K": 2**10, "": 2**20, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class HostNeed:
+    """What a stage needs of each node."""
+
+    stage: str
+    bytes: float
+    what: str
+
+
+def limit(cluster: Cluster) -> float | None:
+    """Bytes that a stage may take of a node: what a job asks Slurm for, or what this machine has."""
+    if cluster.launcher != "local":
+        return slurm_bytes(cluster.slurm.memory or "")
+    mine = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    group, _ = memory_limit()  # a container or a job may have less
+    return min(mine, group) if group else mine
+
+
+def slurm_bytes(text: str) -> float | None:
+    """`64G`, `500M`, or `64000`, which Slurm reads as megabytes; None for 0 (all of a node) and for what it is not."""
+    found = SLURM_SIZE.fullmatch(text.strip())
+    return float(found[1]) * UNITS[found[2].upper()] or None if found else None
+
+
+def host_needs(recipe: Recipe, cluster: Cluster) -> list[HostNeed]:
+    """Of each stage, on a cluster whose `auto` is decided; nothing where model or layout are not known."""
+    if recipe.model.scratch:
+        drawn = SINGLE * _drawn(recipe.model.scratch)
+        return [HostNeed("preprocess", drawn, f"{drawn / GIB:.0f} of the weights that it draws in 32 bit")]
+    shape = known_shape(recipe.model)
+    if shape is None or not wanted_gpus(cluster):
+        return []
+    processes, found = process_count(cluster), []
+    lora = recipe.lora.enabled
+    trained = adapter_parameters(shape, recipe.lora) if lora else shape.parameters
+    for stage in recipe.stages:
+        layout = cluster.sft if stage == "sft" else cluster.grpo
+        if layout.deepspeed == "auto":
+            continue
+        zero, optimizer = zero_of(layout.deepspeed), (recipe.sft if stage == "sft" else recipe.grpo).optimizer
+        moments = 2 if "8bit" in optimizer.name else 8
+        offloaded = trained / cluster.nodes * (2 * SINGLE + moments) * zero.optimizer_on_cpu
+        offloaded += shape.parameters / cluster.nodes * HALF * zero.weights_on_cpu
+        loaded = 0.0  # a quantized model is read to its GPU, and ZeRO-3 maps the files
+        if recipe.model.quantization == "none" and zero.stage < 3:
+            loaded = shape.parameters * (HALF if lora else SINGLE) * processes
+        parts = [f"{processes * PROCESS / GIB:.0f} of {processes} processes (estimate)"]
+        if offloaded > loaded:
+            parts.insert(0, f"{offloaded / GIB:.0f} of what {layout.deepspeed} keeps there")
+        elif loaded:
+            wide = "16" if lora else "32"
+            parts.insert(0, f"{loaded / GIB:.0f} of the weights in {wide} bit, which each process loads there first")
+        found.append(HostNeed(stage, max(offloaded, loaded) + processes * PROCESS, " and ".join(parts)))
+    return found
+
+
+def _drawn(scratch: Scratch) -> int:
+    """Weights of the matrices of a model from nothing, whose head is its embedding."""
+    key = scratch.hidden_size * scratch.key_value_heads // scratch.heads
+    attention = scratch.hidden_size * 2 * (scratch.hidden_size + key)
+    layer = attention + 3 * scratch.hidden_size * scratch.intermediate_size
+    return scratch.vocabulary * scratch.hidden_size + scratch.layers * layer
+
+
+def too_large(recipe: Recipe, cluster: Cluster) -> list[HostNeed]:
+    """The stages that need more of a node than it has, on a cluster whose `auto` is decided."""
+    most = limit(cluster)
+    return [need for need in host_needs(recipe, cluster) if most is not None and need.bytes > most]

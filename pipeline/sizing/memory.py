@@ -1,0 +1,308 @@
+"""What a stage needs of each GPU, term by term, from the model's configuration alone: no weights, no GPU, no torch.
+
+    phases(recipe, cluster)     of every stage, on a cluster whose `auto` is decided; None where the model is not known
+
+Weights and states are exact; what a layer keeps or needs of a token is counted in model_sizes.py. What is not counted
+is estimated, and says so: the CUDA context, fragmentation, the kernels' work spaces. fitting.py decides `auto` by it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.config.cluster import AUTO_EVALUATE, DEEPSPEED, Cluster, batches, generation_sizes, process_count
+from pipeline.config.recipe import Model, Optimizer, Recipe
+from pipeline.sizing.model_sizes import (
+    GIB,
+    HALF,
+    SINGLE,
+    Shape,
+    adapter_parameters,
+    head_bytes,
+    kept_per_token,
+    known_shape,
+    prefill_per_token,
+)
+
+USABLE = 10.75 / 11  # of the memory on a card's box: what torch sees of an RTX 2080 Ti; larger cards lose less
+CONTEXT = 0.75 * GIB  # CUDA context, NCCL, cuBLAS work spaces: an estimate
+FRAGMENTATION = 0.15  # of everything else: an estimate; public runs had 8 to 46 %
+TIGHT = 0.9  # of the GPU's memory
+REUSE = 10**9  # elements: DeepSpeed's stage3_max_reuse_distance, below which a gathered layer is kept for its next use
+SAMPLED = 32  # bytes of each row and word while a token is drawn: logits in 32 bit, sorted, with their indices
+
+Stage = Literal["sft", "grpo"]
+
+
+@dataclass(frozen=True)
+class Term:
+    what: str
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one phase of a stage needs of each GPU."""
+
+    phase: str  # sft; grpo, learning; grpo, generating; evaluate
+    terms: tuple[Term, ...]
+
+    @property
+    def known(self) -> float:
+        """Bytes of everything that is counted."""
+        return sum(term.bytes for term in self.terms)
+
+    @property
+    def total(self) -> float:
+        return self.known * (1 + FRAGMENTATION) + CONTEXT
+
+    def verdict(self, gpu: float) -> Literal["fits", "tight", "does not fit"]:
+        """`gpu`: the bytes that can be used, as `usable` gives them."""
+        return "fits" if self.total <= TIGHT * gpu else "tight" if self.total <= gpu else "does not fit"
+
+
+def usable(cluster: Cluster) -> float:
+    """Bytes of each GPU that torch can use; 0 where the cluster's file names no memory."""
+    return (cluster.gpu_memory or 0) * GIB * USABLE
+
+
+def phases(recipe: Recipe, cluster: Cluster) -> list[Need] | None:
+    """Every phase of the recipe's stages on a cluster whose `auto` is decided; None where the model is not known."""
+    shape = known_shape(recipe.model)
+    if shape is None:
+        return None
+    found = [need for stage in recipe.stages for need in training_needs(recipe, cluster, shape, stage)]
+    return [*found, evaluation_need(recipe, cluster, shape)]
+
+
+# ---------------------------------------------------------------- weights
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The base model as it lies in memory, in bytes."""
+
+    what: str
+    matrices: float  # of the linear maps, packed where they are quantized
+    others: float  # embedding, head, norms, biases
+    scales: float  # of packed matrices: ZeRO-3 does not share them out
+
+    @property
+    def total(self) -> float:
+        return self.matrices + self.others + self.scales
+
+
+def weights_of(model: Model, shape: Shape) -> Weights:
+    kind, wide = model.quantization, SINGLE if model.dtype == "float32" else HALF
+    others = shape.others * wide
+    if kind == "nf4":  # half a byte; a byte of scale a 64 weights, a float32 of double quantization a 256 scales
+        scales = shape.matrices * (1 / 64 + 4 / (64 * 256))
+        return Weights("weights, nf4 with double quantization", shape.matrices / 2, others, scales)
+    if kind == "int8":  # a byte, and a float32 of scale a row
+        scales = 4 * shape.layers * sum(high for _, high in shape.linears.values())
+        return Weights("weights, 8 bit", shape.matrices, others, scales)
+    return Weights(f"weights, {8 * wide} bit", shape.matrices * wide, others, 0)
+
+
+def _unpacked(recipe: Recipe, shape: Shape) -> list[Term]:
+    """A quantized matrix is unpacked before it multiplies."""
+    if recipe.model.quantization == "none":
+        return []
+    return [Term("one matrix unpacked", HALF * max(wide * high for wide, high in shape.linears.values()))]
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What a file of deepspeed/ shares out among the GPUs, and what it keeps in the CPU's memory instead."""
+
+    stage: int
+    optimizer_on_cpu: bool
+    weights_on_cpu: bool
+    gradient: int = SINGLE  # bytes of an element of the sum of gradients
+
+
+def zero_of(deepspeed: str) -> Zero:
+    if deepspeed == "none":
+        return Zero(0, False, False)
+    settings = json.loads((DEEPSPEED / f"{deepspeed}.json").read_text(encoding="utf-8"))
+    zero, summed = settings["zero_optimization"], settings.get("data_types", {}).get("grad_accum_dtype")
+    gradient = SINGLE if summed == "fp32" else HALF
+    return Zero(int(zero["stage"]), "offload_optimizer" in zero, "offload_param" in zero, gradient)
+
+
+def states_of(trained: int, optimizer: Optimizer, zero: Zero, world: int, lora: bool) -> list[Term]:
+    """Weights that are trained, their gradients, and what the optimizer keeps of them."""
+    name = "adapters" if lora else "weights"
+    moments = trained * (2 if "8bit" in optimizer.name else 8)
+    if zero.stage == 0:
+        return [
+            Term(f"{name}, float32", trained * SINGLE),
+            Term("gradients", trained * SINGLE),
+            Term(f"optimizer, {optimizer.name}", moments),
+        ]
+    share = f", 1/{world}" if world > 1 else ""
+    parted = zero.stage == 3
+    kept = 0.0 if zero.weights_on_cpu else trained * HALF / (world if parted else 1)
+    weights = Term(f"{name}, 16 bit{share if parted else ''}", kept)
+    if zero.optimizer_on_cpu:
+        return [weights, Term(f"gradients on their way to the CPU{share}", trained * HALF / world)]
+    return [
+        weights,
+        Term(f"gradients{share}", trained * zero.gradient / world),
+        Term(f"float32 copy{share}", trained * SINGLE / world),
+        Term(f"optimizer, {optimizer.name}{share}", moments / world),
+    ]
+
+
+def _reference(shape: Shape, trained: int, zero: Zero, world: int, lora: bool) -> Term:
+    """What `grpo.beta` measures the distance from: a copy of the adapter, or of the model."""
+    wide = HALF if zero.stage else SINGLE
+    share = 0.0 if zero.weights_on_cpu else 1 / world if zero.stage == 3 else 1.0
+    what, weights = ("reference adapter", trained) if lora else ("reference model", shape.parameters)
+    return Term(what + (f", 1/{world}" if 0 < share < 1 else ""), weights * wide * share)
+
+
+# ---------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What the phases of a training stage are counted from."""
+
+    recipe: Recipe
+    shape: Shape
+    zero: Zero
+    world: int
+    rows: int  # of a device at once
+    checkpointing: bool
+    trained: int  # weights
+
+    @property
+    def lora(self) -> bool:
+        return self.recipe.lora.enabled
+
+    @property
+    def whole(self) -> Weights:
+        """The model that a GPU computes with: the base, or what is trained itself, in 16 bit."""
+        if self.lora:
+            return weights_of(self.recipe.model, self.shape)
+        return Weights("weights, 16 bit", self.shape.matrices * HALF, self.shape.others * HALF, 0)
+
+
+def training_needs(recipe: Recipe, cluster: Cluster, shape: Shape, stage: Stage) -> list[Need]:
+    """The phases of a training stage: of GRPO learning and generating."""
+    settings = recipe.sft if stage == "sft" else recipe.grpo
+    given = cluster.sft if stage == "sft" else cluster.grpo
+    sizes, _ = batches(cluster, recipe, stage)
+    layout = _Layout(
+        recipe,
+        shape,
+        zero_of(given.deepspeed),
+        cluster.nodes * process_count(cluster),
+        sizes.per_device if sizes else 1,
+        given.gradient_checkpointing is True,
+        adapter_parameters(shape, recipe.lora) if recipe.lora.enabled else shape.parameters,
+    )
+    held = states_of(layout.trained, settings.optimizer, layout.zero, layout.world, layout.lora)
+    if layout.lora:
+        held = [*_base_held(layout), *held]
+    if stage == "grpo" and recipe.grpo.beta:
+        held.append(_reference(shape, layout.trained, layout.zero, layout.world, layout.lora))
+    if stage == "sft":
+        return [_learning("sft", layout, held, recipe.sft.max_length, recipe.sft.max_length)]
+    tokens = recipe.grpo.max_prompt_length + recipe.grpo.max_completion_length
+    together = cluster.generation_batch_size
+    if together == "auto":  # not decided yet: the least there is
+        together = generation_sizes(recipe, sizes)[-1] if sizes else layout.rows
+    low = HALF if layout.zero.stage else SINGLE
+    asking = _asking(recipe, shape, together, recipe.grpo.max_prompt_length, tokens, low)
+    return [
+        _learning("grpo, learning", layout, held, tokens, recipe.grpo.max_completion_length),
+        Need("grpo, generating", (*held, *_whole_model(layout), *_unpacked(recipe, shape), asking)),
+    ]
+
+
+def _learning(phase: str, layout: _Layout, held: list[Term], tokens: int, scored: int) -> Need:
+    recipe, shape, rows = layout.recipe, layout.shape, layout.rows
+    flash = recipe.model.attention == "flash_attention_2"
+    whole, only_input = kept_per_token(shape, recipe.lora if layout.lora else None, repeated=not flash)
+    each = only_input if layout.checkpointing else whole
+    kept = Term(f"activations, {rows} × {tokens} tokens", rows * tokens * shape.layers * each)
+    again = Term("one layer computed again", rows * tokens * whole * layout.checkpointing)
+    head = head_bytes(shape, rows * scored, full=not layout.lora)
+    head_term = Term(f"head and loss of {rows * scored} tokens, in tiles", head)
+    later = max(again, head_term, key=lambda term: term.bytes)  # the backward pass leaves the head before a layer
+    return Need(phase, (*held, *_gathered_layers(layout), *_unpacked(recipe, shape), kept, later))
+
+
+def _base_held(layout: _Layout) -> list[Term]:
+    """The frozen base under an adapter, between two passes."""
+    base, zero = layout.whole, layout.zero
+    if zero.stage != 3:
+        return [Term(base.what, base.total)]
+    where = "on the CPU" if zero.weights_on_cpu else f"1/{layout.world}"
+    shared = 0.0 if zero.weights_on_cpu else (base.matrices + base.others) / layout.world
+    held = [Term(f"{base.what}, {where}", shared)]
+    if layout.recipe.model.quantization == "int8":  # bitsandbytes keeps what it has multiplied with
+        held.append(Term("8-bit matrices, which ZeRO-3 does not share out", base.matrices))
+    return [*held, Term("scales of all of them", base.scales)] if base.scales else held
+
+
+def _gathered_layers(layout: _Layout) -> list[Term]:
+    """Under ZeRO-3: the layer that computes and the next, those kept for their next use, and the head."""
+    if layout.zero.stage != 3:
+        return []
+    whole, shape = layout.whole, layout.shape
+    layer = whole.matrices / shape.layers
+    passes = 3 if layout.checkpointing else 2  # forward, again, backward: what lies between two uses of a layer
+    kept = min(REUSE * HALF / (passes * layer), shape.layers - 2)
+    if layout.lora and layout.recipe.model.quantization == "int8":
+        layer = 0.0  # they are held whole already
+    what = f"{2 + kept:.0f} layers and the head gathered from elsewhere"
+    return [Term(what, (2 + kept) * layer + shape.vocabulary * shape.hidden * HALF)]
+
+
+def _whole_model(layout: _Layout) -> list[Term]:
+    """Under ZeRO-3 TRL gathers all weights before it generates, and each process keeps its part of them as well."""
+    if layout.zero.stage != 3:
+        return []
+    whole, adapters = layout.whole, 2 if layout.recipe.grpo.beta else 1  # the reference is one of them
+    gathered = whole.matrices + whole.others + (adapters * layout.trained * HALF if layout.lora else 0)
+    if layout.lora and layout.recipe.model.quantization == "int8":
+        gathered -= whole.matrices  # counted as held already; while all are gathered there is no second copy
+    return [Term("the whole model, gathered to generate", gathered)]
+
+
+# ---------------------------------------------------------------- generating
+
+
+def _asking(recipe: Recipe, shape: Shape, rows: int, prompt: int, tokens: int, low: int) -> Term:
+    """The larger of two moments: when the prompts of a batch are read, and when its last token is drawn.
+
+    At the end the keys and values of one layer are there twice more: copied to be longer by a token, and repeated for
+    the heads that share them.
+    """
+    cache = 2 * shape.layers * shape.key * HALF
+    reading = rows * prompt * (cache + prefill_per_token(shape, lora=recipe.lora.enabled, low=low))
+    repeated = 2 * shape.query * HALF * (shape.query > shape.key)
+    ending = rows * (tokens * (cache + cache / shape.layers + repeated) + shape.vocabulary * SAMPLED)
+    if reading > ending:
+        return Term(f"reading {rows} prompts of {prompt} tokens, with their key/value cache", reading)
+    return Term(f"key/value cache, {rows} × {tokens} tokens, and drawing the next", ending)
+
+
+def evaluation_need(recipe: Recipe, cluster: Cluster, shape: Shape) -> Need:
+    """An evaluation's; its adapters are held and computed in 32 bit, as PEFT loads them."""
+    rows = AUTO_EVALUATE if cluster.evaluate_batch_size == "auto" else cluster.evaluate_batch_size
+    prompt = recipe.grpo.max_prompt_length
+    asking = _asking(recipe, shape, rows, prompt, prompt + recipe.evaluate.max_new_tokens, SINGLE)
+    weights = weights_of(recipe.model, shape)
+    terms = [Term(weights.what, weights.total)]
+    if recipe.lora.enabled:
+        terms.append(Term("adapters, float32", adapter_parameters(shape, recipe.lora) * SINGLE))
+    most = cluster.max_memory.gpu * GIB if cluster.max_memory and cluster.max_memory.gpu else None
+    if most and most < sum(term.bytes for term in terms):
+        terms = [Term(f"{weights.what}, the others on the CPU", most)]
+    return Need("evaluate", (*terms, *_unpacked(recipe, shape), asking))

@@ -1,0 +1,101 @@
+"""A recipe made small enough to be tried in minutes: every wire of a long run, and no result.
+
+    bash run_pipeline.sh deepseek7b --rehearse          in runs/deepseek7b-rehearsal/, marked wherever it is shown
+
+What stays: the stages, the model's architecture, chat format, quantization, LoRA, ZeRO stages, optimizers, rewards and
+launcher. What shrinks: the model (random weights, its own tokenizer), the rows, the steps, the answers and batches. A
+data set of the hub is stood for by the few rows in its schema that the project ships; a file of the user's is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast, get_args, get_type_hints
+
+from pipeline.config.architectures import model_config
+from pipeline.config.cluster import Cluster, process_count
+from pipeline.config.recipe import Evaluate, Grpo, Recipe, Scratch, Sft, TaskChoice
+from pipeline.core.errors import RecipeError
+from pipeline.tasks.task import Task, task_of
+
+SUFFIX = "-rehearsal"
+STEPS = 4  # of SFT; GRPO takes half as many
+WORDS = 16  # tokens of a completion
+ARCHITECTURES: tuple[str, ...] = get_args(get_type_hints(Scratch)["architecture"])
+
+
+def rehearsal_of(recipe: Recipe, cluster: Cluster | None) -> Recipe:
+    """The recipe in small. RecipeError where its model's architecture is not known or not one that can be drawn."""
+    model, task = recipe.model, task_of(recipe.task, recipe.seed)
+    processes = cluster.nodes * process_count(cluster) if cluster else 1
+    group = recipe.grpo.num_generations
+    batch = processes * 2
+    grpo_batch = group * processes
+    return replace(
+        recipe,
+        name=recipe.name + SUFFIX,
+        rehearsal=True,
+        model=replace(model, scratch=_scratch(recipe), gguf=None, chat_template=model.chat_template or "chatml"),
+        task=_task(recipe.task, task),
+        sft=replace(
+            recipe.sft,
+            max_steps=STEPS,
+            global_batch_size=batch,
+            validate_every=STEPS // 2 if recipe.sft.validate_every else None,
+            optimizer=_plain(recipe.sft),
+        ),
+        grpo=replace(
+            recipe.grpo,
+            max_steps=STEPS // 2,
+            global_batch_size=grpo_batch,
+            max_completion_length=WORDS,
+            optimizer=_plain(recipe.grpo),
+        ),
+        evaluate=_evaluate(recipe.evaluate),
+    )
+
+
+def _task(choice: TaskChoice, task: Task) -> TaskChoice:
+    params = {**choice.params, **task.rehearsal()}
+    if task.source == "hub" and "sample" in task.sources:
+        return replace(choice, source="sample", revision=None, params=params)
+    return replace(choice, params=params)
+
+
+def _scratch(recipe: Recipe) -> Scratch:
+    """Two narrow layers of the model's architecture, with its ratio of key/value heads."""
+    if recipe.model.scratch:
+        given = recipe.model.scratch
+        return replace(given, hidden_size=32, layers=1, heads=2, key_value_heads=2, intermediate_size=64)
+    config = model_config(recipe.model)
+    kind = (config or {}).get("model_type")
+    if config is None or kind not in ARCHITECTURES:
+        what = (
+            f"its architecture is {kind!r}" if config else "its config.json is neither bundled nor in the local cache"
+        )
+        raise RecipeError(
+            f"model.name: {recipe.model.name} cannot be rehearsed, {what}; known: {', '.join(ARCHITECTURES)} "
+            "(python -m pipeline fetch brings the config of another)"
+        )
+    grouped = config.get("num_key_value_heads", 1) != config.get("num_attention_heads", 1)
+    return Scratch(
+        architecture=cast(Any, kind),
+        vocabulary=600,
+        hidden_size=64,
+        layers=2,
+        heads=4,
+        key_value_heads=2 if grouped else 4,
+        intermediate_size=128,
+        context=max(recipe.sft.max_length, recipe.grpo.max_prompt_length + recipe.grpo.max_completion_length),
+        rope_theta=10_000.0,
+        initializer_range=0.02,
+    )
+
+
+def _plain(stage: Sft | Grpo) -> Any:
+    """The stage's optimizer with a schedule that fits a few steps."""
+    return replace(stage.optimizer, schedule="linear", schedule_args=None, warmup=0)
+
+
+def _evaluate(given: Evaluate) -> Evaluate:
+    return replace(given, limit=4, max_new_tokens=WORDS, draws=50)

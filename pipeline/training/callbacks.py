@@ -1,0 +1,196 @@
+"""Callbacks that watch a trainer: progress, history, skipped steps, divergence, and GRPO steps that teach nothing.
+
+They write no weights. `Watch` and `Signal` keep their counts in the trainer's checkpoints, so that a step that was
+interrupted continues to count where it was.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
+
+from pipeline.core.files import read_json, write_json
+from pipeline.training import distributed
+from pipeline.workflow.artifact import HISTORY
+from pipeline.workflow.runtime import Runtime
+
+SHOWN = ("loss", "eval_loss", "reward", "completions/mean_length")  # on the progress bar, where they are logged
+# Skipped float16 steps in a row that end a run. A scale of 2^16 reaches 1 after 17 of them, where DeepSpeed itself
+# gives up; GradScaler never does.
+MOST_SKIPS = 50
+AT_MINIMUM = "loss scale already at minimum"  # DeepSpeed's message when its scale is 1 and the gradients still overflow
+MANY = 0.9  # share of the steps that is worth a warning
+IDLE_STEPS = 10  # GRPO steps in a row without anything to learn, after which the log and `status` say so
+
+
+class NothingLeft(Exception):
+    """The checkpoint that training resumes from is its end: all steps are done, or the patience is used up."""
+
+
+class Watch(TrainerCallback, ExportableState):
+    """Keeps progress.json up to date, counts skipped steps, saves every `cluster.save_steps`, ends a run that diverged.
+
+    In float16 the gradients are computed of a scaled loss. Where they overflow, the optimizer's step is skipped and the
+    scale is lowered: an ordinary event, which DeepSpeed and accelerate report with an infinite gradient norm. So a
+    run has diverged when its loss is not finite, when a step was taken with a gradient norm that is not finite, or
+    when `MOST_SKIPS` steps in a row were skipped.
+    """
+
+    def __init__(self, runtime: Runtime, trainer: Trainer) -> None:
+        self.runtime = runtime
+        self.trainer = trainer
+        self.progress = runtime.progress
+        self.broken: str | None = None
+        self.skipped = 0
+        self.in_a_row = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"skipped": self.skipped, "in_a_row": self.in_a_row}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):  # a checkpoint from before it had a state cannot be saved again
+                state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+        self.progress.update(
+            state="running", done=state.global_step, first=state.global_step, total=state.max_steps, note=""
+        )
+        if state.global_step >= state.max_steps or any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.trainer.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)
+        ):
+            raise NothingLeft  # the trainer would take one more step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self.progress.update(done=state.global_step)
+        if state.global_step % self.runtime.cluster.save_steps == 0:
+            control.should_save = True  # also where the trainer itself saves at its validations
+        if not (args.fp16 and self.trainer.accelerator.optimizer_step_was_skipped):
+            self.in_a_row = 0
+            return
+        self.skipped += 1
+        self.in_a_row += 1
+        self.progress.update(figures={"skipped": self.skipped}, force=True)
+        if self.runtime.rank == 0:
+            print(
+                f"step {state.global_step}: skipped, its gradients overflowed float16; the loss scale is lowered "
+                f"({self.skipped} skipped so far)",
+                flush=True,
+            )
+        if self.in_a_row >= MOST_SKIPS:
+            self._end(control, f"the gradients of {self.in_a_row} steps in a row overflowed float16")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: object,
+    ) -> None:
+        logs = logs if logs is not None else {}
+        figures = {name.rpartition("/")[2]: float(value) for name, value in logs.items() if name in SHOWN}
+        self.progress.update(figures=figures)
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(float(logs.get(name, 0.0)))]
+        if self.in_a_row and bad == ["grad_norm"]:
+            state.log_history[-1]["grad_norm"] = None  # the step was not taken
+        elif bad and not control.should_training_stop:
+            self._end(control, f"{bad[0]} is {logs[bad[0]]} at step {state.global_step}")
+        if args.fp16 and "loss" in logs:
+            logs["skipped_steps"] = state.log_history[-1]["skipped_steps"] = self.skipped
+
+    def _end(self, control: TrainerControl, reason: str) -> None:
+        self.broken = reason
+        control.should_training_stop = True
+        control.should_evaluate = control.should_save = False  # a rerun would resume from the weights that diverged
+
+
+class Signal(TrainerCallback, ExportableState):
+    """Counts GRPO steps from which nothing can be learned, warns of them, and ends the run where the cluster says so.
+
+    A step teaches nothing when the completions of each group have the same reward (TRL's `frac_reward_zero_std` is 1:
+    every advantage is 0), and little when every completion was cut at its longest (`completions/clipped_ratio` is 1).
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.broken: str | None = None
+        self.steps = self.flat = self.cut = self.idle = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in ("steps", "flat", "cut", "idle")}}
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: object,
+    ) -> None:
+        if not logs or "frac_reward_zero_std" not in logs:
+            return
+        flat, cut = (logs.get(name, 0.0) >= 1 for name in ("frac_reward_zero_std", "completions/clipped_ratio"))
+        self.steps, self.flat, self.cut = self.steps + 1, self.flat + flat, self.cut + cut
+        before, self.idle = self.idle, self.idle + 1 if flat or cut else 0
+        reason = "no group has rewards that differ" if flat else "every completion is cut at its longest"
+        if self.idle == IDLE_STEPS:
+            self.runtime.progress.update(note=reason)
+            if self.runtime.rank == 0:
+                print(f"warning: {reason}, {IDLE_STEPS} steps in a row up to step {state.global_step}", flush=True)
+        elif before >= IDLE_STEPS and not self.idle:
+            self.runtime.progress.update(note="")
+        limit = self.runtime.cluster.max_idle_steps
+        if limit and self.idle >= limit and distributed.agree(True):
+            self.broken = f"{reason}, {self.idle} steps in a row up to step {state.global_step}"
+            control.should_training_stop = True
+
+    def warn(self) -> None:
+        """Report at the end of training what most of its steps lacked."""
+        if self.flat and self.flat >= MANY * self.steps:
+            self.runtime.warn(
+                f"in {self.flat} of {self.steps} steps no group of completions had rewards that differ, so GRPO "
+                "learned nothing from them. Fix: use prompts that the model can solve at times, more "
+                "grpo.num_generations, or a reward that tells the completions apart"
+            )
+        if self.cut and self.cut >= MANY * self.steps:
+            self.runtime.warn(
+                f"in {self.cut} of {self.steps} steps every completion was cut at grpo.max_completion_length tokens. "
+                "Fix: raise it, or start from a model that ends its answers (the SFT step)"
+            )
+
+    def metrics(self) -> dict[str, int]:
+        """How many GRPO steps had no spread and how many only cut completions; empty for SFT."""
+        return {"steps_without_spread": self.flat, "steps_all_cut": self.cut} if self.steps else {}
+
+
+def restore_callbacks(trainer: Trainer, checkpoint: Path) -> None:
+    """Give the trainer's callbacks the state that they had at a checkpoint: counts, and early stopping's patience.
+
+    transformers' own `restore_callback_states_from_checkpoint` makes the callbacks anew from what they saved, which
+    callbacks that hold a trainer cannot be.
+    """
+    saved = (read_json(checkpoint / "trainer_state.json") or {}).get("stateful_callbacks", {})
+    for callback in trainer.callback_handler.callbacks:
+        record = saved.get(type(callback).__name__)
+        if isinstance(callback, ExportableState) and isinstance(record, dict):
+            for name, value in record.get("attributes", {}).items():
+                setattr(callback, name, value)
+
+
+def write_history(history: list[dict[str, Any]], out: Path) -> None:
+    """The trainer's log, one entry a logging step, for the report's curves."""
+    write_json(out / HISTORY, history)

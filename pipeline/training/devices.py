@@ -1,0 +1,169 @@
+"""The devices that a stage really runs on: refused where they are not what the cluster asks for, and written down.
+
+    check_devices(cluster, rehearsal=False)     at the start of a stage process: LaunchError, or sentences that warn
+    describe(recipe, cluster, stage, world)     for the artifact: names, precision, attention, layout, planned memory
+    explain_out_of_memory(error, stage, cluster)    the sentence for a GPU whose memory ran out
+
+Reads torch and /dev only; chooses nothing. Precision and attention are chosen in modeling.py.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from typing import Any, Literal
+
+import torch
+
+from pipeline.config.cluster import Cluster, driver_devices, wanted_gpus
+from pipeline.config.recipe import Recipe
+from pipeline.core.errors import LaunchError
+from pipeline.models.loading import choose_attention, choose_dtype
+from pipeline.sizing.fitting import needs
+from pipeline.sizing.model_sizes import GIB
+from pipeline.workflow.layouts import stage_layout
+
+ALLOW_CPU = "THEREFORE_ALLOW_CPU"  # 1: stages of a cluster with GPUs may run on CPUs, for tests of the cluster's file
+LESS = 0.9  # share of cluster.gpu_memory that a card may fall short by its driver's own use
+
+
+def check_devices(cluster: Cluster, *, rehearsal: bool) -> list[str]:
+    """LaunchError where GPUs are asked for that this process cannot use; returns sentences about those that differ.
+
+    A rehearsal of a shrunken model, whose figures are no results, may run on a CPU, with a sentence.
+    """
+    if not wanted_gpus(cluster):
+        return []
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if why := unusable(local):
+        if rehearsal or os.environ.get(ALLOW_CPU) == "1":
+            return [f"cluster.gpus: got {cluster.gpus}, but this ran on the CPU: {why}"]
+        raise LaunchError(
+            f"cluster.gpus: got {cluster.gpus} on {os.uname().nodename}, where torch cannot use a GPU; {why}. "
+            "cluster.gpus=0 trains on the CPU"
+        )
+    if local >= torch.cuda.device_count():
+        raise LaunchError(
+            f"cluster.processes: got a process number {local + 1} on {os.uname().nodename}; expected one for each of "
+            f"its {torch.cuda.device_count()} GPUs. Fix: cluster.processes={torch.cuda.device_count()}"
+        )
+    return _differences(cluster, local)
+
+
+def unusable(index: int = 0) -> str | None:
+    """Why torch cannot compute on a GPU here, with the remedy; None where it can. Makes GPU `index` the current one."""
+    if torch.cuda.is_available():
+        try:
+            if index < torch.cuda.device_count():
+                torch.cuda.set_device(index)
+                torch.zeros(1, device=f"cuda:{index}")
+        except (RuntimeError, AssertionError) as error:
+            return (
+                f"CUDA fails at its first use: {str(error).strip().splitlines()[0]}. Fix: another node, or its driver"
+            )
+        return None
+    built = torch.version.cuda or torch.version.hip
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", os.environ.get("HIP_VISIBLE_DEVICES"))
+    if built is None:
+        return f"torch {torch.__version__} has neither CUDA nor ROCm. Fix: run scripts/setup on a node with a GPU"
+    if not driver_devices():
+        return "no driver has made a device (/dev/nvidia0, /dev/kfd). Fix: a node with GPUs, by --gres or the partition"
+    if visible in ("", "-1"):
+        return (
+            "CUDA_VISIBLE_DEVICES hides them all. Fix: unset it, or ask Slurm for them (cluster.slurm.gpu_type, --gres)"
+        )
+    return (
+        f"torch {torch.__version__} was built for {built}, and the driver does not offer it. Fix: compare nvidia-smi's "
+        "CUDA version; install an older torch or a newer driver"
+    )
+
+
+def _differences(cluster: Cluster, index: int) -> list[str]:
+    """What the cluster's file says of its GPUs and this one is not."""
+    card = torch.cuda.get_device_properties(index)
+    found = []
+    if cluster.gpu_memory and card.total_memory < LESS * cluster.gpu_memory * GIB:
+        found.append(
+            f"cluster.gpu_memory: got {cluster.gpu_memory:g}; expected at most {card.total_memory / GIB:.1f}, which "
+            f"{card.name} has. Fix: cluster.gpu_memory={card.total_memory / GIB:.1f}, so that batches are chosen for it"
+        )
+    capability = card.major + card.minor / 10
+    if cluster.compute_capability and torch.version.hip is None and capability != cluster.compute_capability:
+        found.append(
+            f"cluster.compute_capability: got {cluster.compute_capability:g}; expected {capability:g}, which "
+            f"{card.name} has. Fix: cluster.compute_capability={capability:g}; precision follows the card"
+        )
+    return found
+
+
+def describe(recipe: Recipe, cluster: Cluster, stage: str, world: int) -> dict[str, Any]:
+    """What a stage runs on and how, as plain values for the artifact's provenance."""
+    on_gpu = torch.cuda.is_available()
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "precision": str(choose_dtype(recipe.model)).removeprefix("torch."),
+        "attention": choose_attention(recipe.model),
+    }
+    if on_gpu:
+        card = torch.cuda.get_device_properties(torch.cuda.current_device())
+        found["compute_capability"] = card.major + card.minor / 10
+        found["gpu_memory_gib"] = round(card.total_memory / GIB, 2)
+        found["runtime"] = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    if stage in ("sft", "grpo"):
+        found["layout"] = str(stage_layout(recipe, cluster, stage, processes=world))
+    planned = {need.phase: round(need.total / GIB, 2) for need in needs(recipe, cluster) or ()}
+    mine = {phase: size for phase, size in planned.items() if phase.split()[0].rstrip(",:") == stage}
+    if mine:
+        found["planned_gib"] = mine
+    return found
+
+
+def measured() -> dict[str, float]:
+    """The most GiB that this process has held: allocated and reserved of its GPU, or resident where it has none."""
+    if torch.cuda.is_available():
+        return {
+            "allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
+            "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
+        }
+    return {"resident_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 3)}
+
+
+def explain_out_of_memory(error: BaseException, stage: str, cluster: Cluster) -> str | None:
+    """The sentence for a GPU whose memory ran out, with what to change; None for any other error."""
+    text = str(error)
+    if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in text:
+        return None
+    if "DefaultCPUAllocator" in text:
+        return (
+            f"{stage}: the host's memory ran out ({text.strip().splitlines()[0]}). Fix: raise cluster.slurm.memory, or "
+            "lower cluster.processes"
+        )
+    held = measured()
+    reserved = f" with {held['reserved_gib']:.1f} GiB reserved" if "reserved_gib" in held else ""
+    return (
+        f"{stage}: the GPU's memory ran out{reserved}. Fix: {_remedies(stage, cluster)}; the same command then resumes"
+    )
+
+
+def _remedies(stage: str, cluster: Cluster) -> str:
+    """Overrides that need less memory than what the stage had."""
+    if stage not in ("sft", "grpo"):
+        size = cluster.evaluate_batch_size
+        smaller = max(1, size // 2) if isinstance(size, int) else 8
+        spread = "cluster.max_memory={gpu: GIB, cpu: GIB} keeps a part of the model on the CPU"
+        return spread if size == 1 else f"cluster.evaluate_batch_size={smaller}, or {spread}"
+    kind: Literal["sft", "grpo"] = "sft" if stage == "sft" else "grpo"
+    layout, words = getattr(cluster, kind), []
+    rows = layout.per_device_batch_size
+    if rows == "auto" or rows > 1:
+        words.append(f"cluster.{kind}.per_device_batch_size={1 if rows == 'auto' else max(1, rows // 2)}")
+    if layout.gradient_checkpointing is not True:
+        words.append(f"cluster.{kind}.gradient_checkpointing=true")
+    if kind == "grpo" and cluster.generation_batch_size == "auto":
+        words.append("cluster.generation_batch_size=N below what the log shows")
+    elif kind == "grpo":
+        words.append("a smaller cluster.generation_batch_size")
+    if layout.deepspeed in ("none", "zero2"):
+        words.append(f"cluster.{kind}.deepspeed=zero3 (a step that has checkpoints starts again)")
+    shorter = "sft.max_length" if kind == "sft" else "grpo.max_completion_length"
+    return f"{', '.join(words) or 'larger GPUs'}, or a smaller {shorter} (another step)"

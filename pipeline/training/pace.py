@@ -1,0 +1,67 @@
+"""How long training will take, measured on its first steps: hours in the log, a warning where they exceed the limit."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pipeline.config.site import minutes
+from pipeline.core.slurm_client import job_end
+from pipeline.workflow.runtime import Runtime
+
+MEASURED = 2  # steps, after the first of an attempt, which also compiles and fills caches
+
+
+class Pace(TrainerCallback):
+    """Times the steps after an attempt's first, then reports once what those that are left will take at this rate."""
+
+    def __init__(self, runtime: Runtime, stage: str, clock: Callable[[], float] = time.time) -> None:
+        self.runtime, self.stage, self.clock = runtime, stage, clock
+        self.ends: list[float] = []
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        if len(self.ends) > MEASURED:
+            return
+        self.ends.append(self.clock())
+        left = state.max_steps - state.global_step
+        if len(self.ends) <= MEASURED or left <= 0:
+            return
+        seconds = (self.ends[-1] - self.ends[0]) / MEASURED
+        if self.runtime.rank == 0:
+            print(
+                f"pace: {seconds:.3g} s a step, {hours(seconds * left)} for the {left} steps that are left", flush=True
+            )
+        if sentence := too_slow(seconds, left, self._attempt(), self.stage):
+            self.runtime.warn(sentence)
+
+    def _attempt(self) -> float | None:
+        """Seconds that an attempt may train before it has to save; None where nothing limits it."""
+        slurm = self.runtime.cluster.slurm
+        if self.runtime.cluster.launcher != "local":
+            return minutes(getattr(slurm.time, self.stage)) * 60.0 - slurm.save_seconds(self.stage)
+        end = job_end() if self.runtime.rank == 0 else None  # a job that someone made around the local launcher
+        return None if end is None else end - slurm.save_seconds(self.stage) - self.clock()
+
+
+def too_slow(seconds: float, left: int, attempt: float | None, stage: str) -> str | None:
+    """The sentence for steps that take longer than one attempt: how many it needs. None where one is enough."""
+    if attempt is None or seconds * left <= attempt:
+        return None
+    if attempt < seconds:
+        how = "not one step fits an attempt"
+    else:
+        how = f"about {math.ceil(left / (attempt // seconds))} attempts, each of which saves, queues again and resumes"
+    shorter = "sft.max_steps or sft.epochs" if stage == "sft" else "grpo.max_steps or grpo.max_completion_length"
+    return (
+        f"at {seconds:.3g} s a step the {left} steps that are left take {hours(seconds * left)}, and an attempt has "
+        f"{hours(max(attempt, 0))} (cluster.slurm.time.{stage}): {how}. Fix: raise cluster.slurm.time.{stage}, use "
+        f"more GPUs, or lower {shorter}"
+    )
+
+
+def hours(seconds: float) -> str:
+    """`2.5 h`; below an hour `12 min`."""
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,509 @@
+"""What will run, in which order, and why: the graph of steps of one or several recipes. No torch, no processes.
+
+    plan = make_plan(["tiny"], ["grpo.beta=0.01"])
+    for step in plan.steps: print(step.name, step.fingerprint, explain(step))
+
+A step is a stage of one recipe. Its fingerprint is the hash of what decides its result: the parts of the recipe
+its stage reads, the stage's revision, and the fingerprints of its inputs. Its folder is known before anything runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.architectures import gguf_file
+from pipeline.config.cluster import Cluster, batches, read_cluster
+from pipeline.config.load import read_typed
+from pipeline.config.recipe import CONFIGS, Recipe, find_yaml, local_files, local_problems, read, recipe_names
+from pipeline.core.errors import ArtifactError, PlanError, RecipeError, did_you_mean
+from pipeline.core.files import read_json
+from pipeline.core.hashing import describe_drift, file_identity, fingerprint, plain
+from pipeline.core.records import OddFile, read_record
+from pipeline.rewards.reward import find_rewards
+from pipeline.sizing.fitting import resolved
+from pipeline.sizing.smoke import rehearsal_of
+from pipeline.tasks.task import make_task, resolved_params, split_problems, task_of
+from pipeline.workflow.artifact import (
+    ARTIFACT,
+    STEP,
+    Artifact,
+    artifact_problem,
+    find_checkpoint,
+    is_alive,
+    is_done,
+    read_owner,
+    step_of,
+)
+from pipeline.workflow.layouts import refusals
+from pipeline.workflow.stage import STAGES, Order
+from pipeline.workflow.task_code import code_changes
+
+RUNS = Path("runs")
+LONGEST_PLACE = 150  # characters of a folder that holds a report of several recipes
+REHEARSED = ("sft.per_device_batch_size=auto", "grpo.per_device_batch_size=auto", "save_steps=2", "logging_steps=1")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of one recipe."""
+
+    name: str  # preprocess, sft, grpo, evaluate-base, evaluate-sft, evaluate-grpo, report
+    stage: str
+    recipe: Recipe
+    payload: dict[str, Any]
+    folder: Path
+    inputs: dict[str, Step] = field(default_factory=dict)
+    checkpoint: str | None = None  # weights that are no step of this plan
+    folders: dict[str, str] = field(default_factory=dict)  # inputs that are no step of this plan
+    options: dict[str, str] = field(default_factory=dict)  # of an export: format, quant, source, trained_in
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.payload)
+
+    @property
+    def label(self) -> str:
+        """`tiny/sft`"""
+        return f"{self.folder.parent.name}/{self.name}"
+
+    @property
+    def done(self) -> bool:
+        """Whether it is known to be done; see `unreadable`."""
+        return self.unreadable is None and is_done(self.folder)
+
+    @property
+    def unreadable(self) -> str | None:
+        """Why nobody can know whether the step is done: its artifact cannot be opened. None where that is known."""
+        try:
+            is_done(self.folder)
+        except OddFile as odd:
+            return f"{odd}, so it is not known whether {self.label} is done. Fix: make it readable, or delete it"
+        return None
+
+    @property
+    def outdated(self) -> str | None:
+        """That the step is done and its task's or rewards' code has changed since, and the remedy; else None."""
+        changed = code_changes(self.folder, self.stage, self.recipe.task.name, self.recipe.grpo.rewards)
+        again = f"delete {self.folder} to make it again" if self.checkpoint else f"rerun with --refresh {self.name}"
+        return f"done, but its code has changed since: {', '.join(changed)}; {again}" if changed else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in an order in which each comes after its inputs; `wanted` are those that may be started."""
+
+    steps: tuple[Step, ...]
+    wanted: frozenset[str]  # labels
+    cluster: Cluster
+    runs: Path
+
+    @property
+    def to_run(self) -> list[Step]:
+        return [step for step in self.steps if step.label in self.wanted and not step.done]
+
+    def missing(self, coming: Iterable[str] = ()) -> list[str]:
+        """Inputs that are neither done, nor to be run, nor on their way already (`coming`), as sentences."""
+        coming = set(coming)
+        there = self.wanted | coming
+        users: dict[str, list[str]] = {}
+        for step in self.to_run:
+            if step.label not in coming:
+                for needed in step.inputs.values():
+                    if not needed.done and needed.label not in there:
+                        users.setdefault(needed.label, []).append(step.name)
+        return [
+            f"{label} is not done, and {', '.join(names)} need{'s' if len(names) == 1 else ''} it: "
+            f"run it first, or without --stages"
+            for label, names in users.items()
+        ]
+
+
+def make_plan(
+    names: Sequence[str],
+    overrides: Sequence[str] = (),
+    *,
+    cluster: str = "local",
+    stages: Sequence[str] = (),
+    skip_sft: bool = False,
+    rehearse: bool = False,
+    runs: Path = RUNS,
+) -> Plan:
+    """The plan for these recipes; RecipeError or PlanError with every problem.
+
+    Inputs that are missing are an error here for the local launcher; on Slurm they may be on their way, and the
+    launcher asks.
+    """
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown:
+        raise PlanError(*(f"unknown stage {stage!r}; {did_you_mean(stage, STAGES)}" for stage in unknown))
+    if "export" in stages:
+        raise PlanError("an export is no part of a run: python -m pipeline export --ckpt DIR --format merged16")
+    if skip_sft:
+        overrides = [*overrides, "grpo.start=base"]
+    recipes, where = _resolve(names, overrides, cluster, rehearse)
+    steps: list[Step] = []
+    for recipe in recipes:
+        steps += _recipe_steps(recipe, runs)
+    steps.append(_report_step(recipes, steps, runs))
+    chosen = [step for step in steps if not stages or step.stage in stages]
+    if not chosen:
+        raise PlanError(
+            f"{' and '.join(names)} has no {' and no '.join(stages)} step: see grpo.start and evaluate.splits"
+        )
+    plan = Plan(tuple(steps), frozenset(step.label for step in chosen), where, runs)
+    if where.launcher == "local" and (missing := plan.missing()):
+        raise PlanError(*missing)
+    return plan
+
+
+def _resolve(
+    names: Sequence[str], overrides: Sequence[str], cluster: str, rehearse: bool
+) -> tuple[list[Recipe], Cluster]:
+    """Typed recipes and cluster, everything that is wrong with any of them reported at once."""
+    problems: list[str] = []
+    for_recipe, for_cluster = _of_recipe_and_cluster(overrides)
+    if processes := os.environ.get("THEREFORE_PROCESSES"):  # torchrun was started by hand
+        for_cluster.append(f"processes={processes}")
+    where = None
+    try:
+        where, found = read_cluster(cluster, [*for_cluster, *(REHEARSED if rehearse else ())])
+        problems += found
+    except RecipeError as error:
+        problems += error.problems
+    recipes: list[Recipe] = []
+    sources: dict[str, str] = {}  # a recipe's name -> the word it was named by
+    for name in dict.fromkeys(names):
+        try:
+            recipe, found = read(name, for_recipe)
+            if recipe is not None and rehearse and not _task_problems(recipe):
+                recipe = rehearsal_of(recipe, where)
+                found = recipe.problems()
+        except RecipeError as error:
+            problems += error.problems
+            continue
+        found = found if recipe is None else _recipe_problems(recipe, where)
+        problems += [f"{name}: {text}" if len(names) > 1 else text for text in found]
+        if recipe is not None and (other := sources.setdefault(recipe.name, name)) != name:
+            problems.append(
+                f"recipes: got {other} and {name}, both called {recipe.name!r}; expected one name each, which is their "
+                "folder. Fix: rename one of the files"
+            )
+        elif recipe is not None and not found:
+            recipes.append(_with_task_params(recipe))
+    if problems or where is None:
+        raise RecipeError(*dict.fromkeys(problems))
+    return recipes, where
+
+
+def _of_recipe_and_cluster(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides of the recipe, and those of the cluster (`cluster.sft.deepspeed=none`)."""
+    for_cluster = [text.removeprefix("cluster.") for text in overrides if text.startswith("cluster.")]
+    return [text for text in overrides if not text.startswith("cluster.")], for_cluster
+
+
+def _with_task_params(recipe: Recipe) -> Recipe:
+    """The recipe with every setting of its task filled in, so that a changed default is a changed identity."""
+    params = plain(resolved_params(task_of(recipe.task, recipe.seed)))
+    return replace(recipe, task=replace(recipe.task, params=params))
+
+
+def _recipe_problems(recipe: Recipe, cluster: Cluster | None) -> list[str]:
+    """What only the task, the rewards and the cluster together with the recipe can tell."""
+    problems = [*local_problems(recipe), *_task_problems(recipe)]
+    if recipe.task.files and not recipe.task.path:
+        problems.append(
+            f"task.path: null, but {' and '.join(recipe.task.files)} is set; expected a file of training rows too. "
+            "Fix: name one, or evaluate a checkpoint: python -m pipeline evaluate --ckpt DIR task.path=FILE"
+        )
+    _, rewards = find_rewards(recipe.grpo.rewards)
+    problems = [*problems, *rewards]
+    if cluster is not None:
+        problems += [text for stage in recipe.stages for text in batches(cluster, recipe, stage)[1]]
+    return problems
+
+
+def _task_problems(recipe: Recipe) -> list[str]:
+    task, problems = make_task(recipe.task, recipe.seed)
+    if task is None:
+        return problems
+    problems = split_problems(task, recipe.evaluate.splits)
+    if "grpo" in recipe.stages and not task.rewardable:
+        problems.append(f"grpo.start: {recipe.grpo.start!r}, but nothing of {task.name} can be rewarded; use none")
+    return problems
+
+
+def _recipe_steps(recipe: Recipe, runs: Path) -> list[Step]:
+    data = _step("preprocess", "preprocess", recipe, {}, runs)
+    steps = [data]
+    trained: dict[str, Step] = {}
+    for stage in recipe.stages:  # each begins with the one before it, the first with the base model
+        inputs = {"data": data, "model": trained["sft"]} if "sft" in trained else {"data": data}
+        trained[stage] = _step(stage, stage, recipe, inputs, runs)
+    steps += trained.values()
+    if not recipe.evaluate.splits:
+        return steps
+    steps.append(_step("evaluate-base", "evaluate", recipe, {"data": data}, runs))
+    for name, step in trained.items():
+        steps.append(_step(f"evaluate-{name}", "evaluate", recipe, {"data": data, "model": step}, runs))
+    return steps
+
+
+def _report_step(recipes: Sequence[Recipe], steps: Sequence[Step], runs: Path) -> Step:
+    shown = {step.label: step for step in steps if step.stage != "report"}
+    place = "+".join(recipe.name for recipe in recipes)
+    if len(place) > LONGEST_PLACE:  # a folder's name has its limit
+        place = f"{recipes[0].name}+{len(recipes) - 1}-{fingerprint(place)}"
+    return _step("report", "report", recipes[0], shown, runs, place=place)
+
+
+def _step(
+    name: str, stage: str, recipe: Recipe, inputs: dict[str, Step], runs: Path, *, place: str | None = None
+) -> Step:
+    sections = {path: plain(reduce(getattr, path.split("."), recipe)) for path in STAGES[stage].reads}
+    files = {} if inputs else local_files(recipe)
+    if not inputs and (packed := gguf_file(recipe.model)):
+        files["model.gguf"] = file_identity(packed)
+    payload = {
+        "stage": stage,
+        "revision": STAGES[stage].revision,
+        "settings": sections,
+        "inputs": {role: step.fingerprint for role, step in inputs.items()},
+        "files": files,
+    }
+    folder = runs / (place or recipe.name) / f"{name}-{fingerprint(payload)}"
+    return Step(name, stage, recipe, payload, folder, inputs)
+
+
+def evaluation_plan(
+    checkpoint: str,
+    words: Sequence[str] = (),
+    *,
+    task: str | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    cluster: str = "local",
+    runs: Path = RUNS,
+) -> Plan:
+    """A plan of one step: ask any checkpoint a task's rows.
+
+    The recipe is the one named in `words`, else the one the checkpoint was made with (its step's `step.json`), else
+    the defaults; the rows are those of the checkpoint's own preprocess step where task and split are the same.
+    """
+    words, file = _whole_file(words)
+    more = [f"evaluate.limit={limit}"] if limit is not None else []
+    more += [f"evaluate.splits=[{split or 'test'}]"] if split is not None or file else []
+    recipe, where, made_by = recipe_of(checkpoint, [*words, *more], task=task, cluster=cluster, splits=True)
+    names = [word for word in words if "=" not in word]
+    inputs = {}
+    if made_by and not names and plain(recipe.task) == made_by[1]["recipe"]["task"]:
+        data = made_by[1]["inputs"].get("data") or str(made_by[0])
+        if is_done(Path(data)):
+            inputs["data"] = data
+    payload = {
+        "stage": "evaluate",
+        "revision": STAGES["evaluate"].revision,
+        "settings": {path: plain(getattr(recipe, path)) for path in ("seed", "model", "task", "evaluate")},
+        "inputs": {"data": Path(inputs["data"]).name} if inputs else {},
+        "files": {**_identity(checkpoint), **({"task.test_path": file_identity(file)} if file else {})},
+    }
+    folder = runs / "evaluations" / f"{Path(checkpoint).name}-{fingerprint(payload)}"
+    step = Step("evaluate-checkpoint", "evaluate", recipe, payload, folder, {}, checkpoint, inputs)
+    return Plan((step,), frozenset([step.label]), where, runs)
+
+
+def _whole_file(words: Sequence[str]) -> tuple[list[str], Path | None]:
+    """The words with a file that they name as the test rows, all of them, and that file.
+
+    Rows are held out of a file to learn from the others; an evaluation learns nothing.
+    """
+    keys = ("task.path", "task.test_path")
+    named = {key: path for key, _, path in (word.partition("=") for word in words) if key in keys}
+    path = named.get("task.test_path") or named.get("task.path")
+    if not path or path == "null":
+        return list(words), None
+    if not Path(path).is_file():
+        raise PlanError(f"{', '.join(named)}: got {path[:80]}, which is no file; expected the rows to evaluate")
+    others = [word for word in words if not word.startswith(("task.source=", "task.validation_path=", *keys))]
+    cleared = ["task.source=path", "task.path=null", "task.validation_path=null"]
+    return [*others, *cleared, f"task.test_path={path}"], Path(path)
+
+
+def export_plan(
+    checkpoint: str,
+    words: Sequence[str] = (),
+    *,
+    format: str,
+    quant: str | None = None,
+    out: Path | None = None,
+    cluster: str = "local",
+    runs: Path = RUNS,
+) -> Plan:
+    """A plan of one step: a checkpoint for others. Its folder is `out`, else one of `runs/exports/`."""
+    recipe, where, made_by = recipe_of(checkpoint, words, cluster=cluster)
+    problems = []
+    if format == "adapter" and find_checkpoint(checkpoint).adapter is None:
+        problems.append(f"--format adapter: {checkpoint} is a whole model without an adapter; use merged16")
+    if quant is not None and format != "gguf":
+        problems.append(
+            f"--quant {quant}: of a GGUF file, but the format is {format}; use --format gguf, or leave it out"
+        )
+    source = made_by[0].name if made_by else Path(checkpoint).name
+    options = {"format": format, "source": source} | ({"quant": quant or "q8_0"} if format == "gguf" else {})
+    payload = {
+        "stage": "export",
+        "revision": STAGES["export"].revision,
+        "settings": {"model": plain(recipe.model), "name": recipe.name, **options},
+        "inputs": {"source": source},
+        "files": _identity(checkpoint),
+    }
+    ending = "-".join([format, *([options["quant"]] if format == "gguf" else []), fingerprint(payload)])
+    folder = out or runs / "exports" / f"{recipe.name}-{source.rpartition('-')[0] or source}-{ending}"
+    if out and out.exists() and any(out.iterdir()):
+        there = read_json(out / STEP) or {}
+        if there.get("fingerprint") != fingerprint(payload):
+            problems.append(f"--out {out}: there is something else in it already; name a new folder")
+    if problems:
+        raise PlanError(*problems)
+    options["trained_in"] = recipe.model.quantization
+    if format != "adapter":  # what is merged is loaded as it lies there, by whoever asks or evaluates it
+        recipe = replace(recipe, model=replace(recipe.model, quantization="none"))
+    step = Step("export", "export", recipe, payload, folder, {}, checkpoint, {}, options)
+    return Plan((step,), frozenset([step.label]), where, runs)
+
+
+def recipe_of(
+    checkpoint: str,
+    words: Sequence[str] = (),
+    *,
+    task: str | None = None,
+    cluster: str = "local",
+    splits: bool = False,
+) -> tuple[Recipe, Cluster, tuple[Path, dict[str, Any]] | None]:
+    """The recipe and cluster a checkpoint is used with, and the step it was made by.
+
+    The recipe is the one named in `words`, else the one the checkpoint was made with (its step's `step.json`), else
+    the defaults. `splits`: those that an evaluation asks for have to exist. Raises with everything that is wrong.
+    """
+    names = [word for word in words if "=" not in word]
+    find_checkpoint(checkpoint)  # what cannot be loaded is told before anything is started
+    overrides, for_cluster = _of_recipe_and_cluster([word for word in words if "=" in word])
+    made_by = step_of(Path(checkpoint))
+    if made_by and not (isinstance(made_by[1], dict) and isinstance(made_by[1].get("recipe"), dict)):
+        raise ArtifactError(f"{made_by[0] / STEP}: got no recipe; expected a step's record. Fix: name another folder")
+    values: list[Path | dict[str, Any]]
+    if names:
+        file = find_yaml(names[0], "recipe", CONFIGS, recipe_names())
+        values, name = [CONFIGS / "base.yaml", file], file.stem
+    elif made_by:
+        values, name = [made_by[1]["recipe"]], made_by[1]["recipe"].get("name")
+    else:
+        values, name = [CONFIGS / "base.yaml", {"model": {"name": checkpoint}}], "base"
+    if task is not None:
+        overrides.append(f"task.name={task}")
+        if made_by and task != made_by[1]["recipe"]["task"]["name"]:
+            values.append(
+                {"task": {"source": "auto", "path": None, "validation_path": None, "test_path": None, "params": None}}
+            )
+            overrides.append("task.params={}")
+    recipe, problems = read_typed(Recipe, values, overrides, {"name": name})
+    where, found = read_cluster(cluster, for_cluster)
+    if recipe is not None:
+        found = [*found, *(_task_problems(recipe) if splits else make_task(recipe.task, recipe.seed)[1])]
+    if recipe is None or where is None or found:
+        raise RecipeError(*problems, *found)
+    return _with_task_params(recipe), where, made_by
+
+
+def _identity(checkpoint: str) -> dict[str, str]:
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return {"checkpoint": checkpoint}
+    endings = (".safetensors", ".bin", ".json", ".jinja")
+    kept = [p for p in sorted(folder.rglob("*")) if p.suffix in endings and p.is_file()]
+    named = {path.relative_to(folder): path for path in kept}
+    weights = {name: path for name, path in named.items() if not any("global_step" in part for part in name.parts)}
+    return {name.as_posix(): file_identity(path) for name, path in weights.items()}
+
+
+def order_of(step: Step, cluster: Cluster) -> Order:
+    """What is written into the step's folder before its process starts; what memory decides is no longer `auto`."""
+    return Order(
+        step.name,
+        step.stage,
+        step.fingerprint,
+        step.payload,
+        step.recipe,
+        resolved(step.recipe, cluster),
+        {**{role: str(needed.folder) for role, needed in step.inputs.items()}, **step.folders},
+        step.checkpoint,
+        step.options,
+    )
+
+
+def explain(step: Step, cluster: Cluster | None = None) -> list[str]:
+    """Why a step will run, or that it will not: one line, or one line a field that differs from the last run.
+
+    With the `cluster` it would run on, also that its checkpoints cannot be resumed there.
+    """
+    if step.done:
+        return [step.outdated or "done"]
+    if step.unreadable:
+        return [f"cannot run: {step.unreadable}"]
+    try:
+        odd = artifact_problem(step.folder)
+        owner = read_owner(step.folder)
+    except OddFile as error:
+        return [f"cannot run: {error}"]
+    if owner and is_alive(owner):
+        return [f"running: {owner}"]
+    if odd:
+        return [f"begins again: its {ARTIFACT} {odd}"]
+    saved = [path for path in step.folder.glob("checkpoints/checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    if saved:
+        newest = max(saved, key=lambda path: int(path.name.rpartition("-")[2]))
+        refused = refusals_of(step, cluster) if cluster else []
+        return [f"cannot resume: {text}" for text in refused] or [f"goes on from {newest.name}"]
+    if (step.folder / STEP).exists():
+        return ["begins again: it did not end"]
+    before = _latest(step)
+    if before is None:
+        return ["new"]
+    old = before.payload
+    drift: list[str] = []
+    for part in ("settings", "files"):
+        was_part = old.get(part)
+        drift += describe_drift(was_part if isinstance(was_part, dict) else {}, step.payload[part])
+    if old.get("revision") != step.payload["revision"]:
+        drift.append(f"the stage's code: revision {old.get('revision')} -> {step.payload['revision']}")
+    inputs = old.get("inputs")
+    for role, needed in step.inputs.items():
+        was = inputs.get(role) if isinstance(inputs, dict) else None
+        if was != needed.fingerprint:
+            drift.append(f"input {role}: {was or '(new)'} -> {needed.fingerprint}")
+    return drift or ["new"]
+
+
+def refusals_of(step: Step, cluster: Cluster) -> list[str]:
+    """Why a training step's checkpoints cannot be resumed on this cluster; nothing for other steps."""
+    if step.stage not in ("sft", "grpo") or step.done:
+        return []
+    return refusals(step.folder, step.recipe, resolved(step.recipe, cluster), step.stage)
+
+
+def _latest(step: Step) -> Artifact | None:
+    """The record of the newest finished step of the same name."""
+    found = []
+    for path in step.folder.parent.glob(f"{step.name}-*/{ARTIFACT}"):
+        with contextlib.suppress(OSError):
+            found.append((path.stat().st_mtime, path))
+    for _, path in sorted(found, reverse=True):
+        with contextlib.suppress(OddFile):  # another step's file: `status` shows it
+            if record := read_record(path, Artifact):
+                return record
+    return None

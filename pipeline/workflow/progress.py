@@ -1,0 +1,152 @@
+"""How far a running step is: `progress.json` in its folder, written by rank 0, read by anyone.
+
+The launcher draws its bar from it, `python -m pipeline status` its table, also on another machine or the day
+after. States: starting, running, saving, done, stopped, failed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.files import write_json
+from pipeline.core.records import record_or_none
+from pipeline.workflow.artifact import PROGRESS
+
+ATTEMPT = "THEREFORE_ATTEMPT"  # in the environment: a launcher's name for one start of a step
+MIN_SECONDS = 0.5  # between two writes of a running step
+MANY = 10  # attempts that a step may still need without a word about its time limit
+
+
+@dataclass(frozen=True)
+class Progress:
+    stage: str
+    state: str
+    done: int = 0
+    total: int = 0
+    unit: str = "steps"
+    started: float = 0.0  # seconds since the epoch, of this attempt
+    updated: float = 0.0
+    first: int = 0  # `done` when the work of this attempt began, so that a resumed run's speed is its own
+    since: float = 0.0  # when that was
+    figures: dict[str, float] = field(default_factory=dict)  # the last loss, reward, …
+    note: str = ""  # what it is doing, in a few words
+    problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # of this attempt: what the user should read before they trust the result
+    exit_code: int | None = None
+    attempt: int = 1
+    host: str = ""
+    pid: int = 0
+    token: str = ""  # ATTEMPT of the launcher that started it: two that start one step at once tell theirs by it
+
+    @property
+    def seconds(self) -> float:
+        return max(0.0, self.updated - self.started)
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds that are left at the speed so far; None before there is one."""
+        steps = self.done - self.first
+        if steps <= 0 or not self.total:
+            return None
+        return (self.updated - (self.since or self.started)) / steps * max(0, self.total - self.done)
+
+
+def read_progress(folder: Path) -> Progress | None:
+    """How far the step was when it wrote last; None where there is no file, or one that cannot be used."""
+    return record_or_none(folder / PROGRESS, Progress)
+
+
+class ProgressFile:
+    """The writer: `update(done=3, figures={"loss": 0.2})`. A folder of None writes nothing (ranks other than 0)."""
+
+    def __init__(self, folder: Path | None, stage: str) -> None:
+        self.folder = folder
+        before = read_progress(folder) if folder else None
+        now = time.time()
+        self.now = Progress(
+            stage,
+            "starting",
+            started=now,
+            updated=now,
+            attempt=before.attempt + 1 if before and before.state != "done" else 1,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            token=os.environ.get(ATTEMPT, ""),
+        )
+        self._written = 0.0
+        self._write()
+
+    def update(self, *, figures: dict[str, float] | None = None, force: bool = False, **changes: Any) -> None:
+        """Change fields and write, at most twice a second unless the state changes or `force` is given."""
+        changed_state = changes.get("state", self.now.state) != self.now.state
+        if "first" in changes:
+            changes["since"] = time.time()
+        merged = {**self.now.figures, **(figures or {})}
+        self.now = replace(self.now, figures=merged, updated=time.time(), **changes)
+        if "first" in changes and self.folder and (sentence := restarts_without_end(self.now)):
+            print(f"note: {sentence}", flush=True)
+        if changed_state or force or self.now.updated - self._written >= MIN_SECONDS:
+            self._write()
+
+    def warn(self, sentence: str) -> None:
+        """Add a warning; the same sentence counts once."""
+        if sentence not in self.now.warnings:
+            self.update(warnings=(*self.now.warnings, sentence), force=True)
+
+    def _write(self) -> None:
+        if self.folder:
+            write_json(self.folder / PROGRESS, asdict(self.now))
+            self._written = time.time()
+
+
+def restarts_without_end(progress: Progress) -> str | None:
+    """A sentence where attempts are too short to get anywhere: more than `MANY` like those so far are needed."""
+    before = progress.attempt - 1
+    if before < 1 or not progress.total or not 0 < progress.first < progress.total:
+        return None
+    each = progress.first / before
+    left = math.ceil((progress.total - progress.first) / each)
+    if left <= MANY:
+        return None
+    return (
+        f"{each:.3g} {progress.unit} an attempt ({progress.first} of {progress.total} in {before}): about {left} more "
+        "attempts are needed. Fix: raise cluster.slurm.time"
+    )
+
+
+def many_attempts(progress: Progress) -> str | None:
+    """A sentence about a step that has ended after more than `MANY` attempts; None for fewer."""
+    if progress.attempt <= MANY:
+        return None
+    each = f"about {progress.total / progress.attempt:.3g} {progress.unit}"
+    return (
+        f"it took {progress.attempt} attempts of {each}, and each waits in the queue and loads the model. "
+        "Fix: raise cluster.slurm.time"
+    )
+
+
+def describe(progress: Progress) -> str:
+    """`loss 0.31, ETA 4:10` of a running step; the last figures of one that has ended."""
+    parts = [progress.note] if progress.note else []
+    parts += [f"{name} {_figure(value)}" for name, value in progress.figures.items()]
+    if progress.state == "running" and progress.eta is not None:
+        parts.append(f"ETA {clock(progress.eta)}")
+    return ", ".join(parts)
+
+
+def _figure(value: float) -> str:
+    """`0.3142`, and a count as one: `14,930`."""
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"
+
+
+def clock(seconds: float) -> str:
+    """`0:07`, `12:30`, `3:04:05`"""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,109 @@
+"""Finished steps whose task or reward code has changed since, and how `run --refresh` makes them again.
+
+    python -m pipeline run gsm8k --refresh preprocess,grpo   these, if their code has changed, and what depends on them
+    python -m pipeline run gsm8k --refresh changed           every step whose code has changed
+
+A result that is made again is not deleted: its folder is moved to `runs/.replaced/`, whole, and so are the results that
+were made from it, those of other recipes too. A step whose recorded code is the present code stays, so the same command
+resumes after an interruption.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pipeline.core.errors import PlanError, did_you_mean
+from pipeline.core.records import OddFile, read_mapping
+from pipeline.core.slurm_client import is_here
+from pipeline.workflow.artifact import STEP, refuse_if_owned
+from pipeline.workflow.jobs import live_jobs, with_slurm
+from pipeline.workflow.plan import Plan, Step
+from pipeline.workflow.task_code import recorded_code
+
+CHANGED = "changed"  # the word for every step whose code has changed
+REPLACED = ".replaced"
+
+
+def code_notes(plan: Plan) -> list[str]:
+    """A sentence for each finished step of the plan whose code has changed since."""
+    return [f"{step.label} is {text}" for step in plan.steps if (text := step.outdated)]
+
+
+def outdated_folders(plan: Plan, names: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The results that `--refresh names` makes again, inputs before what was made from them; and notes on what stays.
+
+    Raises PlanError for names of no step that the plan may start, and where a step that is asked for would need a
+    result that is moved aside and not made again.
+    """
+    steps = [step for step in plan.steps if step.label in plan.wanted]
+    known = {CHANGED, *(step.name for step in steps), *(step.stage for step in steps)}
+    if unknown := [name for name in names if name not in known]:
+        raise PlanError(*(f"--refresh: got {name!r}; {did_you_mean(name, known)}" for name in unknown))
+    first, notes = list[Path](), list[str]()
+    for step in steps:
+        named = step.name in names or step.stage in names
+        unknown_code = step.done and recorded_code(step.folder) is None  # an earlier version made it
+        if (step.outdated and (named or CHANGED in names)) or (named and unknown_code):
+            first.append(step.folder)
+        elif named:
+            notes.append(_why_kept(step))
+    found = _with_dependents(plan.runs, first)
+    problems = [
+        f"--refresh: {needed.label} is made from what is made again, and {step.label} needs it; add {needed.stage} "
+        "to --stages, or leave --stages out"
+        for step in steps
+        for needed in step.inputs.values()
+        if needed.folder in found and needed.label not in plan.wanted
+    ]
+    if problems:
+        raise PlanError(*dict.fromkeys(problems))
+    return found, notes
+
+
+def _why_kept(step: Step) -> str:
+    if not step.done:
+        return f"{step.label} is not done, so there is no result of it to make again"
+    return f"{step.label} stays: its code has not changed since. To make it again all the same, delete {step.folder}"
+
+
+def _with_dependents(runs: Path, first: Iterable[Path]) -> list[Path]:
+    """These steps and all that were made from them, in every recipe's folder; each comes after its inputs."""
+    folders = [path.parent for path in sorted(runs.glob(f"*/*/{STEP}"))]
+    inputs = {folder: _inputs(folder) for folder in folders}
+    found = list(dict.fromkeys(first))
+    for made in found:  # grows while it is walked
+        fingerprint = made.name.rpartition("-")[2]
+        found += [folder for folder in folders if fingerprint in inputs[folder] and folder not in found]
+    return found
+
+
+def _inputs(folder: Path) -> set[str]:
+    """The fingerprints of the steps that a step was made from."""
+    try:
+        record = read_mapping(folder / STEP) or {}
+    except OddFile:  # `status` shows it
+        return set()
+    payload = record.get("payload")
+    inputs = payload.get("inputs") if isinstance(payload, dict) else None
+    return {str(value) for value in inputs.values()} if isinstance(inputs, dict) else set()
+
+
+def move_aside(folders: Sequence[Path], runs: Path) -> list[str]:
+    """Move results to `runs/.replaced/`, what was made from others first. Returns a sentence for each.
+
+    Raises ArtifactError or PlanError, before anything is moved, where one of them is being written or is with Slurm.
+    """
+    for folder in folders:
+        refuse_if_owned(folder)
+    if is_here() and (queued := live_jobs(folders)):
+        told = [with_slurm(folder, job) for folder, job in queued.items()]
+        raise PlanError(*told, "wait for it (python -m pipeline status), or end it with python -m pipeline cancel")
+    stamp, sentences = time.strftime("%Y%m%d-%H%M%S"), list[str]()
+    for folder in reversed(folders):
+        place = runs / REPLACED / folder.parent.name / f"{folder.name}-{stamp}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(place)
+        sentences.append(f"{folder.parent.name}/{folder.name} is made again; its result is kept in {place}")
+    return sentences[::-1]

@@ -1,0 +1,99 @@
+"""Where a stage runs: what the harness gives it beside its recipe and its inputs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.cluster import Cluster
+from pipeline.core.errors import ArtifactError
+from pipeline.core.slurm_client import job_end
+from pipeline.workflow.artifact import STOP, Owner, is_owner
+from pipeline.workflow.progress import ProgressFile, clock
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The processes of one stage, its folder, and who may write there."""
+
+    cluster: Cluster
+    progress: ProgressFile
+    rank: int
+    world: int
+    folder: Path
+    owner: Owner | None  # rank 0's hold on the folder
+    checkpoint: str | None  # weights to evaluate or export
+    options: Mapping[str, str] = field(default_factory=dict)  # of an export
+
+    def stop_asked(self) -> bool:
+        """Whether someone asked this step to save and leave (rank 0 looks, all ranks agree elsewhere)."""
+        return (self.folder / STOP).exists()
+
+    def warn(self, sentence: str) -> None:
+        """Report something that the user should read before they trust the result: rows left out, nothing learned.
+
+        The sentence goes to the log, to progress.json and, when the step is done, to `metrics["warnings"]` of its
+        artifact; `run`, `status` and the report show it. Every rank may call this; what rank 0 reports is kept.
+        """
+        if self.rank == 0 and sentence not in self.progress.now.warnings:
+            print(f"warning: {sentence}", flush=True)
+        self.progress.warn(sentence)
+
+    def check_still_owner(self) -> None:
+        """ArtifactError when another attempt has taken the folder over: this one must not write any more."""
+        if self.owner and not is_owner(self.folder, self.owner):
+            raise ArtifactError(f"{self.folder} now belongs to another attempt; this one ({self.owner}) ends here")
+
+
+class Deadline:
+    """Stops a step early whose own steps take longer than the time Slurm gives it to save.
+
+    `save_before` seconds before the job's limit the step is asked to save, which it does at the end of the step or
+    batch that it is in. Where one takes longer than that, the limit comes first, and Slurm does not start the job
+    again. So this asks for the stop as soon as another one as long as the longest may not end in time.
+    """
+
+    def __init__(self, runtime: Runtime, stage: str) -> None:
+        self.runtime = runtime
+        self.stage = stage
+        self.before = runtime.cluster.slurm.save_seconds(stage)
+        self.end = job_end() if runtime.rank == 0 else None  # of the Slurm job, where there is one with a limit
+        self.longest = 0.0
+        self.told = False
+        self.begin()
+
+    def begin(self) -> None:
+        """The first step begins now: what came before is no measure."""
+        self.last = time.time()
+
+    def step(self) -> None:
+        """Call it after each step or batch."""
+        now = time.time()
+        self.longest, self.last = max(self.longest, now - self.last), now
+        if self.end is None or self.longest <= self.before:
+            return
+        if not self.told:
+            self.told = True
+            self.runtime.warn(
+                f"one step or batch took {clock(self.longest)}, more than cluster.slurm.save_before.{self.stage} "
+                f"({clock(self.before)}), so this step stops and saves early before a time limit. "
+                f"Fix: cluster.slurm.save_before.{self.stage}={math.ceil(round(2 * self.longest) / 60) * 60}"
+            )
+        if now + 2 * self.longest > self.end:
+            (self.runtime.folder / STOP).touch()
+
+
+def show_hardware(found: Mapping[str, Any]) -> str:
+    """One line for log and report of what a stage ran on, as `devices.describe` and `devices.measured` give it."""
+    nested = ("planned_gib", "measured")
+    parts = [str(found["device"])] if "device" in found else []
+    parts += [f"{name.replace('_', ' ')} {value}" for name, value in found.items() if name not in ("device", *nested)]
+    planned = [f"{phase} {size} GiB" for phase, size in found.get("planned_gib", {}).items()]
+    held = [f"{name.removesuffix('_gib')} {size} GiB" for name, size in found.get("measured", {}).items()]
+    parts += [f"planned: {', '.join(planned)}"] if planned else []
+    ended = [f"held at most: {', '.join(held)}"] if held else []
+    return "; ".join([", ".join(parts), *ended] if parts else ended)

@@ -1,0 +1,123 @@
+"""Who wrote a checkpoint: its manifest is signed with a secret of the user's, so that only own checkpoints are resumed.
+
+    python -m pipeline.workflow.signing runs/tiny/sft-1a2b3c4d5e     sign the checkpoints of a folder that you trust
+
+DeepSpeed loads optimizer states by pickle, so resuming a checkpoint runs the code of whoever wrote it. A manifest of
+hashes shows that a checkpoint is whole, not where it is from. The secret is made on first use, with mode 0600, in
+$XDG_STATE_HOME/therefore/key (~/.local/state/therefore/key); THEREFORE_KEY_FILE names another file, such as one that a
+group shares with a runs folder. Weights that are only asked, evaluated or exported are safetensors and need no
+signature. Does not check that files are what the manifest says: `checkpoints.damage` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import ArtifactError, PlanError, run_main
+from pipeline.core.files import read_json, write_json
+from pipeline.core.hashing import canonical_json
+
+MANIFEST = "manifest.json"
+SIGNATURE = "manifest.hmac"
+KEY_FILE = "THEREFORE_KEY_FILE"
+KEY_BYTES = 32
+
+
+def key_path() -> Path:
+    """Where the secret is."""
+    if named := os.environ.get(KEY_FILE):
+        return Path(named).expanduser()
+    state = os.environ.get("XDG_STATE_HOME")
+    return (Path(state) if state else Path("~/.local/state").expanduser()) / "therefore" / "key"
+
+
+def read_key() -> bytes | None:
+    """The secret, made on first use; None where there is no place for one (a home that cannot be written)."""
+    path = key_path()
+    for _ in range(2):
+        with contextlib.suppress(OSError, RuntimeError):
+            if key := path.read_bytes().strip():
+                return key
+        with contextlib.suppress(OSError, RuntimeError):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                with os.fdopen(descriptor, "w") as file:
+                    file.write(secrets.token_hex(KEY_BYTES) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.link(temporary, path)  # one of two processes that begin together wins, and both read its key
+            finally:
+                temporary.unlink(missing_ok=True)
+    return None
+
+
+def sign(checkpoint: Path, manifest: Any) -> None:
+    """Leave the signature of a manifest that is about to be written; nothing where there is no key."""
+    if key := read_key():
+        write_json(checkpoint / SIGNATURE, {"hmac_sha256": _signature(key, manifest)})
+
+
+def _signature(key: bytes, manifest: Any) -> str:
+    return hmac.new(key, canonical_json(manifest).encode(), hashlib.sha256).hexdigest()
+
+
+def foreign(checkpoint: Path) -> str | None:
+    """Why a checkpoint may not be resumed by this user, or None where this user wrote it.
+
+    A manifest without a signature is from before there were any: it counts when the file is this user's and has been
+    on this disk since before the key was made (`ctime`, which no archive brings along).
+    """
+    manifest = read_json(checkpoint / MANIFEST)
+    if manifest is None:
+        return None  # not whole, which is not a question of origin
+    key, record = read_key(), read_json(checkpoint / SIGNATURE)
+    signature = record.get("hmac_sha256") if isinstance(record, dict) else None
+    if isinstance(signature, str) and key and hmac.compare_digest(_signature(key, manifest), signature):
+        return None
+    if signature is None and _is_older(checkpoint / MANIFEST, key):
+        return None
+    got = "no signature" if signature is None else "the signature of another key"
+    return (
+        f"{checkpoint}: got {got}; expected that of {key_path()}. Resuming loads pickled optimizer states, which runs "
+        f"the code of whoever wrote them. Fix: if you trust its origin, python -m pipeline.workflow.signing "
+        f"{checkpoint.parent} (or set {KEY_FILE} to a key that you share); else delete "
+        f"{checkpoint.parent} to start this step again"
+    )
+
+
+def _is_older(manifest: Path, key: bytes | None) -> bool:
+    """Whether a manifest is this user's own from before keys."""
+    status = manifest.stat()
+    if status.st_uid != os.getuid():
+        return False
+    return key is None or status.st_ctime <= key_path().stat().st_mtime
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise PlanError("usage: python -m pipeline.workflow.signing DIR: a step's folder, its checkpoints/ or one")
+    folder = Path(argv[0])
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: got no folder; expected a step's folder or a checkpoint. Fix: name one")
+    found = [path.parent for pattern in ("", "*/", "*/*/") for path in sorted(folder.glob(pattern + MANIFEST))]
+    if not found:
+        raise ArtifactError(f"{folder}: got no {MANIFEST}; expected checkpoints. Fix: name a folder that holds some")
+    if read_key() is None:
+        raise ArtifactError(f"{key_path()}: cannot be written. Fix: set {KEY_FILE} to a file that you can write")
+    for checkpoint in found:
+        sign(checkpoint, read_json(checkpoint / MANIFEST))
+        print(f"signed {checkpoint}: resuming it runs the code that is in its optimizer states")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(sys.argv[1:]))

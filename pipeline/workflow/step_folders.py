@@ -1,0 +1,123 @@
+"""The steps of a runs folder as they lie on the disk: which folders are steps, and every record that one holds.
+
+    folders, unlisted = step_folders(Path("runs"), ["tiny"])
+    files = read_files(folder)       progress, owner, job and inputs; `odd`: a sentence for each file that is of no use
+
+A file that cannot be used costs only itself, a folder that cannot be searched is still a step. What the records mean
+together is status.py; how one is read records.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.core import slurm_client as slurm
+from pipeline.core.errors import ArtifactError, PlanError, did_you_mean
+from pipeline.core.hashing import LENGTH
+from pipeline.core.records import read_record
+from pipeline.core.slurm_client import JobRecord, read_job
+from pipeline.workflow.artifact import (
+    ARTIFACT,
+    OWNER,
+    PROGRESS,
+    STEP,
+    Owner,
+    artifact_problem,
+    is_done,
+    open_artifact,
+    read_owner,
+)
+from pipeline.workflow.progress import Progress
+
+RECORDS = {ARTIFACT, PROGRESS, OWNER, slurm.JOB}
+NAMED = re.compile(rf".+-[0-9a-f]{{{LENGTH}}}")  # sft-1a2b3c4d5e
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the table shows of a step's order."""
+
+    stage: str
+    inputs: dict[str, str]  # role -> folder
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a step's folder holds; `odd` are its files that cannot be used."""
+
+    done: bool = False
+    progress: Progress | None = None
+    owner: Owner | None = None
+    record: JobRecord | None = None
+    inputs: tuple[Path, ...] = ()
+    odd: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # that the step reported
+
+
+def step_folders(runs: Path, recipes: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Every step's folder, also one that cannot be searched; and which folders above them cannot be listed.
+
+    PlanError for a recipe without a folder.
+    """
+    problems: list[str] = []
+    there = _listed(runs, problems)
+    names = [place.name for place in there]
+    if unknown := [name for name in recipes if name not in names and not problems]:
+        raise PlanError(*(f"{runs}/{name}: nothing has run; {did_you_mean(name, names)}" for name in unknown))
+    inside = [folder for place in there if not recipes or place.name in recipes for folder in _listed(place, problems)]
+    return [folder for folder in inside if _is_step(folder)], problems
+
+
+def _is_step(folder: Path) -> bool:
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except OSError:
+        return True  # `read_files` tells
+    return STEP in names or bool(names & RECORDS and NAMED.fullmatch(folder.name))
+
+
+def _listed(folder: Path, problems: list[str]) -> list[Path]:
+    """The folders in a folder, hidden ones left out; a sentence in `problems` where it cannot be listed."""
+    try:
+        return [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        problems.append(f"{folder}: cannot be listed ({error.strerror}), so what it holds is not shown")
+        return []
+
+
+def read_files(folder: Path) -> Files:
+    """Every record of a folder. A file that cannot be used costs only itself."""
+    try:
+        next(folder.iterdir(), None)
+    except OSError as error:
+        return Files(odd=(f"{folder}: cannot be listed ({error.strerror}). Fix: chmod u+rwx, or ask whose it is",))
+    odd: list[str] = []
+
+    def tried(read: Callable[[Path], Any]) -> Any:
+        try:
+            return read(folder)
+        except ArtifactError as error:
+            odd.extend(error.problems)
+            return None
+
+    done = tried(is_done)
+    if not done and (problem := tried(artifact_problem)):
+        odd.append(f"{folder / ARTIFACT}: {problem}; it counts as none, so the same run command runs the step")
+    progress = tried(lambda place: read_record(place / PROGRESS, Progress))
+    owner, record, order = tried(read_owner), tried(read_job), tried(lambda place: read_record(place / STEP, Shown))
+    if order is None and not odd:
+        odd.append(f"{folder / STEP}: missing; it is the order that the step runs by")
+    inputs = tuple(Path(place) for place in order.inputs.values()) if order else ()
+    warnings = progress.warnings if progress else tried(_recorded_warnings) if done else ()
+    return Files(bool(done), progress, owner, record, inputs, tuple(dict.fromkeys(odd)), warnings or ())
+
+
+def _recorded_warnings(folder: Path) -> tuple[str, ...]:
+    return tuple(str(sentence) for sentence in open_artifact(folder, verify=False).warnings)
