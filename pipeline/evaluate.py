@@ -33,13 +33,13 @@ from pipeline.models.loading import (
     prompt_ids,
 )
 from pipeline.scoring.answers import has_thought
-from pipeline.scoring.metrics import baseline_figures, outcome_of, reasons_of, summarize
 from pipeline.tasks.rows import left_out
 from pipeline.tasks.task import Task, example_of, rows, task_of
 from pipeline.training import distributed
 from pipeline.training.checkpoints import leave_if_asked
 from pipeline.training.harness import main
 from pipeline.workflow.artifact import PROMPTS, Artifact, find_checkpoint, read_split
+from pipeline.workflow.figures import count
 from pipeline.workflow.runtime import Deadline, Runtime
 
 
@@ -130,7 +130,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         records = [done[split, row["id"]] for split, row in asked]
         with (out / "predictions.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        metrics = count(records, task, settings.draws, settings.confidence, recipe.seed)
+        metrics = count(records, task, recipe.report, recipe.seed)
         write_json(out / "metrics.json", metrics)
         for path in out.glob("partial-*.jsonl"):
             path.unlink()
@@ -180,38 +180,6 @@ def test_rows(
             f"evaluate.splits: no rows for split {' and '.join(missing)}; this task has {', '.join(known) or 'none'}"
         )
     return {name: found[name][:limit] for name in wanted}, skipped
-
-
-def count(records: list[dict[str, Any]], task: Task, draws: int, confidence: float, seed: int) -> dict[str, Any]:
-    """Figures with intervals: by split, over all rows and by each of the task's breakdowns; and the baselines."""
-    found: dict[str, Any] = {}
-    for split in dict.fromkeys(record["split"] for record in records):
-        mine = [record for record in records if record["split"] == split]
-        outcomes = [outcome_of(record, task.positive) for record in mine]
-        exact = [
-            {**record, "correct": record["solved"] == record["gold"], "answered": True, "tokens": 0}
-            for record in mine
-            if record.get("solved")
-        ]
-        # a program that does not know every row is no ceiling
-        solved = [outcome_of(record, task.positive) for record in exact] if len(exact) == len(mine) else []
-        found[split] = {
-            "all": summarize(outcomes, draws, confidence, seed),
-            "baselines": baseline_figures(outcomes, solved),
-            "reasons": reasons_of(mine),
-        }
-        for tag in task.breakdowns:
-            values = sorted({record["tags"][tag] for record in mine if tag in (record["tags"] or {})})
-            found[split][tag] = {
-                str(value): summarize(
-                    [o for o, record in zip(outcomes, mine, strict=True) if record["tags"][tag] == value],
-                    draws,
-                    confidence,
-                    seed,
-                )
-                for value in values
-            }
-    return found
 
 
 def _read_partial(out: Path) -> dict[tuple[str, str], dict[str, Any]]:

@@ -11,6 +11,7 @@ without a positive class). Where answers cannot be verified, that is what is sai
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -32,6 +33,7 @@ from pipeline.scoring.reading import REASONS
 from pipeline.tasks.task import Task, task_of
 from pipeline.training.harness import main
 from pipeline.workflow.artifact import HISTORY, PROMPTS, Artifact
+from pipeline.workflow.figures import figures_of
 from pipeline.workflow.runtime import Runtime, show_hardware
 from pipeline.workflow.stage import read_order
 
@@ -70,7 +72,8 @@ SAMPLES = 3
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runtime) -> dict[str, Any]:
     runtime.progress.update(state="running", note="counting")
     task = task_of(recipe.task, recipe.seed)
-    report = gather(inputs, task, recipe)
+    criteria = json.loads(runtime.options.get("success_criteria", "{}"))
+    report = gather(inputs, task, recipe, criteria)
     write_json(out / "report.json", report)
     runtime.progress.update(note="drawing")
     page = {**report, "charts": draw(report, task), "titles": TITLES, "why": REASONS, "task": task}
@@ -79,9 +82,13 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     return {"claims": report["claims"]}
 
 
-def gather(inputs: Mapping[str, Artifact], task: Task, recipe: Recipe) -> dict[str, Any]:
-    """Every figure of the report, from the artifacts of its steps."""
-    models = [_model(label, artifact) for label, artifact in inputs.items() if artifact.stage.startswith("evaluate-")]
+def gather(inputs: Mapping[str, Artifact], task: Task, recipe: Recipe, criteria: Mapping[str, Any]) -> dict[str, Any]:
+    """Every figure of the report, from the artifacts of its steps. `criteria`: of success, by recipe."""
+    models = [
+        _model(label, artifact, figures_of(artifact, task, recipe.report, recipe.seed))
+        for label, artifact in inputs.items()
+        if artifact.stage.startswith("evaluate-")
+    ]
     models.sort(key=lambda model: (model["recipe"], ("base", "sft", "grpo").index(model["role"])))
     main_split = recipe.evaluate.splits[0] if recipe.evaluate.splits else ""
     differences = []
@@ -99,7 +106,7 @@ def gather(inputs: Mapping[str, Artifact], task: Task, recipe: Recipe) -> dict[s
         "version": __version__,
         "splits": list(recipe.evaluate.splits),
         "main_split": main_split,
-        "confidence": recipe.evaluate.confidence,
+        "confidence": recipe.report.confidence,
         "seed": recipe.seed,
         "models": models,
         "baselines": first["splits"][main_split]["baselines"] if first else {},
@@ -114,7 +121,7 @@ def gather(inputs: Mapping[str, Artifact], task: Task, recipe: Recipe) -> dict[s
         "curves": {label: _history(artifact) for label, artifact in trained.items()},
         "training": {label: artifact.metrics for label, artifact in trained.items()},
         "data": {label: artifact.metrics for label, artifact in data.items()},
-        "goals": _goals(models, trained, main_split, inputs),
+        "goals": _goals(models, trained, main_split, criteria),
         "prompts": _prompts(models, inputs),
         "samples": _samples(models[-1], inputs, task, main_split) if models else [],
         "steps": {label: _provenance(artifact) for label, artifact in inputs.items()},
@@ -146,7 +153,7 @@ def notes(models: list[dict[str, Any]], splits: Sequence[str], task: Task) -> li
     return found
 
 
-def _model(label: str, artifact: Artifact) -> dict[str, Any]:
+def _model(label: str, artifact: Artifact, figures: dict[str, Any]) -> dict[str, Any]:
     role = artifact.stage.removeprefix("evaluate-")
     names = {"base": "base", "sft": "SFT", "grpo": "GRPO"}
     return {
@@ -154,7 +161,7 @@ def _model(label: str, artifact: Artifact) -> dict[str, Any]:
         "recipe": artifact.recipe,
         "role": role,
         "name": f"{artifact.recipe} {names[role]}",
-        "splits": artifact.figures,
+        "splits": figures,
     }
 
 
@@ -166,12 +173,12 @@ def _difference(
     before: dict[str, Any], after: dict[str, Any], inputs: Mapping[str, Artifact], task: Task, recipe: Recipe
 ) -> dict[str, Any]:
     """The paired difference of two successive stages, by split."""
-    settings = recipe.evaluate
+    settings = recipe.report
     old, new = _records(inputs[before["label"]]), _records(inputs[after["label"]])
     found = {}
-    for split in settings.splits:
+    for split in recipe.evaluate.splits:
         pair = [[outcome_of(r, task.positive) for r in records if r["split"] == split] for records in (old, new)]
-        found[split] = compare(pair[0], pair[1], settings.draws, settings.confidence, recipe.seed)
+        found[split] = compare(pair[0], pair[1], settings.bootstrap_samples, settings.confidence, recipe.seed)
     return {"before": before["name"], "after": after["name"], "role": after["role"], "splits": found}
 
 
@@ -232,16 +239,16 @@ def _samples(model: dict[str, Any], inputs: Mapping[str, Artifact], task: Task, 
 
 
 def _goals(
-    models: list[dict[str, Any]], trained: Mapping[str, Artifact], split: str, inputs: Mapping[str, Artifact]
+    models: list[dict[str, Any]], trained: Mapping[str, Artifact], split: str, criteria: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """The recipes' success indicators: each figure, its bound, and whether it is met (None: not measured)."""
+    """The recipes' success criteria: each figure, its bound, and whether it is met (None: not measured)."""
     found = []
     last = {model["recipe"]: model for model in models}
     for name, model in last.items():
         sft = next((a.metrics for a in trained.values() if a.stage == "sft" and a.recipe == name), {})
         figures = {key: figure["value"] for key, figure in model["splits"][split]["all"].items()} if split else {}
-        order = read_order(inputs[model["label"]].folder)
-        for key, goal in order.recipe.evaluate.goals.items():
+        for key, bounds in criteria.get(name, {}).items():
+            goal = Goal(**bounds)
             value = sft.get(key, figures.get(key))
             met = None if value is None else goal_met(goal, value)
             found.append(

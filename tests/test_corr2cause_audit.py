@@ -15,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.cli.main import command
-from pipeline.config.recipe import TaskChoice
+from pipeline.config.recipe import Report, TaskChoice
 from pipeline.core.errors import DataError
-from pipeline.evaluate import count
 from pipeline.tasks.corr2cause import text
 from pipeline.tasks.corr2cause.audit import audit
 from pipeline.tasks.corr2cause.graphs import RELATIONS, classes, sampled
@@ -25,6 +24,7 @@ from pipeline.tasks.corr2cause.paper import published_classes, wrong_labels
 from pipeline.tasks.corr2cause.premise import class_of, read_claim, read_premise
 from pipeline.tasks.rows import Row, file_rows
 from pipeline.tasks.task import Example, task_of
+from pipeline.workflow.figures import count
 
 RELEASED = Path(__file__).parent / "fixtures" / "corr2cause_released.csv"  # 23 rows of the published training split
 
@@ -293,10 +293,10 @@ def test_on_published_rows_the_solver_is_the_ceiling_of_the_label_noise() -> Non
         | {"answered": True, "tokens": 1, "solved": task.solve(e)}
         for e in rows
     ]
-    found = count(records, task, 10, 0.95, 0)["test"]["baselines"]["exact solver"]
+    found = count(records, task, Report(10, 0.95, {}), 0)["test"]["baselines"]["exact solver"]
     assert found["accuracy"] == pytest.approx(18 / 23)
     assert 0 < found["f1"] < 1
     assert task.solve(Example("1", "What is 2 + 2?", "Yes", "g")) is None
     # where it cannot answer a row it is not shown as one that was wrong
     records[0]["solved"] = None
-    assert "exact solver" not in count(records, task, 10, 0.95, 0)["test"]["baselines"]
+    assert "exact solver" not in count(records, task, Report(10, 0.95, {}), 0)["test"]["baselines"]

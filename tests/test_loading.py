@@ -13,13 +13,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.config import load
 from pipeline.config.cluster import Batches, batches, generation_sizes, read_cluster
 from pipeline.config.load import read_typed
-from pipeline.config.recipe import CONFIGS, Recipe, divisors, read
-from pipeline.core.errors import PipelineError, RecipeError
+from pipeline.config.recipe import CONFIGS, Goal, Recipe, Report, divisors, read
+from pipeline.core.errors import ArtifactError, PipelineError, RecipeError
 from pipeline.core.hashing import file_identity, plain
 from pipeline.core.schema import Name, build, is_free_mapping
-from pipeline.workflow.artifact import STEP
+from pipeline.workflow.artifact import STEP, open_artifact
 from pipeline.workflow.plan import _identity, make_plan, recipe_of
 
 QUICK = 5.0  # seconds within which every answer comes; what these tests are about took minutes, or never ended
@@ -126,9 +127,9 @@ def test_an_empty_mapping_replaces_the_defaults(tmp_path: Path) -> None:
     cluster, _ = read_cluster("local", ["slurm.environment={}"])
     assert cluster is not None
     assert cluster.slurm.environment == {}
-    recipe, _ = read("math_science", ["evaluate.goals={}"])
+    recipe, _ = read("math_science", ["report.success_criteria={}"])
     assert recipe is not None
-    assert recipe.evaluate.goals == {}
+    assert recipe.report.success_criteria == {}
 
 
 def test_an_empty_section_is_no_reason_to_forget_its_defaults() -> None:
@@ -229,7 +230,7 @@ HUGE = [
     "sft.optimizer.learning_rate=1e999",
     "sft.optimizer.learning_rate=-.inf",
     f"sft.optimizer.learning_rate={'9' * 400}",
-    "evaluate.draws=1000000000000",
+    "report.bootstrap_samples=1000000000000",
     "evaluate.max_new_tokens=1000000000000000000000",
     "seed=4294967296",
     f"seed={'9' * 4000}",
@@ -277,7 +278,7 @@ def test_divisors_are_all_of_them_in_order(number: int) -> None:
 
 
 def test_numbers_that_can_be_right_are(tmp_path: Path) -> None:
-    recipe, problems = read("tiny", ["seed=4294967295", "sft.epochs=1000", "evaluate.draws=1000000"])
+    recipe, problems = read("tiny", ["seed=4294967295", "sft.epochs=1000", "report.bootstrap_samples=1000000"])
     assert problems == []
     assert recipe is not None
 
@@ -366,3 +367,40 @@ def test_every_recipe_file_is_still_what_its_yaml_says() -> None:
     """The bounded loader and PyYAML read the same values."""
     for file in [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("clusters/*.yaml")]:
         assert isinstance(yaml.safe_load(file.read_text(encoding="utf-8")), dict)
+
+
+# ---------------------------------------------------------------- names that settings had before
+
+
+def test_a_setting_under_its_former_name_is_read_and_the_new_name_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "_told", set())
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {name: m}\nevaluate: {goals: {thoughts: {above: 0.9}}, confidence: 0.9}\n")
+    recipe, problems = read(str(file), ["evaluate.draws=123", "evaluate.draws=124"])
+    assert recipe is not None, problems
+    assert recipe.report == Report(124, 0.9, {"thoughts": Goal(above=0.9)})
+    told = capsys.readouterr().err
+    assert told.count("note: evaluate.draws is now report.bootstrap_samples") == 1
+    assert "note: evaluate.goals is now report.success_criteria" in told
+    _, problems = read(str(file), ["evaluate.draws=0"])
+    assert any(text.startswith("report.bootstrap_samples: 0 is not") for text in problems)
+    both, _ = read(str(file), ["evaluate.draws=5", "report.bootstrap_samples=6"])
+    assert both is not None
+    assert both.report.bootstrap_samples == 6
+
+
+def test_what_only_the_report_reads_asks_no_model_again() -> None:
+    words = ["report.confidence=0.9", "evaluate.goals={f1: {above: 0.5}}"]
+    before, after = make_plan(["tiny"]), make_plan(["tiny"], words)
+    pairs = zip(before.steps, after.steps, strict=True)
+    assert [new.name for old, new in pairs if old.fingerprint != new.fingerprint] == ["report"]
+
+
+def test_a_record_of_a_later_version_is_refused(tmp_path: Path) -> None:
+    record: dict[str, Any] = {name: {} for name in ("payload", "inputs", "files", "metrics", "provenance")}
+    record |= {"stage": "sft", "recipe": "x", "fingerprint": "x", "schema": 99}
+    (tmp_path / "artifact.json").write_text(json.dumps(record))
+    with pytest.raises(ArtifactError, match=r"schema: got 99; expected at most \d+\. Fix: "):
+        open_artifact(tmp_path)

@@ -103,9 +103,12 @@ def show_export(step: Step, *, pushed: bool = False) -> Path:
 def show_metrics(step: Step) -> None:
     from pipeline.scoring.metrics import HEADLINE
     from pipeline.tasks.task import task_of
+    from pipeline.workflow.figures import figures_of
 
     artifact = open_artifact(step.folder)
-    for split, figures in artifact.figures.items():
+    recipe = step.recipe
+    counted = figures_of(artifact, task_of(recipe.task, recipe.seed), recipe.report, recipe.seed)
+    for split, figures in counted.items():
         print(f"{split}: {int(figures['all']['rows']['value'])} rows, {int(figures['all']['groups']['value'])} groups")
         if figures["all"]["verified"]["value"] < figures["all"]["rows"]["value"]:
             print(f"  {int(figures['all']['verified']['value'])} of them can be verified")

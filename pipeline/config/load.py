@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from pipeline.core.files import read_text
-from pipeline.core.schema import build, is_free_mapping
+from pipeline.core.schema import build, is_free_mapping, modernised
 
 MAX_BYTES = 256 * 1024  # of a YAML file or an override
 MAX_REFERENCES = 32  # in one file: each may double what came before
@@ -51,13 +52,15 @@ def read_typed(
     problems: list[str] = []
     texts: list[str] = []
     layers: list[Any] = []
+    former: Mapping[str, str] = getattr(cls, "former", {})
     for source in sources:
         if isinstance(source, Path):
             layers += _from_file(source, problems)
         else:
-            layers.append(OmegaConf.create(_masked(source, texts)))
+            layers.append(OmegaConf.create(_masked(modernised(source, former)[0], texts)))
     for override in overrides:
         layers += _from_override(override, problems)
+    layers = [_modernised(layer, former) for layer in layers]
     try:
         merged: Any = OmegaConf.create({})
         for layer in layers:
@@ -76,6 +79,21 @@ def read_typed(
     if result is not None:
         problems += result.problems()
     return (None if problems else result), problems
+
+
+_told: set[str] = set()
+
+
+def _modernised(layer: Any, former: Mapping[str, str]) -> Any:
+    """A layer under the names of today; the first time that someone uses an old one, they are told the new one."""
+    from omegaconf import OmegaConf
+
+    values, told = modernised(OmegaConf.to_container(layer), former) if former else (None, [])
+    for sentence in told:
+        if sentence not in _told:
+            _told.add(sentence)
+            print(f"note: {sentence}; the old name is read in this version", file=sys.stderr)
+    return OmegaConf.create(values) if told else layer
 
 
 # ---------------------------------------------------------------- one layer

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pipeline.config.load import read_typed
 from pipeline.core.errors import RecipeError, did_you_mean
@@ -186,7 +186,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """How a model is asked and how its answers are counted."""
+    """How a model is asked."""
 
     splits: tuple[str, ...]
     limit: Positive | None  # rows of each split; None: all
@@ -195,10 +195,16 @@ class Evaluate:
     top_k: Count
     repetition_penalty: Rate  # 1: none; above, tokens that stand already become less likely (Keskar et al. 2019)
     max_new_tokens: Positive
-    draws: Draws  # of the bootstrap
-    confidence: Share
     prompts: tuple[str, ...]  # questions whose answers stand side by side in the report, model by model
-    goals: dict[str, Goal]  # success indicators: a figure of SFT's validation or of the last model -> its bound
+
+
+@dataclass(frozen=True)
+class Report:
+    """How answers are counted and compared. Nothing here makes a model answer again."""
+
+    bootstrap_samples: Draws
+    confidence: Share
+    success_criteria: dict[str, Goal]  # a figure of SFT's validation or of the last model -> its bound
 
 
 @dataclass(frozen=True)
@@ -214,6 +220,14 @@ class Recipe:
     sft: Sft
     grpo: Grpo
     evaluate: Evaluate
+    report: Report
+
+    # settings that had another name: YAML files, words and records that have it are read as if they had the new one
+    former: ClassVar[Mapping[str, str]] = {
+        "evaluate.draws": "report.bootstrap_samples",
+        "evaluate.confidence": "report.confidence",
+        "evaluate.goals": "report.success_criteria",
+    }
 
     @property
     def stages(self) -> tuple[Literal["sft", "grpo"], ...]:

@@ -233,10 +233,50 @@ def _union(kinds: tuple[Any, ...], value: Any, path: str, problems: list[str]) -
     return None
 
 
+def modernised(values: Any, former: Mapping[str, str]) -> tuple[Any, list[str]]:
+    """Settings under the names that they have now, and a sentence for each that had another.
+
+    `former` maps old names to new ones, both with their path: `evaluate.draws` -> `report.bootstrap_samples`. Where a
+    new name is set too, it counts.
+    """
+    told = []
+    for old, new in former.items():
+        found, value = _taken(values, old.split("."))
+        if found:
+            values = _given(_without(values, old.split(".")), new.split("."), value)
+            told.append(f"{old} is now {new}")
+    return values, told
+
+
+def _taken(values: Any, path: list[str]) -> tuple[bool, Any]:
+    for name in path:
+        if not isinstance(values, Mapping) or name not in values:
+            return False, None
+        values = values[name]
+    return True, values
+
+
+def _without(values: Mapping[str, Any], path: list[str]) -> dict[str, Any]:
+    first, *rest = path
+    if rest:
+        return {**values, first: _without(values[first], rest)}
+    return {name: value for name, value in values.items() if name != first}
+
+
+def _given(values: Mapping[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    first, *rest = path
+    if not rest:
+        return {first: value, **values}
+    below = values.get(first)
+    return {**values, first: _given(below if isinstance(below, Mapping) else {}, rest, value)}
+
+
 def _dataclass(cls: type, value: Any, path: str, problems: list[str]) -> Any:
     if not isinstance(value, Mapping):
         problems.append(f"{path or 'the file'}: {_shown(value)} is not a mapping of settings")
         return None
+    if former := getattr(cls, "former", None):
+        value, _ = modernised(value, former)
     hints = typing.get_type_hints(cls, include_extras=True)
     names = [field.name for field in dataclasses.fields(cls)]
     before = len(problems)

@@ -52,6 +52,7 @@ def rehearsal_of(recipe: Recipe, cluster: Cluster | None) -> Recipe:
             optimizer=_plain(recipe.grpo),
         ),
         evaluate=_evaluate(recipe.evaluate),
+        report=replace(recipe.report, bootstrap_samples=50),
     )
 
 
@@ -98,4 +99,4 @@ def _plain(stage: Sft | Grpo) -> Any:
 
 
 def _evaluate(given: Evaluate) -> Evaluate:
-    return replace(given, limit=4, max_new_tokens=WORDS, draws=50)
+    return replace(given, limit=4, max_new_tokens=WORDS)

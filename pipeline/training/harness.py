@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import EXIT_FAULT, ArtifactError, LaunchError, PipelineError, Stopped, explain_disk, run_main
 from pipeline.workflow import faults
-from pipeline.workflow.artifact import WARNINGS, Artifact, commit, is_done, open_artifact, own
+from pipeline.workflow.artifact import SCHEMA, WARNINGS, Artifact, commit, is_done, open_artifact, own
 from pipeline.workflow.progress import ProgressFile, many_attempts
 from pipeline.workflow.runtime import Runtime, show_hardware
 from pipeline.workflow.stage import STAGES, Order, read_order
@@ -196,6 +196,7 @@ def _artifact(
             **more,
         },
         folder=folder,
+        schema=SCHEMA,
     )
 
 

@@ -43,6 +43,10 @@ ADAPTER = "adapter_config.json"
 WARNINGS = "warnings"  # the key of `metrics` that lists them; absent where there are none
 
 
+# of step.json and artifact.json. 2: `report:` beside `evaluate:`. Older records are read as if they were of this one
+SCHEMA = 2
+
+
 @dataclass(frozen=True)
 class FileEntry:
     size: int  # bytes
@@ -62,6 +66,7 @@ class Artifact:
     metrics: dict[str, Any]
     provenance: dict[str, Any]  # versions, machine, git commit, command, timings
     folder: Path = field(default=Path(), compare=False)
+    schema: int = 1  # of the record
 
     @property
     def warnings(self) -> list[str]:
@@ -128,6 +133,14 @@ def artifact_problem(folder: Path) -> str | None:
     return None
 
 
+def refuse_newer(path: Path, schema: int) -> None:
+    """ArtifactError where a record is of a later version, whose meaning nobody here knows."""
+    if schema > SCHEMA:
+        raise ArtifactError(
+            f"{path}: schema: got {schema}; expected at most {SCHEMA}. Fix: use the version that wrote it"
+        )
+
+
 def open_artifact(folder: Path, *, verify: bool = True, deep: bool = False) -> Artifact:
     """The artifact of a folder; ArtifactError where it is missing, half-written or no longer what it was.
 
@@ -139,6 +152,7 @@ def open_artifact(folder: Path, *, verify: bool = True, deep: bool = False) -> A
         raise ArtifactError(f"{odd}. Fix: run the step again; an artifact that cannot be used counts as none") from None
     if artifact is None:
         raise ArtifactError(f"{folder / ARTIFACT} does not exist: that step has not ended; run it again")
+    refuse_newer(folder / ARTIFACT, artifact.schema)
     problems = []
     for name, entry in artifact.files.items() if verify else ():
         path = folder / name

@@ -10,6 +10,7 @@ its stage reads, the stage's revision, and the fingerprints of its inputs. Its f
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from pipeline.sizing.smoke import rehearsal_of
 from pipeline.tasks.task import make_task, resolved_params, split_problems, task_of
 from pipeline.workflow.artifact import (
     ARTIFACT,
+    SCHEMA,
     STEP,
     Artifact,
     artifact_problem,
@@ -259,25 +261,35 @@ def _report_step(recipes: Sequence[Recipe], steps: Sequence[Step], runs: Path) -
     place = "+".join(recipe.name for recipe in recipes)
     if len(place) > LONGEST_PLACE:  # a folder's name has its limit
         place = f"{recipes[0].name}+{len(recipes) - 1}-{fingerprint(place)}"
-    return _step("report", "report", recipes[0], shown, runs, place=place)
+    criteria = {recipe.name: plain(recipe.report.success_criteria) for recipe in recipes}
+    return _step("report", "report", recipes[0], shown, runs, place=place, criteria=criteria)
 
 
 def _step(
-    name: str, stage: str, recipe: Recipe, inputs: dict[str, Step], runs: Path, *, place: str | None = None
+    name: str,
+    stage: str,
+    recipe: Recipe,
+    inputs: dict[str, Step],
+    runs: Path,
+    *,
+    place: str | None = None,
+    criteria: dict[str, Any] | None = None,
 ) -> Step:
+    """A step of a recipe. `criteria` are the success criteria of each recipe that a report is about."""
     sections = {path: plain(reduce(getattr, path.split("."), recipe)) for path in STAGES[stage].reads}
     files = {} if inputs else local_files(recipe)
     if not inputs and (packed := gguf_file(recipe.model)):
         files["model.gguf"] = file_identity(packed)
+    options = {"success_criteria": json.dumps(criteria)} if criteria else {}
     payload = {
         "stage": stage,
         "revision": STAGES[stage].revision,
-        "settings": sections,
+        "settings": sections | ({"success_criteria": criteria} if criteria else {}),
         "inputs": {role: step.fingerprint for role, step in inputs.items()},
         "files": files,
     }
     folder = runs / (place or recipe.name) / f"{name}-{fingerprint(payload)}"
-    return Step(name, stage, recipe, payload, folder, inputs)
+    return Step(name, stage, recipe, payload, folder, inputs, options=options)
 
 
 def evaluation_plan(
@@ -443,6 +455,7 @@ def order_of(step: Step, cluster: Cluster) -> Order:
         {**{role: str(needed.folder) for role, needed in step.inputs.items()}, **step.folders},
         step.checkpoint,
         step.options,
+        SCHEMA,
     )
 
 

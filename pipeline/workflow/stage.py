@@ -17,7 +17,7 @@ from pipeline.core.files import write_json
 from pipeline.core.hashing import plain
 from pipeline.core.records import read_mapping, read_record
 from pipeline.core.schema import build
-from pipeline.workflow.artifact import STEP, STOP
+from pipeline.workflow.artifact import STEP, STOP, refuse_newer
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ STAGES: dict[str, Stage] = {
         Stage("sft", "supervised fine-tuning on the task's targets", ("seed", "model", "lora", "sft"), 1, "all"),
         Stage("grpo", "reinforcement learning from the task's rewards", ("seed", "model", "lora", "grpo"), 1, "all"),
         Stage("evaluate", "answers to every test row, graded", ("seed", "model", "evaluate"), 2, "all"),
-        Stage("report", "the models side by side, with intervals and curves", ("seed", "evaluate"), 3, "one"),
+        Stage("report", "the models side by side, with intervals and curves", ("seed", "evaluate", "report"), 3, "one"),
         Stage("export", "a checkpoint for others: adapter, merged model or GGUF, with its card", ("model",), 1, "one"),
     )
 }
@@ -66,7 +66,8 @@ class Order:
     cluster: Cluster
     inputs: dict[str, str]  # role -> folder
     checkpoint: str | None = None  # weights to evaluate that are no step's, or to export
-    options: dict[str, str] = field(default_factory=dict)  # of an export: format, quant, source, trained_in
+    options: dict[str, str] = field(default_factory=dict)  # of an export: format, …; of a report: success_criteria
+    schema: int = 1  # of this file: see artifact.SCHEMA
 
 
 def write_order(folder: Path, order: Order) -> None:
@@ -89,6 +90,7 @@ def read_order(folder: Path) -> Order:
         )
     order = read_record(folder / STEP, Order, recipe=recipe, cluster=cluster)
     assert order is not None
+    refuse_newer(folder / STEP, order.schema)
     if order.stage not in STAGES:
         raise ArtifactError(f"{folder / STEP}: stage: got {order.stage!r}; expected one of {', '.join(STAGES)}")
     return order
