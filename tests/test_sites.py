@@ -423,16 +423,18 @@ def test_each_stage_has_its_own_time_to_save() -> None:
     assert all("USR1@90 " in script(stage, one) for stage in STAGES.values())
     partly = cluster_of("slurm.save_before.grpo=1800").slurm
     assert (partly.save_seconds("grpo"), partly.save_seconds("sft")) == (1800, 300)
+    short = cluster_of("slurm.time.grpo=10m").slurm  # a file from before stages had a time of their own
+    assert (short.save_seconds("grpo"), short.save_seconds("evaluate")) == (150, 600)
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (
-            ["time.grpo=20m"],
+            ["time.grpo=20m", "save_before.grpo=1200"],
             "save_before.grpo: got 1200 seconds; expected less than the 1200 of cluster.slurm.time.grpo",
         ),
-        (["time.grpo=20m"], "Fix: cluster.slurm.save_before.grpo=300"),
+        (["time.grpo=20m", "save_before.grpo=1200"], "Fix: cluster.slurm.save_before.grpo=300"),
         (["save_before={grpo: 0}"], "cluster.slurm.save_before.grpo: 0 is not a whole number ≥ 1"),
         (["save_before={gpro: 9}"], "cluster.slurm.save_before.gpro: unknown setting; did you mean 'grpo'?"),
         (["save_before=soon"], "cluster.slurm.save_before: 'soon' is not a whole number ≥ 1"),

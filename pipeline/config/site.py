@@ -47,16 +47,20 @@ class Times:
     export: Time
 
 
+# seconds before its limit that a stage is asked to save, where the cluster's file does not say: more than a step takes
+SAVE_BEFORE = {"preprocess": 120, "sft": 300, "grpo": 1200, "evaluate": 600, "report": 120, "export": 120}
+
+
 @dataclass(frozen=True)
 class SaveBefore:
-    """How many seconds before its limit each stage is asked to save; what a file leaves out is as here."""
+    """How many seconds before its limit each stage is asked to save; None: see SAVE_BEFORE."""
 
-    preprocess: Positive = 120
-    sft: Positive = 300
-    grpo: Positive = 1200
-    evaluate: Positive = 600
-    report: Positive = 120
-    export: Positive = 120
+    preprocess: Positive | None = None
+    sft: Positive | None = None
+    grpo: Positive | None = None
+    evaluate: Positive | None = None
+    report: Positive | None = None
+    export: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,11 @@ class Slurm:
 
     def save_seconds(self, stage: str) -> int:
         """How many seconds before its time limit a stage is asked to save."""
-        return self.save_before if isinstance(self.save_before, int) else int(getattr(self.save_before, stage))
+        if isinstance(self.save_before, int):
+            return self.save_before
+        quarter = minutes(getattr(self.time, stage)) * 60 // 4
+        given = getattr(self.save_before, stage)
+        return min(SAVE_BEFORE[stage], quarter) if given is None else int(given)
 
     @property
     def variables(self) -> dict[str, str]:
