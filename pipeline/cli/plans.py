@@ -50,9 +50,9 @@ def plan_of(args: argparse.Namespace, changes: Sequence[str] = ()) -> Plan:
 
 def refuse_what_would_fail(plan: Plan) -> None:
     """The checks that cost nothing, at the start of every run."""
-    from pipeline.preflight import checks as preflight
+    from pipeline.preflight import checks
 
-    wrong, notes = preflight.problems(plan)
+    wrong, notes = checks.problems(plan)
     if wrong:
         raise PlanError(*wrong)
     print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)

@@ -85,13 +85,13 @@ def submit_command(args: argparse.Namespace, plan: Plan) -> int:
 def check_command(args: argparse.Namespace) -> int:
     """Everything at once, with what sbatch itself would say."""
     from pipeline.launchers.batch_script import script
-    from pipeline.preflight import checks as preflight
+    from pipeline.preflight import checks
 
     plan = plan_of(args)
-    wrong, notes = preflight.problems(plan, audited=args.audit)
+    wrong, notes = checks.problems(plan, audited=args.audit)
     if plan.cluster.launcher != "local":
         stages = dict.fromkeys(step.stage for step in plan.to_run)
-        wrong += preflight.refused({stage: script(STAGES[stage], plan.cluster) for stage in stages})
+        wrong += checks.refused({stage: script(STAGES[stage], plan.cluster) for stage in stages})
     print("".join(f"note: {note}\n" for note in notes), end="")
     if wrong:
         raise PlanError(*wrong)

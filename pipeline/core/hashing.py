@@ -23,7 +23,7 @@ LENGTH = 10  # hexadecimal characters of a fingerprint
 def plain(value: Any, path: str = "") -> Any:
     """`value` as dicts, lists, strings, finite numbers, booleans and None.
 
-    Dataclass fields that were `typed.added` are left out while they are neutral.
+    Dataclass fields that were `schema.added` are left out while they are neutral.
     Raises TypeError, naming the path, for anything without a deterministic form (sets, floats that are not
     finite, objects).
     """

@@ -27,7 +27,7 @@ def added(neutral: Any) -> Any:
     """A dataclass field that came after records were first written: `field: Type = added(neutral)`.
 
     `neutral` is the behaviour from before the field existed. Older records are read as if they held it, and
-    `fingerprint.plain` leaves the field out while it is neutral, so a finished step stays finished.
+    `hashing.plain` leaves the field out while it is neutral, so a finished step stays finished.
     """
     metadata = {"added": True}
     if isinstance(neutral, dict):

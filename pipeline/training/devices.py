@@ -4,7 +4,7 @@
     describe(recipe, cluster, stage, world)     for the artifact: names, precision, attention, layout, planned memory
     explain_out_of_memory(error, stage, cluster)    the sentence for a GPU whose memory ran out
 
-Reads torch and /dev only; chooses nothing. Precision and attention are chosen in modeling.py.
+Reads torch and /dev only; chooses nothing. Precision and attention are chosen in models/loading.py.
 """
 
 from __future__ import annotations

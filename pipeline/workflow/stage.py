@@ -42,14 +42,14 @@ STAGES: dict[str, Stage] = {
             "preprocess",
             "rows, splits and their proof; for a model from scratch also its tokenizer and first weights",
             ("seed", "model.name", "model.revision", "model.scratch", "model.gguf", "model.chat_template", "task"),
-            1,
+            2,
             "one",
         ),
-        Stage("sft", "supervised fine-tuning on the task's targets", ("seed", "model", "lora", "sft"), 1, "all"),
-        Stage("grpo", "reinforcement learning from the task's rewards", ("seed", "model", "lora", "grpo"), 1, "all"),
-        Stage("evaluate", "answers to every test row, graded", ("seed", "model", "evaluate"), 2, "all"),
-        Stage("report", "the models side by side, with intervals and curves", ("seed", "evaluate", "report"), 3, "one"),
-        Stage("export", "a checkpoint for others: adapter, merged model or GGUF, with its card", ("model",), 1, "one"),
+        Stage("sft", "supervised fine-tuning on the task's targets", ("seed", "model", "lora", "sft"), 2, "all"),
+        Stage("grpo", "reinforcement learning from the task's rewards", ("seed", "model", "lora", "grpo"), 2, "all"),
+        Stage("evaluate", "answers to every test row, graded", ("seed", "model", "evaluate"), 3, "all"),
+        Stage("report", "the models side by side, with intervals and curves", ("seed", "evaluate", "report"), 4, "one"),
+        Stage("export", "a checkpoint for others: adapter, merged model or GGUF, with its card", ("model",), 2, "one"),
     )
 }
 
