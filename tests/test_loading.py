@@ -404,3 +404,12 @@ def test_a_record_of_a_later_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "artifact.json").write_text(json.dumps(record))
     with pytest.raises(ArtifactError, match=r"schema: got 99; expected at most \d+\. Fix: "):
         open_artifact(tmp_path)
+
+
+def test_a_setting_that_is_gone_is_left_out_and_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "_told", set())
+    recipe, problems = read("tiny", ["model.backend=unsloth"])
+    assert (recipe, problems) == (read("tiny")[0], [])
+    assert "note: model.backend is gone" in capsys.readouterr().err

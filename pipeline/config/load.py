@@ -92,7 +92,7 @@ def _modernised(layer: Any, former: Mapping[str, str]) -> Any:
     for sentence in told:
         if sentence not in _told:
             _told.add(sentence)
-            print(f"note: {sentence}; the old name is read in this version", file=sys.stderr)
+            print(f"note: {sentence}", file=sys.stderr)
     return OmegaConf.create(values) if told else layer
 
 

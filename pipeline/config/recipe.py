@@ -57,7 +57,6 @@ class Model:
     quantization: Literal["none", "nf4", "int8"]
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
-    backend: Literal["transformers", "unsloth"] = "transformers"  # unsloth: what puts a fresh adapter on its base
 
 
 @dataclass(frozen=True)
@@ -227,6 +226,7 @@ class Recipe:
         "evaluate.draws": "report.bootstrap_samples",
         "evaluate.confidence": "report.confidence",
         "evaluate.goals": "report.success_criteria",
+        "model.backend": "",  # transformers, or Unsloth's copy of it, which could not be installed beside TRL
     }
 
     @property
@@ -265,8 +265,6 @@ class Recipe:
             )
         if self.lora.enabled and not self.lora.targets:
             found.append("lora.targets: got none; expected the modules to adapt. Fix: lora.targets=[all-linear]")
-        if self.model.backend == "unsloth" and not self.lora.enabled:
-            found.append("model.backend: 'unsloth' trains adapters here; set lora.enabled=true, or use transformers")
         if self.model.scratch and self.model.gguf:
             found.append(
                 "model.gguf: a model from scratch has no file; set one of model.scratch and model.gguf to null"

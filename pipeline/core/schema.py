@@ -234,17 +234,18 @@ def _union(kinds: tuple[Any, ...], value: Any, path: str, problems: list[str]) -
 
 
 def modernised(values: Any, former: Mapping[str, str]) -> tuple[Any, list[str]]:
-    """Settings under the names that they have now, and a sentence for each that had another.
+    """Settings under the names that they have now, and a sentence for each that had another or is gone.
 
-    `former` maps old names to new ones, both with their path: `evaluate.draws` -> `report.bootstrap_samples`. Where a
-    new name is set too, it counts.
+    `former` maps old names to new ones, with their path: `evaluate.draws` -> `report.bootstrap_samples`; "" for one
+    that is gone. Where a new name is set too, it counts.
     """
     told = []
     for old, new in former.items():
         found, value = _taken(values, old.split("."))
         if found:
-            values = _given(_without(values, old.split(".")), new.split("."), value)
-            told.append(f"{old} is now {new}")
+            values = _without(values, old.split("."))
+            values = _given(values, new.split("."), value) if new else values
+            told.append(f"{old} is now {new}; the old name is read in this version" if new else f"{old} is gone")
     return values, told
 
 

@@ -407,38 +407,6 @@ def add_lora(base: PreTrainedModel, lora: Lora, *, keep_dtype: bool) -> PeftMode
     return get_peft_model(base, config, autocast_adapter_dtype=not keep_dtype)
 
 
-def add_lora_by_unsloth(
-    checkpoint: Checkpoint, model: Model, lora: Lora, *, dtype: torch.dtype, length: int, checkpointing: bool, seed: int
-) -> PeftModel:
-    """A fresh adapter on a base model, both by Unsloth (`model.backend`); what it saves loads as any adapter."""
-    from unsloth import FastLanguageModel
-
-    with reading(f"model {checkpoint.base}"):
-        base, _ = FastLanguageModel.from_pretrained(
-            model_name=checkpoint.base,
-            revision=revision_of(checkpoint, model),
-            max_seq_length=length,
-            dtype=dtype,
-            load_in_4bit=model.quantization == "nf4",
-            load_in_8bit=model.quantization == "int8",
-            load_in_16bit=model.quantization == "none",
-            use_gradient_checkpointing="unsloth" if checkpointing else False,
-            **NO_CODE,
-        )
-    check_finite(base, checkpoint.base, revision_of(checkpoint, model), dtype)
-    forget_generation_config(base, checkpoint.base, revision_of(checkpoint, model))
-    return FastLanguageModel.get_peft_model(
-        base,
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.targets[0] if lora.targets == ("all-linear",) else list(lora.targets),
-        use_gradient_checkpointing="unsloth" if checkpointing else False,
-        random_state=seed,
-        max_seq_length=length,
-    )
-
-
 def _quantization(model: Model, dtype: torch.dtype, *, spread: bool = False) -> BitsAndBytesConfig | None:
     if model.quantization == "nf4":
         return BitsAndBytesConfig(

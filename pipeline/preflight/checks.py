@@ -22,7 +22,7 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 
 from pipeline.config.architectures import TEMPLATES, gguf_file, model_config, special_in, special_tokens
-from pipeline.config.cluster import AMPERE, DEEPSPEED, Cluster, half_precision, wanted_gpus
+from pipeline.config.cluster import AMPERE, DEEPSPEED, Cluster, half_precision
 from pipeline.config.recipe import Model, Optimizer, Recipe
 from pipeline.core.errors import did_you_mean
 from pipeline.core.slurm_client import call, is_here, reason_of
@@ -50,7 +50,7 @@ def problems(plan: Plan, *, audited: bool = False) -> tuple[list[str], list[str]
     for name, recipe in recipes.items():
         checks = (_names, _chat_format, _file, _attention, _lengths, _adapters)
         found = [text for look in checks for text in look(recipe)]
-        for look_wide in (_backend, _hardware, _memory, _host_memory):
+        for look_wide in (_hardware, _memory, _host_memory):
             found += look_wide(recipe, plan.cluster)
         if name in unread:
             bad, told = task_of(recipe.task, recipe.seed).peek()
@@ -142,36 +142,6 @@ def missing_for_gguf(quant: str) -> list[str]:
             "pip install llama-cpp-python (it compiles for some minutes), or use --quant q8_0 or q4_0"
         )
     return found
-
-
-def _backend(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
-    """Unsloth where it is not installed, or not made for the packages that are, or for a machine without a GPU."""
-    if recipe.model.backend != "unsloth":
-        return
-    try:
-        asked = [Requirement(line) for line in importlib.metadata.requires("unsloth") or ()]
-    except importlib.metadata.PackageNotFoundError:
-        yield (
-            "model.backend: 'unsloth', but the package is not installed (2026.10.9 asks for trl <= 1.15 and "
-            "transformers <= 5.17, so it does not go beside this project's); use transformers, which trains the same "
-            "adapters on the same 4-bit weights"
-        )
-        return
-    for needed in asked:
-        if needed.marker is None and needed.name in ("torch", "transformers", "trl", "peft", "datasets", "accelerate"):
-            version = importlib.metadata.version(needed.name)
-            if not needed.specifier.contains(version, prereleases=True):
-                yield (
-                    f"model.backend: the installed unsloth asks for {needed.name}{needed.specifier}, here is "
-                    f"{version}; use transformers, or a release of unsloth for these versions"
-                )
-    if not wanted_gpus(cluster):
-        yield "model.backend: 'unsloth' needs a GPU, and this cluster has none; use transformers"
-    if any(getattr(cluster, stage).deepspeed != "none" for stage in ("sft", "grpo")):
-        yield (
-            "model.backend: 'unsloth' does not go with DeepSpeed; say cluster.sft.deepspeed=none "
-            "cluster.grpo.deepspeed=none, or use transformers"
-        )
 
 
 def _deepspeed(cluster: Cluster) -> Iterator[str]:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, Trainer
 from pipeline.config.cluster import Batches, TrainingStage, batches
 from pipeline.config.recipe import Optimizer, Recipe
 from pipeline.core.errors import DataError, LaunchError, RecipeError, Stopped, some_of
-from pipeline.models.loading import add_lora, add_lora_by_unsloth, choose_dtype, load_model
+from pipeline.models.loading import add_lora, choose_dtype, load_model
 from pipeline.training import distributed
 from pipeline.training.callbacks import AT_MINIMUM, NothingLeft, Signal, Watch, restore_callbacks, write_history
 from pipeline.training.checkpoints import SaveAndStop, resumable
@@ -46,17 +46,6 @@ def trainable(recipe: Recipe, checkpoint: Checkpoint, layout: TrainingStage) -> 
 
     Weights that are themselves trained are held in float32 (DeepSpeed and autocast compute in the lower precision).
     """
-    if recipe.model.backend == "unsloth" and checkpoint.adapter is None:
-        length = max(recipe.sft.max_length, recipe.grpo.max_prompt_length + recipe.grpo.max_completion_length)
-        return add_lora_by_unsloth(
-            checkpoint,
-            recipe.model,
-            recipe.lora,
-            dtype=choose_dtype(recipe.model),
-            length=length,
-            checkpointing=layout.gradient_checkpointing is True,
-            seed=recipe.seed,
-        )
     full = not recipe.lora.enabled and checkpoint.adapter is None
     keep_dtype = recipe.model.quantization == "none" and zero_stage(layout) == 3
     model = load_model(
