@@ -47,7 +47,7 @@ def test_a_fetched_model_is_evaluated_without_the_hub(nano: Path, tmp_path: Path
 
     offline = {**home, "HF_HUB_OFFLINE": "1"}
     words = ["run", recipe, *SMALL, "task.params.perturbed_rows=0", "evaluate.splits=[test]", "--skip-sft", *runs]
-    ready = run_cli(*words, "--launcher", "slurm", "--dry-run", env=offline)
+    ready = run_cli(*words, "--launcher", "slurm", "--dry-run", "cluster.gpu_memory=0", env=offline)
     unpinned = "note: mine: model.revision is not pinned; python -m pipeline fetch mine prints the commit\n"
     assert (ready.returncode, ready.stderr) == (0, unpinned)
     data = run_cli(*words, "--stages", "preprocess", env=offline)

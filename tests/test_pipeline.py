@@ -348,7 +348,8 @@ def test_a_plain_model_folder_is_asked_the_tasks_own_rows(nano: Path, tmp_path: 
 # ---------------------------------------------------------------- never lose work
 
 
-LONG = ["sft.max_steps=400", "task.params.phases=[{n: [3, 4], rows: 3200}]"]
+STEPS = 240
+LONG = [f"sft.max_steps={STEPS}", "task.params.phases=[{n: [3, 4], rows: 1920}]"]
 
 
 def start_long(runs: Path, *overrides: str) -> subprocess.Popen[str]:
@@ -390,13 +391,13 @@ def test_a_killed_stage_goes_on_from_its_newest_good_checkpoint(tmp_path: Path) 
     assert damage(newest) is not None
     sub_run(tmp_path, *LONG, "cluster.save_steps=10", stages="sft")
     metrics = open_artifact(folder).metrics
-    assert metrics["steps"] == 400
+    assert metrics["steps"] == STEPS
     assert metrics["resumed_from"] in {path.name for path in saved if path != newest}
     assert any(newest.name in sentence for sentence in metrics["passed_over"])
 
 
 def test_ctrl_c_saves_leaves_nothing_running_and_the_next_command_goes_on(tmp_path: Path) -> None:
-    process = start_long(tmp_path, "cluster.save_steps=50")
+    process = start_long(tmp_path, "cluster.save_steps=20")
     folder = only(tmp_path, "tiny/sft-*")
     owner = read_owner(folder)
     assert owner is not None
@@ -414,12 +415,12 @@ def test_ctrl_c_saves_leaves_nothing_running_and_the_next_command_goes_on(tmp_pa
     progress = read_progress(folder)
     assert progress is not None
     assert progress.state == "stopped"
-    assert 0 < progress.done < 400
+    assert 0 < progress.done < STEPS
     assert damage(folder / "checkpoints" / f"checkpoint-{progress.done}") is None  # no step was lost
-    sub_run(tmp_path, *LONG, "cluster.save_steps=50", stages="sft")
+    sub_run(tmp_path, *LONG, "cluster.save_steps=20", stages="sft")
     metrics = open_artifact(folder).metrics
     assert metrics["resumed_from"] == f"checkpoint-{progress.done}"
-    assert metrics["steps"] == 400
+    assert metrics["steps"] == STEPS
 
 
 def test_the_loser_of_two_simultaneous_runs_says_who_has_the_step(

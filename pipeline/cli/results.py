@@ -45,7 +45,7 @@ def show_end(plan: Plan, typed: str) -> None:
     report = next((step for step in plan.steps if step.stage == "report" and step.done), None)
     if report:
         print()
-        print(_summary(report.folder / "summary.txt"))
+        print(read_summary(report.folder / "summary.txt"))
         print(f"\nreport    {report.folder}/report.html   (report.md and report.json beside it)")
     else:  # the report's summary has them
         for step in done.values():
@@ -67,7 +67,7 @@ def show_end(plan: Plan, typed: str) -> None:
         print(f"  {typed} {change}      one setting changed; only what depends on it runs")
 
 
-def _summary(path: Path) -> str:
+def read_summary(path: Path) -> str:
     """The report in short; where the file cannot be used, a sentence that says how it is made again."""
     text, problem = read_small_text(path)
     if problem:

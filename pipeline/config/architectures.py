@@ -9,6 +9,7 @@ models' cards; tests compare their parameter counts with the published ones.
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,21 @@ def model_config(model: Model) -> dict[str, Any] | None:
 
 
 def check_sizes(config: dict[str, Any], file: Path) -> None:
-    """ArtifactError where a size in a config.json is not a whole number of at least 1."""
+    """ArtifactError where a size in a config.json is not a whole number of at least 1, or its rotation has no base."""
     needed = SIZES if config.get("model_type") in ("qwen2", "llama", "phi3") else ()
     for key in (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"):
         value = config.get(key)
         if (key in needed or value is not None) and (type(value) is not int or value < 1):
             raise ArtifactError(
                 f"{file}: {key}: got {value!r}; expected a whole number of at least 1. "
+                "Fix: use the config.json that the model was saved with"
+            )
+    rope = config.get("rope_parameters")
+    for key, value in (("rope_theta", config.get("rope_theta")), *(rope.items() if isinstance(rope, dict) else ())):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key == "rope_theta" and value is not None and not (number and 0 < value < math.inf):
+            raise ArtifactError(
+                f"{file}: rope_theta: got {value!r}; expected a number above 0. "
                 "Fix: use the config.json that the model was saved with"
             )
 

@@ -393,7 +393,7 @@ def _not_compared(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
         what = "memory and lora.targets were" if recipe.lora.enabled else "memory was"
         brings = "" if model_config(recipe.model) else f". Fix: python -m pipeline fetch {recipe.name} brings it"
         yield f"{unknown_model(recipe)}, so {what} not checked{brings}"
-    elif is_unknown(recipe, cluster):
+    elif is_unknown(recipe, cluster) and cluster.gpu_memory is None:  # 0: the user says that it shall not be
         yield (
             "memory was not compared: cluster.gpu_memory is not known. Fix: cluster.gpu_memory=24 (GB of each GPU), or "
             "a file in configs/clusters/; what is auto is as small as it can be until then"
