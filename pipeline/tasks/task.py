@@ -213,7 +213,7 @@ class Task(ABC):
             elif bad:
                 many = f"{len(bad)} of its first {len(rows)} rows cannot be read: {some_of(bad, between='; ')}"
                 stops = self.choice.bad_rows == "stop" or len(bad) == len(rows)
-                fix = "fix them, or leave them out with task.bad_rows=skip (they are counted)"
+                fix = "correct them, or leave them out with task.bad_rows=skip (they are counted)"
                 (wrong if stops else notes).append(f"{key}: {many}" + (f". Fix: {fix}" if stops else "; left out"))
         return wrong, notes
 
