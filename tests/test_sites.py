@@ -98,7 +98,9 @@ def test_slurms_answers_do_not_depend_on_the_shell(tmp_path: Path, fake: Path, m
     """SQUEUE_PARTITION made a queued job `lost`, and the same command submitted it again."""
     (fake / "real").mkdir()
     real = (fake / "squeue").rename(fake / "real" / "squeue")
-    odd = "env | grep -E '^(SQUEUE|SACCT|SLURM)_' >&2 && exit 1"
+    odd = (
+        "env | grep -E '^(SQUEUE|SACCT|SLURM)_' | grep -v '^SLURM_CONF=' >&2 && exit 1"  # which says whose Slurm it is
+    )
     (fake / "squeue").write_text(f'#!/bin/bash\n{odd}\nexec {real} "$@"\n')
     (fake / "squeue").chmod(0o755)
     for name in ("SQUEUE_PARTITION", "SQUEUE_FORMAT", "SACCT_FORMAT", "SLURM_TIME_FORMAT"):
