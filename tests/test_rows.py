@@ -129,7 +129,7 @@ def test_a_row_that_cannot_be_read_has_a_place_and_a_fault(
     bad = [row for row in rows if row.fault]
     assert [row.line for row in bad] == [line]
     assert fault in str(bad[0].fault)
-    assert any(row.values == {**row.values, "question": row.values["question"]} for row in rows if not row.fault)
+    assert [row.values["answer"] for row in rows if not row.fault] == ["a"] * (len(rows) - 1) != []
 
 
 @pytest.mark.parametrize("content", [b'""', b"null", b"3", b'"question"', b"true", b'[{"question": "q"}]'])
