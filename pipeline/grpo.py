@@ -30,6 +30,7 @@ from pipeline.training.trainer import (
     arguments,
     layout_of,
     load_rows,
+    logger_environment,
     require_rows,
     train,
     trainable,
@@ -96,7 +97,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     model.generation_config.eos_token_id = stop_ids(model, tokenizer)  # TRL fills its own settings from this config
     stops = {*model.generation_config.eos_token_id, tokenizer.pad_token_id}
     rewards = [_for_trl(task, name, f, tokenizer, stops) for name, f in functions.items()]
-    with adapters_kept(model):
+    with adapters_kept(model), logger_environment(out, runtime):
         trainer = GRPOTrainer(
             model, reward_funcs=rewards, args=config, train_dataset=prompts.select(kept), processing_class=tokenizer
         )

@@ -27,6 +27,7 @@ from pipeline.training.trainer import (
     arguments,
     layout_of,
     load_rows,
+    logger_environment,
     require_rows,
     train,
     trainable,
@@ -92,7 +93,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     )
     runtime.progress.update(note="loading the model")
     model = trainable(recipe, checkpoint, layout)
-    with adapters_kept(model):
+    with adapters_kept(model), logger_environment(out, runtime):
         trainer = SFTTrainer(model, config, train_dataset=dataset, eval_dataset=validation, processing_class=tokenizer)
     if settings.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))

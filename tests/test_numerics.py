@@ -419,9 +419,13 @@ def test_early_stopping_keeps_its_patience_and_its_saves_over_restarts(
 
     data = Artifact("preprocess", "tiny", "", {}, {}, {}, {}, {}, tmp_path / "data")
     run(preprocess, data.folder, {})
+    environment = {name: value for name, value in os.environ.items() if name.startswith(("WANDB", "TRACKIO"))}
     whole = run(sft, tmp_path / "whole", {"data": data})
     best, end = whole["validation_step"], whole["steps"]
     assert end == best + 4 < 20
+    assert environment == {  # else the next step of this process would be logged as the same run
+        name: value for name, value in os.environ.items() if name.startswith(("WANDB", "TRACKIO"))
+    }
     saved = {int(path.name.rpartition("-")[2]) for path in (tmp_path / "whole/checkpoints").glob("checkpoint-*")}
     assert saved == {step for step in range(1, end + 1) if step % 2 == 0 or step % 3 == 0}
 

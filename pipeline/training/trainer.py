@@ -32,6 +32,7 @@ from pipeline.workflow.artifact import Artifact, Checkpoint, read_split
 from pipeline.workflow.layouts import deepspeed_file, stage_layout
 from pipeline.workflow.runtime import Deadline, Runtime
 
+LOGGER_FOLDERS = {"TENSORBOARD_LOGGING_DIR": "tensorboard", "WANDB_DIR": "", "TRACKIO_DIR": "trackio"}
 PROJECT = "therefore"  # the name under which wandb and trackio keep the runs
 MANY_SKIPS = 0.1  # share of the steps that is worth a warning
 
@@ -127,12 +128,6 @@ def arguments(
 ) -> dict[str, Any]:
     """The arguments that SFTConfig and GRPOConfig share."""
     cluster, dtype = runtime.cluster, choose_dtype(recipe.model)
-    for name, place in (("TENSORBOARD_LOGGING_DIR", "tensorboard"), ("WANDB_DIR", ""), ("TRACKIO_DIR", "trackio")):
-        os.environ[name] = str(out / place)
-    os.environ.setdefault("WANDB_PROJECT", PROJECT)
-    if runtime.rank == 0:  # every attempt of a step continues one run; trackio does so by the run's name
-        os.environ.setdefault("WANDB_RUN_ID", run_id(out))
-        os.environ.setdefault("WANDB_RESUME", "allow")
     return {
         "output_dir": str(out / "checkpoints"),
         "per_device_train_batch_size": sizes.per_device,
@@ -165,6 +160,30 @@ def arguments(
         "data_seed": recipe.seed,
         "ddp_timeout": int(distributed.TIMEOUT.total_seconds()),
     }
+
+
+@contextlib.contextmanager
+def logger_environment(out: Path, runtime: Runtime) -> Iterator[None]:
+    """The variables through which TensorBoard, W&B and trackio are configured, set while a trainer runs.
+
+    What the user has set for W&B stays. Afterwards the environment is as before: another step of this process is
+    another run.
+    """
+    wanted = {name: str(out / place) for name, place in LOGGER_FOLDERS.items()}
+    defaults = {"WANDB_PROJECT": PROJECT}
+    if runtime.rank == 0:  # every attempt of a step continues one run; trackio does so by the run's name
+        defaults |= {"WANDB_RUN_ID": run_id(out), "WANDB_RESUME": "allow"}
+    wanted |= {name: value for name, value in defaults.items() if name not in os.environ}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def run_id(out: Path) -> str:
@@ -200,7 +219,8 @@ def train(trainer: Trainer, recipe: Recipe, stage: str, out: Path, runtime: Runt
         print(f"goes on from {resume.name}" if resume else "begins at step 0", flush=True)
     if resume:
         restore_callbacks(trainer, resume)
-    loss = run_trainer(trainer, watch, resume)
+    with logger_environment(out, runtime):
+        loss = run_trainer(trainer, watch, resume)
     if runtime.rank == 0:
         write_history(trainer.state.log_history, out)
     raise_if_useless(trainer, watch, signal, stopped=stopper.stopped, out=out)
