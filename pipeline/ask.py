@@ -21,7 +21,7 @@ from typing import Any, TextIO
 from pipeline.config.cluster import MaxMemory
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import PlanError, printable, run_main
-from pipeline.core.schema import build
+from pipeline.core.schema import parse
 from pipeline.engines.generation import Completion, Sampling, Stream, generate_batch, seed_of, stop_ids
 from pipeline.models.loading import check_tokenizer, load_to_ask, load_tokenizer, prefills_thought, prompt_ids
 from pipeline.scoring.answers import CLOSE, OPEN, REASONS, split_thought
@@ -95,7 +95,7 @@ class Answer:
 def main() -> int:
     if sys.argv[1:2] != ["--order"]:  # started by hand: the command line resolves what is asked, and comes back
         os.execv(sys.executable, [sys.executable, "-m", "pipeline", "ask", *sys.argv[1:]])
-    order, problems = build(Order, json.loads(sys.argv[2]))
+    order, problems = parse(Order, json.loads(sys.argv[2]))
     if order is None:
         raise PlanError(*problems)
     ask(order)

@@ -21,7 +21,7 @@ from pipeline.config.recipe import Model, Recipe, Scratch, read
 from pipeline.core.errors import PlanError
 from pipeline.core.files import read_lines
 from pipeline.core.hashing import plain
-from pipeline.core.schema import build
+from pipeline.core.schema import parse
 from pipeline.engines.generation import Sampling, Stream, generate_batch, stop_ids
 from pipeline.models.loading import input_device, load_to_ask, load_tokenizer, make_scratch, prompt_ids
 from pipeline.scoring.answers import CLOSE, OPEN
@@ -225,6 +225,6 @@ def test_a_model_too_large_for_its_memory_answers_from_the_disk(wild: Path) -> N
 
 def test_an_order_survives_the_command_line() -> None:
     order = Order((Asked("x", tiny()),), GREEDY)
-    again, problems = build(Order, json.loads(json.dumps(plain(order))))
+    again, problems = parse(Order, json.loads(json.dumps(plain(order))))
     assert problems == []
     assert again == order

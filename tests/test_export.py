@@ -26,7 +26,7 @@ from pipeline.config.cluster import read_cluster
 from pipeline.config.recipe import Lora, Model, Scratch, read
 from pipeline.core.errors import ArtifactError, PlanError
 from pipeline.core.hashing import plain
-from pipeline.core.schema import build
+from pipeline.core.schema import parse
 from pipeline.export import evaluations, lineage
 from pipeline.export import run as export
 from pipeline.models.gguf import interleaved, name_in_file, write_gguf
@@ -156,7 +156,7 @@ def test_an_order_is_data_and_no_secret_of_the_environment_enters_a_file(
     (tmp_path / "settings.yaml").write_text(_settings(artifact), encoding="utf-8")
     options = {"question": planted, "chat": False, "sample": False, "max_new_tokens": 3, "max_memory": None}
     options |= dict.fromkeys(("temperature", "top_p", "top_k", "seed"))
-    asked, problems = build(
+    asked, problems = parse(
         AskOrder,
         json.loads(json.dumps({"asked": [{"checkpoint": place, "recipe": plain(recipe)}], "options": options})),
     )

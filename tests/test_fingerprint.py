@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.hashing import canonical_json, describe_drift, file_identity, fingerprint, plain
-from pipeline.core.schema import added, build
+from pipeline.core.schema import added, parse
 
 leaves = st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False)
 values = st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
@@ -51,13 +51,13 @@ class After:
 def test_a_field_added_later_changes_no_finished_step_and_old_records_are_read() -> None:
     assert plain(After(0.5)) == plain(Before(0.5))
     assert fingerprint(After(0.5)) == fingerprint(Before(0.5))
-    assert build(After, plain(Before(0.5))) == (After(0.5), [])
+    assert parse(After, plain(Before(0.5))) == (After(0.5), [])
 
 
 @pytest.mark.parametrize("changed", [After(0.5, limit=3), After(0.5, words={"a": 1})])
 def test_a_field_added_later_counts_where_it_is_set(changed: After) -> None:
     assert fingerprint(changed) != fingerprint(Before(0.5))
-    assert build(After, plain(changed)) == (changed, [])
+    assert parse(After, plain(changed)) == (changed, [])
 
 
 def test_a_known_fingerprint_stays() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import MOVED
+from pipeline.core import schema
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,6 +87,8 @@ def test_a_task_that_imports_a_module_by_its_former_name_keeps_working() -> None
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"
     assert "FutureWarning: pipeline.rows is now pipeline.tasks.rows" in done.stderr
+    assert "FutureWarning: pipeline.core.schema.Positive is now PositiveInt" in done.stderr
+    assert all(hasattr(schema, name) for name in schema.FORMER.values())
     assert all(importlib.util.find_spec(name) for name in MOVED.values())
 
 

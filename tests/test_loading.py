@@ -19,7 +19,7 @@ from pipeline.config.load import read_typed
 from pipeline.config.recipe import CONFIGS, Goal, Recipe, Report, divisors, read
 from pipeline.core.errors import ArtifactError, PipelineError, RecipeError
 from pipeline.core.hashing import file_identity, plain
-from pipeline.core.schema import Name, build, is_free_mapping
+from pipeline.core.schema import Name, is_free_mapping, parse
 from pipeline.workflow.artifact import STEP, open_artifact
 from pipeline.workflow.plan import _identity, make_plan, recipe_of
 
@@ -287,7 +287,7 @@ def test_bytes_that_are_no_text_are_named() -> None:
     assert "evaluate.prompts=['\\udce4']\": the value cannot be read" in problems_of(
         "tiny", "evaluate.prompts=['\udce4']"
     )
-    _, problems = build(dict[str, str], {"x": "\udce4"}, "prompts")
+    _, problems = parse(dict[str, str], {"x": "\udce4"}, "prompts")
     assert problems == ["prompts.x: '\\udce4' contains bytes that are not UTF-8"]
 
 
@@ -298,7 +298,7 @@ def test_bytes_that_are_no_text_are_named() -> None:
     "name", ["..", "../../x", "a/b", "/tmp/x", ".hidden", "-x", "", "a\nb", "a\0b", "x" * 200, "exports", "evaluations"]
 )
 def test_a_name_that_leaves_its_folder_is_refused_wherever_a_recipe_is_read(tmp_path: Path, name: str) -> None:
-    assert build(dict[str, Name], {"x": name})[1]
+    assert parse(dict[str, Name], {"x": name})[1]
     folder = step_folder(tmp_path, lambda record: record.update(name=name))
     with pytest.raises(RecipeError, match=r"name: .* is not a name: letters, digits"):
         recipe_of(str(folder))

@@ -21,7 +21,7 @@ from pipeline.config.cluster import Cluster, read_cluster
 from pipeline.config.site import is_secret
 from pipeline.core import slurm_client as slurm
 from pipeline.core.errors import PlanError
-from pipeline.core.schema import build
+from pipeline.core.schema import parse
 from pipeline.core.slurm_words import how_it_ended
 from pipeline.launchers import submitit
 from pipeline.launchers.batch_script import script, shell_value
@@ -452,7 +452,7 @@ def test_a_record_from_before_these_settings_is_read() -> None:
     for name in ("gpu_request", "setup", "srun", "wrapper", "pass_environment", "host_suffix", "interface", "clusters"):
         del record["slurm"][name]
     record["slurm"]["save_before"] = 120
-    found, problems = build(Cluster, json.loads(json.dumps(record)))
+    found, problems = parse(Cluster, json.loads(json.dumps(record)))
     assert not problems
     assert found
     assert found.slurm.save_seconds("grpo") == 120

@@ -19,19 +19,19 @@ from pipeline.config.load import read_typed
 from pipeline.config.recipe import CONFIGS, Recipe, divisors, find_yaml
 from pipeline.config.site import Slurm, site_problems
 from pipeline.core import nvidia
-from pipeline.core.schema import Check, Count, Name, Positive, Rate, added
+from pipeline.core.schema import Constraint, Name, NonNegativeInt, PositiveFloat, PositiveInt, added
 
 CLUSTERS = CONFIGS / "clusters"
 DEEPSPEED = Path("deepspeed")
 AMPERE = 8.0  # the compute capability with which bfloat16 and FlashAttention came
-Memory = Annotated[float, Check("a number of GB from 0 to 100000", lambda v: 0 <= v <= 100_000)]
+Memory = Annotated[float, Constraint("a number of GB from 0 to 100000", lambda v: 0 <= v <= 100_000)]
 
 
 @dataclass(frozen=True)
 class TrainingStage:
     """How one training stage is laid out on the devices."""
 
-    per_device_batch_size: Positive | Literal["auto"]
+    per_device_batch_size: PositiveInt | Literal["auto"]
     deepspeed: str  # none, the name of a file in deepspeed/, or auto: the cheapest that fits
     gradient_checkpointing: bool | Literal["auto"]  # auto: on GPUs, but for a model from nothing
 
@@ -40,32 +40,32 @@ class TrainingStage:
 class MaxMemory:
     """What a model that is asked, not trained, may take; the rest of it lies on the CPU, then on disk."""
 
-    gpu: Rate | None = None  # GiB of each GPU; None: what is free
-    cpu: Rate | None = None  # GiB; None: what is free
+    gpu: PositiveFloat | None = None  # GiB of each GPU; None: what is free
+    cpu: PositiveFloat | None = None  # GiB; None: what is free
 
 
 @dataclass(frozen=True)
 class Cluster:
     name: Name
     launcher: Literal["local", "slurm", "submitit"]
-    nodes: Positive  # of a training stage or an evaluation
-    gpus: Count | Literal["auto"]  # of each node; auto: those of this machine
+    nodes: PositiveInt  # of a training stage or an evaluation
+    gpus: NonNegativeInt | Literal["auto"]  # of each node; auto: those of this machine
     gpu_memory: Memory | None  # GB of each GPU; None or 0: not known, or not to be compared
-    compute_capability: Rate | None  # of each GPU, such as 7.5: what the hardware can do
-    processes: Positive | Literal["auto"]  # of each node; auto: one a GPU, on a CPU one a core, two at most
-    threads: Positive | Literal["auto"]  # per process; auto: cores ÷ processes
+    compute_capability: PositiveFloat | None  # of each GPU, such as 7.5: what the hardware can do
+    processes: PositiveInt | Literal["auto"]  # of each node; auto: one a GPU, on a CPU one a core, two at most
+    threads: PositiveInt | Literal["auto"]  # per process; auto: cores ÷ processes
     sft: TrainingStage
     grpo: TrainingStage
-    generation_batch_size: Positive | Literal["auto"]  # completions that each process generates at once in GRPO
-    evaluate_batch_size: Positive | Literal["auto"]  # prompts that each process generates for at once
+    generation_batch_size: PositiveInt | Literal["auto"]  # completions that each process generates at once in GRPO
+    evaluate_batch_size: PositiveInt | Literal["auto"]  # prompts that each process generates for at once
     max_memory: MaxMemory | None  # of a model in `evaluate` and `ask`; None: the whole of it on one device
-    save_steps: Positive
-    keep_checkpoints: Positive
-    logging_steps: Positive
+    save_steps: PositiveInt
+    keep_checkpoints: PositiveInt
+    logging_steps: PositiveInt
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...]
-    stop_grace: Positive  # seconds a process has to end after it was asked to
+    stop_grace: PositiveInt  # seconds a process has to end after it was asked to
     slurm: Slurm
-    max_idle_steps: Positive | None = added(None)  # GRPO steps in a row without spread that end it; None: it only warns
+    max_idle_steps: PositiveInt | None = added(None)  # GRPO steps in a row without spread that end it; None: only warn
 
     def problems(self) -> list[str]:
         """What cannot be, before any recipe is looked at."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from pipeline.core.files import read_text
-from pipeline.core.schema import build, is_free_mapping, modernised
+from pipeline.core.schema import is_free_mapping, modernised, parse
 
 MAX_BYTES = 256 * 1024  # of a YAML file or an override
 MAX_REFERENCES = 32  # in one file: each may double what came before
@@ -74,7 +74,7 @@ def read_typed(
     if isinstance(values, dict):
         values = {**values, **extra}
     missing = [f"{path}: not set. Fix: give {path} a value" for path in _missing(values)]
-    result, found = build(cls, _unmasked(values, texts))
+    result, found = parse(cls, _unmasked(values, texts))
     problems += [*missing, *found]
     if result is not None:
         problems += result.problems()

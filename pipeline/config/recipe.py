@@ -19,13 +19,22 @@ from typing import Annotated, Any, ClassVar, Literal
 from pipeline.config.load import read_typed
 from pipeline.core.errors import RecipeError, did_you_mean
 from pipeline.core.hashing import file_identity
-from pipeline.core.schema import Check, Count, Name, NonNegative, Positive, Rate, Share, added
+from pipeline.core.schema import (
+    Constraint,
+    Fraction,
+    Name,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    added,
+)
 
 CONFIGS = Path("configs")
 
-Even = Annotated[int, Check("a whole number ≥ 2", lambda v: v >= 2)]
-Epochs = Annotated[float, Check("a number > 0 of at most 100000", lambda v: 0 < v <= 100_000)]
-Draws = Annotated[int, Check("a whole number from 1 to 1000000", lambda v: 1 <= v <= 1_000_000)]
+Even = Annotated[int, Constraint("a whole number ≥ 2", lambda v: v >= 2)]
+Epochs = Annotated[float, Constraint("a number > 0 of at most 100000", lambda v: 0 < v <= 100_000)]
+Draws = Annotated[int, Constraint("a whole number from 1 to 1000000", lambda v: 1 <= v <= 1_000_000)]
 MODEL_FILES = 10_000  # in a model's folder: more is another kind of folder
 
 
@@ -34,15 +43,15 @@ class Scratch:
     """A model made from nothing: its tokenizer is trained on the task's text, its weights are random."""
 
     architecture: Literal["qwen2", "llama", "phi3"]
-    vocabulary: Positive  # at most this many tokens
-    hidden_size: Positive
-    layers: Positive
-    heads: Positive
-    key_value_heads: Positive
-    intermediate_size: Positive
-    context: Positive  # tokens
-    rope_theta: Rate
-    initializer_range: Rate
+    vocabulary: PositiveInt  # at most this many tokens
+    hidden_size: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    key_value_heads: PositiveInt
+    intermediate_size: PositiveInt
+    context: PositiveInt  # tokens
+    rope_theta: PositiveFloat
+    initializer_range: PositiveFloat
 
 
 @dataclass(frozen=True)
@@ -64,9 +73,9 @@ class Lora:
     """Low-rank adapters (Hu et al. 2021). Off means full fine-tuning."""
 
     enabled: bool
-    r: Positive
-    alpha: Rate
-    dropout: Share
+    r: PositiveInt
+    alpha: PositiveFloat
+    dropout: Fraction
     targets: tuple[str, ...]  # module names, or ["all-linear"]
 
 
@@ -116,14 +125,14 @@ class Optimizer:
     """How weights move: shared by SFT and GRPO."""
 
     name: str  # one of transformers' `optim` names, or muon (Jordan et al. 2024) by DeepSpeed
-    learning_rate: Rate
-    muon_learning_rate: Rate  # muon: of the hidden matrices; everything else moves by AdamW at learning_rate
+    learning_rate: PositiveFloat
+    muon_learning_rate: PositiveFloat  # muon: of the hidden matrices; everything else moves by AdamW at learning_rate
     schedule: str  # one of transformers' `lr_scheduler_type` names
     schedule_args: dict[str, Any] | None
-    warmup: NonNegative  # a share of the steps when < 1, else steps
-    weight_decay: NonNegative
-    beta2: Share
-    max_grad_norm: NonNegative
+    warmup: NonNegativeFloat  # a share of the steps when < 1, else steps
+    weight_decay: NonNegativeFloat
+    beta2: Fraction
+    max_grad_norm: NonNegativeFloat
 
 
 @dataclass(frozen=True)
@@ -132,14 +141,14 @@ class Sft:
 
     optimizer: Optimizer
     epochs: Epochs
-    max_steps: Positive | None
-    global_batch_size: Positive  # rows in one optimizer step, over all processes
-    max_length: Positive  # tokens of prompt and completion; longer rows are dropped and counted
+    max_steps: PositiveInt | None
+    global_batch_size: PositiveInt  # rows in one optimizer step, over all processes
+    max_length: PositiveInt  # tokens of prompt and completion; longer rows are dropped and counted
     order: Literal["shuffled", "by_length", "curriculum"]
-    prompt_loss: Share  # of the rows, the first in their order: the loss falls on their prompts too
+    prompt_loss: Fraction  # of the rows, the first in their order: the loss falls on their prompts too
     packing: bool
-    validate_every: Positive | None  # steps between two losses on the validation rows
-    early_stopping_patience: Positive | None  # validations without a better loss before it ends, with the best weights
+    validate_every: PositiveInt | None  # steps between two losses on the validation rows
+    early_stopping_patience: PositiveInt | None  # validations without a better loss before it stops at the best
 
 
 @dataclass(frozen=True)
@@ -158,18 +167,18 @@ class Grpo:
     start: Literal["sft", "base", "none"]  # none: the recipe has no GRPO
     rewards: dict[str, Reward]
     epochs: Epochs
-    max_steps: Positive | None
+    max_steps: PositiveInt | None
     global_batch_size: Even  # completions in one optimizer step, over all processes
     num_generations: Even  # completions of one prompt
-    num_iterations: Positive  # optimizer passes over each completion
-    temperature: Rate
-    top_p: Share
-    top_k: Count  # 0: all
-    max_prompt_length: Positive  # tokens; longer prompts are dropped and counted
-    max_completion_length: Positive
-    beta: NonNegative  # weight of the KL term; 0 keeps no reference model
-    epsilon: Rate
-    epsilon_high: Rate
+    num_iterations: PositiveInt  # optimizer passes over each completion
+    temperature: PositiveFloat
+    top_p: Fraction
+    top_k: NonNegativeInt  # 0: all
+    max_prompt_length: PositiveInt  # tokens; longer prompts are dropped and counted
+    max_completion_length: PositiveInt
+    beta: NonNegativeFloat  # weight of the KL term; 0 keeps no reference model
+    epsilon: PositiveFloat
+    epsilon_high: PositiveFloat
     loss_type: str
     scale_rewards: Literal["group", "batch", "none"]
     mask_truncated: bool
@@ -188,12 +197,12 @@ class Evaluate:
     """How a model is asked."""
 
     splits: tuple[str, ...]
-    limit: Positive | None  # rows of each split; None: all
-    temperature: NonNegative  # 0: greedy
-    top_p: Share
-    top_k: Count
-    repetition_penalty: Rate  # 1: none; above, tokens that stand already become less likely (Keskar et al. 2019)
-    max_new_tokens: Positive
+    limit: PositiveInt | None  # rows of each split; None: all
+    temperature: NonNegativeFloat  # 0: greedy
+    top_p: Fraction
+    top_k: NonNegativeInt
+    repetition_penalty: PositiveFloat  # 1: none; above, repeated tokens become less likely (Keskar et al. 2019)
+    max_new_tokens: PositiveInt
     prompts: tuple[str, ...]  # questions whose answers stand side by side in the report, model by model
 
 
@@ -202,7 +211,7 @@ class Report:
     """How answers are counted and compared. Nothing here makes a model answer again."""
 
     bootstrap_samples: Draws
-    confidence: Share
+    confidence: Fraction
     success_criteria: dict[str, Goal]  # a figure of SFT's validation or of the last model -> its bound
 
 
@@ -212,7 +221,7 @@ class Recipe:
 
     name: Name  # a folder of runs/
     rehearsal: bool  # a shrunken copy by --rehearse: its figures are no result
-    seed: Count
+    seed: NonNegativeInt
     model: Model
     lora: Lora
     task: TaskChoice

@@ -25,7 +25,7 @@ import yaml
 
 from pipeline.config.cluster import CLUSTERS, Cluster
 from pipeline.config.recipe import CONFIGS, Recipe
-from pipeline.core.schema import Check
+from pipeline.core.schema import Constraint
 
 DOCS = Path("docs")
 HEAD = """# Settings
@@ -110,7 +110,7 @@ def _words(kind: Any) -> str:
     """A type in words: `a whole number ≥ 1 or null`."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        return next((check.words for check in args[1:] if isinstance(check, Check)), _words(args[0]))
+        return next((check.words for check in args[1:] if isinstance(check, Constraint)), _words(args[0]))
     if _is_union(kind):
         return " or ".join(_words(one) for one in args)
     if origin is Literal:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pipeline.core.schema import Check, Positive, added
+from pipeline.core.schema import Constraint, PositiveInt, added
 
 TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)|(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?")
 
@@ -30,9 +30,9 @@ def minutes(time: str) -> int:
 
 
 A_TIME = "a time such as 12h, 90m or, in quotes, '12:00:00' (without them YAML reads a number)"
-Time = Annotated[str, Check(A_TIME, lambda v: minutes(v) > 0)]
+Time = Annotated[str, Constraint(A_TIME, lambda v: minutes(v) > 0)]
 A_MODULE = "a text. Fix: write it in quotes, such as '2023.10' (without them YAML reads a number and drops its zeros)"
-Module = Annotated[str, Check(A_MODULE, bool)]
+Module = Annotated[str, Constraint(A_MODULE, bool)]
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ SAVE_BEFORE = {"preprocess": 120, "sft": 300, "grpo": 1200, "evaluate": 600, "re
 class SaveBefore:
     """How many seconds before its limit each stage is asked to save; None: see SAVE_BEFORE."""
 
-    preprocess: Positive | None = None
-    sft: Positive | None = None
-    grpo: Positive | None = None
-    evaluate: Positive | None = None
-    report: Positive | None = None
-    export: Positive | None = None
+    preprocess: PositiveInt | None = None
+    sft: PositiveInt | None = None
+    grpo: PositiveInt | None = None
+    evaluate: PositiveInt | None = None
+    report: PositiveInt | None = None
+    export: PositiveInt | None = None
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ class Slurm:
     qos: str | None
     constraint: str | None
     gpu_type: str | None
-    cpus: Positive | None  # of each node, shared by its processes
+    cpus: PositiveInt | None  # of each node, shared by its processes
     memory: str | None  # of each node, such as 64G
     time: Times
-    save_before: Positive | SaveBefore  # seconds before the limit at which a step is asked to save
+    save_before: PositiveInt | SaveBefore  # seconds before the limit at which a step is asked to save
     options: tuple[str, ...]  # further options of sbatch, such as --exclude=node7
     modules: tuple[Module, ...]  # loaded on the node before Python starts
     environment: dict[str, str]  # variables of the job; $NAME in a value is filled in there

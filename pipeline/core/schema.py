@@ -1,6 +1,6 @@
 """From plain YAML values to frozen dataclasses, with every problem found at once.
 
-`build(Recipe, values)` checks names, types and the `Check` of each annotated field, and returns the typed object
+`parse(Recipe, values)` checks names, types and the `Constraint` of each annotated field, and returns the typed object
 with the list of what is wrong, each as `sft.learning_rate: 'fast' is not a number > 0`. The dataclass is the
 schema: no other list of keys exists. Values are never guessed: a missing key is a problem, not a default, except for
 fields that were `added` later.
@@ -13,9 +13,10 @@ import math
 import re
 import types
 import typing
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pipeline.core.errors import did_you_mean
 
@@ -44,19 +45,38 @@ def is_neutral(field: dataclasses.Field[Any], value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Check:
-    """What a value must be, in words and as a test: `Annotated[int, Check("a whole number > 0", ...)]`."""
+class Constraint:
+    """What a value must be, in words and as a test: `Annotated[int, Constraint("a whole number > 0", ...)]`."""
 
     words: str
     test: Callable[[Any], bool]
 
 
-MOST = 2**32 - 1  # of a whole number: more rows, steps or tokens than any run has, and few enough to compute with
-Count = Annotated[int, Check("a whole number ≥ 0", lambda v: v >= 0)]
-Positive = Annotated[int, Check("a whole number ≥ 1", lambda v: v >= 1)]
-Rate = Annotated[float, Check("a number > 0", lambda v: v > 0)]
-NonNegative = Annotated[float, Check("a number ≥ 0", lambda v: v >= 0)]
-Share = Annotated[float, Check("a number from 0 to 1", lambda v: 0 <= v <= 1)]
+MAX_INT = 2**32 - 1  # of a whole number: more rows, steps or tokens than any run has, and few enough to compute with
+NonNegativeInt = Annotated[int, Constraint("a whole number ≥ 0", lambda v: v >= 0)]
+PositiveInt = Annotated[int, Constraint("a whole number ≥ 1", lambda v: v >= 1)]
+PositiveFloat = Annotated[float, Constraint("a number > 0", lambda v: v > 0)]
+NonNegativeFloat = Annotated[float, Constraint("a number ≥ 0", lambda v: v >= 0)]
+Fraction = Annotated[float, Constraint("a number from 0 to 1", lambda v: 0 <= v <= 1)]
+
+FORMER = {  # what a task that someone wrote may import
+    "Positive": "PositiveInt",
+    "Count": "NonNegativeInt",
+    "Rate": "PositiveFloat",
+    "NonNegative": "NonNegativeFloat",
+    "Share": "Fraction",
+    "Check": "Constraint",
+    "build": "parse",
+}
+if not TYPE_CHECKING:  # a type checker shall know the present names only
+
+    def __getattr__(name: str) -> Any:
+        """Return what a former name stands for, with a warning that names the present one."""
+        if name not in FORMER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        warnings.warn(f"{__name__}.{name} is now {FORMER[name]}", FutureWarning, stacklevel=2)
+        return globals()[FORMER[name]]
+
 
 RESERVED = ("evaluations", "exports")  # folders of runs/ that belong to no recipe
 
@@ -68,7 +88,7 @@ def is_name(text: str) -> bool:
 
 Name = Annotated[
     str,
-    Check(
+    Constraint(
         "a name: letters, digits and _ . - + = @ or spaces, at most 100, the first a letter or digit, and not "
         f"{' or '.join(RESERVED)}",
         is_name,
@@ -76,7 +96,7 @@ Name = Annotated[
 ]
 
 
-def build(cls: type[T], values: Any, path: str = "") -> tuple[T | None, list[str]]:
+def parse(cls: type[T], values: Any, path: str = "") -> tuple[T | None, list[str]]:
     """The typed object, or None where something is wrong, and the problems, each with its full path."""
     problems: list[str] = []
     result = _value(cls, values, path, problems)
@@ -109,8 +129,8 @@ def _value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return _finite(value, path, problems)
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        if kind is int and abs(value) > MOST:
-            problems.append(f"{path}: {_shown(value)} is not a whole number of at most {MOST}")
+        if kind is int and abs(value) > MAX_INT:
+            problems.append(f"{path}: {_shown(value)} is not a whole number of at most {MAX_INT}")
             return None
         return _text(value, path, problems) if isinstance(value, str) else value
     else:
@@ -147,8 +167,8 @@ def _free(value: Any, path: str, problems: list[str]) -> Any:
         return _finite(value, path, problems)
     if isinstance(value, str):
         return _text(value, path, problems)
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > MOST:
-        problems.append(f"{path}: {_shown(value)} is not a whole number of at most {MOST}")
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > MAX_INT:
+        problems.append(f"{path}: {_shown(value)} is not a whole number of at most {MAX_INT}")
     elif not (value is None or isinstance(value, int)):
         problems.append(f"{path}: {_shown(value)} is not a text, number, list or mapping")
     return value

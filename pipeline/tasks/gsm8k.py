@@ -17,7 +17,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
-from pipeline.core.schema import Positive
+from pipeline.core.schema import PositiveInt
 from pipeline.scoring import answers
 from pipeline.tasks.rows import Columns, Row, lacks
 from pipeline.tasks.task import Example, Needs, Part, Splits, Task, Verdict, divide, group_of, proof_of
@@ -39,7 +39,7 @@ class Gsm8kParams:
     format: Literal["chat", "text"] = "chat"  # text: question and answer as plain text
     validation: Part = 0.1  # of the training rows
     test: Part = 0.1  # of the rows of a file, which has no test set of its own
-    rows: Positive | None = None  # training rows; null: all
+    rows: PositiveInt | None = None  # training rows; null: all
 
 
 class Gsm8k(Task):

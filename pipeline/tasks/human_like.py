@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pipeline.core.schema import Positive
+from pipeline.core.schema import PositiveInt
 from pipeline.scoring import answers
 from pipeline.tasks.rows import Columns, Row, lacks
 from pipeline.tasks.task import Example, Needs, Part, Splits, Task, Verdict, divide, group_of, proof_of
@@ -22,7 +22,7 @@ from pipeline.tasks.task import Example, Needs, Part, Splits, Task, Verdict, div
 class HumanLikeParams:
     """`task.params`: how many rows, and which are held out."""
 
-    rows: Positive | None = None  # training rows; null: all
+    rows: PositiveInt | None = None  # training rows; null: all
     validation: Part = 200
     test: Part = 200
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from pipeline.core.schema import Positive, Share
+from pipeline.core.schema import Fraction, PositiveInt
 from pipeline.scoring import answers
 from pipeline.tasks.rows import Columns, Row, is_missing, lacks, no_text
 from pipeline.tasks.task import Example, Needs, Part, Splits, Task, Verdict, divide, group_of, proof_of
@@ -33,12 +33,12 @@ FENCES = {"text": "{}", "code": "```python\n{}\n```", "execution": "```output\n{
 class MathScienceParams:
     """`task.params`: how many rows of each set, which are held out, how near a number has to be."""
 
-    mathcode_rows: Positive | None = None  # drawn from MathCodeInstruct; null: all
-    scibench_rows: Positive | None = None
+    mathcode_rows: PositiveInt | None = None  # drawn from MathCodeInstruct; null: all
+    scibench_rows: PositiveInt | None = None
     validation: Part = 0.1
     test: Part = 500
-    grpo_rows: Positive | None = None  # of the training rows that have a gold answer; null: all
-    tolerance: Share = 0.05  # of SciBench's numbers
+    grpo_rows: PositiveInt | None = None  # of the training rows that have a gold answer; null: all
+    tolerance: Fraction = 0.05  # of SciBench's numbers
 
 
 class MathScience(Task):

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pipeline.core.schema import Positive
+from pipeline.core.schema import PositiveInt
 from pipeline.scoring import answers
 from pipeline.tasks.rows import Columns, Row, is_missing, lacks
 from pipeline.tasks.task import Example, Needs, Part, Splits, Task, Verdict, divide, group_of, proof_of
@@ -35,8 +35,8 @@ class MedicalParams:
     """`task.params`: which rows, and how many."""
 
     language: Literal["en", "zh", "en_mix", "zh_mix"] = "en"  # a configuration of the reasoning set
-    rows: Positive | None = None  # SFT rows; null: all
-    grpo_rows: Positive | None = None  # rows of the companion set; null: all
+    rows: PositiveInt | None = None  # SFT rows; null: all
+    grpo_rows: PositiveInt | None = None  # rows of the companion set; null: all
     validation: Part = 100  # open answers
     test: Part = 100  # open answers
     short: Part = 500  # of the companion set

@@ -21,7 +21,7 @@ from typing import Annotated, Any, ClassVar
 import pipeline.tasks
 from pipeline.config.recipe import TaskChoice
 from pipeline.core.errors import DataError, RecipeError, did_you_mean, some_of
-from pipeline.core.schema import Check, build
+from pipeline.core.schema import Constraint, parse
 from pipeline.scoring.reading import REASONS, plain_characters
 from pipeline.tasks.rows import SAMPLES, Columns, Row, file_problem, file_rows, hub_rows, sorted_out
 
@@ -29,7 +29,9 @@ Message = dict[str, str]  # {"role": …, "content": …}
 Needs = Mapping[str, str]
 FRAMEWORK = ("task", "rows", "row_files")  # modules of this folder that are no task
 PEEKED = 1000  # rows of a file that `check` looks at
-Part = Annotated[float, Check("a share below 1, or a whole number of rows", lambda v: 0 <= v < 1 or v == int(v) >= 1)]
+Part = Annotated[
+    float, Constraint("a share below 1, or a whole number of rows", lambda v: 0 <= v < 1 or v == int(v) >= 1)
+]
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,7 @@ class Task(ABC):
         if "sample" not in self.sources:
             return []
         choice = replace(self.choice, source="sample", revision=None)
-        splits = type(self)(choice, build(self.Params, self.rehearsal())[0], self.seed).load()
+        splits = type(self)(choice, parse(self.Params, self.rehearsal())[0], self.seed).load()
         return [example for example in splits.grpo if example.gold][:3]
 
     def messages(self, example: Example) -> list[Message]:
@@ -261,7 +263,7 @@ def make_task(choice: TaskChoice, seed: int) -> tuple[Task | None, list[str]]:
     if choice.name not in task_names():
         return None, [f"task.name: unknown task {choice.name!r}; {did_you_mean(choice.name, task_names())}"]
     cls: type[Task] = importlib.import_module(f"pipeline.tasks.{choice.name}").TASK
-    params, problems = build(cls.Params, choice.params, "task.params")
+    params, problems = parse(cls.Params, choice.params, "task.params")
     if choice.source not in ("auto", *cls.sources):
         problems.append(
             f"task.source: {choice.source!r} is nothing {choice.name} offers; use {' or '.join(cls.sources)}"

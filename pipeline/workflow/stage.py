@@ -16,7 +16,7 @@ from pipeline.core.errors import ArtifactError
 from pipeline.core.files import write_json
 from pipeline.core.hashing import plain
 from pipeline.core.records import read_mapping, read_record
-from pipeline.core.schema import build
+from pipeline.core.schema import parse
 from pipeline.workflow.artifact import STEP, STOP, refuse_newer
 
 
@@ -81,8 +81,8 @@ def read_order(folder: Path) -> Order:
     record = read_mapping(folder / STEP)
     if record is None:
         raise ArtifactError(f"{folder / STEP} is missing: start the step with python -m pipeline run")
-    recipe, problems = build(Recipe, record.get("recipe"), "recipe")
-    cluster, more = build(Cluster, record.get("cluster"), "cluster")
+    recipe, problems = parse(Recipe, record.get("recipe"), "recipe")
+    cluster, more = parse(Cluster, record.get("cluster"), "cluster")
     if recipe is None or cluster is None:
         raise ArtifactError(
             *(f"{folder / STEP}: {problem}" for problem in problems + more),

@@ -23,7 +23,7 @@ from string import ascii_uppercase
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pipeline.core.errors import DataError
-from pipeline.core.schema import Check, Positive, Share
+from pipeline.core.schema import Constraint, Fraction, PositiveInt
 from pipeline.scoring import answers
 from pipeline.tasks.corr2cause import text
 from pipeline.tasks.corr2cause.graphs import (
@@ -47,11 +47,11 @@ if TYPE_CHECKING:
     from pipeline.tasks.corr2cause.audit import Solver
 
 MOST = 10_000_000  # rows of one set: more would take days, and memory
-Rows = Annotated[int, Check(f"a whole number from 0 to {MOST:,}", lambda v: 0 <= v <= MOST)]
-SomeRows = Annotated[int, Check(f"a whole number from 1 to {MOST:,}", lambda v: 1 <= v <= MOST)]
-Drawn = Annotated[int, Check("a whole number from 1 to 100,000", lambda v: 1 <= v <= 100_000)]
-Members = Annotated[int, Check("a whole number from 1 to 10,000", lambda v: 1 <= v <= 10_000)]
-Size = Annotated[int, Check(f"a whole number from 2 to {MAX_N}", lambda v: 2 <= v <= MAX_N)]
+Rows = Annotated[int, Constraint(f"a whole number from 0 to {MOST:,}", lambda v: 0 <= v <= MOST)]
+SomeRows = Annotated[int, Constraint(f"a whole number from 1 to {MOST:,}", lambda v: 1 <= v <= MOST)]
+Drawn = Annotated[int, Constraint("a whole number from 1 to 100,000", lambda v: 1 <= v <= 100_000)]
+Members = Annotated[int, Constraint("a whole number from 1 to 10,000", lambda v: 1 <= v <= 10_000)]
+Size = Annotated[int, Constraint(f"a whole number from 2 to {MAX_N}", lambda v: 2 <= v <= MAX_N)]
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Phase:
 
     n: tuple[Size, ...]
     rows: SomeRows
-    traces: Share = 1.0  # share whose target is a proof in the thought; the others state the verdict at once
-    shuffled: Share = 0.0  # share whose premise tells its statements in random order: no short cut by position
+    traces: Fraction = 1.0  # share whose target is a proof in the thought; the others state the verdict at once
+    shuffled: Fraction = 0.0  # share whose premise tells its statements in random order: no short cut by position
     proof: Literal["full", "short"] = "full"  # short: the links, the shared arrows and the decision
 
 
@@ -77,13 +77,13 @@ class Corr2CauseParams:
     balance: Literal["even", "natural"] = "even"  # even: each answer as often in each (N, type); natural: as they come
     premise: Literal["full", "minimal"] = "full"  # minimal: one smallest separating set a pair
     letters: Literal["permuted", "alphabet"] = "permuted"  # the first N letters in random order, or any N of 26
-    max_independences: Positive | None = None  # leaves classes out, of all sets alike, whose premises are longer
+    max_independences: PositiveInt | None = None  # leaves classes out, of all sets alike, whose premises are longer
     sampled_classes: Drawn = 300  # N ≥ 7: how many classes are drawn for each N
-    density: Share = 0.4  # N ≥ 7: the probability of each arrow of a random graph
+    density: Fraction = 0.4  # N ≥ 7: the probability of each arrow of a random graph
     max_members: Members = 200  # N ≥ 7: leaves larger classes out
-    validation_classes: Share = 0.1  # share of the classes of each N
-    test_classes: Share = 0.2
-    grpo_only_classes: Share = 0.0  # share of the training classes that SFT does not see
+    validation_classes: Fraction = 0.1  # share of the classes of each N
+    test_classes: Fraction = 0.2
+    grpo_only_classes: Fraction = 0.0  # share of the training classes that SFT does not see
     phases: tuple[Phase, ...] = (Phase((3, 4, 5), 1000),)  # SFT rows in the order of a curriculum
     instruction: str = text.INSTRUCTION  # the last line of the question; "" for none
     grpo_rows: Rows = 1000

@@ -1,4 +1,4 @@
-"""typed.build: every problem at once, each with its full path, value and remedy."""
+"""schema.parse: every problem at once, each with its full path, value and remedy."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core.schema import Positive, Rate, build
+from pipeline.core.schema import PositiveFloat, PositiveInt, parse
 
 
 @dataclass(frozen=True)
 class Inner:
-    rate: Rate
+    rate: PositiveFloat
     names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Outer:
-    count: Positive
+    count: PositiveInt
     mode: Literal["fast", "slow"]
     inner: Inner
-    limit: Positive | None
-    size: Positive | Literal["auto"]
+    limit: PositiveInt | None
+    size: PositiveInt | Literal["auto"]
     extra: dict[str, float]
     note: str = "none"
 
@@ -40,7 +40,7 @@ GOOD = {
 
 
 def test_good_values_become_the_typed_object() -> None:
-    made, problems = build(Outer, GOOD)
+    made, problems = parse(Outer, GOOD)
     assert problems == []
     assert made == Outer(3, "fast", Inner(1.0, ("a",)), None, "auto", {"x": 1.0})
     assert isinstance(made.inner.rate, float)
@@ -48,7 +48,7 @@ def test_good_values_become_the_typed_object() -> None:
 
 def test_all_problems_are_found_at_once() -> None:
     bad = {**GOOD, "count": 0, "mode": "fas", "inner": {"rat": 1, "names": "a"}, "limit": True, "size": "big"}
-    made, problems = build(Outer, bad)
+    made, problems = parse(Outer, bad)
     assert made is None
     assert problems == [
         "count: 0 is not a whole number ≥ 1",
@@ -71,7 +71,7 @@ def test_all_problems_are_found_at_once() -> None:
     ],
 )
 def test_a_wrong_value_is_shown_with_what_is_right(value: object, told: str) -> None:
-    _, problems = build(Inner, {"rate": value, "names": []}, "sft")
+    _, problems = parse(Inner, {"rate": value, "names": []}, "sft")
     assert len(problems) == 1
     assert problems[0].startswith("sft.rate: ")
     assert told in problems[0]
@@ -79,5 +79,5 @@ def test_a_wrong_value_is_shown_with_what_is_right(value: object, told: str) -> 
 
 @given(st.dictionaries(st.text(), st.none() | st.integers() | st.text() | st.lists(st.integers())))
 def test_whatever_the_input_problems_are_told_and_nothing_is_raised(values: dict[str, object]) -> None:
-    made, problems = build(Outer, values)
+    made, problems = parse(Outer, values)
     assert (made is None) == bool(problems)
