@@ -26,7 +26,7 @@ from pipeline.engines.generation import Completion, Sampling, Stream, generate_b
 from pipeline.models.loading import check_tokenizer, load_to_ask, load_tokenizer, prefills_thought, prompt_ids
 from pipeline.scoring.answers import CLOSE, OPEN, REASONS, split_thought
 from pipeline.tasks.task import Message, Task, Verdict, task_of
-from pipeline.workflow.artifact import find_checkpoint
+from pipeline.workflow.weights import find_checkpoint
 
 DIM, PLAIN = "\x1b[2m", "\x1b[22m"
 
@@ -47,7 +47,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Asked:
+class CheckpointRequest:
     """A checkpoint, and the recipe that says how it is loaded and read."""
 
     checkpoint: str
@@ -55,15 +55,15 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Order:
+class AskRequest:
     """What the command line hands to this process, as JSON."""
 
-    asked: tuple[Asked, ...]
+    asked: tuple[CheckpointRequest, ...]
     options: Options
 
 
 @dataclass
-class Loaded:
+class LoadedModel:
     """A model that can be asked, and the conversation with it."""
 
     name: str
@@ -95,28 +95,28 @@ class Answer:
 def main() -> int:
     if sys.argv[1:2] != ["--order"]:  # started by hand: the command line resolves what is asked, and comes back
         os.execv(sys.executable, [sys.executable, "-m", "pipeline", "ask", *sys.argv[1:]])
-    order, problems = parse(Order, json.loads(sys.argv[2]))
-    if order is None:
+    request, problems = parse(AskRequest, json.loads(sys.argv[2]))
+    if request is None:
         raise PlanError(*problems)
-    ask(order)
+    ask(request)
     return 0
 
 
-def ask(order: Order) -> None:
+def ask(request: AskRequest) -> None:
     """Every question to every checkpoint; a conversation keeps all models loaded, one question one at a time."""
-    models: Any = (load(one, order.options) for one in order.asked)
-    models = list(models) if order.options.chat else models
-    for question in questions(order.options):
+    models: Any = (load(one, request.options) for one in request.asked)
+    models = list(models) if request.options.chat else models
+    for question in questions(request.options):
         answers: list[tuple[str, Answer]] = []
         for loaded in models:
-            if len(order.asked) > 1:
+            if len(request.asked) > 1:
                 print(f"== {loaded.name}")
-            answers.append((loaded.name, tell(loaded, question, sys.stdout)))
+            answers.append((loaded.name, answer_question(loaded, question, sys.stdout)))
             print(flush=True)
         if len(answers) > 1:
             print(table(answers), flush=True)
     print(
-        f"\nnext:\n  python -m pipeline export --ckpt {order.asked[-1].checkpoint} --format merged16", file=sys.stderr
+        f"\nnext:\n  python -m pipeline export --ckpt {request.asked[-1].checkpoint} --format merged16", file=sys.stderr
     )
 
 
@@ -136,7 +136,7 @@ def questions(options: Options) -> Iterator[str]:
             yield line
 
 
-def load(asked: Asked, options: Options) -> Loaded:
+def load(asked: CheckpointRequest, options: Options) -> LoadedModel:
     """A checkpoint with its tokenizer, in the recipe's precision and quantization."""
     started, recipe = time.time(), asked.recipe
     print(f"loading {asked.checkpoint} …", file=sys.stderr, flush=True)
@@ -146,7 +146,7 @@ def load(asked: Asked, options: Options) -> Loaded:
     check_tokenizer(tokenizer, model, checkpoint)
     model.eval()
     print(f"loaded in {time.time() - started:.1f} s", file=sys.stderr, flush=True)
-    return Loaded(
+    return LoadedModel(
         asked.checkpoint,
         model,
         tokenizer,
@@ -167,7 +167,7 @@ def sampling_of(recipe: Recipe, options: Options) -> Sampling:
     return Sampling(**values, max_new_tokens=options.max_new_tokens or recipe.evaluate.max_new_tokens)
 
 
-def tell(loaded: Loaded, question: str, out: TextIO) -> Answer:
+def answer_question(loaded: LoadedModel, question: str, out: TextIO) -> Answer:
     """Ask, print the answer as it is written and how it is read, and keep both turns."""
     example = loaded.task.asked(question)
     messages = loaded.task.messages(example)
@@ -207,7 +207,7 @@ class Screen:
 
     def show(self, text: str) -> None:
         """Print what of the text so far is new."""
-        self._advance(text[: len(text) - _begun_tag(text)])
+        self._advance(text[: len(text) - _partial_tag_length(text)])
 
     def end(self, text: str) -> None:
         """Print the rest: no tag can follow."""
@@ -227,7 +227,7 @@ class Screen:
             self.out.flush()
 
 
-def _begun_tag(text: str) -> int:
+def _partial_tag_length(text: str) -> int:
     """How many characters at the end of the text may be the beginning of a tag."""
     return max(k for tag in (OPEN, CLOSE) for k in range(len(tag)) if text.endswith(tag[:k]))
 

@@ -36,11 +36,12 @@ from pipeline.scoring.answers import has_thought
 from pipeline.tasks.rows import left_out
 from pipeline.tasks.task import Task, example_of, rows, task_of
 from pipeline.training import distributed
-from pipeline.training.checkpoints import leave_if_asked
+from pipeline.training.checkpoints import raise_if_stopping
 from pipeline.training.harness import main
-from pipeline.workflow.artifact import PROMPTS, Artifact, find_checkpoint, read_split
+from pipeline.workflow.artifact import PROMPTS, Artifact, read_split
 from pipeline.workflow.figures import count
 from pipeline.workflow.runtime import Deadline, Runtime
+from pipeline.workflow.weights import find_checkpoint
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runtime) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
 
     # ---- ask and grade, one line a row, each line kept as soon as it is there
     asked = [(split, row) for split, split_rows in tests.items() for row in split_rows]
-    answered = _read_partial(out)
+    answered = read_partial_answers(out)
     left = [(split, row) for split, row in asked if (split, row["id"]) not in answered]
     distributed.barrier()  # every rank has to see the same rows left before any writes
     prompts = prompt_ids(tokenizer, [row["prompt"] for _, row in left])
@@ -113,7 +114,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
             mine += 1
             runtime.progress.update(done=min(total, len(answered) + mine * runtime.world))
             deadline.step()
-            leave_if_asked(runtime)
+            raise_if_stopping(runtime)
     distributed.barrier()
 
     # ---- the questions whose answers are only shown
@@ -126,7 +127,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     # ---- count
     metrics: dict[str, Any] = {}
     if runtime.rank == 0:
-        done = _read_partial(out)
+        done = read_partial_answers(out)
         records = [done[split, row["id"]] for split, row in asked]
         with (out / "predictions.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -182,7 +183,7 @@ def test_rows(
     return {name: found[name][:limit] for name in wanted}, skipped
 
 
-def _read_partial(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
+def read_partial_answers(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """The answers an earlier attempt has left; a last line that was cut off is asked again."""
     found = {}
     for path in sorted(out.glob("partial-*.jsonl")):

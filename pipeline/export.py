@@ -35,13 +35,14 @@ from pipeline.models.loading import (
     revision_of,
 )
 from pipeline.models.weight_checks import NO_CODE, NO_PICKLE, check_computes, reading
-from pipeline.scoring.metrics import HEADLINE
+from pipeline.scoring.metrics import MAIN_METRICS
 from pipeline.tasks.task import Task, task_of
 from pipeline.training.harness import git_commit, main, versions
-from pipeline.workflow.artifact import ADAPTER, Artifact, Checkpoint, find_checkpoint, is_done, open_artifact, step_of
+from pipeline.workflow.artifact import Artifact, is_done, open_artifact, step_of
 from pipeline.workflow.runtime import Runtime
+from pipeline.workflow.weights import ADAPTER, Checkpoint, find_checkpoint
 
-REHEARSED = "REHEARSAL of a shrunken model with random weights: nothing here is a result."
+SMOKE_TEST_NOTICE = "REHEARSAL of a shrunken model with random weights: nothing here is a result."
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runtime) -> dict[str, Any]:
@@ -162,7 +163,7 @@ def card(
         about=FORMATS[options["format"]],
         quant=options.get("quant", ""),
         file=next((path.name for path in place.glob("*.gguf")), ""),
-        warning=REHEARSED if recipe.rehearsal else "",
+        warning=SMOKE_TEST_NOTICE if recipe.rehearsal else "",
         recipe=recipe,
         hub=hub,
         base=checkpoint.base,
@@ -173,7 +174,7 @@ def card(
         task=task,
         settings=recipe.task.params,
         evaluations=evaluations(line),
-        headline=HEADLINE,
+        headline=MAIN_METRICS,
         line=line,
         source=f"{line[-1].recipe}/{line[-1].stage}-{line[-1].fingerprint}" if line else source.name,
         commit=git_commit() or "unknown",

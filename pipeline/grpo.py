@@ -36,8 +36,9 @@ from pipeline.training.trainer import (
     trainable,
     warn_of_long_rows,
 )
-from pipeline.workflow.artifact import Artifact, Checkpoint
+from pipeline.workflow.artifact import Artifact
 from pipeline.workflow.runtime import Runtime
+from pipeline.workflow.weights import Checkpoint
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runtime) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     )  # after the arguments: under ZeRO-3 they say that it is loaded in parts
     model.generation_config.eos_token_id = stop_ids(model, tokenizer)  # TRL fills its own settings from this config
     stops = {*model.generation_config.eos_token_id, tokenizer.pad_token_id}
-    rewards = [_for_trl(task, name, f, tokenizer, stops) for name, f in functions.items()]
+    rewards = [as_trl_reward(task, name, f, tokenizer, stops) for name, f in functions.items()]
     with adapters_kept(model), logger_environment(out, runtime):
         trainer = GRPOTrainer(
             model, reward_funcs=rewards, args=config, train_dataset=prompts.select(kept), processing_class=tokenizer
@@ -112,7 +113,7 @@ def _has_full_reference(recipe: Recipe, checkpoint: Checkpoint) -> bool:
     return pinned and recipe.grpo.beta > 0 and not recipe.lora.enabled
 
 
-def _for_trl(
+def as_trl_reward(
     task: Task, name: str, function: RewardFunction, tokenizer: PreTrainedTokenizerBase, stop_ids: set[int]
 ) -> Callable[..., list[float | None]]:
     """A reward in TRL's shape: lists of completions and of the rows' columns in, a list of rewards out.

@@ -25,7 +25,7 @@ from pipeline.training.harness import main
 from pipeline.workflow.artifact import Artifact
 from pipeline.workflow.runtime import Runtime
 
-REPORTED = {  # lists of a split's proof that the user has to know of
+WARNED_LISTS = {  # lists of a split's proof that the user has to know of
     "skipped": "rows cannot be read and were left out",
     "without_gold": "rows have no gold answer, so they are not rewarded and nothing verifies them",
     "unpaid_targets": "targets would not be paid in full by the task's own judge",
@@ -38,7 +38,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     runtime.progress.update(state="running", note="reading or generating rows", unit="splits")
     task = task_of(recipe.task, recipe.seed)
     splits = task.load()
-    if problems := nothing_to_learn(recipe, task, splits):
+    if problems := missing_training_rows(recipe, task, splits):
         raise DataError(*problems)
 
     # ---- one parquet file a split
@@ -48,12 +48,12 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         runtime.progress.update(done=done, total=len(parts), note=f"writing {name}")
         if examples:
             write_rows(task, examples, out / "data" / f"{name}.parquet")
-    unpaid, thoughtless = target_faults(task, [*splits.sft, *splits.validation])
+    unpaid, thoughtless = target_problems(task, [*splits.sft, *splits.validation])
     proof = {**splits.proof, "unpaid_targets": unpaid, "empty_thoughts": len(thoughtless)}
     write_json(out / "splits.json", {"tests": list(splits.tests), **proof})
     counts = {name: len(examples) for name, examples in parts.items()}
     metrics: dict[str, Any] = {"rows": counts, "overlap": proof.get("overlap"), "empty_thoughts": len(thoughtless)}
-    for name, told in REPORTED.items():
+    for name, told in WARNED_LISTS.items():
         found = proof.get(name, [])
         metrics[name] = len(found)
         if found:
@@ -78,7 +78,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     return metrics
 
 
-def target_faults(task: Task, examples: Iterable[Example]) -> tuple[list[str], list[str]]:
+def target_problems(task: Task, examples: Iterable[Example]) -> tuple[list[str], list[str]]:
     """(the rows whose target the task's own judge would not pay in full, each with why; those whose thought is empty).
 
     An empty thought is what some recipes teach on purpose (`traces: 0.75`), so it is counted by itself.
@@ -96,7 +96,7 @@ def target_faults(task: Task, examples: Iterable[Example]) -> tuple[list[str], l
     return unpaid, thoughtless
 
 
-def nothing_to_learn(recipe: Recipe, task: Task, splits: Splits) -> list[str]:
+def missing_training_rows(recipe: Recipe, task: Task, splits: Splits) -> list[str]:
     """A sentence for each stage that will train and has no rows: what was read, and why rows fell out."""
     rows = {"sft": splits.sft, "grpo": splits.grpo}
     read = ", ".join(
@@ -104,7 +104,7 @@ def nothing_to_learn(recipe: Recipe, task: Task, splits: Splits) -> list[str]:
         for name, examples in {**rows, "validation": splits.validation, **splits.tests}.items()
     )
     lost = []
-    for name, told in {**REPORTED, "same_question": "rows ask what a held-out row asks"}.items():
+    for name, told in {**WARNED_LISTS, "same_question": "rows ask what a held-out row asks"}.items():
         if found := splits.proof.get(name):
             lost.append(f"{len(found):,} {told}: {some_of(found, between='; ')}")
     if without := splits.proof.get("without_solution"):

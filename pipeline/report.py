@@ -28,16 +28,16 @@ from pipeline.core.files import read_json, read_lines, write_json
 from pipeline.core.hashing import plain
 from pipeline.core.markdown import cell, fenced
 from pipeline.scoring.charts import Mark, Series, curves, intervals, number
-from pipeline.scoring.metrics import HEADLINE, LOWER_IS_BETTER, SOLVER, compare, outcome_of, unanswered_rows
+from pipeline.scoring.metrics import LOWER_IS_BETTER, MAIN_METRICS, SOLVER, compare, outcome_of, unanswered_rows
 from pipeline.scoring.reading import REASONS
 from pipeline.tasks.task import Task, task_of
 from pipeline.training.harness import main
 from pipeline.workflow.artifact import HISTORY, PROMPTS, Artifact
 from pipeline.workflow.figures import figures_of
-from pipeline.workflow.runtime import Runtime, show_hardware
-from pipeline.workflow.stage import read_order
+from pipeline.workflow.runtime import Runtime, format_hardware
+from pipeline.workflow.stage import read_spec
 
-REHEARSED = "REHEARSAL of a shrunken model with random weights: no figure here is a result"
+SMOKE_TEST_NOTICE = "REHEARSAL of a shrunken model with random weights: no figure here is a result"
 TITLES = {
     "f1": "F1",
     "balanced_accuracy": "balanced accuracy",
@@ -65,7 +65,7 @@ CURVES = {
         "entropy": "entropy (nats a token)",
     },
 }
-MAIN = ("balanced_accuracy", "accuracy", "proxy", "unanswered")  # the figure to look at: the first there is
+CHART_METRICS = ("balanced_accuracy", "accuracy", "proxy", "unanswered")  # the figure to look at: the first there is
 SAMPLES = 3
 
 
@@ -111,8 +111,10 @@ def gather(inputs: Mapping[str, Artifact], task: Task, recipe: Recipe, criteria:
         "models": models,
         "baselines": first["splits"][main_split]["baselines"] if first else {},
         "differences": differences,
-        "claims": [REHEARSED] if recipe.rehearsal else [claim(difference, main_split) for difference in differences],
-        "headline": headline(models, main_split),
+        "claims": [SMOKE_TEST_NOTICE]
+        if recipe.rehearsal
+        else [claim(difference, main_split) for difference in differences],
+        "headline": shown_metrics(models, main_split),
         "unanswered": unanswered_rows(models, recipe.evaluate.splits),
         "notes": notes(models, recipe.evaluate.splits, task),
         "warnings": [f"{label}: {text}" for label, artifact in inputs.items() for text in artifact.warnings],
@@ -129,9 +131,9 @@ def gather(inputs: Mapping[str, Artifact], task: Task, recipe: Recipe, criteria:
     }
 
 
-def headline(models: list[dict[str, Any]], split: str) -> list[str]:
+def shown_metrics(models: list[dict[str, Any]], split: str) -> list[str]:
     """The figures that the tables show: those that some model has."""
-    return [name for name in HEADLINE if any(name in model["splits"][split]["all"] for model in models)]
+    return [name for name in MAIN_METRICS if any(name in model["splits"][split]["all"] for model in models)]
 
 
 def notes(models: list[dict[str, Any]], splits: Sequence[str], task: Task) -> list[str]:
@@ -282,13 +284,13 @@ def _provenance(artifact: Artifact) -> dict[str, Any]:
         "python": artifact.provenance["python"],
         "machine": artifact.provenance["machine"],
         "git": artifact.provenance["git"],
-        "hardware": show_hardware(artifact.provenance.get("hardware") or {}),
+        "hardware": format_hardware(artifact.provenance.get("hardware") or {}),
     }
 
 
 def _settings(artifact: Artifact) -> str:
     """The resolved recipe as YAML."""
-    settings = plain(read_order(artifact.folder).recipe)  # data: a prompt with ${x} in it is no template
+    settings = plain(read_spec(artifact.folder).recipe)  # data: a prompt with ${x} in it is no template
     return str(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
@@ -299,7 +301,7 @@ def draw(report: dict[str, Any], task: Task) -> dict[str, Any]:
     """Every chart of the page, as SVG."""
     main_split = report["main_split"]
     charts: dict[str, Any] = {"by": {}, "curves": {}, "main": {}}
-    shown = [name for name in MAIN if name in report["headline"]][:1]
+    shown = [name for name in CHART_METRICS if name in report["headline"]][:1]
     for metric in ["f1", *shown] if "f1" in report["headline"] else shown:
         marks = [
             _mark(m["name"], m["splits"][main_split]["all"][metric], m["role"])

@@ -51,7 +51,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     rows = load_rows(inputs["data"], "sft")
     encoded = encode_rows(tokenizer, rows["prompt"], rows["completion"])
-    kept = short_enough(encoded, settings.max_length)
+    kept = within_length(encoded, settings.max_length)
     limit = f"sft.max_length {settings.max_length} tokens"
     require_rows(len(kept), "SFT rows", limit)
     warn_of_long_rows(runtime, rows["id"], kept, "SFT rows", limit)
@@ -59,15 +59,15 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         phases = [tags.get("phase", 0) if settings.order == "curriculum" else 0 for tags in rows["tags"]]
         # like prompts, not like answers: rows of short answers, alone in their batches, would weigh many times more
         prompts = [row["labels"].count(-100) for row in encoded]
-        kept = in_order(kept, phases, prompts, settings.global_batch_size, recipe.seed)
-    dataset = Dataset.from_list(learn_prompts([encoded[k] for k in kept], settings.prompt_loss))
+        kept = order_rows(kept, phases, prompts, settings.global_batch_size, recipe.seed)
+    dataset = Dataset.from_list(unmask_prompts([encoded[k] for k in kept], settings.prompt_loss))
 
     # ---- rows whose loss is only looked at
     validation = None
     if settings.validate_every:
         held_out = load_rows(inputs["data"], "validation")
         others = encode_rows(tokenizer, held_out["prompt"], held_out["completion"])
-        short = short_enough(others, settings.max_length)
+        short = within_length(others, settings.max_length)
         validation = Dataset.from_list([others[k] for k in short])
         require_rows(len(validation), "validation rows", limit)
         warn_of_long_rows(runtime, held_out["id"], short, "validation rows", limit)
@@ -105,15 +105,15 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     return {
         **metrics,
         **counts,
-        **validated(trainer.state.log_history, best=settings.early_stopping_patience is not None),
+        **validation_metrics(trainer.state.log_history, best=settings.early_stopping_patience is not None),
     }
 
 
-def short_enough(encoded: list[dict[str, list[int]]], longest: int) -> list[int]:
+def within_length(encoded: list[dict[str, list[int]]], longest: int) -> list[int]:
     return [k for k, row in enumerate(encoded) if len(row["input_ids"]) <= longest]
 
 
-def validated(history: list[dict[str, Any]], *, best: bool) -> dict[str, Any]:
+def validation_metrics(history: list[dict[str, Any]], *, best: bool) -> dict[str, Any]:
     """The validation loss of the weights that are kept, and how far it is above the training loss around it.
 
     `best`: of the lowest loss, else of the last. The training loss is the mean of what was logged since the validation
@@ -135,7 +135,7 @@ def validated(history: list[dict[str, Any]], *, best: bool) -> dict[str, Any]:
     }
 
 
-def in_order(rows: list[int], phases: list[int], lengths: list[int], batch: int, seed: int) -> list[int]:
+def order_rows(rows: list[int], phases: list[int], lengths: list[int], batch: int, seed: int) -> list[int]:
     """Rows by phase; within a phase shuffled, then batches of rows of like length.
 
     Short premises come first where the task marks phases: looking a statement up is learned on them.
@@ -154,7 +154,7 @@ def in_order(rows: list[int], phases: list[int], lengths: list[int], batch: int,
     return ordered
 
 
-def learn_prompts(rows: list[dict[str, list[int]]], share: float) -> list[dict[str, list[int]]]:
+def unmask_prompts(rows: list[dict[str, list[int]]], share: float) -> list[dict[str, list[int]]]:
     """Put the loss on every token of the first `share` of the rows.
 
     Weights that were drawn at random learn what words go together from prompts; once they have, prompts are noise.

@@ -23,10 +23,11 @@ from pipeline.core.files import read_json, write_json
 from pipeline.sizing.fitting import needs, resolved
 from pipeline.sizing.memory import CONTEXT
 from pipeline.sizing.model_sizes import GIB
-from pipeline.workflow.artifact import HISTORY, Artifact, Checkpoint
+from pipeline.workflow.artifact import HISTORY, Artifact
 from pipeline.workflow.plan import make_plan
 from pipeline.workflow.progress import ProgressFile
 from pipeline.workflow.runtime import Runtime
+from pipeline.workflow.weights import Checkpoint
 
 SMALLER_CARD = 10.75  # GiB that a card of 11 GB leaves to programs, its CUDA context included
 SEVEN = Path("configs/models/deepseek-ai--DeepSeek-R1-Distill-Qwen-7B.json")

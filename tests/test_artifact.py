@@ -13,18 +13,8 @@ import pytest
 
 from pipeline.core.errors import ArtifactError
 from pipeline.core.files import read_json, read_lines, write_json
-from pipeline.workflow.artifact import (
-    ARTIFACT,
-    OWNER,
-    Artifact,
-    commit,
-    is_alive,
-    is_done,
-    is_owner,
-    open_artifact,
-    own,
-    read_owner,
-)
+from pipeline.workflow.artifact import ARTIFACT, Artifact, finalize, is_done, open_artifact
+from pipeline.workflow.lock import OWNER, holds_lock, is_alive, lock, read_holder
 
 
 def made(folder: Path) -> Artifact:
@@ -33,7 +23,7 @@ def made(folder: Path) -> Artifact:
     (folder / "log.txt").write_text("noise")
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "big").write_text("x")
-    return commit(Artifact("sft", "tiny", "abc", {"a": 1}, {"data": "x"}, {}, {"loss": 0.5}, {}, folder))
+    return finalize(Artifact("sft", "tiny", "abc", {"a": 1}, {"data": "x"}, {}, {"loss": 0.5}, {}, folder))
 
 
 def test_what_was_committed_is_opened(tmp_path: Path) -> None:
@@ -105,11 +95,11 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
 
 
 def test_one_process_owns_a_folder(tmp_path: Path) -> None:
-    with own(tmp_path) as owner:
-        assert is_owner(tmp_path, owner)
+    with lock(tmp_path) as owner:
+        assert holds_lock(tmp_path, owner)
         with (
             pytest.raises(ArtifactError, match=f"is being written by process {os.getpid()} on .*delete"),
-            own(tmp_path),
+            lock(tmp_path),
         ):
             raise AssertionError("owned twice")
     assert not (tmp_path / OWNER).exists()
@@ -117,29 +107,29 @@ def test_one_process_owns_a_folder(tmp_path: Path) -> None:
 
 def test_a_dead_owner_is_replaced_and_fenced(tmp_path: Path) -> None:
     code = (
-        "import sys, os; from pathlib import Path; from pipeline.workflow.artifact import own\n"
-        "held = own(Path(sys.argv[1])); held.__enter__(); os._exit(9)"
+        "import sys, os; from pathlib import Path; from pipeline.workflow.lock import lock\n"
+        "held = lock(Path(sys.argv[1])); held.__enter__(); os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
-    dead = read_owner(tmp_path)
+    dead = read_holder(tmp_path)
     assert dead is not None
     assert not is_alive(dead)
-    with own(tmp_path) as owner:
-        assert is_owner(tmp_path, owner)
-        assert not is_owner(tmp_path, dead)  # a zombie of the old attempt sees that it must not write
+    with lock(tmp_path) as owner:
+        assert holds_lock(tmp_path, owner)
+        assert not holds_lock(tmp_path, dead)  # a zombie of the old attempt sees that it must not write
 
 
 def test_a_pid_that_was_given_again_is_not_the_owner(tmp_path: Path) -> None:
-    with own(tmp_path) as owner:
+    with lock(tmp_path) as owner:
         assert is_alive(owner)
         assert not is_alive(replace(owner, started=owner.started + 1))
         assert is_alive(replace(owner, host="elsewhere"))  # cannot be seen from here
 
 
 def test_the_owner_file_of_a_successor_is_left_alone(tmp_path: Path) -> None:
-    with own(tmp_path) as owner:
+    with lock(tmp_path) as owner:
         write_json(tmp_path / OWNER, {**read_json(tmp_path / OWNER), "token": "successor"})
-        assert not is_owner(tmp_path, owner)
+        assert not holds_lock(tmp_path, owner)
     assert (tmp_path / OWNER).exists()
 
 

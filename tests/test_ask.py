@@ -15,7 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import only, run_cli
 
-from pipeline.ask import DIM, PLAIN, Asked, Options, Order, Screen, ask, load, sampling_of, tell
+from pipeline.ask import (
+    DIM,
+    PLAIN,
+    AskRequest,
+    CheckpointRequest,
+    Options,
+    Screen,
+    answer_question,
+    ask,
+    load,
+    sampling_of,
+)
 from pipeline.config.cluster import MaxMemory
 from pipeline.config.recipe import Model, Recipe, Scratch, read
 from pipeline.core.errors import PlanError
@@ -25,8 +36,8 @@ from pipeline.core.schema import parse
 from pipeline.engines.generation import Sampling, Stream, generate_batch, stop_ids
 from pipeline.models.loading import input_device, load_to_ask, load_tokenizer, make_scratch, prompt_ids
 from pipeline.scoring.answers import CLOSE, OPEN
-from pipeline.workflow.artifact import find_checkpoint
-from pipeline.workflow.stage import read_order
+from pipeline.workflow.stage import read_spec
+from pipeline.workflow.weights import find_checkpoint
 
 QUESTION = "Premise: A correlates with B.\nHypothesis: A directly causes B."
 GREEDY = Options(QUESTION, False, False, None, None, None, None, None, None)
@@ -69,13 +80,13 @@ def test_several_checkpoints_answer_side_by_side(nano: Path) -> None:
 def test_a_row_of_the_test_set_is_answered_as_the_evaluation_did(nano: Path) -> None:
     """One row alone against the evaluation's batch: the same prompt, precision, random stream and text."""
     folder = only(nano, "tiny/evaluate-grpo-*")
-    order = read_order(folder)
+    order = read_spec(folder)
     rows = pq.read_table(only(nano, "tiny/preprocess-*") / "data" / "test.parquet").to_pylist()
     questions = {row["id"]: row["question"] for row in rows}
     row = next(row for row in read_lines(folder / "predictions.jsonl") if row["split"] == "test")
     out = io.StringIO()
-    loaded = load(Asked(order.inputs["model"], order.recipe), replace(GREEDY, sample=True))
-    answer = tell(loaded, questions[row["id"]], out)
+    loaded = load(CheckpointRequest(order.inputs["model"], order.recipe), replace(GREEDY, sample=True))
+    answer = answer_question(loaded, questions[row["id"]], out)
     assert out.getvalue().startswith(f"{OPEN}\n{row['completion']}\n\nverdict: ")
     assert (answer.completion.tokens, answer.completion.truncated) == (row["tokens"], row["truncated"])
     assert answer.verdict.answer == row["answer"]
@@ -86,7 +97,7 @@ def test_a_conversation_reads_questions_until_stdin_ends(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\nanother\n"))
     options = replace(GREEDY, question=None, chat=True, max_new_tokens=5)
-    ask(Order((Asked(str(wild), tiny()),), options))
+    ask(AskRequest((CheckpointRequest(str(wild), tiny()),), options))
     assert capsys.readouterr().out.count("verdict: ") == 2
 
 
@@ -199,14 +210,14 @@ def test_greedy_by_default_and_sampled_as_the_recipe_says() -> None:
 def test_a_conversation_is_kept_and_its_end_is_told(wild: Path) -> None:
     recipe = tiny()
     recipe = replace(recipe, task=replace(recipe.task, params={**recipe.task.params, "instruction": "Say it."}))
-    loaded = load(Asked(str(wild), recipe), GREEDY)
-    first = tell(loaded, QUESTION, io.StringIO())
+    loaded = load(CheckpointRequest(str(wild), recipe), GREEDY)
+    first = answer_question(loaded, QUESTION, io.StringIO())
     assert [turn["role"] for turn in loaded.turns] == ["user", "assistant"]
     assert loaded.turns[0]["content"] == f"{QUESTION}\nSay it."  # the task's own last line
     assert loaded.turns[1]["content"] == f"{OPEN}\n{first.completion.text}"
     loaded.turns *= 9
     with pytest.raises(PlanError, match=r"the question has \d+ tokens .* reads 128: .*begin a new conversation"):
-        tell(loaded, QUESTION, io.StringIO())
+        answer_question(loaded, QUESTION, io.StringIO())
 
 
 def test_a_model_too_large_for_its_memory_answers_from_the_disk(wild: Path) -> None:
@@ -224,7 +235,7 @@ def test_a_model_too_large_for_its_memory_answers_from_the_disk(wild: Path) -> N
 
 
 def test_an_order_survives_the_command_line() -> None:
-    order = Order((Asked("x", tiny()),), GREEDY)
-    again, problems = parse(Order, json.loads(json.dumps(plain(order))))
+    order = AskRequest((CheckpointRequest("x", tiny()),), GREEDY)
+    again, problems = parse(AskRequest, json.loads(json.dumps(plain(order))))
     assert problems == []
     assert again == order

@@ -16,7 +16,7 @@ from pipeline.config.recipe import Model
 from pipeline.core.errors import RecipeError
 from pipeline.models.loading import encode_rows, load_tokenizer, prefills_thought, prompt_ids
 from pipeline.models.loading import train_tokenizer as train
-from pipeline.workflow.artifact import Checkpoint
+from pipeline.workflow.weights import Checkpoint
 
 PROMPT = [{"role": "user", "content": "Does A cause B?"}]
 THOUGHT = "<think>\nA B linked.\n</think>\n\nTherefore: No"

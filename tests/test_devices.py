@@ -13,7 +13,7 @@ from pipeline.config.recipe import Recipe, read
 from pipeline.core.errors import LaunchError
 from pipeline.sizing.model_sizes import GIB
 from pipeline.training import devices
-from pipeline.workflow.runtime import show_hardware
+from pipeline.workflow.runtime import format_hardware
 
 
 def cluster_of(name: str = "2x2080ti", *words: str) -> Cluster:
@@ -129,7 +129,7 @@ def test_what_a_stage_runs_on_is_described(monkeypatch: pytest.MonkeyPatch) -> N
     assert found["layout"].endswith("on 2 processes")
     assert set(found["planned_gib"]) == {"grpo, learning", "grpo, generating"}
     assert devices.measured() == {"allocated_gib": 8.0, "reserved_gib": 9.0}
-    line = show_hardware({**found, "measured": devices.measured()})
+    line = format_hardware({**found, "measured": devices.measured()})
     assert line.startswith("NVIDIA GeForce RTX 2080 Ti, precision float16, attention sdpa, ")
     assert "planned: grpo, learning " in line
     assert line.endswith("held at most: allocated 8.0 GiB, reserved 9.0 GiB")

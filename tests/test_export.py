@@ -20,7 +20,7 @@ from safetensors import safe_open
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline.ask import Order as AskOrder
+from pipeline.ask import AskRequest as AskOrder
 from pipeline.ask import ask
 from pipeline.config.cluster import read_cluster
 from pipeline.config.recipe import Lora, Model, Scratch, read
@@ -40,11 +40,13 @@ from pipeline.models.loading import (
     train_tokenizer,
 )
 from pipeline.report import _settings
-from pipeline.workflow.artifact import Artifact, find_checkpoint, open_artifact
-from pipeline.workflow.plan import evaluation_plan, export_plan, make_plan, order_of
+from pipeline.workflow.artifact import Artifact, open_artifact
+from pipeline.workflow.plan import make_plan, spec_of
 from pipeline.workflow.progress import ProgressFile
 from pipeline.workflow.runtime import Runtime
-from pipeline.workflow.stage import Order, read_order, write_order
+from pipeline.workflow.single_step import evaluation_plan, export_plan
+from pipeline.workflow.stage import StepSpec, read_spec, write_spec
+from pipeline.workflow.weights import find_checkpoint
 
 ARCHITECTURES = ("qwen2", "llama", "phi3")
 ANSWER = "Pairs: A B linked. Links: A - B. naïve → 你好\n</think>\nTherefore: Yes"
@@ -114,7 +116,7 @@ def adapted(
 def run_export(checkpoint: Path, out: Path, *words: str, format: str, quant: str | None = None) -> Path:
     """The stage itself, in this process, on the order that the command line would write."""
     plan = export_plan(str(checkpoint), ["tiny", "model.dtype=float32", *words], format=format, quant=quant, out=out)
-    order = order_of(plan.steps[0], plan.cluster)
+    order = spec_of(plan.steps[0], plan.cluster)
     out.mkdir(parents=True, exist_ok=True)
     progress = ProgressFile(None, "export")
     export(order.recipe, {}, out, Runtime(plan.cluster, progress, 0, 1, out, None, str(checkpoint), order.options))
@@ -140,12 +142,12 @@ def test_an_order_is_data_and_no_secret_of_the_environment_enters_a_file(
     assert cluster is not None
     step = tmp_path / "runs" / "tiny" / "sft-0"
     make_scratch(Scratch("qwen2", 400, 16, 1, 2, 2, 32, 128, 10000.0, 0.05), ["A B"] * 9, "think", step / "model", 0)
-    write_order(step, Order("sft", "sft", "0", {}, recipe, cluster, {}))
+    write_spec(step, StepSpec("sft", "sft", "0", {}, recipe, cluster, {}))
     place = str(step / "model")
     for plan in (export_plan(place, format="merged16"), evaluation_plan(place, runs=tmp_path / "runs")):
         folder = tmp_path / plan.steps[0].stage
-        write_order(folder, order_of(plan.steps[0], plan.cluster))
-        order = read_order(folder)
+        write_spec(folder, spec_of(plan.steps[0], plan.cluster))
+        order = read_spec(folder)
         assert order.recipe.evaluate.prompts == (planted,)
         assert order.recipe.task.params["instruction"] == planted
         if order.stage == "export":
@@ -445,7 +447,7 @@ def test_a_batch_script_prepares_an_export(nano: Path, tmp_path: Path) -> None:
     words = ["--ckpt", str(only(nano, "tiny/sft-*")), "--format", "gguf", "--quant", "q4_0", "--runs", str(tmp_path)]
     done = run_cli("prepare", "--stages", "export", *words)
     assert done.returncode == 0, done.stderr
-    order = read_order(Path(done.stdout.strip()))
+    order = read_spec(Path(done.stdout.strip()))
     assert (order.stage, order.options["format"], order.options["quant"]) == ("export", "gguf", "q4_0")
     script = run_cli("export", *words, "--launcher", "slurm", "--push", "lab/small")
     assert (script.returncode, "nodes have no internet; export first" in script.stderr) == (2, True)

@@ -23,11 +23,11 @@ from pipeline.engines.generation import (
     mean_log_likelihood,
     seed_of,
 )
-from pipeline.grpo import _for_trl
+from pipeline.grpo import as_trl_reward
 from pipeline.models.loading import add_lora, load_model, load_to_ask, load_tokenizer, make_scratch, train_tokenizer
 from pipeline.rewards.reward import Sample
 from pipeline.tasks.task import task_of
-from pipeline.workflow.artifact import find_checkpoint
+from pipeline.workflow.weights import find_checkpoint
 
 TAGS = ["<think>", "</think>"]
 SCORES = torch.tensor([[2.0, 1.0, 0.0, -1.0, -3.0]])
@@ -76,7 +76,7 @@ def test_the_tags_of_a_thought_are_read_also_where_they_are_special_tokens(speci
         samples.append(sample)
         return 1.0
 
-    reward = _for_trl(task, "keep", keep, tokenizer, {tokenizer.eos_token_id})
+    reward = as_trl_reward(task, "keep", keep, tokenizer, {tokenizer.eos_token_id})
     columns = {"id": ["a"], "question": ["?"], "gold": ["Yes"], "group": ["a"], "tags": [{}]}
     assert reward(prompts=[""], completions=[[{"content": ""}]], completion_ids=[ids], **columns) == [1.0]
     assert (samples[0].completion, samples[0].verdict.correct, samples[0].well_formed) == (text, True, True)

@@ -17,7 +17,7 @@ from pipeline.config.architectures import gguf_file
 from pipeline.config.recipe import Model, Scratch
 from pipeline.core.errors import ArtifactError
 from pipeline.models.loading import base_checkpoint, make_scratch, unpack_gguf
-from pipeline.workflow.artifact import find_checkpoint
+from pipeline.workflow.weights import find_checkpoint
 
 MODEL = Model("m", None, None, None, None, "none", "auto", "float32")
 NAMES = {

@@ -22,10 +22,10 @@ from pipeline.core.errors import ArtifactError, LaunchError, PlanError, Stopped
 from pipeline.launchers import local
 from pipeline.launchers.slurm import run_plan, show
 from pipeline.workflow import status
-from pipeline.workflow.artifact import own
-from pipeline.workflow.plan import make_plan, order_of
-from pipeline.workflow.progress import ProgressFile, many_attempts, restarts_without_end
-from pipeline.workflow.stage import write_order
+from pipeline.workflow.lock import lock
+from pipeline.workflow.plan import make_plan, spec_of
+from pipeline.workflow.progress import ProgressFile, many_attempts, too_many_restarts
+from pipeline.workflow.stage import write_spec
 
 __all__ = ["fake"]
 
@@ -108,7 +108,7 @@ def test_a_run_of_another_members_steps_says_whose_they_are(
     folder = first[0].step.folder
     change(fake, first[0].job, state="CANCELLED")
     (folder / "job.json").unlink()
-    with own(folder):
+    with lock(folder):
         ProgressFile(folder, "preprocess").update(state="running")
         owner = json.loads((folder / "owner.json").read_text())
         (folder / "owner.json").write_text(json.dumps({**owner, "user": "anna"}))
@@ -356,7 +356,7 @@ def test_what_repeats_queries_slurm_every_thirty_seconds(tmp_path: Path, fake: P
 
 def test_between_two_questions_the_files_are_believed(tmp_path: Path, fake: Path) -> None:
     found = {one.step.name: one for one in run_plan(plan_of(tmp_path, stages=("preprocess", "sft")))}
-    ask = status.Asked()
+    ask = status.ThrottledQuery()
 
     def state(name: str) -> str:
         return status.find_step(status.table(tmp_path / "runs", ask=ask)[0], name).state
@@ -365,7 +365,7 @@ def test_between_two_questions_the_files_are_believed(tmp_path: Path, fake: Path
     folder = found["preprocess"].step.folder
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_JOB_ID", found["preprocess"].job)
-        with own(folder):
+        with lock(folder):
             progress = ProgressFile(folder, "preprocess")
             progress.update(state="running")
             assert state("preprocess") == "running"
@@ -383,10 +383,10 @@ def test_between_two_questions_the_files_are_believed(tmp_path: Path, fake: Path
 def test_a_local_run_in_a_job_is_seen_from_outside(tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """sbatch --wrap 'python -m pipeline run …': no job.json, and its owner is on a node. Before: lost, no cancel."""
     step = plan_of(tmp_path).steps[0]
-    write_order(step.folder, order_of(step, plan_of(tmp_path).cluster))
+    write_spec(step.folder, spec_of(step, plan_of(tmp_path).cluster))
     (fake / "jobs.json").write_text(json.dumps({"7": {"state": "RUNNING", "reason": ""}}))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with own(step.folder) as owner:
+    with lock(step.folder) as owner:
         there = {**vars(owner), "host": "node3"}
         (step.folder / "owner.json").write_text(json.dumps(there))
         ProgressFile(step.folder, "preprocess").update(state="running")
@@ -478,7 +478,7 @@ def test_attempts_that_get_nowhere_are_told(tmp_path: Path, fake: Path, capfd: p
     words = "2 steps an attempt (4 of 60 in 2): about 28 more attempts are needed. Fix: raise cluster.slurm.time"
     assert f"note: {words}" in capfd.readouterr().out
     assert words in row_of(tmp_path / "runs", "sft").reasons
-    assert restarts_without_end(replace(progress.now, first=30)) is None
+    assert too_many_restarts(replace(progress.now, first=30)) is None
     assert many_attempts(progress.now) is None
 
 
@@ -497,8 +497,8 @@ def test_a_step_that_took_many_attempts_says_so_when_it_is_done(tmp_path: Path) 
 def test_a_silent_step_is_told(tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that hangs, or was stopped: before, the last words of hours ago looked like those of now."""
     step = plan_of(tmp_path).steps[0]
-    write_order(step.folder, order_of(step, plan_of(tmp_path).cluster))
-    with own(step.folder):
+    write_spec(step.folder, spec_of(step, plan_of(tmp_path).cluster))
+    with lock(step.folder):
         ProgressFile(step.folder, "preprocess").update(state="running")
         assert row_of(tmp_path / "runs", "preprocess").reasons == ()
         record = json.loads((step.folder / "progress.json").read_text())
@@ -529,7 +529,7 @@ def test_a_full_disk_is_called_a_full_disk(tmp_path: Path, fake: Path) -> None:
     try:
         plan = make_plan(["tiny"], runs=disk / "runs")
         step = plan.steps[1]
-        write_order(step.folder, order_of(step, plan.cluster))
+        write_spec(step.folder, spec_of(step, plan.cluster))
         ProgressFile(step.folder, "sft").update(state="running")
         (step.folder / "log.txt").write_text("RuntimeError: gloo: Connection reset by peer\n")
         with pytest.raises(OSError, match="No space left"), (step.folder / "weights").open("wb") as file:

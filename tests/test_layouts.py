@@ -13,7 +13,7 @@ from pipeline.config.cluster import Cluster, read_cluster
 from pipeline.config.recipe import Recipe, read
 from pipeline.core.files import read_json
 from pipeline.training.checkpoints import write_manifest
-from pipeline.workflow.layouts import LAYOUT, Layout, misfit, saved_layout, stage_layout
+from pipeline.workflow.layouts import LAYOUT, Layout, layout_mismatch, saved_layout, stage_layout
 from pipeline.workflow.signing import MANIFEST, SIGNATURE
 
 ZERO2 = Layout(2, 2, "zero2", False, "full", "muon", "float32")
@@ -56,12 +56,12 @@ REFUSED = {
 
 @pytest.mark.parametrize("now", RESUMES.values(), ids=list(RESUMES))
 def test_what_resumes(now: Layout) -> None:
-    assert misfit(ZERO2, now, HERE, "sft", cluster_of()) is None
+    assert layout_mismatch(ZERO2, now, HERE, "sft", cluster_of()) is None
 
 
 @pytest.mark.parametrize(("now", "told"), REFUSED.values(), ids=list(REFUSED))
 def test_what_is_refused_says_what_it_needs(now: Layout, told: str) -> None:
-    sentence = misfit(ZERO2, now, HERE, "sft", cluster_of())
+    sentence = layout_mismatch(ZERO2, now, HERE, "sft", cluster_of())
     assert sentence is not None
     assert told in sentence
     assert f"delete {HERE.parent}" in sentence
@@ -69,14 +69,16 @@ def test_what_is_refused_says_what_it_needs(now: Layout, told: str) -> None:
 
 def test_without_deepspeed_any_number_of_processes_resumes() -> None:
     plain = replace(ZERO2, zero_stage=0, deepspeed="none")
-    assert misfit(plain, replace(plain, processes=8), HERE, "sft", cluster_of()) is None
+    assert layout_mismatch(plain, replace(plain, processes=8), HERE, "sft", cluster_of()) is None
 
 
 def test_the_words_fit_the_nodes() -> None:
     saved, now = replace(ZERO2, processes=8), replace(ZERO2, processes=4)
     nodes = replace(cluster_of(), launcher="slurm", nodes=2)
-    assert "cluster.sft.deepspeed=zero2 cluster.processes=4 resumes" in str(misfit(saved, now, HERE, "sft", nodes))
-    three = str(misfit(saved, now, HERE, "sft", replace(nodes, nodes=3)))
+    assert "cluster.sft.deepspeed=zero2 cluster.processes=4 resumes" in str(
+        layout_mismatch(saved, now, HERE, "sft", nodes)
+    )
+    three = str(layout_mismatch(saved, now, HERE, "sft", replace(nodes, nodes=3)))
     assert "cluster.sft.deepspeed=zero2 cluster.nodes=1 cluster.processes=8 resumes" in three
 
 

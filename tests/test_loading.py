@@ -21,7 +21,8 @@ from pipeline.core.errors import ArtifactError, PipelineError, RecipeError
 from pipeline.core.hashing import file_identity, plain
 from pipeline.core.schema import Name, is_free_mapping, parse
 from pipeline.workflow.artifact import STEP, open_artifact
-from pipeline.workflow.plan import _identity, make_plan, recipe_of
+from pipeline.workflow.plan import make_plan
+from pipeline.workflow.single_step import checkpoint_identity, recipe_of
 
 QUICK = 5.0  # seconds within which every answer comes; what these tests are about took minutes, or never ended
 
@@ -357,10 +358,10 @@ def test_a_checkpoint_below_a_folder_called_global_step_keeps_its_identity(tmp_p
     (folder / "global_step2").mkdir(parents=True)
     (folder / "model.safetensors").write_text("weights")
     (folder / "global_step2" / "zero.bin").write_text("states")
-    before = _identity(str(folder))
+    before = checkpoint_identity(str(folder))
     assert list(before) == ["model.safetensors"]
     (folder / "model.safetensors").write_text("others")
-    assert _identity(str(folder)) != before
+    assert checkpoint_identity(str(folder)) != before
 
 
 def test_every_recipe_file_is_still_what_its_yaml_says() -> None:

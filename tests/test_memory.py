@@ -32,7 +32,7 @@ from pipeline.sizing.model_sizes import (
     prefill_per_token,
     shape_of,
 )
-from pipeline.workflow.plan import make_plan, order_of
+from pipeline.workflow.plan import make_plan, spec_of
 
 LORA = Lora(True, 8, 16.0, 0.05, ("all-linear",))
 KINDS = {"qwen2": "qwen1.5b", "llama": "llama8b", "phi3": "phi3.5"}
@@ -385,7 +385,7 @@ def test_what_is_said_is_not_decided_again(tmp_path: Path) -> None:
 
 def test_a_step_is_told_what_auto_is(tmp_path: Path) -> None:
     plan = make_plan(["deepseek7b"], ["cluster.grpo.deepspeed=auto"], cluster="2x3090", runs=tmp_path)
-    order = order_of(plan.steps[1], plan.cluster)
+    order = spec_of(plan.steps[1], plan.cluster)
     assert order.cluster.grpo.deepspeed.startswith("zero")
     assert isinstance(order.cluster.sft.per_device_batch_size, int)
     told = run_cli("plan", "deepseek7b", "--cluster", "2x3090", "--memory").stdout

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.scoring.metrics import (
-    HEADLINE,
+    MAIN_METRICS,
     Outcome,
     baseline_figures,
     compare,
     count_table,
-    draw_groups,
     figures,
     outcome_of,
+    resample_groups,
     summarize,
 )
 
@@ -117,13 +117,13 @@ def test_the_same_seed_gives_the_same_intervals_that_hold_the_value_of_equal_mod
     data = outcomes(cells)
     assert summarize(data, 50, 0.9, seed) == summarize(data, 50, 0.9, seed)
     same = compare(data, data, 50, 0.9, seed)
-    assert list(same) == [name for name in HEADLINE if name not in ("proxy", "preference")]
+    assert list(same) == [name for name in MAIN_METRICS if name not in ("proxy", "preference")]
     for name in same:
         assert same[name] == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
 def test_every_bootstrap_sample_has_as_many_groups() -> None:
-    drawn = draw_groups(7, 100, 1)
+    drawn = resample_groups(7, 100, 1)
     assert drawn.shape == (100, 7)
     assert set(drawn.sum(axis=1)) == {7.0}
 

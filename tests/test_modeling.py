@@ -26,7 +26,7 @@ from pipeline.models.loading import (
     read_template,
     train_tokenizer,
 )
-from pipeline.workflow.artifact import Checkpoint, find_checkpoint
+from pipeline.workflow.weights import Checkpoint, find_checkpoint
 
 TEXTS = ["Premise: A correlates with B.\nHypothesis: A directly causes B.", "<think>\nPairs: A B linked.\n</think>"]
 PROMPT = [{"role": "user", "content": "A correlates with B."}]

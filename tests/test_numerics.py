@@ -26,10 +26,11 @@ from pipeline.models.loading import INT8_LOGGER, add_lora, load_model, make_scra
 from pipeline.training.callbacks import IDLE_STEPS, MOST_SKIPS, Signal, Watch
 from pipeline.training.checkpoints import SaveAndStop
 from pipeline.training.trainer import raise_if_useless, trainable
-from pipeline.workflow.artifact import STOP, Artifact, Checkpoint, find_checkpoint
+from pipeline.workflow.artifact import STOP, Artifact
 from pipeline.workflow.plan import make_plan
 from pipeline.workflow.progress import ProgressFile, read_progress
 from pipeline.workflow.runtime import Runtime
+from pipeline.workflow.weights import Checkpoint, find_checkpoint
 
 SCRATCH = Scratch("qwen2", 400, 32, 1, 4, 2, 32, 128, 10000.0, 0.02)
 MODEL = Model("m", None, SCRATCH, None, None, "none", "sdpa", "float32")

@@ -171,9 +171,9 @@ def test_a_damaged_file_costs_its_own_row_at_most(runs: Path, how: str, capsys: 
 def test_a_log_larger_than_the_memory_is_shown_piece_by_piece(tmp_path: Path) -> None:
     """Before: MemoryError."""
     huge(tmp_path / "log.txt")
-    (tmp_path / "small").write_bytes("é".encode() * (status.PIECE // 2) + "aé\r\n".encode())
-    assert len(next(status.follow(tmp_path / "log.txt"))) == status.PIECE
-    assert "".join(status.follow(tmp_path / "small")) == "é" * (status.PIECE // 2) + "aé\n"
+    (tmp_path / "small").write_bytes("é".encode() * (status.CHUNK // 2) + "aé\r\n".encode())
+    assert len(next(status.follow(tmp_path / "log.txt"))) == status.CHUNK
+    assert "".join(status.follow(tmp_path / "small")) == "é" * (status.CHUNK // 2) + "aé\n"
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pipeline.core.schema import modernised
 from pipeline.workflow import status
 from pipeline.workflow.artifact import open_artifact
 from pipeline.workflow.progress import read_progress
-from pipeline.workflow.stage import STAGES, read_order
+from pipeline.workflow.stage import STAGES, read_spec
 
 RECORDS = ROOT / "tests" / "fixtures" / "records-v1"
 STEPS = sorted(path.parent for path in RECORDS.glob("*/*/artifact.json"))
@@ -42,7 +42,7 @@ def test_the_fixture_is_whole() -> None:
 
 @pytest.mark.parametrize("folder", STEPS, ids=lambda folder: folder.name)
 def test_every_record_is_read_and_keeps_its_fingerprint(folder: Path) -> None:
-    order, artifact = read_order(folder), open_artifact(folder, deep=True)
+    order, artifact = read_spec(folder), open_artifact(folder, deep=True)
     progress = read_progress(folder)
     assert progress is not None
     assert (progress.state, progress.warnings, artifact.warnings) == ("done", (), [])
@@ -76,7 +76,7 @@ def test_a_model_can_be_evaluated_on_the_rows_of_its_own_run(project: Path) -> N
     done = run_cli("evaluate", "--ckpt", str(model), *words, cwd=project)
     assert done.returncode == 0, done.stderr
     before, after = sorted(project.glob("runs/evaluations/*"), key=lambda path: (path / "log.txt").exists())
-    assert read_order(after).inputs == read_order(before).inputs
+    assert read_spec(after).inputs == read_spec(before).inputs
     old = {line["id"]: line["prompt_sha256"] for line in read_lines(before / "predictions.jsonl")}
     new = {line["id"]: line["prompt_sha256"] for line in read_lines(after / "predictions.jsonl")}
     assert len(new) == 2

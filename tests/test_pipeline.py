@@ -22,7 +22,8 @@ from pipeline.core.errors import ArtifactError
 from pipeline.core.files import read_json, read_lines
 from pipeline.launchers.local import run_step
 from pipeline.training.checkpoints import damage, numbered
-from pipeline.workflow.artifact import is_alive, open_artifact, own, read_owner
+from pipeline.workflow.artifact import open_artifact
+from pipeline.workflow.lock import is_alive, lock, read_holder
 from pipeline.workflow.plan import make_plan
 from pipeline.workflow.progress import ProgressFile, read_progress
 
@@ -58,7 +59,7 @@ def test_every_step_leaves_a_verified_artifact(nano: Path) -> None:
     for folder in nano.glob("tiny/*"):
         artifact = open_artifact(folder, deep=True)
         assert artifact.provenance["versions"]["trl"]
-        assert read_owner(folder) is None
+        assert read_holder(folder) is None
         progress = read_progress(folder)
         assert progress is not None
         assert progress.state == "done"
@@ -376,7 +377,7 @@ def test_a_killed_stage_goes_on_from_its_newest_good_checkpoint(tmp_path: Path) 
     folder = only(tmp_path, "tiny/sft-*")
     while len(list(folder.glob("checkpoints/*/manifest.json"))) < 2:
         time.sleep(0.1)
-    owner = read_owner(folder)
+    owner = read_holder(folder)
     assert owner is not None
     process.kill()  # the launcher alone: torchrun ends with it, and the ranks with torchrun
     process.communicate()
@@ -399,7 +400,7 @@ def test_a_killed_stage_goes_on_from_its_newest_good_checkpoint(tmp_path: Path) 
 def test_ctrl_c_saves_leaves_nothing_running_and_the_next_command_goes_on(tmp_path: Path) -> None:
     process = start_long(tmp_path, "cluster.save_steps=20")
     folder = only(tmp_path, "tiny/sft-*")
-    owner = read_owner(folder)
+    owner = read_holder(folder)
     assert owner is not None
     second = run_cli("run", "tiny", *NANO, *LONG, "--stages", "sft", "--runs", str(tmp_path))
     assert second.returncode == 2  # two runs of one step: the second says who owns it
@@ -409,7 +410,7 @@ def test_ctrl_c_saves_leaves_nothing_running_and_the_next_command_goes_on(tmp_pa
     assert process.returncode == 75, told
     assert "stopping: it saves at the next step and leaves" in told
     assert "run the same command to go on" in told
-    assert read_owner(folder) is None
+    assert read_holder(folder) is None
     with pytest.raises(ProcessLookupError):
         os.kill(owner.pid, 0)
     progress = read_progress(folder)
@@ -429,7 +430,7 @@ def test_the_loser_of_two_simultaneous_runs_says_who_has_the_step(
     """Both have looked, and then both start: the second one's process finds the folder taken."""
     plan = make_plan(["tiny"], NANO, stages=["preprocess"], runs=tmp_path)
     step = plan.to_run[0]
-    with own(step.folder):
+    with lock(step.folder):
         winner = ProgressFile(step.folder, step.name)
         winner.update(state="running", done=3, total=6, figures={"loss": 0.123})
         with pytest.raises(ArtifactError, match=f"is being written by process {os.getpid()} on "):

@@ -11,9 +11,10 @@ import pytest
 
 from pipeline.config.cluster import Cluster
 from pipeline.core.errors import PlanError, RecipeError
-from pipeline.workflow.artifact import Artifact, commit, own
-from pipeline.workflow.plan import Plan, Step, explain, make_plan, order_of
-from pipeline.workflow.stage import read_order, write_order
+from pipeline.workflow.artifact import Artifact, finalize
+from pipeline.workflow.lock import lock
+from pipeline.workflow.plan import Plan, Step, explain, make_plan, spec_of
+from pipeline.workflow.stage import read_spec, write_spec
 
 
 def step(plan: Plan, name: str) -> Step:
@@ -22,8 +23,8 @@ def step(plan: Plan, name: str) -> Step:
 
 def finish(step: Step, cluster: Cluster) -> None:
     """What a finished step leaves for the plan to see."""
-    write_order(step.folder, order_of(step, cluster))
-    commit(Artifact(step.name, step.recipe.name, step.fingerprint, step.payload, {}, {}, {}, {}, step.folder))
+    write_spec(step.folder, spec_of(step, cluster))
+    finalize(Artifact(step.name, step.recipe.name, step.fingerprint, step.payload, {}, {}, {}, {}, step.folder))
 
 
 def finish_all(plan: Plan) -> None:
@@ -105,11 +106,11 @@ def test_what_a_step_is_in_the_middle_of_is_told(tmp_path: Path) -> None:
     plan = make_plan(["tiny"], runs=tmp_path)
     sft = step(plan, "sft")
     assert explain(sft) == ["new"]
-    write_order(sft.folder, order_of(sft, plan.cluster))
+    write_spec(sft.folder, spec_of(sft, plan.cluster))
     assert explain(sft) == ["begins again: it did not end"]
     (sft.folder / "checkpoints" / "checkpoint-200").mkdir(parents=True)
     assert explain(sft) == ["goes on from checkpoint-200"]
-    with own(sft.folder) as owner:
+    with lock(sft.folder) as owner:
         assert explain(sft) == [f"running: {owner}"]
 
 
@@ -143,9 +144,9 @@ def test_several_recipes_share_one_report(tmp_path: Path) -> None:
 def test_the_order_of_a_step_is_all_its_process_needs(tmp_path: Path) -> None:
     plan = make_plan(["tiny"], ["cluster.processes=2"], runs=tmp_path)
     grpo = step(plan, "grpo")
-    write_order(grpo.folder, order_of(grpo, plan.cluster))
-    order = read_order(grpo.folder)
-    assert order == order_of(grpo, plan.cluster)
+    write_spec(grpo.folder, spec_of(grpo, plan.cluster))
+    order = read_spec(grpo.folder)
+    assert order == spec_of(grpo, plan.cluster)
     assert order.recipe == grpo.recipe
     assert order.inputs["model"] == str(step(plan, "sft").folder)
 

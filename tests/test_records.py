@@ -18,13 +18,14 @@ from pipeline.core.errors import ArtifactError, PlanError
 from pipeline.core.files import read_json, write_json
 from pipeline.core.records import OddFile, read_record, record_or_none
 from pipeline.workflow import status
-from pipeline.workflow.artifact import ARTIFACT, OWNER, PROGRESS, STEP, Artifact, Owner, is_done, own, read_owner
+from pipeline.workflow.artifact import ARTIFACT, PROGRESS, STEP, Artifact, is_done
 from pipeline.workflow.jobs import live_jobs
-from pipeline.workflow.plan import explain, make_plan, order_of
+from pipeline.workflow.lock import OWNER, LockHolder, lock, read_holder
+from pipeline.workflow.plan import explain, make_plan, spec_of
 from pipeline.workflow.progress import Progress, ProgressFile, read_progress
-from pipeline.workflow.stage import read_order, write_order
+from pipeline.workflow.stage import read_spec, write_spec
 
-KINDS = {PROGRESS: Progress, OWNER: Owner, slurm.JOB: slurm.JobRecord, ARTIFACT: Artifact}
+KINDS = {PROGRESS: Progress, OWNER: LockHolder, slurm.JOB: slurm.JobRecord, ARTIFACT: Artifact}
 RECORDS: dict[str, dict[str, Any]] = {
     PROGRESS: {"stage": "sft", "state": "running", "done": 3, "total": 9, "started": 1.0, "updated": 7.0, "first": 1},
     OWNER: {"token": "t", "host": "elsewhere", "pid": 1, "started": 1.0, "since": 1.0, "job": None},
@@ -52,7 +53,7 @@ VALUES = st.recursive(
 def step_of(runs: Path, seed: int = 1) -> Path:
     """A step's folder with its order and nothing else."""
     plan = make_plan(["tiny"], [f"seed={seed}"], stages=("preprocess",), runs=runs)
-    write_order(plan.steps[0].folder, order_of(plan.steps[0], plan.cluster))
+    write_spec(plan.steps[0].folder, spec_of(plan.steps[0], plan.cluster))
     return plan.steps[0].folder
 
 
@@ -85,8 +86,8 @@ def test_whatever_a_file_holds_it_is_a_record_or_odd(
         assert len(str(caught.value)) < 400 + len(str(path))
     str(found)
     if isinstance(found, Progress):
-        assert status.clock(found.seconds)
-        assert found.eta is None or status.clock(found.eta)
+        assert status.format_duration(found.seconds)
+        assert found.eta is None or status.format_duration(found.eta)
 
 
 @given(st.binary(max_size=200))
@@ -158,15 +159,15 @@ def test_an_order_of_another_shape_is_told(tmp_path: Path) -> None:
     for change in changes:
         write_json(folder / STEP, {**record, **change})
         with pytest.raises(ArtifactError, match=STEP):
-            read_order(folder)
+            read_spec(folder)
     write_json(folder / STEP, {**record, "later": 1})
-    assert read_order(folder).name == "preprocess"
+    assert read_spec(folder).name == "preprocess"
 
 
 def test_who_runs_a_step_is_never_guessed(tmp_path: Path) -> None:
     """An owner or job file that cannot be used may be that of a running step."""
     (tmp_path / OWNER).write_text("")
-    with pytest.raises(ArtifactError, match=r"owner.json: is empty.*delete"), own(tmp_path):
+    with pytest.raises(ArtifactError, match=r"owner.json: is empty.*delete"), lock(tmp_path):
         pass
     (tmp_path / slurm.JOB).write_text("{}")
     with pytest.raises(PlanError, match=r"job.json: token: missing.*squeue --me.*delete"):
@@ -207,6 +208,6 @@ def test_what_a_file_says_cannot_steer_the_terminal(tmp_path: Path) -> None:
 
 def test_an_owner_of_before_is_read(tmp_path: Path) -> None:
     write_json(tmp_path / OWNER, RECORDS[OWNER])
-    owner = read_owner(tmp_path)
+    owner = read_holder(tmp_path)
     assert owner is not None
     assert (owner.restart, owner.cluster) == (None, None)

@@ -18,10 +18,11 @@ from pipeline.core.files import read_json
 from pipeline.models.loading import load_tokenizer, prompt_ids
 from pipeline.preflight import checks as preflight
 from pipeline.sizing.smoke import STEPS
-from pipeline.workflow.artifact import Artifact, find_checkpoint, open_artifact, read_split
+from pipeline.workflow.artifact import Artifact, open_artifact, read_split
 from pipeline.workflow.plan import make_plan
 from pipeline.workflow.progress import ProgressFile
 from pipeline.workflow.runtime import Runtime
+from pipeline.workflow.weights import find_checkpoint
 
 PUBLISHED = {  # parameters, from the models' cards
     "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,

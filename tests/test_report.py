@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from pipeline.config.recipe import Goal, TaskChoice
-from pipeline.report import TITLES, claim, figure, goal_met, headline, notes, render
+from pipeline.report import TITLES, claim, figure, goal_met, notes, render, shown_metrics
 from pipeline.scoring.metrics import (
-    HEADLINE,
+    MAIN_METRICS,
     Outcome,
     baseline_figures,
     compare,
@@ -62,7 +62,7 @@ def page() -> dict[str, Any]:
         "published": [{"name": "GPT-4", "f1": 0.291}],
         "steps": {},
         "settings": {"tiny": "seed: 0"},
-        "headline": [name for name in HEADLINE if name not in ("proxy", "preference")],
+        "headline": [name for name in MAIN_METRICS if name not in ("proxy", "preference")],
         "notes": [],
         "unanswered": unanswered_rows(models, ["test"]),
         "warnings": ["tiny/sft: 5 of 96 SFT rows are longer than sft.max_length 64 tokens and were left out"],
@@ -161,8 +161,8 @@ def test_what_cannot_be_verified_is_said_and_a_proxy_called_one() -> None:
         "match (proxy) is a stand-in, not correctness: the final answer equals the gold one in normalised words",
     ]
     assert notes([unverified(None)], ["short"], task) == found[:1]
-    assert headline([unverified(True)], "short") == ["proxy", "unanswered", "tokens"]
-    assert headline([unverified(None)], "short") == ["unanswered", "tokens"]
+    assert shown_metrics([unverified(True)], "short") == ["proxy", "unanswered", "tokens"]
+    assert shown_metrics([unverified(None)], "short") == ["unanswered", "tokens"]
     assert "nothing is said" in notes([], [], task)[0]
     rows = [Outcome(str(k), str(k), None, True if k < 4 else None, True, 10) for k in range(10)]
     mixed = {**unverified(None), "splits": {"test": {"all": summarize(rows, 50, 0.95, 0)}}}

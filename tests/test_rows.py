@@ -22,7 +22,8 @@ from pipeline.core.errors import DataError, PlanError, RecipeError
 from pipeline.preflight.checks import problems as preflight
 from pipeline.tasks.row_files import Row, file_rows
 from pipeline.tasks.task import Example, Splits, divide, task_of
-from pipeline.workflow.plan import evaluation_plan, make_plan
+from pipeline.workflow.plan import make_plan
+from pipeline.workflow.single_step import evaluation_plan
 
 NAMES = {"question": ("problem",), "answer": ("solution",)}
 ROW = {"question": "q", "answer": "a"}

@@ -12,7 +12,7 @@ import yaml
 
 from pipeline.config.cluster import read_cluster
 from pipeline.config.recipe import Recipe, read
-from pipeline.workflow.plan import _with_task_params
+from pipeline.workflow.plan import with_task_params
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "seeds.md").read_text(encoding="utf-8")
@@ -51,7 +51,7 @@ def at(recipe: Recipe, key: str) -> Any:
 def recipe_of(name: str) -> Recipe:
     recipe, problems = read(name)
     assert recipe is not None, problems
-    return _with_task_params(recipe)
+    return with_task_params(recipe)
 
 
 @pytest.mark.parametrize("number", SECTIONS)

@@ -5,26 +5,26 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.sft import in_order, learn_prompts, validated
+from pipeline.sft import order_rows, unmask_prompts, validation_metrics
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 50)), min_size=1, max_size=120), st.integers(1, 5))
 @settings(max_examples=200)
 def test_rows_come_by_phase_each_once_and_batches_are_of_like_length(rows: list[tuple[int, int]], batch: int) -> None:
     phases, lengths = [phase for phase, _ in rows], [length for _, length in rows]
-    found = in_order(list(range(len(rows))), phases, lengths, batch, seed=0)
+    found = order_rows(list(range(len(rows))), phases, lengths, batch, seed=0)
     assert sorted(found) == list(range(len(rows)))
     assert [phases[k] for k in found] == sorted(phases)
-    assert found == in_order(list(range(len(rows))), phases, lengths, batch, seed=0)
+    assert found == order_rows(list(range(len(rows))), phases, lengths, batch, seed=0)
 
 
 def test_batches_are_of_like_length_in_a_random_order() -> None:
     lengths = [1 + (7 * k) % 64 for k in range(64)]
-    found = in_order(list(range(64)), [0] * 64, lengths, 4, seed=0)
+    found = order_rows(list(range(64)), [0] * 64, lengths, 4, seed=0)
     batches = [[lengths[k] for k in found[start : start + 4]] for start in range(0, 64, 4)]
     assert all(max(batch) - min(batch) == 3 for batch in batches)
     assert batches != sorted(batches)
-    assert found != in_order(list(range(64)), [0] * 64, lengths, 4, seed=1)
+    assert found != order_rows(list(range(64)), [0] * 64, lengths, 4, seed=1)
 
 
 def test_the_loss_of_the_weights_that_are_kept_is_told_with_its_distance_from_training() -> None:
@@ -32,14 +32,14 @@ def test_the_loss_of_the_weights_that_are_kept_is_told_with_its_distance_from_tr
     history: list[dict[str, float]] = []
     for step, (train, validation) in enumerate(losses, 1):
         history += [{"loss": train, "step": step}, {"eval_loss": validation, "step": step}]
-    best, last = validated(history, best=True), validated(history, best=False)
+    best, last = validation_metrics(history, best=True), validation_metrics(history, best=False)
     assert best == {"validation_loss": 1.5, "validation_loss_gap": 0.5, "validation_step": 2, "validations": 3}
     assert (last["validation_step"], last["validation_loss_gap"]) == (3, 1.7 - 0.5)
-    assert validated([{"loss": 1.0, "step": 1}], best=True) == {}
+    assert validation_metrics([{"loss": 1.0, "step": 1}], best=True) == {}
 
 
 def test_the_first_rows_learn_their_prompts_too() -> None:
     rows = [{"input_ids": [1, 2, 3], "labels": [-100, -100, 3]} for _ in range(4)]
-    labels = [row["labels"] for row in learn_prompts(rows, 0.5)]
+    labels = [row["labels"] for row in unmask_prompts(rows, 0.5)]
     assert labels == [[1, 2, 3], [1, 2, 3], [-100, -100, 3], [-100, -100, 3]]
-    assert learn_prompts(rows, 0.0) == rows
+    assert unmask_prompts(rows, 0.0) == rows

@@ -13,7 +13,7 @@ from pipeline.core.files import read_json, write_json
 from pipeline.core.hashing import file_sha256
 from pipeline.training.checkpoints import damage, write_manifest
 from pipeline.workflow import signing
-from pipeline.workflow.signing import MANIFEST, SIGNATURE, foreign
+from pipeline.workflow.signing import MANIFEST, SIGNATURE, origin_problem
 
 
 @pytest.fixture
@@ -48,9 +48,9 @@ def test_the_key_is_made_once_and_readable_by_its_user_alone(home: Path) -> None
 
 def test_an_own_checkpoint_is_resumed_and_another_users_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = checkpoint_in(home)
-    assert foreign(checkpoint) is None
+    assert origin_problem(checkpoint) is None
     as_another_user(home, monkeypatch)
-    told = foreign(checkpoint)
+    told = origin_problem(checkpoint)
     assert told is not None
     assert told.startswith(f"{checkpoint}: got the signature of another key; expected that of ")
     assert "runs the code of whoever wrote them" in told
@@ -64,29 +64,29 @@ def test_a_replaced_file_with_a_fresh_manifest_is_refused(home: Path) -> None:
     manifest = {"optimizer.pt": {"size": 6, "sha256": file_sha256(checkpoint / "optimizer.pt")}}
     write_json(checkpoint / MANIFEST, manifest)
     assert damage(checkpoint) is None  # whole it is
-    assert foreign(checkpoint) is not None
+    assert origin_problem(checkpoint) is not None
     (checkpoint / SIGNATURE).unlink()
-    assert "got no signature" in str(foreign(checkpoint))
+    assert "got no signature" in str(origin_problem(checkpoint))
 
 
 def test_checkpoints_from_before_keys_stay_usable(home: Path) -> None:
     checkpoint = checkpoint_in(home)
     (checkpoint / SIGNATURE).unlink()
     signing.key_path().unlink()  # the version that signs has not run yet
-    assert foreign(checkpoint) is None
+    assert origin_problem(checkpoint) is None
     later = checkpoint_in(home / "copied")
     (later / SIGNATURE).unlink()
     os.utime(later / MANIFEST, (1, 1))  # an archive brings any mtime along, but no ctime
     future = signing.key_path()
     assert future.stat().st_mtime <= (later / MANIFEST).stat().st_ctime
-    assert foreign(later) is not None
+    assert origin_problem(later) is not None
 
 
 def test_a_group_shares_a_key(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THEREFORE_KEY_FILE", str(home / "group.key"))
     checkpoint = checkpoint_in(home)
     as_another_user(home, monkeypatch)
-    assert foreign(checkpoint) is None
+    assert origin_problem(checkpoint) is None
     assert not (home / "other").exists()
 
 
@@ -95,7 +95,7 @@ def test_a_home_that_cannot_be_written_stops_nobody(home: Path, monkeypatch: pyt
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "file"))
     checkpoint = checkpoint_in(home)
     assert not (checkpoint / SIGNATURE).exists()
-    assert foreign(checkpoint) is None
+    assert origin_problem(checkpoint) is None
 
 
 def test_trust_is_said_by_one_command(
@@ -104,10 +104,10 @@ def test_trust_is_said_by_one_command(
     checkpoint = checkpoint_in(home)
     before = read_json(checkpoint / MANIFEST)
     as_another_user(home, monkeypatch)
-    assert foreign(checkpoint)
+    assert origin_problem(checkpoint)
     assert signing.main([str(home)]) == 0
     assert f"signed {checkpoint}" in capsys.readouterr().out
-    assert foreign(checkpoint) is None
+    assert origin_problem(checkpoint) is None
     assert read_json(checkpoint / MANIFEST) == before
     with pytest.raises(ArtifactError, match=r"got no manifest\.json; expected checkpoints"):
         signing.main([str(home / "state")])

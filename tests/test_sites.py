@@ -474,13 +474,13 @@ def test_a_stage_whose_steps_take_longer_than_the_time_to_save_stops_early(
     assert not deadline.runtime.progress.now.warnings
     deadline.last -= 300  # a step of five minutes: two of them still fit
     deadline.step()
-    assert not deadline.runtime.stop_asked()
+    assert not deadline.runtime.stop_requested()
     (told,) = deadline.runtime.progress.now.warnings
     assert "one step or batch took 5:00, more than cluster.slurm.save_before.grpo (1:00)" in told
     assert "Fix: cluster.slurm.save_before.grpo=600" in told
     deadline.end = time.time() + 500  # and now they do not
     deadline.step()
-    assert deadline.runtime.stop_asked()
+    assert deadline.runtime.stop_requested()
     assert len(deadline.runtime.progress.now.warnings) == 1
 
 
@@ -488,7 +488,7 @@ def test_a_stage_of_quick_steps_is_left_to_slurms_own_signal(tmp_path: Path, mon
     deadline = deadline_of(tmp_path, 10, monkeypatch)
     deadline.last -= 30
     deadline.step()
-    assert not deadline.runtime.stop_asked()
+    assert not deadline.runtime.stop_requested()
     assert not deadline.runtime.progress.now.warnings
 
 

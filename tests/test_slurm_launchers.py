@@ -28,10 +28,10 @@ from pipeline.launchers.batch_script import render, script
 from pipeline.launchers.slurm import run_plan
 from pipeline.launchers.torchrun import PORTS, Meeting, command, exit_code, meeting, port_of
 from pipeline.workflow import status
-from pipeline.workflow.artifact import Owner, is_alive, own, read_owner
-from pipeline.workflow.plan import Plan, make_plan, order_of
+from pipeline.workflow.lock import LockHolder, is_alive, lock, read_holder
+from pipeline.workflow.plan import Plan, make_plan, spec_of
 from pipeline.workflow.progress import ProgressFile
-from pipeline.workflow.stage import STAGES, write_order
+from pipeline.workflow.stage import STAGES, write_spec
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FAKE = Path(__file__).parent / "fakes" / "slurm"
@@ -509,7 +509,7 @@ def test_an_owner_on_another_node_is_asked_for(
     (fake / "jobs.json").write_text(json.dumps(known))
     if mine:
         monkeypatch.setenv("SLURM_JOB_ID", mine)
-    assert is_alive(Owner("token", host, 1, 1.0, time.time(), job)) == alive
+    assert is_alive(LockHolder("token", host, 1, 1.0, time.time(), job)) == alive
 
 
 def test_a_requeued_job_takes_its_step_over_and_the_zombie_finds_out(
@@ -518,15 +518,15 @@ def test_a_requeued_job_takes_its_step_over_and_the_zombie_finds_out(
     """Where only slurmd was killed, the processes of the first attempt are still there."""
     (fake / "jobs.json").write_text(json.dumps({"41": {"state": "RUNNING", "reason": ""}}))
     monkeypatch.setenv("SLURM_JOB_ID", "41")
-    with own(tmp_path) as zombie:
+    with lock(tmp_path) as zombie:
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        with own(tmp_path) as owner:
-            assert read_owner(tmp_path) == owner != zombie
+        with lock(tmp_path) as owner:
+            assert read_holder(tmp_path) == owner != zombie
         monkeypatch.delenv("SLURM_RESTART_COUNT")
         monkeypatch.setenv("SLURM_JOB_ID", "42")
-    with own(tmp_path):
+    with lock(tmp_path):
         monkeypatch.setenv("SLURM_JOB_ID", "43")
-        with pytest.raises(ArtifactError, match="is being written by Slurm job 42"), own(tmp_path):
+        with pytest.raises(ArtifactError, match="is being written by Slurm job 42"), lock(tmp_path):
             pass
 
 
@@ -536,9 +536,9 @@ def test_two_runs_in_one_allocation_do_not_both_own_a_step(
     """The job is the same and so is the attempt: on one host the process decides, on another one nobody can tell."""
     (fake / "jobs.json").write_text(json.dumps({"41": {"state": "RUNNING", "reason": ""}}))
     monkeypatch.setenv("SLURM_JOB_ID", "41")
-    with own(tmp_path), pytest.raises(ArtifactError, match="is being written by Slurm job 41"), own(tmp_path):
+    with lock(tmp_path), pytest.raises(ArtifactError, match="is being written by Slurm job 41"), lock(tmp_path):
         pass
-    with own(tmp_path) as owner:
+    with lock(tmp_path) as owner:
         there = replace(owner, host="elsewhere")
     assert is_alive(there)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -552,7 +552,7 @@ def test_a_job_of_another_cluster_is_another_job(fake: Path, monkeypatch: pytest
     monkeypatch.setenv("SLURM_JOB_ID", "41")
     monkeypatch.setenv("SLURM_CLUSTER_NAME", "east")
     (fake / "up-west").touch()
-    west = Owner("token", socket.gethostname(), os.getpid(), 1.0, time.time(), "41", "west", 0)
+    west = LockHolder("token", socket.gethostname(), os.getpid(), 1.0, time.time(), "41", "west", 0)
     assert is_alive(west)
     change(fake, "41", state="FAILED")
     assert not is_alive(west)
@@ -642,7 +642,7 @@ def test_a_running_job_shows_how_far_it_is(tmp_path: Path, fake: Path, monkeypat
     folder, job = found["sft"].step.folder, found["sft"].job
     change(fake, job, state="RUNNING", reason="None")
     monkeypatch.setenv("SLURM_JOB_ID", job)
-    with own(folder):
+    with lock(folder):
         progress = ProgressFile(folder, "sft")
         progress.update(state="running", done=0, first=0, total=100)
         time.sleep(0.02)
@@ -656,7 +656,7 @@ def test_a_running_job_shows_how_far_it_is(tmp_path: Path, fake: Path, monkeypat
 def test_only_the_newest_step_of_a_name_is_shown(tmp_path: Path, fake: Path) -> None:
     for word in ("seed=1", "seed=2"):
         plan = plan_of(tmp_path, word, stages=("preprocess",))
-        write_order(plan.steps[0].folder, order_of(plan.steps[0], plan.cluster))
+        write_spec(plan.steps[0].folder, spec_of(plan.steps[0], plan.cluster))
         time.sleep(0.02)
     rows, _ = status.table(tmp_path / "runs")
     assert [row.folder for row in rows] == [str(plan.steps[0].folder)]

@@ -78,7 +78,7 @@ def test_every_generated_row_is_graded_right_and_its_form_is_paid(words: str) ->
     splits = task.load()
     learned = [*splits.sft, *splits.validation]
     assert [text for text in (breach(task, example) for example in learned) if text] == []
-    assert preprocess.target_faults(task, learned) == ([], [e.id for e in learned if "<think>\n</think>" in e.target])
+    assert preprocess.target_problems(task, learned) == ([], [e.id for e in learned if "<think>\n</think>" in e.target])
     for example in every_row(splits):
         assert task.judge(example, example.target, False, False).correct
 
@@ -87,7 +87,7 @@ def test_rows_without_a_thought_among_proofs_are_counted_and_the_form_asks_for_o
     """`traces: 0.5` teaches both; where nothing teaches a thought, the form has none either."""
     mixed = make("corr2cause", "generated", **{**SMALL, "phases": [{"n": [3, 4], "rows": 100, "traces": 0.5}]})
     splits = mixed.load()
-    unpaid, thoughtless = preprocess.target_faults(mixed, splits.sft)
+    unpaid, thoughtless = preprocess.target_problems(mixed, splits.sft)
     assert unpaid == []
     assert 20 < len(thoughtless) < 80
     assert not mixed.is_well_formed("<think>\n</think>\nTherefore: Yes", False)
@@ -103,7 +103,7 @@ def test_every_published_row_of_corr2cause_is_graded_right_and_its_form_is_paid(
     splits = task.load()
     assert splits.sft
     assert [text for text in (breach(task, example) for example in every_row(splits)) if text] == []
-    unpaid, thoughtless = preprocess.target_faults(task, splits.sft)
+    unpaid, thoughtless = preprocess.target_problems(task, splits.sft)
     assert (unpaid, len(thoughtless)) == ([], len(splits.sft))
 
 
@@ -119,7 +119,7 @@ def test_every_sample_row_is_graded_right_and_its_form_is_paid(name: str, source
     found = every_row(splits)
     assert [text for text in (breach(task, example) for example in found) if text] == []
     assert splits.proof["skipped"] == []
-    assert preprocess.target_faults(task, [*splits.sft, *splits.validation]) == ([], [])
+    assert preprocess.target_problems(task, [*splits.sft, *splits.validation]) == ([], [])
     if name in ("gsm8k", "math_science"):
         without = {example.id for example in found if not example.gold}
         assert without == {text.partition(":")[0] for text in splits.proof.get("without_gold", [])}
@@ -229,7 +229,7 @@ def is_lawful(name: str, values: list[dict[str, Any]], folder: Path) -> None:
     without = {e.id for e in every_row(splits) if not e.gold}
     if name in ("gsm8k", "math_science"):
         assert without <= told
-    assert preprocess.target_faults(task, splits.sft)[0] == []
+    assert preprocess.target_problems(task, splits.sft)[0] == []
 
 
 @settings(max_examples=60, deadline=None)

@@ -15,8 +15,8 @@ from pipeline.core.errors import ArtifactError, PlanError
 from pipeline.core.files import read_json, write_json
 from pipeline.workflow import refresh, status, task_code
 from pipeline.workflow.artifact import ARTIFACT, open_artifact
-from pipeline.workflow.plan import Plan, explain, make_plan, order_of
-from pipeline.workflow.stage import write_order
+from pipeline.workflow.plan import Plan, explain, make_plan, spec_of
+from pipeline.workflow.stage import write_spec
 from pipeline.workflow.task_code import code_of
 
 WORDS = ["task.source=sample", "model.revision=null"]
@@ -36,7 +36,7 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def finish(plan: Plan, *, record: bool = True) -> None:
     """Leave what every step of a plan leaves when it is done, with or without a record of its code."""
     for step in plan.steps:
-        write_order(step.folder, order_of(step, plan.cluster))
+        write_spec(step.folder, spec_of(step, plan.cluster))
         code = code_of(step.stage, step.recipe.task.name, step.recipe.grpo.rewards)
         provenance = {"code": code} if record else {}
         inputs = {role: str(needed.folder) for role, needed in step.inputs.items()}
@@ -166,11 +166,11 @@ def test_results_are_moved_aside_whole_and_the_steps_run_again(plan: Plan, code:
 
 
 def test_what_is_being_written_stays(plan: Plan, code: Path) -> None:
-    from pipeline.workflow.artifact import own
+    from pipeline.workflow.lock import lock
 
     edit(code / "rewards" / "correctness.py", "return ", "return 2 * ")
     folders, _ = refresh.outdated_folders(plan, ["changed"])
-    with own(folders[-1]), pytest.raises(ArtifactError, match="is being written by"):
+    with lock(folders[-1]), pytest.raises(ArtifactError, match="is being written by"):
         refresh.move_aside(folders, plan.runs)
     assert all(step.done for step in plan.steps)
 

@@ -40,8 +40,8 @@ from pipeline.models.loading import (
     prompt_ids,
 )
 from pipeline.preflight import checks as preflight
-from pipeline.workflow.artifact import Checkpoint, find_checkpoint
 from pipeline.workflow.plan import make_plan
+from pipeline.workflow.weights import Checkpoint, find_checkpoint
 
 # the suite turns warnings into errors; a user sees neither, so what a library only warns of must be refused here
 pytestmark = pytest.mark.filterwarnings("ignore")

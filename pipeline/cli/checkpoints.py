@@ -17,9 +17,7 @@ from pipeline.core.errors import (
 )
 from pipeline.core.hashing import plain
 from pipeline.workflow import refresh
-from pipeline.workflow.plan import (
-    recipe_of,
-)
+from pipeline.workflow.single_step import recipe_of
 
 # of a process that answers at once: no warnings of the libraries to each other, no half a minute of compiling
 QUIET = {

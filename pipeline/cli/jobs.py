@@ -16,7 +16,7 @@ from pipeline.workflow import status
 
 
 def status_command(args: argparse.Namespace) -> int:
-    ask = status.Asked()  # the table again and again, Slurm at most every 30 s
+    ask = status.ThrottledQuery()  # the table again and again, Slurm at most every 30 s
 
     def read() -> tuple[list[status.Row], list[str]]:
         return status.table(args.runs, args.recipes, everything=args.all, ask=ask)
@@ -40,7 +40,7 @@ def status_command(args: argparse.Namespace) -> int:
 
 
 def logs_command(args: argparse.Namespace) -> int:
-    ask = status.Asked()
+    ask = status.ThrottledQuery()
     rows, troubles = status.table(args.runs, ask=ask)
     try:
         row = status.find_step(rows, args.step)

@@ -32,9 +32,7 @@ from pipeline.core.errors import (
     PlanError,
     run_main,
 )
-from pipeline.workflow.plan import (
-    RUNS,
-)
+from pipeline.workflow.plan import RUNS
 from pipeline.workflow.stage import STAGES
 
 EPILOG = """examples:

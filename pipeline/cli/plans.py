@@ -12,13 +12,8 @@ from pipeline.core.errors import (
     PlanError,
     RecipeError,
 )
-from pipeline.workflow.plan import (
-    RUNS,
-    Plan,
-    evaluation_plan,
-    export_plan,
-    make_plan,
-)
+from pipeline.workflow.plan import RUNS, Plan, make_plan
+from pipeline.workflow.single_step import evaluation_plan, export_plan
 
 
 def cluster_of(args: argparse.Namespace) -> tuple[str, list[str]]:

@@ -11,11 +11,7 @@ from pipeline.core.errors import (
 from pipeline.core.files import read_text
 from pipeline.core.records import LARGEST
 from pipeline.workflow.artifact import open_artifact
-from pipeline.workflow.plan import (
-    Plan,
-    Step,
-    explain,
-)
+from pipeline.workflow.plan import Plan, Step, explain
 
 
 def show_plan(plan: Plan, outdated: Sequence[Path] = ()) -> int:
@@ -101,7 +97,7 @@ def show_export(step: Step, *, pushed: bool = False) -> Path:
 
 
 def show_metrics(step: Step) -> None:
-    from pipeline.scoring.metrics import HEADLINE
+    from pipeline.scoring.metrics import MAIN_METRICS
     from pipeline.tasks.task import task_of
     from pipeline.workflow.figures import figures_of
 
@@ -112,7 +108,7 @@ def show_metrics(step: Step) -> None:
         print(f"{split}: {int(figures['all']['rows']['value'])} rows, {int(figures['all']['groups']['value'])} groups")
         if figures["all"]["verified"]["value"] < figures["all"]["rows"]["value"]:
             print(f"  {int(figures['all']['verified']['value'])} of them can be verified")
-        for name in [name for name in HEADLINE if name in figures["all"]]:
+        for name in [name for name in MAIN_METRICS if name in figures["all"]]:
             value = figures["all"][name]
             print(f"  {name:<18} {value['value']:7.3f}   {value['low']:.3f} … {value['high']:.3f}")
         if "proxy" in figures["all"]:

@@ -15,13 +15,9 @@ from pipeline.core.errors import (
     PlanError,
 )
 from pipeline.workflow import refresh
-from pipeline.workflow.jobs import claim
-from pipeline.workflow.plan import (
-    RUNS,
-    Plan,
-    order_of,
-)
-from pipeline.workflow.stage import STAGES, write_order
+from pipeline.workflow.jobs import record_job
+from pipeline.workflow.plan import RUNS, Plan, spec_of
+from pipeline.workflow.stage import STAGES, write_spec
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -147,9 +143,9 @@ def prepare_command(args: argparse.Namespace) -> int:
     todo = [step for step in steps if not step.done]
     if job:
         refuse_what_would_fail(plan)
-        claim([step.folder for step in todo], job)
+        record_job([step.folder for step in todo], job)
     for step in todo:
-        write_order(step.folder, order_of(step, plan.cluster))
+        write_spec(step.folder, spec_of(step, plan.cluster))
     told = "".join(f"{step.folder}\n" for step in (todo if job else steps))
     if job:
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -27,11 +27,12 @@ from pipeline.core.errors import LaunchError, PipelineError, PlanError, Stopped,
 from pipeline.core.slurm_client import JOB, is_here, job_end, this_job
 from pipeline.launchers.torchrun import command, environment
 from pipeline.workflow import faults
-from pipeline.workflow.artifact import STOP, refuse_if_owned
-from pipeline.workflow.jobs import live_jobs, with_slurm
-from pipeline.workflow.plan import Plan, Step, order_of
-from pipeline.workflow.progress import ATTEMPT, Progress, clock, describe, read_progress
-from pipeline.workflow.stage import STAGES, write_order
+from pipeline.workflow.artifact import STOP
+from pipeline.workflow.jobs import describe_job, live_jobs
+from pipeline.workflow.lock import ensure_unlocked
+from pipeline.workflow.plan import Plan, Step, spec_of
+from pipeline.workflow.progress import ATTEMPT, Progress, describe, format_duration, read_progress
+from pipeline.workflow.stage import STAGES, write_spec
 
 POLL = 0.2  # seconds
 TAIL = 15  # lines of a failed step's log that are shown
@@ -45,10 +46,10 @@ def run_plan(plan: Plan) -> list[Step]:
     """
     todo = plan.to_run
     for step in todo:
-        refuse_if_owned(step.folder)
+        ensure_unlocked(step.folder)
     queued = live_jobs(step.folder for step in todo) if is_here() else {}  # a folder copied from a cluster has none
     if queued:
-        told = [with_slurm(folder, job) for folder, job in queued.items()]
+        told = [describe_job(folder, job) for folder, job in queued.items()]
         raise PlanError(*told, "wait for it (python -m pipeline status), or end it with python -m pipeline cancel")
     ran: list[Step] = []
     failed: dict[str, PipelineError] = {}
@@ -80,7 +81,7 @@ def run_step(step: Step, plan: Plan, title: str) -> None:
     stage = STAGES[step.stage]
     if stage.processes == "all":
         check_port()
-    write_order(step.folder, order_of(step, plan.cluster))
+    write_spec(step.folder, spec_of(step, plan.cluster))
     (step.folder / JOB).unlink(missing_ok=True)  # of an earlier attempt on Slurm
     started, attempt, kills = time.time(), uuid.uuid4().hex, cgroups.memory_kills()
     limit, asked = _leave_at(step, plan), False
@@ -109,7 +110,7 @@ def run_step(step: Step, plan: Plan, title: str) -> None:
             seconds = time.time() - started
             mine = _progress(step, attempt)
             if mine is None:
-                refuse_if_owned(step.folder)  # another run has begun this step at the same moment
+                ensure_unlocked(step.folder)  # another run has begun this step at the same moment
             died = None
             if not asked_to_end():
                 died = faults.record_death(step.folder, "its process", process.returncode, kills, started)
@@ -270,6 +271,6 @@ class _Bar:
         ended = progress.state if progress and progress.state in ("failed", "stopped") else "failed"
         mark = "done" if done else ended
         text = printable(describe(progress)) if progress else ""
-        tqdm.write(f"{self.title}  {mark} in {clock(seconds)}  {text}".rstrip(), file=sys.stderr)
+        tqdm.write(f"{self.title}  {mark} in {format_duration(seconds)}  {text}".rstrip(), file=sys.stderr)
         for warning in progress.warnings if progress else ():
             tqdm.write(f"  warning: {printable(warning)}", file=sys.stderr)

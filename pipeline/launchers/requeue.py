@@ -33,8 +33,8 @@ from pipeline.core.slurm_client import (
 )
 from pipeline.launchers.slurm import exported, sbatch_line
 from pipeline.workflow.artifact import SCRIPT
-from pipeline.workflow.jobs import make_wait
-from pipeline.workflow.stage import read_order
+from pipeline.workflow.jobs import add_dependency
+from pipeline.workflow.stage import read_spec
 
 PATIENCE = 600  # seconds to wait for a controller that does not answer; Slurm's time limit may be sooner
 PAUSES = (2.0, 5.0, 10.0, 20.0, 30.0)  # seconds between the tries; the first are short, because a time limit is near
@@ -83,7 +83,7 @@ def _successor(job: str, folder: Path, reason: str) -> str:
         return taken.id
     new = replace(record, token=uuid.uuid4().hex, submitted=time.time(), id=None)
     write_job(folder, new)  # as with every submission: first the token, then the job, then its id
-    env = exported(read_order(folder).cluster.slurm)
+    env = exported(read_spec(folder).cluster.slurm)
     done = call(*sbatch_line(script, [job], new.token, "afterany"), env=env)
     said = reason_of(done.stderr)
     if done.returncode and not reaches(said):
@@ -105,7 +105,7 @@ def _hand_over(old: str, new: str) -> None:
         waits = re.sub(r"\([^)]*\)", "", job.after)  # afterok:41(unfulfilled)
         changed = re.sub(rf"(?<=:){old}\b", new, waits)
         waits_for_it = job.state == "PENDING" and job.id != new and changed != waits
-        if waits_for_it and not make_wait(job, changed):
+        if waits_for_it and not add_dependency(job, changed):
             print(f"job {job.id} waits for job {old} and could not be handed over to job {new}", file=sys.stderr)
 
 

@@ -41,10 +41,11 @@ from pipeline.core.slurm_client import (
     write_job,
 )
 from pipeline.launchers.batch_script import FOLDER, refuse_odd, render, resources, script
-from pipeline.workflow.artifact import LOG, OWNER, SCRIPT, Owner, refuse_if_owned
-from pipeline.workflow.jobs import is_ours, live_jobs, make_wait, query
-from pipeline.workflow.plan import Plan, Step, order_of
-from pipeline.workflow.stage import STAGES, write_order
+from pipeline.workflow.artifact import LOG, SCRIPT
+from pipeline.workflow.jobs import add_dependency, is_ours, live_jobs, query
+from pipeline.workflow.lock import OWNER, LockHolder, ensure_unlocked
+from pipeline.workflow.plan import Plan, Step, spec_of
+from pipeline.workflow.stage import STAGES, write_spec
 
 ENDING = 60  # seconds to wait for a job that is ending
 ROUNDS = 3  # of submission, where Slurm cancels jobs meanwhile
@@ -109,7 +110,7 @@ def _submit_missing(
             job
             and not dry_run
             and _waits_for_others(job, after, found)
-            and not make_wait(job, f"afterok:{':'.join(after)}")
+            and not add_dependency(job, f"afterok:{':'.join(after)}")
         ):
             new = _is_waiting_or_gone(job)  # Slurm has cancelled it, or is about to
         if new and dry_run:
@@ -182,10 +183,10 @@ def _refuse_other_cluster(plan: Plan, live: dict[Path, Job]) -> None:
 
 def _refuse_owned(folders: Sequence[Path]) -> None:
     """ArtifactError where a live process owns one of them; Slurm is queried once about all owners."""
-    owners = [owner for folder in folders if (owner := record_or_none(folder / OWNER, Owner)) and owner.job]
+    owners = [owner for folder in folders if (owner := record_or_none(folder / OWNER, LockHolder)) and owner.job]
     answers = query((), [(str(owner.job), owner.cluster) for owner in owners])
     for folder in folders:
-        refuse_if_owned(folder, answers)
+        ensure_unlocked(folder, answers)
 
 
 def _as_submitted(found: Sequence[Submission]) -> bool:
@@ -214,7 +215,7 @@ def _submit(
     step: Step, plan: Plan, after: Sequence[str], submit: Submit, before: list[Submission], typed: str | None
 ) -> str:
     """Order, token, job, id: in this sequence, so that nothing that Slurm has taken can be forgotten."""
-    write_order(step.folder, order_of(step, plan.cluster))
+    write_spec(step.folder, spec_of(step, plan.cluster))
     record = JobRecord(
         uuid.uuid4().hex,
         plan.cluster.launcher,

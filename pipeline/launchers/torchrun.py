@@ -26,7 +26,7 @@ from pipeline.core.slurm_client import first_host, this_job, this_restart
 from pipeline.workflow import faults
 from pipeline.workflow.artifact import STOP, is_done
 from pipeline.workflow.progress import read_progress
-from pipeline.workflow.stage import STAGES, Stage, read_order, stage_processes
+from pipeline.workflow.stage import STAGES, Stage, read_spec, stage_processes
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PORTS = range(15_000, 30_000)  # below those that the system hands out itself
@@ -117,7 +117,7 @@ def environment(stage: Stage, cluster: Cluster) -> dict[str, str]:
 
 def run_on_node(folder: Path) -> int:
     """Run a step's processes of this node to their end. Returns the step's exit code."""
-    order = read_order(folder)
+    order = read_spec(folder)
     stage, started = STAGES[order.stage], time.time()
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: (folder / STOP).touch())
@@ -132,7 +132,7 @@ def run_on_node(folder: Path) -> int:
         for warning in still.new():
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            code = process.wait(faults.LOOK)
+            code = process.wait(faults.POLL_SECONDS)
     if sentence := faults.record_death(folder, f"{order.name} on {os.uname().nodename}", code, kills, started):
         print(f"error: {sentence}", file=sys.stderr, flush=True)
     return exit_code(folder, code, started)

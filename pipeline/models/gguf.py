@@ -25,7 +25,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pipeline.core.errors import ArtifactError, LaunchError
 from pipeline.models.weight_checks import NO_CODE
-from pipeline.workflow.artifact import WEIGHTS
+from pipeline.workflow.weights import WEIGHTS
 
 ARCHITECTURES = ("qwen2", "llama", "phi3")
 # how a byte-level vocabulary splits text before it merges: the name llama.cpp has for a pattern

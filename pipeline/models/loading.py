@@ -52,7 +52,8 @@ from pipeline.models.weight_checks import (
     reading,
 )
 from pipeline.scoring.answers import OPEN
-from pipeline.workflow.artifact import Artifact, Checkpoint, find_checkpoint
+from pipeline.workflow.artifact import Artifact
+from pipeline.workflow.weights import Checkpoint, find_checkpoint
 
 PADS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|fim_pad|>", "<|vision_pad|>", "<|endoftext|>")
 SPECIAL = {"pad_token": "<|pad|>", "eos_token": "<|end|>"}

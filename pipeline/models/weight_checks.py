@@ -28,7 +28,7 @@ from transformers.utils.hub import cached_file
 from pipeline.config import architectures
 from pipeline.core.errors import ArtifactError, PipelineError
 from pipeline.core.files import read_json
-from pipeline.workflow.artifact import ADAPTER
+from pipeline.workflow.weights import ADAPTER
 
 # of every call that loads what somebody else has written: no code and no pickle of theirs runs
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}

@@ -35,7 +35,7 @@ from pipeline.sizing.host_memory import limit, too_large
 from pipeline.sizing.memory import usable
 from pipeline.sizing.model_sizes import GIB, adapter_parameters, known_shape
 from pipeline.tasks.task import task_of
-from pipeline.workflow.plan import Plan, refusals_of
+from pipeline.workflow.plan import Plan, resume_problems_of
 
 PROJECT = "therefore-pipeline"
 LEAST_FREE = GIB // 4
@@ -63,7 +63,7 @@ def problems(plan: Plan, *, audited: bool = False) -> tuple[list[str], list[str]
         wrong += [f"{name}: {text}" if len(recipes) > 1 else text for text in found]
         notes += _notes(recipe, plan.cluster)
     wrong += [step.unreadable for step in plan.to_run if step.unreadable]
-    wrong += [text for step in plan.to_run for text in refusals_of(step, plan.cluster)]
+    wrong += [text for step in plan.to_run for text in resume_problems_of(step, plan.cluster)]
     if plan.cluster.keep_checkpoints == 1 and any(step.stage in ("sft", "grpo") for step in plan.to_run):
         notes.append("cluster.keep_checkpoints=1: where the newest is damaged, training begins again. Fix: at least 2")
     wrong += _loggers(plan.cluster)

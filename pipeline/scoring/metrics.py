@@ -146,30 +146,30 @@ def figures(counts: Array) -> dict[str, Array]:
     }
 
 
-HEADLINE = ("f1", "balanced_accuracy", "mcc", "accuracy", "proxy", "preference", "unanswered", "tokens")
-OF_CLASSES = ("f1", "balanced_accuracy", "mcc", "precision", "recall")  # figures that a positive class gives sense
+MAIN_METRICS = ("f1", "balanced_accuracy", "mcc", "accuracy", "proxy", "preference", "unanswered", "tokens")
+CLASS_METRICS = ("f1", "balanced_accuracy", "mcc", "precision", "recall")  # figures that a positive class gives sense
 COUNTS = ("verified", "rows")  # not figures of a sample
 LOWER_IS_BETTER = ("unanswered",)
 
 
-def told(outcomes: Sequence[Outcome]) -> list[str]:
+def applicable_metrics(outcomes: Sequence[Outcome]) -> list[str]:
     """The figures that mean something for these rows."""
     verified = any(outcome.correct is not None for outcome in outcomes)
     classes = verified and any(outcome.positive is not None for outcome in outcomes)
-    left_out = {name for name in OF_CLASSES if not classes}
+    left_out = {name for name in CLASS_METRICS if not classes}
     left_out |= set() if verified else {"accuracy"}
     left_out |= set() if any(outcome.proxy is not None for outcome in outcomes) else {"proxy"}
     left_out |= set() if any(outcome.preferred is not None for outcome in outcomes) else {"preference"}
     return [name for name in figures(np.zeros(COLUMNS)) if name not in left_out]
 
 
-def draw_groups(groups: int, draws: int, seed: int) -> Array:
+def resample_groups(groups: int, draws: int, seed: int) -> Array:
     """How often each group is drawn in each bootstrap sample: shape (draws, groups), rows sum to `groups`."""
     generator = np.random.default_rng(seed)
     return generator.multinomial(groups, np.full(groups, 1 / groups), size=draws).astype(float)
 
 
-def interval(values: Array, confidence: float) -> tuple[float, float]:
+def percentile_interval(values: Array, confidence: float) -> tuple[float, float]:
     """The central interval of bootstrap values."""
     tail = (1 - confidence) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
@@ -183,12 +183,12 @@ def summarize(outcomes: Sequence[Outcome], draws: int, confidence: float, seed: 
         return {"verified": {"value": 0}, "rows": {"value": 0}, "groups": {"value": 0}}
     table = count_table(outcomes, groups)
     point = figures(table.sum(axis=0))
-    drawn = figures(draw_groups(len(groups), draws, seed) @ table)
+    drawn = figures(resample_groups(len(groups), draws, seed) @ table)
     found: dict[str, dict[str, float]] = {}
-    for name in told(outcomes):
+    for name in applicable_metrics(outcomes):
         found[name] = {"value": float(point[name])}
         if name not in COUNTS:
-            low, high = interval(drawn[name], confidence)
+            low, high = percentile_interval(drawn[name], confidence)
             found[name] |= {"low": low, "high": high}
     found["groups"] = {"value": len(groups)}
     return found
@@ -204,13 +204,15 @@ def compare(
     if {o.id for o in before} != {o.id for o in after}:
         raise ValueError("the two models were not asked the same rows")
     groups = sorted({outcome.group for outcome in before})
-    drawn = draw_groups(len(groups), draws, seed)
+    drawn = resample_groups(len(groups), draws, seed)
     tables = [count_table(outcomes, groups) for outcomes in (before, after)]
     points = [figures(table.sum(axis=0)) for table in tables]
     samples = [figures(drawn @ table) for table in tables]
     found = {}
-    for name in [name for name in HEADLINE if name in told(before) and name in told(after)]:
-        low, high = interval(samples[1][name] - samples[0][name], confidence)
+    for name in [
+        name for name in MAIN_METRICS if name in applicable_metrics(before) and name in applicable_metrics(after)
+    ]:
+        low, high = percentile_interval(samples[1][name] - samples[0][name], confidence)
         found[name] = {"value": float(points[1][name] - points[0][name]), "low": low, "high": high}
     return found
 

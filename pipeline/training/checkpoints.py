@@ -18,17 +18,17 @@ from pipeline.core.errors import ArtifactError, Stopped
 from pipeline.core.files import read_json, write_json
 from pipeline.core.hashing import file_sha256
 from pipeline.training import distributed
-from pipeline.workflow.artifact import inventory
-from pipeline.workflow.layouts import Layout, misfit, saved_layout, write_layout
+from pipeline.workflow.artifact import hash_files
+from pipeline.workflow.layouts import Layout, layout_mismatch, saved_layout, write_layout
 from pipeline.workflow.runtime import Deadline, Runtime
-from pipeline.workflow.signing import MANIFEST, SIGNATURE, foreign, sign
+from pipeline.workflow.signing import MANIFEST, SIGNATURE, origin_problem, sign
 
 
 def write_manifest(folder: Path, layout: Layout | None = None) -> None:
     """Record every file of a checkpoint. Written last: its existence means that the checkpoint is whole."""
     if layout is not None:
         write_layout(folder, layout)
-    entries = inventory(folder, leave_out={MANIFEST, SIGNATURE})
+    entries = hash_files(folder, leave_out={MANIFEST, SIGNATURE})
     manifest = {name: asdict(entry) for name, entry in entries.items()}
     sign(folder, manifest)
     write_json(folder / MANIFEST, manifest)
@@ -78,11 +78,11 @@ def resumable(folder: Path, layout: Layout, stage: str, runtime: Runtime) -> tup
 
     def decide() -> tuple[str | None, list[str]]:
         for checkpoint in numbered(folder):
-            if problem := foreign(checkpoint):
+            if problem := origin_problem(checkpoint):
                 raise ArtifactError(problem)
         found, passed = newest_good(folder)
         saved = saved_layout(found) if found else None
-        if found and saved and (problem := misfit(saved, layout, found, stage, runtime.cluster)):
+        if found and saved and (problem := layout_mismatch(saved, layout, found, stage, runtime.cluster)):
             raise ArtifactError(problem)
         return (str(found) if found else None), passed
 
@@ -123,9 +123,9 @@ class SaveAndStop(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> TrainerControl:
-        self.runtime.check_still_owner()  # before anything is written: a zombie of an old attempt ends here
+        self.runtime.check_lock()  # before anything is written: a zombie of an old attempt ends here
         self.deadline.step()
-        if distributed.agree(self.runtime.stop_asked()) and state.global_step < state.max_steps:
+        if distributed.agree(self.runtime.stop_requested()) and state.global_step < state.max_steps:
             self.stopped = True
             control.should_save = True
             control.should_training_stop = True
@@ -143,8 +143,8 @@ class SaveAndStop(TrainerCallback):
         distributed.from_rank_0(record)  # hashing a large model takes minutes, which no collective should wait for
 
 
-def leave_if_asked(runtime: Runtime) -> None:
+def raise_if_stopping(runtime: Runtime) -> None:
     """Stopped, for a stage whose ranks do not wait for each other and that keeps its work as it goes."""
-    runtime.check_still_owner()
-    if runtime.stop_asked():
+    runtime.check_lock()
+    if runtime.stop_requested():
         raise Stopped(f"stopped at {runtime.progress.now.done} of {runtime.progress.now.total}, kept")

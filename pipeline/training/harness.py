@@ -24,10 +24,11 @@ from typing import Any, Protocol
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import EXIT_FAULT, ArtifactError, LaunchError, PipelineError, Stopped, explain_disk, run_main
 from pipeline.workflow import faults
-from pipeline.workflow.artifact import SCHEMA, WARNINGS, Artifact, commit, is_done, open_artifact, own
+from pipeline.workflow.artifact import SCHEMA, WARNINGS, Artifact, finalize, is_done, open_artifact
+from pipeline.workflow.lock import lock
 from pipeline.workflow.progress import ProgressFile, many_attempts
-from pipeline.workflow.runtime import Runtime, show_hardware
-from pipeline.workflow.stage import STAGES, Order, read_order
+from pipeline.workflow.runtime import Runtime, format_hardware
+from pipeline.workflow.stage import STAGES, StepSpec, read_spec
 from pipeline.workflow.task_code import code_of
 
 
@@ -60,34 +61,34 @@ def _main(stage: str, run: Run, argv: list[str]) -> int:
 
 def _work(folder: Path, run: Run) -> int:
     faults.die_with_parent()
-    order = read_order(folder)
+    spec = read_spec(folder)
     if is_done(folder):
         print(f"{folder} is done; nothing to do")
         return 0
     rank = int(os.environ.get("RANK", "0"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     started = time.time()
-    with own(folder) if rank == 0 else contextlib.nullcontext() as owner:
-        progress = ProgressFile(folder if rank == 0 else None, order.name)
-        runtime = Runtime(order.cluster, progress, rank, world, folder, owner, order.checkpoint, order.options)
-        code = code_of(order.stage, order.recipe.task.name, order.recipe.grpo.rewards)  # as this process imported it
+    with lock(folder) if rank == 0 else contextlib.nullcontext() as holder:
+        progress = ProgressFile(folder if rank == 0 else None, spec.name)
+        runtime = Runtime(spec.cluster, progress, rank, world, folder, holder, spec.checkpoint, spec.options)
+        code = code_of(spec.stage, spec.recipe.task.name, spec.recipe.grpo.rewards)  # as this process imported it
         try:
             if rank == 0:  # whose home has the key; the others end with it
-                _refuse_checkpoints(order, folder, world)
-            inputs = {role: open_artifact(Path(where)) for role, where in order.inputs.items()}
+                _refuse_checkpoints(spec, folder, world)
+            inputs = {role: open_artifact(Path(where)) for role, where in spec.inputs.items()}
             if rank == 0:
-                print(f"{order.name} {order.fingerprint}: {world} processes, {versions()}", flush=True)
-            hardware = _hardware(order, runtime)
-            metrics = run(order.recipe, inputs, folder, runtime)
-            hardware |= _measured(order, runtime)
+                print(f"{spec.name} {spec.fingerprint}: {world} processes, {versions()}", flush=True)
+            hardware = _hardware(spec, runtime)
+            metrics = run(spec.recipe, inputs, folder, runtime)
+            hardware |= _measured(spec, runtime)
             if sentence := many_attempts(progress.now):
                 runtime.warn(sentence)
             if warnings := progress.now.warnings:
                 metrics = {**metrics, WARNINGS: list(warnings)}
-            runtime.check_still_owner()
+            runtime.check_lock()
             if rank == 0:
                 provenance = {"hardware": hardware, "code": code}
-                commit(_artifact(order, folder, metrics, started, world, provenance))
+                finalize(_artifact(spec, folder, metrics, started, world, provenance))
                 progress.update(state="done", note="")
             _leave_together(folder, world)
         except Stopped as error:
@@ -97,7 +98,7 @@ def _work(folder: Path, run: Run) -> int:
             progress.update(state="failed", problems=error.problems, exit_code=error.exit_code)
             raise
         except Exception as error:
-            memory = _out_of_memory(error, order)
+            memory = _out_of_memory(error, spec)
             told = memory or explain_disk(error, folder) or f"{type(error).__name__}: {error}".strip().splitlines()[0]
             with contextlib.suppress(OSError):  # the disk may be full for this too
                 progress.update(state="failed", problems=(told,), exit_code=EXIT_FAULT)
@@ -107,35 +108,35 @@ def _work(folder: Path, run: Run) -> int:
     return 0
 
 
-def _refuse_checkpoints(order: Order, folder: Path, world: int) -> None:
+def _refuse_checkpoints(spec: StepSpec, folder: Path, world: int) -> None:
     """ArtifactError, before a model is loaded, where this step's checkpoints cannot be resumed as it was started."""
-    if order.stage in ("sft", "grpo"):
-        from pipeline.workflow.layouts import refusals
+    if spec.stage in ("sft", "grpo"):
+        from pipeline.workflow.layouts import resume_problems
 
-        if problems := refusals(folder, order.recipe, order.cluster, order.stage, world):
+        if problems := resume_problems(folder, spec.recipe, spec.cluster, spec.stage, world):
             raise ArtifactError(*problems)
 
 
-def _hardware(order: Order, runtime: Runtime) -> dict[str, Any]:
+def _hardware(spec: StepSpec, runtime: Runtime) -> dict[str, Any]:
     """What a stage with a model runs on, refused where it is not what the cluster asks for; for its provenance."""
-    if STAGES[order.stage].processes == "one":
+    if STAGES[spec.stage].processes == "one":
         return {}
     from pipeline.training import devices
 
-    for sentence in devices.check_devices(order.cluster, rehearsal=order.recipe.rehearsal):
+    for sentence in devices.check_devices(spec.cluster, rehearsal=spec.recipe.rehearsal):
         runtime.warn(sentence)
-    found = devices.describe(order.recipe, order.cluster, order.stage, runtime.world)
+    found = devices.describe(spec.recipe, spec.cluster, spec.stage, runtime.world)
     if runtime.rank == 0:
-        print(show_hardware(found), flush=True)
+        print(format_hardware(found), flush=True)
     return found
 
 
-def _measured(order: Order, runtime: Runtime) -> dict[str, Any]:
+def _measured(spec: StepSpec, runtime: Runtime) -> dict[str, Any]:
     """The most memory that a process of a stage with a model has held, to be compared with what was planned.
 
     Also in the log. What other processes than rank 0 have warned of (another card, on another node) is reported too.
     """
-    if STAGES[order.stage].processes == "one":
+    if STAGES[spec.stage].processes == "one":
         return {}
     from pipeline.training import devices, distributed
 
@@ -149,7 +150,7 @@ def _measured(order: Order, runtime: Runtime) -> dict[str, Any]:
         return {}
     held = [one["held"] for one in told]
     found = {"measured": {name: max(one[name] for one in held if name in one) for name in held[0]}}
-    print(show_hardware(found), flush=True)
+    print(format_hardware(found), flush=True)
     return found
 
 
@@ -161,34 +162,34 @@ def _leave_together(folder: Path, world: int) -> None:
         distributed.leave_together(lambda: is_done(folder))
 
 
-def _out_of_memory(error: Exception, order: Order) -> str | None:
+def _out_of_memory(error: Exception, spec: StepSpec) -> str | None:
     """The sentence for a GPU whose memory ran out; only a process that has loaded torch can have such an error."""
-    if "torch" not in sys.modules or STAGES[order.stage].processes == "one":
+    if "torch" not in sys.modules or STAGES[spec.stage].processes == "one":
         return None
     from pipeline.training import devices
 
-    return devices.explain_out_of_memory(error, order.stage, order.cluster)
+    return devices.explain_out_of_memory(error, spec.stage, spec.cluster)
 
 
 def _artifact(
-    order: Order, folder: Path, metrics: dict[str, Any], started: float, world: int, more: dict[str, Any]
+    spec: StepSpec, folder: Path, metrics: dict[str, Any], started: float, world: int, more: dict[str, Any]
 ) -> Artifact:
     """The record of the step. `more` of its provenance: the `hardware` of a stage with a model, and the `code`."""
     ended = time.time()
     return Artifact(
-        stage=order.name,
-        recipe=order.recipe.name,
-        fingerprint=order.fingerprint,
-        payload=order.payload,
-        inputs=order.inputs,
+        stage=spec.name,
+        recipe=spec.recipe.name,
+        fingerprint=spec.fingerprint,
+        payload=spec.payload,
+        inputs=spec.inputs,
         files={},
         metrics=metrics,
         provenance={
             "started": started,
             "seconds": ended - started,
             "processes": world,
-            "cluster": order.cluster.name,
-            "rehearsal": order.recipe.rehearsal,  # of a shrunken model: no figure of it is a result
+            "cluster": spec.cluster.name,
+            "rehearsal": spec.recipe.rehearsal,  # of a shrunken model: no figure of it is a result
             "versions": versions(),
             "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",

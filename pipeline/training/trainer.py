@@ -28,9 +28,10 @@ from pipeline.training import distributed
 from pipeline.training.callbacks import AT_MINIMUM, NothingLeft, Signal, Watch, restore_callbacks, write_history
 from pipeline.training.checkpoints import SaveAndStop, resumable
 from pipeline.training.pace import Pace
-from pipeline.workflow.artifact import Artifact, Checkpoint, read_split
+from pipeline.workflow.artifact import Artifact, read_split
 from pipeline.workflow.layouts import deepspeed_file, stage_layout
 from pipeline.workflow.runtime import Deadline, Runtime
+from pipeline.workflow.weights import Checkpoint
 
 LOGGER_FOLDERS = {"TENSORBOARD_LOGGING_DIR": "tensorboard", "WANDB_DIR": "", "TRACKIO_DIR": "trackio"}
 PROJECT = "therefore"  # the name under which wandb and trackio keep the runs

@@ -30,7 +30,7 @@ from pipeline.workflow.progress import ATTEMPT, Progress, read_progress
 PARENT = "THEREFORE_PARENT"  # the pid of the process that starts this one, in its environment
 PR_SET_PDEATHSIG = 1  # prctl(2)
 PEER_WAIT = 5.0  # seconds that rank 0 on another node has to write what it saw, before it is replaced
-LOOK = 5.0  # seconds between two looks for stopped processes
+POLL_SECONDS = 5.0  # seconds between two looks for stopped processes
 
 
 def die_with_parent() -> None:
@@ -156,7 +156,7 @@ class StoppedProcesses:
         """A sentence for each that was not stopped when they were looked at last, `LOOK` seconds ago or more."""
         if time.time() < self.next:
             return []
-        self.next = time.time() + LOOK
+        self.next = time.time() + POLL_SECONDS
         now = {pid for pid in _below(self.pid) if _state(pid) == "T"}
         told, self.known = sorted(now - self.known), now
         return [

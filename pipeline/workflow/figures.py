@@ -16,7 +16,7 @@ from pipeline.core.files import read_lines
 from pipeline.scoring.metrics import baseline_figures, outcome_of, reasons_of, summarize
 from pipeline.tasks.task import Task
 from pipeline.workflow.artifact import Artifact
-from pipeline.workflow.stage import read_order
+from pipeline.workflow.stage import read_spec
 
 
 def count(records: Sequence[dict[str, Any]], task: Task, settings: Report, seed: int) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def count(records: Sequence[dict[str, Any]], task: Task, settings: Report, seed:
 
 def figures_of(artifact: Artifact, task: Task, settings: Report, seed: int) -> dict[str, Any]:
     """The figures of a finished evaluation under these settings: as recorded, where they are what it was counted by."""
-    before = read_order(artifact.folder).recipe.report
+    before = read_spec(artifact.folder).recipe.report
     if (before.bootstrap_samples, before.confidence) == (settings.bootstrap_samples, settings.confidence):
         return artifact.figures
     return count(read_lines(artifact.folder / "predictions.jsonl"), task, settings, seed)

@@ -34,7 +34,7 @@ from pipeline.core.slurm_client import (
     write_job,
 )
 
-CLOCKS = 300  # seconds by which the clocks of two machines may differ
+CLOCK_SKEW = 300  # seconds by which the clocks of two machines may differ
 
 
 def is_live(
@@ -61,13 +61,13 @@ def is_ours(job: Job, record: JobRecord) -> bool:
         return False
     if job.submitted is None:
         return True
-    if record.name and job.submitted < record.submitted - CLOCKS:
+    if record.name and job.submitted < record.submitted - CLOCK_SKEW:
         return False
-    return job.submitted <= record.submitted + CLOCKS or job.restarts > 0 or job.from_books
+    return job.submitted <= record.submitted + CLOCK_SKEW or job.restarts > 0 or job.from_books
 
 
 @dataclass(frozen=True)
-class Answers:
+class QueueSnapshot:
     """What Slurm answered at one moment, and which clusters could not be queried."""
 
     jobs: Mapping[tuple[str | None, str], Job] = field(default_factory=dict)  # by cluster and id
@@ -89,7 +89,7 @@ class Answers:
         job = self.jobs.get((elsewhere(cluster), number))
         if job is None or not job.live or (user and job.user and user != job.user):
             return False
-        return since is None or job.submitted is None or job.submitted <= since + CLOCKS or job.restarts > 0
+        return since is None or job.submitted is None or job.submitted <= since + CLOCK_SKEW or job.restarts > 0
 
     def reached(self, cluster: str | None) -> bool:
         return elsewhere(cluster) not in self.unreached
@@ -99,8 +99,8 @@ class Answers:
         return [problem for why in self.unreached.values() for problem in why]
 
 
-def query(records: Iterable[JobRecord], more: Iterable[tuple[str, str | None]] = ()) -> Answers:
-    """Query Slurm about all these jobs at once, `more` by id and cluster. Never raises: see `Answers.unreached`."""
+def query(records: Iterable[JobRecord], more: Iterable[tuple[str, str | None]] = ()) -> QueueSnapshot:
+    """Query Slurm about these jobs at once, `more` by id and cluster. Never raises: see `QueueSnapshot.unreached`."""
     ids: dict[str | None, set[str]] = {}
     tokens: dict[str | None, set[str]] = {}
     for record in records:
@@ -119,7 +119,7 @@ def query(records: Iterable[JobRecord], more: Iterable[tuple[str, str | None]] =
             by_token |= find(tokens.get(cluster, ()), cluster)
         except (LaunchError, MissingDependency) as error:
             unreached[cluster] = error.problems
-    return Answers(jobs, by_token, unreached, time.time())
+    return QueueSnapshot(jobs, by_token, unreached, time.time())
 
 
 def live_jobs(folders: Iterable[Path]) -> dict[Path, Job]:
@@ -154,24 +154,24 @@ def live_jobs(folders: Iterable[Path]) -> dict[Path, Job]:
     return found
 
 
-def with_slurm(folder: Path, job: Job) -> str:
+def describe_job(folder: Path, job: Job) -> str:
     """`FOLDER is with Slurm, as job 41 of anna (RUNNING)`; the user where it is another one."""
     whose = f" of {job.user}" if job.user and job.user != this_user() else ""
     return f"{folder} is with Slurm, as job {job.id}{whose} ({job.state})"
 
 
-def make_wait(job: Job, after: str) -> bool:
+def add_dependency(job: Job, after: str) -> bool:
     """Give a queued job another dependency, such as afterok:43. Whether Slurm accepts it; not for an ended one."""
     words = ["scontrol", *of_cluster(job.cluster), "update", f"JobId={job.id}", f"Dependency={after}"]
     return call(*words).returncode == 0
 
 
-def claim(folders: Iterable[Path], job: str) -> None:
+def record_job(folders: Iterable[Path], job: str) -> None:
     """Write down that this job runs these steps; PlanError where another one is to run one of them."""
     folders = list(folders)
     others = [(folder, other) for folder, other in live_jobs(folders).items() if other.id != job]
     if others:
-        told = [with_slurm(folder, other) for folder, other in others]
+        told = [describe_job(folder, other) for folder, other in others]
         raise PlanError(*told, "wait for it (python -m pipeline status), or end it with python -m pipeline cancel")
     if not folders:
         return

@@ -20,7 +20,7 @@ from typing import Any
 from pipeline.config.cluster import DEEPSPEED, Cluster, process_count
 from pipeline.config.recipe import Recipe
 from pipeline.core.files import read_json, write_json
-from pipeline.workflow.signing import MANIFEST, foreign
+from pipeline.workflow.signing import MANIFEST, origin_problem
 
 LAYOUT = "layout.json"  # of a checkpoint, written before its manifest
 UNKNOWN = "unknown"
@@ -96,7 +96,7 @@ def saved_layout(checkpoint: Path) -> Layout | None:
     return None
 
 
-def misfit(saved: Layout, now: Layout, checkpoint: Path, stage: str, cluster: Cluster) -> str | None:
+def layout_mismatch(saved: Layout, now: Layout, checkpoint: Path, stage: str, cluster: Cluster) -> str | None:
     """Why a checkpoint cannot be resumed in this layout, with the words that resume it; None where it can.
 
     Without DeepSpeed on both sides the number of processes may differ: every process reads the whole state.
@@ -110,7 +110,7 @@ def misfit(saved: Layout, now: Layout, checkpoint: Path, stage: str, cluster: Cl
     if not (same_stage and same_world):
         return (
             f"cluster.{stage}.deepspeed: got {now}; expected {saved}, the layout of {checkpoint}, whose optimizer "
-            f"states cannot be converted. Fix: {resuming_words(saved, stage, cluster)} resumes it; {anew}"
+            f"states cannot be converted. Fix: {resume_overrides(saved, stage, cluster)} resumes it; {anew}"
         )
     if saved.zero_stage and UNKNOWN not in (saved.precision, now.precision) and saved.precision != now.precision:
         return (
@@ -120,7 +120,9 @@ def misfit(saved: Layout, now: Layout, checkpoint: Path, stage: str, cluster: Cl
     return None
 
 
-def refusals(folder: Path, recipe: Recipe, cluster: Cluster, stage: str, processes: int | None = None) -> list[str]:
+def resume_problems(
+    folder: Path, recipe: Recipe, cluster: Cluster, stage: str, processes: int | None = None
+) -> list[str]:
     """Why a step's checkpoints cannot be resumed on this cluster: someone else's, or of another layout.
 
     No file is hashed. `processes`: those that run, where the step has started already.
@@ -129,11 +131,11 @@ def refusals(folder: Path, recipe: Recipe, cluster: Cluster, stage: str, process
     whole = [path for path in whole if path.name.rpartition("-")[2].isdigit()]
     if not whole:
         return []
-    if problems := [problem for path in sorted(whole) if (problem := foreign(path))]:
+    if problems := [problem for path in sorted(whole) if (problem := origin_problem(path))]:
         return problems[:1]
     newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
     saved, now = saved_layout(newest), stage_layout(recipe, cluster, stage, processes=processes)
-    refused = misfit(saved, now, newest, stage, cluster) if saved else None
+    refused = layout_mismatch(saved, now, newest, stage, cluster) if saved else None
     return [refused] if refused else []
 
 
@@ -143,7 +145,7 @@ def _same_optimizer(saved: Layout, now: Layout) -> list[tuple[str, str, str]]:
     return [("optimizer.name", saved.optimizer, now.optimizer)]
 
 
-def resuming_words(saved: Layout, stage: str, cluster: Cluster) -> str:
+def resume_overrides(saved: Layout, stage: str, cluster: Cluster) -> str:
     """The overrides that give a run the layout of a checkpoint."""
     words = [f"cluster.{stage}.deepspeed={saved.deepspeed_name}"]
     if saved.zero_stage:

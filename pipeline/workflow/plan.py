@@ -20,35 +20,28 @@ from typing import Any
 
 from pipeline.config.architectures import gguf_file
 from pipeline.config.cluster import Cluster, batches, read_cluster
-from pipeline.config.load import read_typed
-from pipeline.config.recipe import CONFIGS, Recipe, find_yaml, local_files, local_problems, read, recipe_names
-from pipeline.core.errors import ArtifactError, PlanError, RecipeError, did_you_mean
-from pipeline.core.files import read_json
+from pipeline.config.recipe import Recipe, local_files, local_problems, read
+from pipeline.core.errors import PlanError, RecipeError, did_you_mean
 from pipeline.core.hashing import describe_drift, file_identity, fingerprint, plain
 from pipeline.core.records import OddFile, read_record
 from pipeline.rewards.reward import find_rewards
 from pipeline.sizing.fitting import resolved
 from pipeline.sizing.smoke import rehearsal_of
 from pipeline.tasks.task import make_task, resolved_params, split_problems, task_of
-from pipeline.workflow.artifact import (
-    ARTIFACT,
-    SCHEMA,
-    STEP,
-    Artifact,
-    artifact_problem,
-    find_checkpoint,
-    is_alive,
-    is_done,
-    read_owner,
-    step_of,
-)
-from pipeline.workflow.layouts import refusals
-from pipeline.workflow.stage import STAGES, Order
+from pipeline.workflow.artifact import ARTIFACT, SCHEMA, STEP, Artifact, artifact_problem, is_done
+from pipeline.workflow.layouts import resume_problems
+from pipeline.workflow.lock import is_alive, read_holder
+from pipeline.workflow.stage import STAGES, StepSpec
 from pipeline.workflow.task_code import code_changes
 
 RUNS = Path("runs")
-LONGEST_PLACE = 150  # characters of a folder that holds a report of several recipes
-REHEARSED = ("sft.per_device_batch_size=auto", "grpo.per_device_batch_size=auto", "save_steps=2", "logging_steps=1")
+MAX_FOLDER_NAME = 150  # characters of a folder that holds a report of several recipes
+SMOKE_OVERRIDES = (
+    "sft.per_device_batch_size=auto",
+    "grpo.per_device_batch_size=auto",
+    "save_steps=2",
+    "logging_steps=1",
+)
 
 
 @dataclass(frozen=True)
@@ -169,12 +162,12 @@ def _resolve(
 ) -> tuple[list[Recipe], Cluster]:
     """Typed recipes and cluster, everything that is wrong with any of them reported at once."""
     problems: list[str] = []
-    for_recipe, for_cluster = _of_recipe_and_cluster(overrides)
+    for_recipe, for_cluster = split_overrides(overrides)
     if processes := os.environ.get("THEREFORE_PROCESSES"):  # torchrun was started by hand
         for_cluster.append(f"processes={processes}")
     where = None
     try:
-        where, found = read_cluster(cluster, [*for_cluster, *(REHEARSED if rehearse else ())])
+        where, found = read_cluster(cluster, [*for_cluster, *(SMOKE_OVERRIDES if rehearse else ())])
         problems += found
     except RecipeError as error:
         problems += error.problems
@@ -183,7 +176,7 @@ def _resolve(
     for name in dict.fromkeys(names):
         try:
             recipe, found = read(name, for_recipe)
-            if recipe is not None and rehearse and not _task_problems(recipe):
+            if recipe is not None and rehearse and not task_problems(recipe):
                 recipe = rehearsal_of(recipe, where)
                 found = recipe.problems()
         except RecipeError as error:
@@ -197,19 +190,19 @@ def _resolve(
                 "folder. Fix: rename one of the files"
             )
         elif recipe is not None and not found:
-            recipes.append(_with_task_params(recipe))
+            recipes.append(with_task_params(recipe))
     if problems or where is None:
         raise RecipeError(*dict.fromkeys(problems))
     return recipes, where
 
 
-def _of_recipe_and_cluster(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """The overrides of the recipe, and those of the cluster (`cluster.sft.deepspeed=none`)."""
     for_cluster = [text.removeprefix("cluster.") for text in overrides if text.startswith("cluster.")]
     return [text for text in overrides if not text.startswith("cluster.")], for_cluster
 
 
-def _with_task_params(recipe: Recipe) -> Recipe:
+def with_task_params(recipe: Recipe) -> Recipe:
     """The recipe with every setting of its task filled in, so that a changed default is a changed identity."""
     params = plain(resolved_params(task_of(recipe.task, recipe.seed)))
     return replace(recipe, task=replace(recipe.task, params=params))
@@ -217,7 +210,7 @@ def _with_task_params(recipe: Recipe) -> Recipe:
 
 def _recipe_problems(recipe: Recipe, cluster: Cluster | None) -> list[str]:
     """What only the task, the rewards and the cluster together with the recipe can tell."""
-    problems = [*local_problems(recipe), *_task_problems(recipe)]
+    problems = [*local_problems(recipe), *task_problems(recipe)]
     if recipe.task.files and not recipe.task.path:
         problems.append(
             f"task.path: null, but {' and '.join(recipe.task.files)} is set; expected a file of training rows too. "
@@ -230,7 +223,7 @@ def _recipe_problems(recipe: Recipe, cluster: Cluster | None) -> list[str]:
     return problems
 
 
-def _task_problems(recipe: Recipe) -> list[str]:
+def task_problems(recipe: Recipe) -> list[str]:
     task, problems = make_task(recipe.task, recipe.seed)
     if task is None:
         return problems
@@ -259,7 +252,7 @@ def _recipe_steps(recipe: Recipe, runs: Path) -> list[Step]:
 def _report_step(recipes: Sequence[Recipe], steps: Sequence[Step], runs: Path) -> Step:
     shown = {step.label: step for step in steps if step.stage != "report"}
     place = "+".join(recipe.name for recipe in recipes)
-    if len(place) > LONGEST_PLACE:  # a folder's name has its limit
+    if len(place) > MAX_FOLDER_NAME:  # a folder's name has its limit
         place = f"{recipes[0].name}+{len(recipes) - 1}-{fingerprint(place)}"
     criteria = {recipe.name: plain(recipe.report.success_criteria) for recipe in recipes}
     return _step("report", "report", recipes[0], shown, runs, place=place, criteria=criteria)
@@ -292,160 +285,9 @@ def _step(
     return Step(name, stage, recipe, payload, folder, inputs, options=options)
 
 
-def evaluation_plan(
-    checkpoint: str,
-    words: Sequence[str] = (),
-    *,
-    task: str | None = None,
-    split: str | None = None,
-    limit: int | None = None,
-    cluster: str = "local",
-    runs: Path = RUNS,
-) -> Plan:
-    """A plan of one step: ask any checkpoint a task's rows.
-
-    The recipe is the one named in `words`, else the one the checkpoint was made with (its step's `step.json`), else
-    the defaults; the rows are those of the checkpoint's own preprocess step where task and split are the same.
-    """
-    words, file = _whole_file(words)
-    more = [f"evaluate.limit={limit}"] if limit is not None else []
-    more += [f"evaluate.splits=[{split or 'test'}]"] if split is not None or file else []
-    recipe, where, made_by = recipe_of(checkpoint, [*words, *more], task=task, cluster=cluster, splits=True)
-    names = [word for word in words if "=" not in word]
-    inputs = {}
-    if made_by and not names and plain(recipe.task) == made_by[1]["recipe"]["task"]:
-        data = made_by[1]["inputs"].get("data") or str(made_by[0])
-        if is_done(Path(data)):
-            inputs["data"] = data
-    payload = {
-        "stage": "evaluate",
-        "revision": STAGES["evaluate"].revision,
-        "settings": {path: plain(getattr(recipe, path)) for path in ("seed", "model", "task", "evaluate")},
-        "inputs": {"data": Path(inputs["data"]).name} if inputs else {},
-        "files": {**_identity(checkpoint), **({"task.test_path": file_identity(file)} if file else {})},
-    }
-    folder = runs / "evaluations" / f"{Path(checkpoint).name}-{fingerprint(payload)}"
-    step = Step("evaluate-checkpoint", "evaluate", recipe, payload, folder, {}, checkpoint, inputs)
-    return Plan((step,), frozenset([step.label]), where, runs)
-
-
-def _whole_file(words: Sequence[str]) -> tuple[list[str], Path | None]:
-    """The words with a file that they name as the test rows, all of them, and that file.
-
-    Rows are held out of a file to learn from the others; an evaluation learns nothing.
-    """
-    keys = ("task.path", "task.test_path")
-    named = {key: path for key, _, path in (word.partition("=") for word in words) if key in keys}
-    path = named.get("task.test_path") or named.get("task.path")
-    if not path or path == "null":
-        return list(words), None
-    if not Path(path).is_file():
-        raise PlanError(f"{', '.join(named)}: got {path[:80]}, which is no file; expected the rows to evaluate")
-    others = [word for word in words if not word.startswith(("task.source=", "task.validation_path=", *keys))]
-    cleared = ["task.source=path", "task.path=null", "task.validation_path=null"]
-    return [*others, *cleared, f"task.test_path={path}"], Path(path)
-
-
-def export_plan(
-    checkpoint: str,
-    words: Sequence[str] = (),
-    *,
-    format: str,
-    quant: str | None = None,
-    out: Path | None = None,
-    cluster: str = "local",
-    runs: Path = RUNS,
-) -> Plan:
-    """A plan of one step: a checkpoint for others. Its folder is `out`, else one of `runs/exports/`."""
-    recipe, where, made_by = recipe_of(checkpoint, words, cluster=cluster)
-    problems = []
-    if format == "adapter" and find_checkpoint(checkpoint).adapter is None:
-        problems.append(f"--format adapter: {checkpoint} is a whole model without an adapter; use merged16")
-    if quant is not None and format != "gguf":
-        problems.append(
-            f"--quant {quant}: of a GGUF file, but the format is {format}; use --format gguf, or leave it out"
-        )
-    source = made_by[0].name if made_by else Path(checkpoint).name
-    options = {"format": format, "source": source} | ({"quant": quant or "q8_0"} if format == "gguf" else {})
-    payload = {
-        "stage": "export",
-        "revision": STAGES["export"].revision,
-        "settings": {"model": plain(recipe.model), "name": recipe.name, **options},
-        "inputs": {"source": source},
-        "files": _identity(checkpoint),
-    }
-    ending = "-".join([format, *([options["quant"]] if format == "gguf" else []), fingerprint(payload)])
-    folder = out or runs / "exports" / f"{recipe.name}-{source.rpartition('-')[0] or source}-{ending}"
-    if out and out.exists() and any(out.iterdir()):
-        there = read_json(out / STEP) or {}
-        if there.get("fingerprint") != fingerprint(payload):
-            problems.append(f"--out {out}: there is something else in it already; name a new folder")
-    if problems:
-        raise PlanError(*problems)
-    options["trained_in"] = recipe.model.quantization
-    if format != "adapter":  # what is merged is loaded as it lies there, by whoever asks or evaluates it
-        recipe = replace(recipe, model=replace(recipe.model, quantization="none"))
-    step = Step("export", "export", recipe, payload, folder, {}, checkpoint, {}, options)
-    return Plan((step,), frozenset([step.label]), where, runs)
-
-
-def recipe_of(
-    checkpoint: str,
-    words: Sequence[str] = (),
-    *,
-    task: str | None = None,
-    cluster: str = "local",
-    splits: bool = False,
-) -> tuple[Recipe, Cluster, tuple[Path, dict[str, Any]] | None]:
-    """The recipe and cluster a checkpoint is used with, and the step it was made by.
-
-    The recipe is the one named in `words`, else the one the checkpoint was made with (its step's `step.json`), else
-    the defaults. `splits`: those that an evaluation asks for have to exist. Raises with everything that is wrong.
-    """
-    names = [word for word in words if "=" not in word]
-    find_checkpoint(checkpoint)  # what cannot be loaded is told before anything is started
-    overrides, for_cluster = _of_recipe_and_cluster([word for word in words if "=" in word])
-    made_by = step_of(Path(checkpoint))
-    if made_by and not (isinstance(made_by[1], dict) and isinstance(made_by[1].get("recipe"), dict)):
-        raise ArtifactError(f"{made_by[0] / STEP}: got no recipe; expected a step's record. Fix: name another folder")
-    values: list[Path | dict[str, Any]]
-    if names:
-        file = find_yaml(names[0], "recipe", CONFIGS, recipe_names())
-        values, name = [CONFIGS / "base.yaml", file], file.stem
-    elif made_by:
-        values, name = [made_by[1]["recipe"]], made_by[1]["recipe"].get("name")
-    else:
-        values, name = [CONFIGS / "base.yaml", {"model": {"name": checkpoint}}], "base"
-    if task is not None:
-        overrides.append(f"task.name={task}")
-        if made_by and task != made_by[1]["recipe"]["task"]["name"]:
-            values.append(
-                {"task": {"source": "auto", "path": None, "validation_path": None, "test_path": None, "params": None}}
-            )
-            overrides.append("task.params={}")
-    recipe, problems = read_typed(Recipe, values, overrides, {"name": name})
-    where, found = read_cluster(cluster, for_cluster)
-    if recipe is not None:
-        found = [*found, *(_task_problems(recipe) if splits else make_task(recipe.task, recipe.seed)[1])]
-    if recipe is None or where is None or found:
-        raise RecipeError(*problems, *found)
-    return _with_task_params(recipe), where, made_by
-
-
-def _identity(checkpoint: str) -> dict[str, str]:
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        return {"checkpoint": checkpoint}
-    endings = (".safetensors", ".bin", ".json", ".jinja")
-    kept = [p for p in sorted(folder.rglob("*")) if p.suffix in endings and p.is_file()]
-    named = {path.relative_to(folder): path for path in kept}
-    weights = {name: path for name, path in named.items() if not any("global_step" in part for part in name.parts)}
-    return {name.as_posix(): file_identity(path) for name, path in weights.items()}
-
-
-def order_of(step: Step, cluster: Cluster) -> Order:
+def spec_of(step: Step, cluster: Cluster) -> StepSpec:
     """What is written into the step's folder before its process starts; what memory decides is no longer `auto`."""
-    return Order(
+    return StepSpec(
         step.name,
         step.stage,
         step.fingerprint,
@@ -470,17 +312,17 @@ def explain(step: Step, cluster: Cluster | None = None) -> list[str]:
         return [f"cannot run: {step.unreadable}"]
     try:
         odd = artifact_problem(step.folder)
-        owner = read_owner(step.folder)
+        holder = read_holder(step.folder)
     except OddFile as error:
         return [f"cannot run: {error}"]
-    if owner and is_alive(owner):
-        return [f"running: {owner}"]
+    if holder and is_alive(holder):
+        return [f"running: {holder}"]
     if odd:
         return [f"begins again: its {ARTIFACT} {odd}"]
     saved = [path for path in step.folder.glob("checkpoints/checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     if saved:
         newest = max(saved, key=lambda path: int(path.name.rpartition("-")[2]))
-        refused = refusals_of(step, cluster) if cluster else []
+        refused = resume_problems_of(step, cluster) if cluster else []
         return [f"cannot resume: {text}" for text in refused] or [f"goes on from {newest.name}"]
     if (step.folder / STEP).exists():
         return ["begins again: it did not end"]
@@ -502,11 +344,11 @@ def explain(step: Step, cluster: Cluster | None = None) -> list[str]:
     return drift or ["new"]
 
 
-def refusals_of(step: Step, cluster: Cluster) -> list[str]:
+def resume_problems_of(step: Step, cluster: Cluster) -> list[str]:
     """Why a training step's checkpoints cannot be resumed on this cluster; nothing for other steps."""
     if step.stage not in ("sft", "grpo") or step.done:
         return []
-    return refusals(step.folder, step.recipe, resolved(step.recipe, cluster), step.stage)
+    return resume_problems(step.folder, step.recipe, resolved(step.recipe, cluster), step.stage)
 
 
 def _latest(step: Step) -> Artifact | None:

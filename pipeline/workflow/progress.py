@@ -20,7 +20,7 @@ from pipeline.workflow.artifact import PROGRESS
 
 ATTEMPT = "THEREFORE_ATTEMPT"  # in the environment: a launcher's name for one start of a step
 MIN_SECONDS = 0.5  # between two writes of a running step
-MANY = 10  # attempts that a step may still need without a word about its time limit
+MANY_ATTEMPTS = 10  # attempts that a step may still need without a word about its time limit
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class ProgressFile:
             changes["since"] = time.time()
         merged = {**self.now.figures, **(figures or {})}
         self.now = replace(self.now, figures=merged, updated=time.time(), **changes)
-        if "first" in changes and self.folder and (sentence := restarts_without_end(self.now)):
+        if "first" in changes and self.folder and (sentence := too_many_restarts(self.now)):
             print(f"note: {sentence}", flush=True)
         if changed_state or force or self.now.updated - self._written >= MIN_SECONDS:
             self._write()
@@ -105,14 +105,14 @@ class ProgressFile:
             self._written = time.time()
 
 
-def restarts_without_end(progress: Progress) -> str | None:
+def too_many_restarts(progress: Progress) -> str | None:
     """A sentence where attempts are too short to get anywhere: more than `MANY` like those so far are needed."""
     before = progress.attempt - 1
     if before < 1 or not progress.total or not 0 < progress.first < progress.total:
         return None
     each = progress.first / before
     left = math.ceil((progress.total - progress.first) / each)
-    if left <= MANY:
+    if left <= MANY_ATTEMPTS:
         return None
     return (
         f"{each:.3g} {progress.unit} an attempt ({progress.first} of {progress.total} in {before}): about {left} more "
@@ -122,7 +122,7 @@ def restarts_without_end(progress: Progress) -> str | None:
 
 def many_attempts(progress: Progress) -> str | None:
     """A sentence about a step that has ended after more than `MANY` attempts; None for fewer."""
-    if progress.attempt <= MANY:
+    if progress.attempt <= MANY_ATTEMPTS:
         return None
     each = f"about {progress.total / progress.attempt:.3g} {progress.unit}"
     return (
@@ -136,7 +136,7 @@ def describe(progress: Progress) -> str:
     parts = [progress.note] if progress.note else []
     parts += [f"{name} {_figure(value)}" for name, value in progress.figures.items()]
     if progress.state == "running" and progress.eta is not None:
-        parts.append(f"ETA {clock(progress.eta)}")
+        parts.append(f"ETA {format_duration(progress.eta)}")
     return ", ".join(parts)
 
 
@@ -145,7 +145,7 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`0:07`, `12:30`, `3:04:05`"""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

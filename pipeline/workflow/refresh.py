@@ -17,8 +17,9 @@ from pathlib import Path
 from pipeline.core.errors import PlanError, did_you_mean
 from pipeline.core.records import OddFile, read_mapping
 from pipeline.core.slurm_client import is_here
-from pipeline.workflow.artifact import STEP, refuse_if_owned
-from pipeline.workflow.jobs import live_jobs, with_slurm
+from pipeline.workflow.artifact import STEP
+from pipeline.workflow.jobs import describe_job, live_jobs
+from pipeline.workflow.lock import ensure_unlocked
 from pipeline.workflow.plan import Plan, Step
 from pipeline.workflow.task_code import recorded_code
 
@@ -96,9 +97,9 @@ def move_aside(folders: Sequence[Path], runs: Path) -> list[str]:
     Raises ArtifactError or PlanError, before anything is moved, where one of them is being written or is with Slurm.
     """
     for folder in folders:
-        refuse_if_owned(folder)
+        ensure_unlocked(folder)
     if is_here() and (queued := live_jobs(folders)):
-        told = [with_slurm(folder, job) for folder, job in queued.items()]
+        told = [describe_job(folder, job) for folder, job in queued.items()]
         raise PlanError(*told, "wait for it (python -m pipeline status), or end it with python -m pipeline cancel")
     stamp, sentences = time.strftime("%Y%m%d-%H%M%S"), list[str]()
     for folder in reversed(folders):

@@ -12,8 +12,9 @@ from typing import Any
 from pipeline.config.cluster import Cluster
 from pipeline.core.errors import ArtifactError
 from pipeline.core.slurm_client import job_end
-from pipeline.workflow.artifact import STOP, Owner, is_owner
-from pipeline.workflow.progress import ProgressFile, clock
+from pipeline.workflow.artifact import STOP
+from pipeline.workflow.lock import LockHolder, holds_lock
+from pipeline.workflow.progress import ProgressFile, format_duration
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,11 @@ class Runtime:
     rank: int
     world: int
     folder: Path
-    owner: Owner | None  # rank 0's hold on the folder
+    holder: LockHolder | None  # rank 0's hold on the folder
     checkpoint: str | None  # weights to evaluate or export
     options: Mapping[str, str] = field(default_factory=dict)  # of an export
 
-    def stop_asked(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether someone asked this step to save and leave (rank 0 looks, all ranks agree elsewhere)."""
         return (self.folder / STOP).exists()
 
@@ -43,10 +44,10 @@ class Runtime:
             print(f"warning: {sentence}", flush=True)
         self.progress.warn(sentence)
 
-    def check_still_owner(self) -> None:
+    def check_lock(self) -> None:
         """ArtifactError when another attempt has taken the folder over: this one must not write any more."""
-        if self.owner and not is_owner(self.folder, self.owner):
-            raise ArtifactError(f"{self.folder} now belongs to another attempt; this one ({self.owner}) ends here")
+        if self.holder and not holds_lock(self.folder, self.holder):
+            raise ArtifactError(f"{self.folder} now belongs to another attempt; this one ({self.holder}) ends here")
 
 
 class Deadline:
@@ -79,15 +80,16 @@ class Deadline:
         if not self.told:
             self.told = True
             self.runtime.warn(
-                f"one step or batch took {clock(self.longest)}, more than cluster.slurm.save_before.{self.stage} "
-                f"({clock(self.before)}), so this step stops and saves early before a time limit. "
+                f"one step or batch took {format_duration(self.longest)}, more than "
+                f"cluster.slurm.save_before.{self.stage} ({format_duration(self.before)}), so this step "
+                "stops and saves early before a time limit. "
                 f"Fix: cluster.slurm.save_before.{self.stage}={math.ceil(round(2 * self.longest) / 60) * 60}"
             )
         if now + 2 * self.longest > self.end:
             (self.runtime.folder / STOP).touch()
 
 
-def show_hardware(found: Mapping[str, Any]) -> str:
+def format_hardware(found: Mapping[str, Any]) -> str:
     """One line for log and report of what a stage ran on, as `devices.describe` and `devices.measured` give it."""
     nested = ("planned_gib", "measured")
     parts = [str(found["device"])] if "device" in found else []

@@ -70,7 +70,7 @@ def _signature(key: bytes, manifest: Any) -> str:
     return hmac.new(key, canonical_json(manifest).encode(), hashlib.sha256).hexdigest()
 
 
-def foreign(checkpoint: Path) -> str | None:
+def origin_problem(checkpoint: Path) -> str | None:
     """Why a checkpoint may not be resumed by this user, or None where this user wrote it.
 
     A manifest without a signature is from before there were any: it counts when the file is this user's and has been

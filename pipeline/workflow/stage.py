@@ -1,7 +1,7 @@
 """The table of stages, and the order that a stage process is given: `step.json` of its folder.
 
 STAGES["sft"].reads     the parts of a recipe that decide the stage's result
-read_order(folder)      what the process in this folder has to do
+read_spec(folder)      what the process in this folder has to do
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ STAGES: dict[str, Stage] = {
 
 
 @dataclass(frozen=True)
-class Order:
+class StepSpec:
     """What a stage process is told: `step.json` of its folder. Nothing else decides what it does."""
 
     name: str  # such as evaluate-grpo
@@ -70,14 +70,14 @@ class Order:
     schema: int = 1  # of this file: see artifact.SCHEMA
 
 
-def write_order(folder: Path, order: Order) -> None:
+def write_spec(folder: Path, spec: StepSpec) -> None:
     """Tell the process that will run in `folder` what to do; an earlier request to stop is over."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / STOP).unlink(missing_ok=True)
-    write_json(folder / STEP, plain(order))
+    write_json(folder / STEP, plain(spec))
 
 
-def read_order(folder: Path) -> Order:
+def read_spec(folder: Path) -> StepSpec:
     record = read_mapping(folder / STEP)
     if record is None:
         raise ArtifactError(f"{folder / STEP} is missing: start the step with python -m pipeline run")
@@ -88,12 +88,12 @@ def read_order(folder: Path) -> Order:
             *(f"{folder / STEP}: {problem}" for problem in problems + more),
             "it was written by another version of the project; delete the folder and run again",
         )
-    order = read_record(folder / STEP, Order, recipe=recipe, cluster=cluster)
-    assert order is not None
-    refuse_newer(folder / STEP, order.schema)
-    if order.stage not in STAGES:
-        raise ArtifactError(f"{folder / STEP}: stage: got {order.stage!r}; expected one of {', '.join(STAGES)}")
-    return order
+    spec = read_record(folder / STEP, StepSpec, recipe=recipe, cluster=cluster)
+    assert spec is not None
+    refuse_newer(folder / STEP, spec.schema)
+    if spec.stage not in STAGES:
+        raise ArtifactError(f"{folder / STEP}: stage: got {spec.stage!r}; expected one of {', '.join(STAGES)}")
+    return spec
 
 
 def stage_processes(stage: Stage, cluster: Cluster) -> int:

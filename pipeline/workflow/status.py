@@ -6,7 +6,7 @@
 
 What is true is put together from what the step has written (order, progress, artifact, owner) and what Slurm says,
 while it runs and the day after, with accounting or without. A folder with a file that cannot be used is a row that
-says so. What repeats reads the files as often as it likes and queries Slurm at most every 30 s (`Asked`).
+says so. What repeats reads the files as often as it likes and queries Slurm at most every 30 s (`ThrottledQuery`).
 """
 
 from __future__ import annotations
@@ -24,16 +24,19 @@ from pipeline.core import slurm_client as slurm
 from pipeline.core.errors import LaunchError, PlanError, did_you_mean, explain_disk, printable
 from pipeline.core.slurm_client import Job, JobRecord, call, of_cluster, reason_of
 from pipeline.core.slurm_words import end_of, how_it_ended, pending
-from pipeline.workflow.artifact import LOG, STEP, STOP, is_alive
-from pipeline.workflow.jobs import Answers, query
-from pipeline.workflow.progress import clock, describe, restarts_without_end
+from pipeline.workflow.artifact import LOG, STEP, STOP
+from pipeline.workflow.jobs import QueueSnapshot, query
+from pipeline.workflow.lock import is_alive
+from pipeline.workflow.progress import describe, format_duration, too_many_restarts
 from pipeline.workflow.stage import STAGES
-from pipeline.workflow.step_folders import Files, read_files, step_folders
+from pipeline.workflow.step_folders import StepFiles, read_files, step_folders
 from pipeline.workflow.task_code import code_changes_of
 
-PIECE = 1 << 20  # bytes of a log that are read at once
-SILENT = 900.0  # seconds without a word of a running step that are worth one: a long step of GRPO takes 8 minutes
-SLURM_EVERY = 30.0  # seconds between two questions to Slurm of a command that repeats; sites forbid more
+CHUNK = 1 << 20  # bytes of a log that are read at once
+SILENT_SECONDS = (
+    900.0  # seconds without a word of a running step that are worth one: a long step of GRPO takes 8 minutes
+)
+QUERY_INTERVAL = 30.0  # seconds between two questions to Slurm of a command that repeats; sites forbid more
 
 ACTIVE = ("starting", "running", "saving")
 ALREADY_OVER = ("already completing or completed", "Invalid job id")  # scancel about a job that has just ended
@@ -73,13 +76,13 @@ class Row:
 
 
 @dataclass
-class Asked:
+class ThrottledQuery:
     """Slurm's answers for a command that repeats: queried at most every `every` seconds."""
 
-    every: float = SLURM_EVERY
-    answers: Answers = field(default_factory=Answers)
+    every: float = QUERY_INTERVAL
+    answers: QueueSnapshot = field(default_factory=QueueSnapshot)
 
-    def __call__(self, records: Iterable[JobRecord], more: Iterable[tuple[str, str | None]]) -> Answers:
+    def __call__(self, records: Iterable[JobRecord], more: Iterable[tuple[str, str | None]]) -> QueueSnapshot:
         if time.time() - self.answers.at >= self.every:
             self.answers = query(records, more)
         return self.answers
@@ -90,7 +93,7 @@ def table(
     recipes: Sequence[str] = (),
     *,
     everything: bool = False,
-    ask: Callable[[Iterable[JobRecord], Iterable[tuple[str, str | None]]], Answers] = query,
+    ask: Callable[[Iterable[JobRecord], Iterable[tuple[str, str | None]]], QueueSnapshot] = query,
 ) -> tuple[list[Row], list[str]]:
     """The newest step of each name (`everything`: all of them), and what kept Slurm from being asked."""
     folders, unlisted = step_folders(runs, recipes)
@@ -99,9 +102,9 @@ def table(
         folders = list({(folder.parent, folder.name.rpartition("-")[0]): folder for folder in folders}.values())
     files = {folder: read_files(folder) for folder in folders}
     records = [one.record for one in files.values() if one.record and not one.done]
-    owners = [one.owner for one in files.values() if one.owner and not one.done]
-    holders = [(owner.job, owner.cluster) for owner in owners if owner.job]
-    answers = ask(records, holders) if records or holders else Answers()
+    live_holders = [one.holder for one in files.values() if one.holder and not one.done]
+    holders = [(holder.job, holder.cluster) for holder in live_holders if holder.job]
+    answers = ask(records, holders) if records or holders else QueueSnapshot()
     rows: dict[Path, Row] = {}
     for folder in folders:
         rows[folder] = _row(folder, files[folder], answers, rows)
@@ -121,8 +124,8 @@ def _place(folder: Path) -> tuple[str, int, str, float]:
     return str(folder.parent), place, stage, written
 
 
-def _row(folder: Path, files: Files, answers: Answers, before: dict[Path, Row]) -> Row:
-    progress, owner, record = files.progress, files.owner, files.record
+def _row(folder: Path, files: StepFiles, answers: QueueSnapshot, before: dict[Path, Row]) -> Row:
+    progress, holder, record = files.progress, files.holder, files.record
     job = answers.job_of(record) if record and not files.done else None
     state, reasons = _state(folder, files, job, answers)
     inputs = [row for place, row in before.items() if place in files.inputs]
@@ -135,24 +138,28 @@ def _row(folder: Path, files: Files, answers: Answers, before: dict[Path, Row]) 
         reasons = [f"never started: {_label(row)} {row.state}" for row in broken]
     if job and job.live and job.user and job.user != slurm.this_user():
         reasons = [*reasons, f"a job of {job.user}"]
-    if progress and state in (*ACTIVE, "queued") and (sentence := restarts_without_end(progress)):
+    if progress and state in (*ACTIVE, "queued") and (sentence := too_many_restarts(progress)):
         reasons = [*reasons, sentence]
     if state == "stopped" and record and not (job and job.live):
         command = record.command or "the run command that submitted it"
         reasons = [*reasons, f"its job was not queued again. Fix: {command}"]
     running = state in ACTIVE and progress is not None
-    if running and progress and (silent := time.time() - progress.updated) > SILENT:
+    if running and progress and (silent := time.time() - progress.updated) > SILENT_SECONDS:
         why = "a long step, or a process that hangs or was stopped; see its log"
-        reasons = [*reasons, f"no word for {clock(silent)}: {why}"]
+        reasons = [*reasons, f"no word for {format_duration(silent)}: {why}"]
     return Row(
         step=f"{folder.parent.name}/{folder.name}",
         state=state,
         folder=str(folder),
         job=job.id if job else record.id if record else None,
         launcher=record.launcher if record else "local",
-        node=(job.node if job and job.live else "") or (owner.host if owner else progress.host if progress else ""),
+        node=(job.node if job and job.live else "") or (holder.host if holder else progress.host if progress else ""),
         seconds=progress.seconds if progress else 0.0,
-        elapsed=job.elapsed if job and job.state == "RUNNING" else clock(progress.seconds) if progress else "",
+        elapsed=job.elapsed
+        if job and job.state == "RUNNING"
+        else format_duration(progress.seconds)
+        if progress
+        else "",
         limit=job.limit if job else "",
         done=progress.done if progress else 0,
         total=progress.total if progress else 0,
@@ -165,31 +172,31 @@ def _row(folder: Path, files: Files, answers: Answers, before: dict[Path, Row]) 
         log=record.log if record and record.log else str(folder / LOG),
         updated=progress.updated if progress else None,
         cluster=job.cluster if job else record.cluster if record else None,
-        user=(job.user if job else "") or (record.user if record else None) or (owner.user if owner else None),
+        user=(job.user if job else "") or (record.user if record else None) or (holder.user if holder else None),
     )
 
 
-def _state(folder: Path, files: Files, job: Job | None, answers: Answers) -> tuple[str, list[str]]:
+def _state(folder: Path, files: StepFiles, job: Job | None, answers: QueueSnapshot) -> tuple[str, list[str]]:
     """A step's state and why: what Slurm says of a job that lives, else what the step itself has said last."""
-    progress, owner, record = files.progress, files.owner, files.record
+    progress, holder, record = files.progress, files.holder, files.record
     if files.done:
         changed = [] if files.odd else code_changes_of(folder)
         return "done", [f"its code has changed since: {', '.join(changed)}"] if changed else []
     working = progress.state if progress and progress.state in ACTIVE else None
     ended = progress.state if progress and progress.state in ("failed", "stopped") else None
     told = list(progress.problems) if progress and ended else []
-    where = record.cluster if record else owner.cluster if owner and owner.job else None
-    if (record or (owner and owner.job and not ended)) and not answers.reached(where):
+    where = record.cluster if record else holder.cluster if holder and holder.job else None
+    if (record or (holder and holder.job and not ended)) and not answers.reached(where):
         return "unknown", [f"its last word: {progress.state}" if progress else "given to Slurm"]
     if ended and progress and progress.updated > answers.at and not (job and job.restarts >= progress.attempt):
         return ended, told  # since Slurm was queried
     if job and job.state == "RUNNING":
-        return (working if working and owner and owner.job == job.id else "starting"), []
+        return (working if working and holder and holder.job == job.id else "starting"), []
     if job and job.live:
-        if working and owner and owner.job == job.id and owner.since > answers.at:
+        if working and holder and holder.job == job.id and holder.since > answers.at:
             return working, []  # it has started since
         return ("ending", told) if job.state == "COMPLETING" else ("queued", [pending(job)])
-    if working and owner and is_alive(owner, answers if owner.job else None):
+    if working and holder and is_alive(holder, answers if holder.job else None):
         return working, []
     if files.odd and not job and not ended:
         return "odd", list(files.odd)
@@ -202,7 +209,7 @@ def _state(folder: Path, files: Files, job: Job | None, answers: Answers) -> tup
         return "cancelled" if job.state == "CANCELLED" else "failed", [why, *told]
     if record is None and progress is None:
         return "waiting", []
-    who = f"Slurm job {record.id or '(not taken)'}" if record else str(owner) if owner else "its process"
+    who = f"Slurm job {record.id or '(not taken)'}" if record else str(holder) if holder else "its process"
     gone = "without a word: killed, out of memory, or its node is off" if progress else "and it never started"
     return "lost", [full] if full else [f"{who} is gone {gone}; the same run command goes on"]
 
@@ -317,7 +324,7 @@ def _pieces(path: Path, position: int) -> Iterator[bytes]:
     """What a file holds from a position on, piece by piece: a log may be larger than the memory."""
     with path.open("rb") as file:
         file.seek(position)
-        while piece := file.read(PIECE):
+        while piece := file.read(CHUNK):
             yield piece
 
 

@@ -1,7 +1,7 @@
 """The steps of a runs folder as they lie on the disk: which folders are steps, and every record that one holds.
 
     folders, unlisted = step_folders(Path("runs"), ["tiny"])
-    files = read_files(folder)       progress, owner, job and inputs; `odd`: a sentence for each file that is of no use
+    files = read_files(folder)       progress, holder, job and inputs; `odd`: a sentence for each file that is of no use
 
 A file that cannot be used costs only itself, a folder that cannot be searched is still a step. What the records mean
 together is status.py; how one is read records.py.
@@ -21,38 +21,29 @@ from pipeline.core.errors import ArtifactError, PlanError, did_you_mean
 from pipeline.core.hashing import LENGTH
 from pipeline.core.records import read_record
 from pipeline.core.slurm_client import JobRecord, read_job
-from pipeline.workflow.artifact import (
-    ARTIFACT,
-    OWNER,
-    PROGRESS,
-    STEP,
-    Owner,
-    artifact_problem,
-    is_done,
-    open_artifact,
-    read_owner,
-)
+from pipeline.workflow.artifact import ARTIFACT, PROGRESS, STEP, artifact_problem, is_done, open_artifact
+from pipeline.workflow.lock import OWNER, LockHolder, read_holder
 from pipeline.workflow.progress import Progress
 
 RECORDS = {ARTIFACT, PROGRESS, OWNER, slurm.JOB}
-NAMED = re.compile(rf".+-[0-9a-f]{{{LENGTH}}}")  # sft-1a2b3c4d5e
+STEP_FOLDER = re.compile(rf".+-[0-9a-f]{{{LENGTH}}}")  # sft-1a2b3c4d5e
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What the table shows of a step's order."""
+class SpecSummary:
+    """What the table shows of a step's spec."""
 
     stage: str
     inputs: dict[str, str]  # role -> folder
 
 
 @dataclass(frozen=True)
-class Files:
+class StepFiles:
     """What a step's folder holds; `odd` are its files that cannot be used."""
 
     done: bool = False
     progress: Progress | None = None
-    owner: Owner | None = None
+    holder: LockHolder | None = None
     record: JobRecord | None = None
     inputs: tuple[Path, ...] = ()
     odd: tuple[str, ...] = ()
@@ -78,7 +69,7 @@ def _is_step(folder: Path) -> bool:
         names = {path.name for path in folder.iterdir()}
     except OSError:
         return True  # `read_files` tells
-    return STEP in names or bool(names & RECORDS and NAMED.fullmatch(folder.name))
+    return STEP in names or bool(names & RECORDS and STEP_FOLDER.fullmatch(folder.name))
 
 
 def _listed(folder: Path, problems: list[str]) -> list[Path]:
@@ -92,12 +83,12 @@ def _listed(folder: Path, problems: list[str]) -> list[Path]:
         return []
 
 
-def read_files(folder: Path) -> Files:
+def read_files(folder: Path) -> StepFiles:
     """Every record of a folder. A file that cannot be used costs only itself."""
     try:
         next(folder.iterdir(), None)
     except OSError as error:
-        return Files(odd=(f"{folder}: cannot be listed ({error.strerror}). Fix: chmod u+rwx, or ask whose it is",))
+        return StepFiles(odd=(f"{folder}: cannot be listed ({error.strerror}). Fix: chmod u+rwx, or ask whose it is",))
     odd: list[str] = []
 
     def tried(read: Callable[[Path], Any]) -> Any:
@@ -111,12 +102,16 @@ def read_files(folder: Path) -> Files:
     if not done and (problem := tried(artifact_problem)):
         odd.append(f"{folder / ARTIFACT}: {problem}; it counts as none, so the same run command runs the step")
     progress = tried(lambda place: read_record(place / PROGRESS, Progress))
-    owner, record, order = tried(read_owner), tried(read_job), tried(lambda place: read_record(place / STEP, Shown))
-    if order is None and not odd:
+    holder, record, spec = (
+        tried(read_holder),
+        tried(read_job),
+        tried(lambda place: read_record(place / STEP, SpecSummary)),
+    )
+    if spec is None and not odd:
         odd.append(f"{folder / STEP}: missing; it is the order that the step runs by")
-    inputs = tuple(Path(place) for place in order.inputs.values()) if order else ()
+    inputs = tuple(Path(place) for place in spec.inputs.values()) if spec else ()
     warnings = progress.warnings if progress else tried(_recorded_warnings) if done else ()
-    return Files(bool(done), progress, owner, record, inputs, tuple(dict.fromkeys(odd)), warnings or ())
+    return StepFiles(bool(done), progress, holder, record, inputs, tuple(dict.fromkeys(odd)), warnings or ())
 
 
 def _recorded_warnings(folder: Path) -> tuple[str, ...]:
