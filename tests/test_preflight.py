@@ -7,12 +7,13 @@ import inspect
 import json
 import re
 import shutil
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from running import run_cli
+from running import ROOT, run_cli
 
 from pipeline.cli.main import command
 from pipeline.config.architectures import BUNDLED
@@ -193,8 +194,27 @@ def test_a_package_that_is_missing_or_old_is_told(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     told = wrong(tmp_path)
-    assert "package trl 0.9 is not" in told
+    assert "package trl: got 0.9; expected <1.17,>=1.16. Fix: scripts/setup, or " in told
     assert "package deepspeed is not installed (the folder of that name is not it)" in told
+
+
+@pytest.mark.parametrize(
+    ("package", "words", "told"),
+    [
+        ("submitit", ["--launcher", "submitit"], "cluster.launcher: package submitit is not installed. Fix: "),
+        ("wandb", ["cluster.loggers=[wandb]"], "cluster.loggers: package wandb is not installed. Fix: "),
+        ("trackio", ["cluster.loggers=[trackio]"], "cluster.loggers: package trackio is not installed. Fix: "),
+    ],
+)
+def test_a_package_of_an_extra_is_named_with_the_command_that_installs_it(
+    package: str, words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plain installation has none of them, and a run without that setting does not miss them."""
+    monkeypatch.setitem(sys.modules, package, None)  # as Python itself marks what cannot be imported
+    assert command(["check", "tiny", "--runs", str(tmp_path / "runs")]) == 0
+    with pytest.raises(PipelineError) as caught:
+        command(["check", "tiny", *words, "--runs", str(tmp_path / "runs")])
+    assert told + f"{sys.executable} -m pip install {package} -c {ROOT}/constraints.txt, or " in str(caught.value)
 
 
 def test_an_argument_that_a_library_has_renamed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
+import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from running import ROOT
 
 
@@ -18,14 +21,74 @@ def run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_setup_does_nothing_in_no_time_when_all_is_there(tmp_path: Path) -> None:
-    stamp = "cat pyproject.toml constraints.txt scripts/setup | cksum"
-    (tmp_path / ".therefore").write_text(subprocess.check_output(stamp, shell=True, cwd=ROOT, text=True))
-    started = time.perf_counter()
-    done = run("scripts/setup", THEREFORE_VENV=str(tmp_path))
-    assert (done.returncode, done.stdout) == (0, "")
-    assert time.perf_counter() - started < 1
-    assert [path.name for path in tmp_path.iterdir()] == [".therefore"]
+def stamp() -> str:
+    """What setup leaves in an environment that has every package."""
+    return subprocess.check_output(
+        "cat pyproject.toml constraints.txt scripts/setup | cksum", shell=True, cwd=ROOT, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("there", "asked"), [(".therefore", []), (".therefore-dev", []), (".therefore-dev", ["--dev"])], ids=str
+)
+def test_setup_does_nothing_when_all_is_there(there: str, asked: list[str], tmp_path: Path) -> None:
+    """An environment with the tools of the tests has what a run needs."""
+    (tmp_path / there).write_text(stamp())
+    done = run("scripts/setup", *asked, THEREFORE_VENV=str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert [path.name for path in tmp_path.iterdir()] == [there]
+
+
+@pytest.mark.parametrize(("asked", "installed"), [([], "-e ."), (["--dev"], "-e .[dev]")])
+def test_setup_installs_the_tools_of_the_tests_only_where_they_are_asked_for(
+    asked: list[str], installed: str, tmp_path: Path
+) -> None:
+    """With a program in the place of Python that writes down what it would have done."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\n')
+    python.chmod(0o755)
+    (tmp_path / ".therefore").write_text(stamp() if asked else "of another version")
+    done = run("scripts/setup", *asked, THEREFORE_VENV=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    calls = [line.partition("constraints.txt ")[2] for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [line for line in calls if line.startswith("-e ")] == [installed]
+    assert (tmp_path / (".therefore-dev" if asked else ".therefore")).read_text() == stamp()
+
+
+def test_setup_refuses_a_word_it_does_not_know() -> None:
+    done = run("scripts/setup", "--develop")
+    assert (done.returncode, done.stderr) == (2, "usage: scripts/setup [--dev]\n")
+
+
+def test_an_old_python_is_refused_before_anything_is_installed(tmp_path: Path) -> None:
+    """With this Python, which says that it is an older one."""
+    old = tmp_path / "python"
+    patched = "import sys; sys.version_info = (3, 10, 2); sys.version = '3.10.2'; exec(sys.argv.pop(1))"
+    old.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} -c "{patched}" "$@"\n')
+    old.chmod(0o755)
+    done = run("scripts/setup", THEREFORE_VENV=str(tmp_path / "venv"), PYTHON=str(old))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: python: got 3.10.2; expected 3.11 or newer. Fix: PYTHON=python3.11")
+    assert not (tmp_path / "venv").exists()
+
+
+def test_every_dependency_is_pinned_to_a_version_that_is_allowed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    needed = [
+        Requirement(text) for text in [*project["dependencies"], *(one for name in extras for one in extras[name])]
+    ]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    others = [one for one in needed if one.name != project["name"]]  # `dev` names the other extras
+    assert len(others) > 20
+    wrong = [
+        f"{one}: {pins.get(canonicalize_name(one.name))}"
+        for one in others
+        if not one.specifier.contains(pins.get(canonicalize_name(one.name), "0"), prereleases=True)
+    ]
+    assert not wrong
 
 
 def test_an_active_environment_is_used_as_it_is(tmp_path: Path) -> None:

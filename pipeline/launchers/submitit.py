@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.site import Slurm, minutes
-from pipeline.core.errors import EXIT_STOPPED, MissingDependency
+from pipeline.core.errors import EXIT_STOPPED
 from pipeline.core.slurm_client import JobRecord, own_environment, reason_of
 from pipeline.launchers.batch_script import resources, setup_lines, shell_value
 from pipeline.launchers.slurm import exported, refused
@@ -85,12 +85,10 @@ def _runs(pid: int) -> bool:
 
 
 def submit(step: Step, plan: Plan, after: Sequence[str], record: JobRecord) -> JobRecord:
-    """Submit one step. LaunchError with Slurm's reason where it refuses."""
-    try:
-        import submitit
-        from submitit.core.utils import FailedJobError, FailedSubmissionError
-    except ImportError as error:
-        raise MissingDependency("submitit is not installed: pip install submitit, or use --launcher slurm") from error
+    """Submit one step; preflight has seen that submitit is installed. LaunchError with Slurm's reason to refuse."""
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
     stage, slurm = STAGES[step.stage], plan.cluster.slurm
     options = {"output", "error", "open-mode"}
     asked = dict(option.removeprefix("--").partition("=")[::2] for option in resources(stage, plan.cluster))

