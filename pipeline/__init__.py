@@ -34,7 +34,7 @@ __version__ = "0.1.0"
 
 _FORMER = {  # folder -> modules that were `pipeline.NAME` before they moved into it (NAME=what it is called now)
     "core": "errors files records markdown slurm_words typed=schema fingerprint=hashing slurm=slurm_client",
-    "config": "recipe cluster loading=load families=architectures",
+    "config": "recipe cluster loading=load families=model_files",
     "scoring": "answers arithmetic expressions quantities reading units verdicts metrics charts",
     "tasks": "rows row_files",
     "sizing": "memory rehearsal=smoke",

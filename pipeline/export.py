@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from pipeline import __version__
-from pipeline.config.architectures import FORMATS
+from pipeline.config.model_files import FORMATS
 from pipeline.config.recipe import Evaluate, Recipe
 from pipeline.core.markdown import cell, fenced
 from pipeline.engines.generation import stop_ids

@@ -20,7 +20,7 @@ from proof import Check, Measured, Place, check
 from pipeline.config.cluster import Cluster, TrainingStage
 from pipeline.config.recipe import Lora, Model, Recipe
 from pipeline.core.files import read_json, write_json
-from pipeline.sizing.fitting import needs, resolved
+from pipeline.sizing.fitting import needs, resolve_auto
 from pipeline.sizing.memory import CONTEXT
 from pipeline.sizing.model_sizes import GIB
 from pipeline.workflow.artifact import HISTORY, Artifact
@@ -220,7 +220,7 @@ def seven(place: Place) -> tuple[Recipe, Cluster, Artifact]:
     words += [f"evaluate.max_new_tokens={short}", "cluster.save_steps=50"]
     plan = make_plan(["deepseek7b"], words, cluster="2x2080ti", runs=place.work)
     recipe = plan.steps[0].recipe
-    return recipe, resolved(recipe, plan.cluster), data
+    return recipe, resolve_auto(recipe, plan.cluster), data
 
 
 def trained(place: Place, stage: str, name: str) -> tuple[Artifact, dict[str, float], float]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config.architectures import FAMILIES, TEMPLATES, TRL
+from pipeline.config.model_files import FAMILIES, TEMPLATES, TRL
 from pipeline.config.recipe import Model
 from pipeline.core.errors import RecipeError
 from pipeline.models.loading import encode_rows, load_tokenizer, prefills_thought, prompt_ids

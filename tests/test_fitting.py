@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from running import run_cli
 
-from pipeline.config.architectures import model_config
 from pipeline.config.cluster import Cluster, read_cluster
+from pipeline.config.model_files import model_config
 from pipeline.config.recipe import Recipe, read
 from pipeline.core import nvidia
 from pipeline.launchers.torchrun import environment
 from pipeline.preflight import checks as preflight
-from pipeline.sizing.fitting import resolved, what_fits
-from pipeline.sizing.host_memory import host_needs, limit, slurm_bytes, too_large
+from pipeline.sizing.fitting import resolve_auto, suggest_overrides
+from pipeline.sizing.host_memory import host_estimates, limit, slurm_bytes, too_large
 from pipeline.sizing.memory import usable
-from pipeline.sizing.model_sizes import GIB, known_shape
+from pipeline.sizing.model_sizes import GIB, known_dims
 from pipeline.workflow.plan import Plan, make_plan
 from pipeline.workflow.stage import STAGES
 
@@ -93,7 +93,7 @@ def test_cards_that_do_not_tell_are_not_known(cards: Path, printed: str) -> None
 def test_a_plan_for_this_machine_is_made_for_its_cards(cards: Path, tmp_path: Path) -> None:
     recipe, cluster = recipe_of("deepseek7b"), cluster_of("local")
     named = cluster_of("2x2080ti", "sft.per_device_batch_size=auto")
-    assert resolved(recipe, cluster).sft == resolved(recipe, named).sft
+    assert resolve_auto(recipe, cluster).sft == resolve_auto(recipe, named).sft
     wrong, _ = preflight.problems(make_plan(["deepseek32b"], runs=tmp_path))
     assert any(text.startswith("memory: ") and "of 10.8 GiB a GPU" in text for text in wrong)
     wrong, _ = preflight.problems(make_plan(["deepseek7b"], ["model.dtype=bfloat16"], runs=tmp_path))
@@ -117,7 +117,7 @@ def test_the_allocator_of_gpus_leaves_fewer_holes(cards: Path, monkeypatch: pyte
 def test_on_unknown_cards_everything_is_small(cluster: list[str]) -> None:
     auto = [f"{stage}.{key}=auto" for stage in ("sft", "grpo") for key in ("per_device_batch_size", "deepspeed")]
     recipe = recipe_of("deepseek7b")
-    found = resolved(recipe, cluster_of(*cluster, *auto, "sft.gradient_checkpointing=auto"))
+    found = resolve_auto(recipe, cluster_of(*cluster, *auto, "sft.gradient_checkpointing=auto"))
     assert (found.sft.per_device_batch_size, found.grpo.per_device_batch_size) == (1, 1)
     assert found.sft.gradient_checkpointing is True
     assert (found.sft.deepspeed, found.grpo.deepspeed) == ("zero2", "zero2")
@@ -126,7 +126,7 @@ def test_on_unknown_cards_everything_is_small(cluster: list[str]) -> None:
 
 @pytest.mark.parametrize(("name", "words"), [("tiny", ["gpus=2"]), ("tiny", ["gpus=0"]), ("smollm2", ["gpus=0"])])
 def test_models_from_nothing_and_cpus_keep_their_speed(name: str, words: list[str]) -> None:
-    found = resolved(recipe_of(name), cluster_of("local", *words))
+    found = resolve_auto(recipe_of(name), cluster_of("local", *words))
     assert found.sft.gradient_checkpointing is False
     assert found.sft.per_device_batch_size == "auto"  # the largest that divides the global batch
     assert found.evaluate_batch_size == 100
@@ -177,16 +177,16 @@ def test_sizes_are_read_as_slurm_reads_them(text: str, size: float | None) -> No
 def test_offloaded_states_are_counted_against_the_node() -> None:
     """16 bytes of each weight for the optimizer (copy, gradient, two moments), 2 for itself, shared by the nodes."""
     recipe = recipe_of("llama8b", *FULL)
-    shape = known_shape(recipe.model)
+    shape = known_dims(recipe.model)
     assert shape is not None
     for zero, bytes_each, nodes in (("zero3_offload", 18, 1), ("zero3_offload", 18, 2), ("zero2_offload", 16, 1)):
         words = [f"sft.deepspeed={zero}", f"grpo.deepspeed={zero}", f"nodes={nodes}"]
-        sft, grpo = host_needs(recipe, cluster_of("h100", *words))
+        sft, grpo = host_estimates(recipe, cluster_of("h100", *words))
         loaded = 4 * 4 * shape.parameters if zero == "zero2_offload" else 0  # a float32 copy in each of 4 processes
         wanted = max(bytes_each * shape.parameters / nodes, loaded) + 4 * 3 * GIB
         assert (sft.bytes, grpo.bytes) == pytest.approx((wanted, wanted))
     eight_bit = recipe_of("llama8b", *FULL, "sft.optimizer.name=paged_adamw_8bit")
-    less, _ = host_needs(eight_bit, cluster_of("h100", "sft.deepspeed=zero3_offload"))
+    less, _ = host_estimates(eight_bit, cluster_of("h100", "sft.deepspeed=zero3_offload"))
     assert less.bytes == pytest.approx((2 * 4 + 2 + 2) * shape.parameters + 12 * GIB)
 
 
@@ -195,7 +195,7 @@ def test_weights_that_each_process_loads_are_counted() -> None:
     sizes = {}
     for name, words in {"full": FULL, "lora": ["model.quantization=none"], "nf4": []}.items():
         recipe = recipe_of("deepseek7b", *words)
-        sizes[name] = host_needs(recipe, cluster_of("2x2080ti"))[0].bytes - 6 * GIB
+        sizes[name] = host_estimates(recipe, cluster_of("2x2080ti"))[0].bytes - 6 * GIB
     assert sizes == {"full": 2 * 4 * 7_615_616_512, "lora": 2 * 2 * 7_615_616_512, "nf4": 0}
 
 
@@ -210,7 +210,7 @@ def test_check_refuses_what_a_node_cannot_hold_with_remedies_that_hold() -> None
     assert "Fix: cluster.slurm.memory=132G, or cluster.sft.deepspeed=zero3 cluster.grpo.deepspeed=zero3" in told
     recipe = recipe_of("llama8b", *FULL)
     for remedy in (["slurm.memory=132G"], ["slurm.memory=64G", "sft.deepspeed=zero3", "grpo.deepspeed=zero3"]):
-        assert too_large(recipe, resolved(recipe, cluster_of("h100", *remedy))) == []
+        assert too_large(recipe, resolve_auto(recipe, cluster_of("h100", *remedy))) == []
 
 
 def test_this_machines_own_memory_counts_for_the_local_launcher() -> None:
@@ -220,30 +220,35 @@ def test_this_machines_own_memory_counts_for_the_local_launcher() -> None:
     many = int(mine / (4 * 7_615_616_512)) + 1  # processes, of which each loads 28 GiB
     words = ["gpus=1", f"processes={many}", "gpu_memory=80", "sft.deepspeed=zero2", "grpo.deepspeed=zero2"]
     recipe = recipe_of("deepseek7b", *FULL, f"sft.global_batch_size={many}", f"grpo.global_batch_size={many * 8}")
-    assert {need.stage for need in too_large(recipe, resolved(recipe, cluster_of("local", *words)))} == {"sft", "grpo"}
+    assert {need.stage for need in too_large(recipe, resolve_auto(recipe, cluster_of("local", *words)))} == {
+        "sft",
+        "grpo",
+    }
 
 
 def test_no_remedy_for_the_gpu_offloads_more_than_the_host_holds() -> None:
     recipe = recipe_of("llama8b", *FULL)
     zero3 = ["sft.deepspeed=zero3", "grpo.deepspeed=zero3", "gpus=2", "gpu_memory=48"]
-    roomy = what_fits(recipe, cluster_of("h100", *zero3, "slurm.memory=480G"))
+    roomy = suggest_overrides(recipe, cluster_of("h100", *zero3, "slurm.memory=480G"))
     assert any("offload" in word for word in roomy)
-    assert not any("offload" in word for word in what_fits(recipe, cluster_of("h100", *zero3, "slurm.memory=64G")))
+    assert not any(
+        "offload" in word for word in suggest_overrides(recipe, cluster_of("h100", *zero3, "slurm.memory=64G"))
+    )
 
 
 def test_auto_never_takes_zero3_for_muon() -> None:
     small = ["nodes=2", "gpu_memory=32", "sft.deepspeed=auto"]
     recipe = recipe_of("llama8b", *FULL, "sft.optimizer.name=muon", "sft.optimizer.max_grad_norm=0")
-    assert resolved(recipe, cluster_of("h100", *small)).sft.deepspeed == "zero2"  # it does not fit
+    assert resolve_auto(recipe, cluster_of("h100", *small)).sft.deepspeed == "zero2"  # it does not fit
     adamw = recipe_of("llama8b", *FULL)
-    assert resolved(adamw, cluster_of("h100", *small)).sft.deepspeed == "zero3"
+    assert resolve_auto(adamw, cluster_of("h100", *small)).sft.deepspeed == "zero3"
 
 
 def test_auto_does_not_offload_to_a_host_that_is_too_small() -> None:
     recipe = recipe_of("llama8b", *FULL)
     words = ["gpus=2", "gpu_memory=48", "sft.deepspeed=auto"]
-    assert resolved(recipe, cluster_of("h100", *words, "slurm.memory=480G")).sft.deepspeed == "zero3_offload"
+    assert resolve_auto(recipe, cluster_of("h100", *words, "slurm.memory=480G")).sft.deepspeed == "zero3_offload"
     small = cluster_of("h100", *words, "slurm.memory=64G")
-    decided = resolved(recipe, small)
+    decided = resolve_auto(recipe, small)
     assert usable(small) > 0
     assert too_large(recipe, decided) != []  # nothing fits, and check says so

@@ -14,7 +14,7 @@ from running import ROOT, run_cli
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.config.architectures import gguf_file
+from pipeline.config.model_files import gguf_file
 from pipeline.config.recipe import Model, Scratch
 from pipeline.core.errors import ArtifactError
 from pipeline.models.loading import base_checkpoint, make_scratch, unpack_gguf

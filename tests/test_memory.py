@@ -18,19 +18,19 @@ from test_rehearsal import PUBLISHED
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from trl.trainer import utils as trl_utils
 
-from pipeline.config.architectures import model_config
 from pipeline.config.cluster import Cluster, batches, read_cluster
+from pipeline.config.model_files import model_config
 from pipeline.config.recipe import Lora, Recipe, read, recipe_names
-from pipeline.sizing.fitting import needs, resolved, what_fits
-from pipeline.sizing.memory import FRAGMENTATION, Need, Term, states_of, usable, zero_of
+from pipeline.sizing.fitting import needs, resolve_auto, suggest_overrides
+from pipeline.sizing.memory import FRAGMENTATION, MemoryEstimate, Term, states_of, usable, zero_of
 from pipeline.sizing.model_sizes import (
     GIB,
     TILE,
+    activation_bytes_per_token,
     adapter_parameters,
-    head_bytes,
-    kept_per_token,
-    prefill_per_token,
-    shape_of,
+    dims_of,
+    logits_and_loss_bytes,
+    prefill_bytes_per_token,
 )
 from pipeline.workflow.plan import make_plan, spec_of
 
@@ -107,13 +107,13 @@ def kept(
 def test_parameters_are_exactly_the_published_ones(name: str) -> None:
     config = model_config(replace(recipe_of("deepseek7b").model, name=name))
     assert config is not None
-    assert shape_of(config).parameters == PUBLISHED[name]
+    assert dims_of(config).parameters == PUBLISHED[name]
 
 
 def test_seventy_billion_parameters_on_up_to_64_gpus() -> None:
     """R1-Distill-Llama-70B, from its published configuration: full training, whose states ZeRO-3 shares out."""
     large = {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672}
-    shape = shape_of(config_of("llama", **large))
+    shape = dims_of(config_of("llama", **large))
     assert shape.parameters == 70_553_706_496
     optimizer = recipe_of("llama8b").sft.optimizer
     totals = [
@@ -128,7 +128,7 @@ def test_adapters_are_exactly_what_peft_adds(kind: str) -> None:
     config = config_of(kind, num_hidden_layers=2)
     model = empty(config, lora=LORA, checkpointing=False)
     added = sum(weights.numel() for name, weights in model.named_parameters() if "lora_" in name)
-    assert adapter_parameters(shape_of(config), LORA) == added
+    assert adapter_parameters(dims_of(config), LORA) == added
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
@@ -143,7 +143,7 @@ def test_a_layer_keeps_what_the_models_code_keeps(kind: str, lora: Lora | None, 
         - kept(few, tokens, lora=lora, checkpointing=checkpointing)
         for tokens in (64, 128)
     ]
-    whole, only_input = kept_per_token(shape_of(few), lora, mask=4, dropped=4, low=4, repeated=False)
+    whole, only_input = activation_bytes_per_token(dims_of(few), lora, mask=4, dropped=4, low=4, repeated=False)
     assert (growth[1] - growth[0]) / 64 / 2 == pytest.approx(only_input if checkpointing else whole, rel=0.01)
 
 
@@ -155,7 +155,7 @@ def test_sdpa_keeps_the_keys_that_were_repeated_for_it(kind: str) -> None:
         - kept(few, tokens, lora=None, checkpointing=False, attention="live_bytes_repeated")
         for tokens in (64, 128)
     ]
-    whole, _ = kept_per_token(shape_of(few), None, repeated=True)
+    whole, _ = activation_bytes_per_token(dims_of(few), None, repeated=True)
     assert (growth[1] - growth[0]) / 64 / 2 == pytest.approx(whole, rel=0.01)
 
 
@@ -166,7 +166,7 @@ def test_a_layer_holds_what_the_models_code_holds_while_a_prompt_is_read(kind: s
     config = config_of(kind, num_hidden_layers=3)
     lora = None if adapters == "none" else LORA
     model = empty(config, lora=lora, checkpointing=False, autocast=adapters == "32 bit").eval()
-    shape, peaks = shape_of(config), []
+    shape, peaks = dims_of(config), []
     for tokens in (512, 1024):
         ids = torch.ones((1, tokens), dtype=torch.long, device="meta")
         gc.collect()
@@ -174,7 +174,7 @@ def test_a_layer_holds_what_the_models_code_holds_while_a_prompt_is_read(kind: s
             model(input_ids=ids, use_cache=True, past_key_values=DynamicCache(), logits_to_keep=1)
         peaks.append(live.peak)
     cache = 2 * shape.layers * shape.key * 2
-    held = prefill_per_token(shape, lora=lora is not None, low=4 if adapters == "32 bit" else 2)
+    held = prefill_bytes_per_token(shape, lora=lora is not None, low=4 if adapters == "32 bit" else 2)
     assert (peaks[1] - peaks[0]) / 512 - cache == pytest.approx(held, rel=0.01)
 
 
@@ -190,14 +190,14 @@ def test_the_head_holds_a_tile_of_logits_and_never_all(
         monkeypatch.setattr(chunked_logprob, name, lambda *_, **__: None)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which this device does not know
     assert (chunked_logprob.TOKEN_CHUNK_SIZE, trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE) == TILE
-    shape = shape_of(config_of("llama", vocab_size=100_000))
+    shape = dims_of(config_of("llama", vocab_size=100_000))
     hidden = torch.empty((tokens, shape.hidden), dtype=torch.bfloat16, device="meta", requires_grad=True)
     weight = torch.empty((shape.vocabulary, shape.hidden), dtype=torch.bfloat16, device="meta", requires_grad=full)
     targets = torch.zeros(tokens, dtype=torch.long, device="meta")
     with LiveBytes() as live:
         there = (hidden.detach(), weight.detach(), live.live)[-1]  # what the model has anyway
         chunked_logprob.ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, TILE[1])[0].sum().backward()
-    assert live.peak - there == pytest.approx(head_bytes(shape, tokens, full=full), rel=0.02)
+    assert live.peak - there == pytest.approx(logits_and_loss_bytes(shape, tokens, full=full), rel=0.02)
 
 
 def test_four_bit_weights_are_as_large_as_bitsandbytes_makes_them() -> None:
@@ -276,7 +276,7 @@ def test_a_remedy_makes_everything_fit(case: str) -> None:
     (name, *words), (cluster, *more), expected = TIGHT_FITS[case]
     recipe, where = recipe_of(name, *words), cluster_of(cluster, *more)
     assert "does not fit" in verdicts(recipe, where)
-    remedy = what_fits(recipe, where)
+    remedy = suggest_overrides(recipe, where)
     assert remedy
     assert expected is None or remedy == expected
     changed = recipe_of(name, *words, *(word for word in remedy if not word.startswith("cluster.")))
@@ -285,13 +285,13 @@ def test_a_remedy_makes_everything_fit(case: str) -> None:
 
 
 def verdicts(recipe: Recipe, cluster: Cluster) -> list[str]:
-    return [need.verdict(usable(cluster)) for need in needs(recipe, cluster) or []]
+    return [need.fit(usable(cluster)) for need in needs(recipe, cluster) or []]
 
 
 def test_a_model_that_no_change_makes_fit_has_no_remedy() -> None:
     recipe, where = recipe_of("deepseek32b"), cluster_of("2x2080ti")
     assert "does not fit" in verdicts(recipe, where)
-    assert what_fits(recipe, where) == []
+    assert suggest_overrides(recipe, where) == []
 
 
 def test_the_recipe_of_two_small_cards_fits_them() -> None:
@@ -316,7 +316,7 @@ def test_zero3_holds_the_model_and_a_share_of_it_while_it_generates(way: str) ->
         cluster = cluster_of("2x2080ti", f"grpo.deepspeed={zero}", "generation_batch_size=4", "gpu_memory=80")
         need = next(need for need in needs(recipe, cluster) or [] if need.phase == "grpo, generating")
         held[zero] = sum(t.bytes for t in need.terms if t.what.startswith(("weights", "8-bit", "scales", "the whole")))
-    adapters = adapter_parameters(shape_of(_config(recipe)), recipe.lora) * 2
+    adapters = adapter_parameters(dims_of(_config(recipe)), recipe.lora) * 2
     assert (held["zero3"] - adapters) / held["zero2"] == pytest.approx(1.5, rel=0.03)
 
 
@@ -335,7 +335,7 @@ def _config(recipe: Recipe) -> dict[str, Any]:
 def test_auto_is_the_largest_batch_that_fits_and_keeps_the_global_one(name: str, memory: int, gpus: int) -> None:
     auto = [f"{stage}.{key}=auto" for stage in ("sft", "grpo") for key in ("per_device_batch_size", "deepspeed")]
     recipe = recipe_of(name, "sft.global_batch_size=64", "grpo.global_batch_size=64")
-    cluster = resolved(recipe, cluster_of("h100", f"gpus={gpus}", f"gpu_memory={memory}", *auto))
+    cluster = resolve_auto(recipe, cluster_of("h100", f"gpus={gpus}", f"gpu_memory={memory}", *auto))
     for stage in ("sft", "grpo"):
         layout = getattr(cluster, stage)
         sizes, problems = batches(cluster, recipe, "sft" if stage == "sft" else "grpo")
@@ -343,11 +343,11 @@ def test_auto_is_the_largest_batch_that_fits_and_keeps_the_global_one(name: str,
         assert sizes is not None
         assert sizes.processes * sizes.per_device * sizes.accumulation == 64
         assert layout.deepspeed in ("zero2", "zero3", "zero3_offload")
-        fits = {n.phase: n.verdict(usable(cluster)) for n in needs(recipe, cluster) or [] if n.phase.startswith(stage)}
+        fits = {n.phase: n.fit(usable(cluster)) for n in needs(recipe, cluster) or [] if n.phase.startswith(stage)}
         twice = {stage: replace(layout, per_device_batch_size=2 * sizes.per_device)}
         double = replace(cluster, generation_batch_size="auto", **twice)
         if set(fits.values()) == {"fits"} and sizes.accumulation > 1 and sizes.per_device < 16:
-            more = [n.verdict(usable(cluster)) for n in needs(recipe, double) or [] if n.phase.startswith(stage)]
+            more = [n.fit(usable(cluster)) for n in needs(recipe, double) or [] if n.phase.startswith(stage)]
             assert set(more) != {"fits"}
 
 
@@ -366,7 +366,7 @@ def test_what_is_generated_at_once_is_a_whole_share_of_whole_groups(
         return
     recipe = recipe_of("phi3.5", f"grpo.global_batch_size={batch}", f"grpo.num_generations={group}")
     words = [f"gpus={processes}", f"grpo.per_device_batch_size={rows}", f"gpu_memory={memory}"]
-    cluster = resolved(recipe, cluster_of("2x2080ti", *words))
+    cluster = resolve_auto(recipe, cluster_of("2x2080ti", *words))
     at_once = cluster.generation_batch_size
     assert isinstance(at_once, int)
     assert rows * accumulation % at_once == 0
@@ -376,9 +376,9 @@ def test_what_is_generated_at_once_is_a_whole_share_of_whole_groups(
 
 def test_what_is_said_is_not_decided_again(tmp_path: Path) -> None:
     recipe, said = recipe_of("deepseek7b"), cluster_of("2x2080ti", "generation_batch_size=4", "evaluate_batch_size=8")
-    assert resolved(recipe, said) == said
+    assert resolve_auto(recipe, said) == said
     tiny = cluster_of("h100", "gpus=2", "sft.deepspeed=auto", "grpo.deepspeed=auto")
-    decided = resolved(recipe_of("tiny"), tiny)  # nobody knows a configuration of a model from nothing
+    decided = resolve_auto(recipe_of("tiny"), tiny)  # nobody knows a configuration of a model from nothing
     assert (decided.sft.deepspeed, decided.grpo.deepspeed) == ("zero2", "zero2")
     assert decided.sft.per_device_batch_size == "auto"
 
@@ -393,8 +393,8 @@ def test_a_step_is_told_what_auto_is(tmp_path: Path) -> None:
 
 
 def test_the_verdict_follows_the_card() -> None:
-    need = Need("sft", (Term("weights", 8 * GIB),))
-    assert [need.verdict(size * GIB) for size in (24, 10, 9)] == ["fits", "tight", "does not fit"]
+    need = MemoryEstimate("sft", (Term("weights", 8 * GIB),))
+    assert [need.fit(size * GIB) for size in (24, 10, 9)] == ["fits", "tight", "does not fit"]
 
 
 def test_the_table_names_every_term_and_the_remedy() -> None:
@@ -414,7 +414,7 @@ def test_the_table_names_every_term_and_the_remedy() -> None:
 def test_an_evaluation_may_keep_most_weights_on_the_cpu() -> None:
     recipe, _ = read("deepseek7b", ["model.quantization=none"])
     assert recipe is not None
-    totals, adapters = [], 4 * adapter_parameters(shape_of(_config(recipe)), recipe.lora)
+    totals, adapters = [], 4 * adapter_parameters(dims_of(_config(recipe)), recipe.lora)
     for words in (["evaluate_batch_size=8"], ["evaluate_batch_size=8", "max_memory={gpu: 4}"]):
         cluster, problems = read_cluster("2x2080ti", words)
         assert cluster is not None, problems

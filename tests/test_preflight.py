@@ -16,7 +16,7 @@ import pytest
 from running import ROOT, run_cli
 
 from pipeline.cli.main import command
-from pipeline.config.architectures import BUNDLED
+from pipeline.config.model_files import BUNDLED
 from pipeline.config.recipe import recipe_names
 from pipeline.core.errors import PipelineError
 from pipeline.preflight import checks as preflight

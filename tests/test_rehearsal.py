@@ -10,8 +10,8 @@ import pytest
 from running import only, run_cli
 
 from pipeline import preprocess
-from pipeline.config.architectures import BUNDLED, model_config
 from pipeline.config.cluster import cluster_names
+from pipeline.config.model_files import BUNDLED, model_config
 from pipeline.config.recipe import Recipe, read, recipe_names
 from pipeline.core.errors import RecipeError
 from pipeline.core.files import read_json

@@ -56,7 +56,7 @@ WEIGHTS = "model.safetensors"
 def scratch(architecture: str, folder: Path) -> Path:
     heads = 4 if architecture == "phi3" else 2
     make_scratch(
-        Scratch(architecture, 400, 16, 2, 4, heads, 32, 128, 10000.0, 0.3),  # type: ignore[arg-type]
+        Scratch(architecture, 400, 16, 2, 4, heads, 32, 128, 10000.0, 0.3),
         TEXTS * 20,
         "think",
         folder,

@@ -27,7 +27,7 @@ from pipeline.cli.checkpoints import ask_command, evaluate_command, export_comma
 from pipeline.cli.data import audit_command, fetch_command, generate_command, list_command
 from pipeline.cli.jobs import cancel_command, logs_command, status_command
 from pipeline.cli.run import check_command, plan_command, prepare_command, run_command
-from pipeline.config.architectures import FORMATS, QUANTS
+from pipeline.config.model_files import FORMATS, QUANTS
 from pipeline.core.errors import (
     PlanError,
     run_main,

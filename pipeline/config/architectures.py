@@ -1,115 +1,84 @@
-"""What a model is before it is downloaded: its `config.json`, of the local cache, of a folder, or bundled.
+"""The model architectures this project knows, by the `model_type` of a config.json: one entry each.
 
-    config = model_config("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B")     a dict, or None where nobody knows
+    architecture = ARCHITECTURES.get(config["model_type"])     None where the architecture is not known
 
-Bundled are the configurations of the recipes' models, in configs/models/: sizes and nothing else, written from the
-models' cards; tests compare their parameter counts with the published ones.
+An entry serves the memory plan, the check of LoRA targets, the small random model of a smoke test, and GGUF. A model of
+another type still trains and evaluates, without a check of its memory and LoRA targets. docs/architecture.md shows how
+to add an entry; the tests compare each entry with transformers' code.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import math
-import re
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.config.recipe import CONFIGS, Model
-from pipeline.core.errors import ArtifactError
-from pipeline.core.files import read_json
-
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-BUNDLED = CONFIGS / "models"
-# of these families TRL ships the real templates, and of R1-Distill's one that does not delete thoughts
-FAMILIES = ("deepseek_r1_distill", "llama3", "phi3_5", "qwen2_5")
-OURS = ("think", "chatml", "instruction", "plain")
-HERE = Path(__file__).parent.parent / "chat_templates"
-_TRL = importlib.util.find_spec("trl")  # found, not imported
-TRL = Path(_TRL.origin if _TRL and _TRL.origin else "trl").parent / "chat_templates"
-TEMPLATES = {
-    **{name: HERE / f"{name}.jinja" for name in OURS},
-    **{name: TRL / f"{name}_training.jinja" for name in FAMILIES},
+# a linear map of a layer: its module's name -> (widths that it reads, widths that it writes), by the names of DIMS
+Projections = Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]
+SEPARATE: Projections = {
+    "q_proj": (("hidden",), ("query",)),
+    "k_proj": (("hidden",), ("key",)),
+    "v_proj": (("hidden",), ("key",)),
+    "o_proj": (("query",), ("hidden",)),
+    "gate_proj": (("hidden",), ("inner",)),
+    "up_proj": (("hidden",), ("inner",)),
+    "down_proj": (("inner",), ("hidden",)),
 }
-SPECIAL = re.compile(r"<[|｜][^<>{}'\"\s]+[|｜]>")
-# what an export is
-FORMATS = {
-    "adapter": "A LoRA adapter: what training has added, to be loaded on its base model.",
-    "merged16": "The whole model in 16 bit.",
-    "merged4": "The whole model, merged in 16 bit and then quantized to 4 bit (bitsandbytes nf4).",
-    "gguf": "The whole model in one GGUF file, for llama.cpp and what is built on it.",
+JOINED: Projections = {
+    "qkv_proj": (("hidden",), ("query", "key", "key")),
+    "o_proj": (("query",), ("hidden",)),
+    "gate_up_proj": (("hidden",), ("inner", "inner")),
+    "down_proj": (("inner",), ("hidden",)),
 }
-QUANTS = ("q8_0", "q4_0", "q4_k_m", "f16")  # of a GGUF file
+# the sizes of a decoder, and their keys in config.json
+DIMS = {
+    "hidden": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "inner": "intermediate_size",
+    "vocabulary": "vocab_size",
+}
 
 
-def model_config(model: Model) -> dict[str, Any] | None:
-    """The configuration of a recipe's base model, without network and without torch; None for one from scratch.
+@dataclass(frozen=True)
+class GgufLayout:
+    """What llama.cpp's converter does to the weights and metadata of an architecture."""
 
-    ArtifactError where the config.json of a folder names sizes that are none.
-    """
-    if model.scratch:
-        return None
-    folder = Path(model.name)
-    if folder.is_dir():
-        config = _dict(read_json(folder / "config.json"))
-        check_sizes(config or {}, folder / "config.json")
-        return config
-    bundled = _dict(read_json(BUNDLED / f"{model.name.replace('/', '--')}.json"))
-    return bundled or _cached(model)
+    name: str  # llama.cpp's name of the architecture
+    rotary_pairs: bool = False  # it rotates neighbouring rows of queries and keys; transformers rotates two halves
+    rope_dimension: bool = True  # writes the width that is rotated
+    long_context: bool = False  # writes the context of pre-training, the window and the factors of long contexts
 
 
-def check_sizes(config: dict[str, Any], file: Path) -> None:
-    """ArtifactError where a size in a config.json is not a whole number of at least 1, or its rotation has no base."""
-    needed = SIZES if config.get("model_type") in ("qwen2", "llama", "phi3") else ()
-    for key in (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"):
-        value = config.get(key)
-        if (key in needed or value is not None) and (type(value) is not int or value < 1):
-            raise ArtifactError(
-                f"{file}: {key}: got {value!r}; expected a whole number of at least 1. "
-                "Fix: use the config.json that the model was saved with"
-            )
-    rope = config.get("rope_parameters")
-    for key, value in (("rope_theta", config.get("rope_theta")), *(rope.items() if isinstance(rope, dict) else ())):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if key == "rope_theta" and value is not None and not (number and 0 < value < math.inf):
-            raise ArtifactError(
-                f"{file}: rope_theta: got {value!r}; expected a number above 0. "
-                "Fix: use the config.json that the model was saved with"
-            )
+@dataclass(frozen=True)
+class Architecture:
+    """Everything that is known of a model type."""
+
+    title: str
+    gguf: GgufLayout | None  # None: export as merged16 and use llama.cpp's own converter
+    projections: Projections = field(default_factory=lambda: SEPARATE)  # what LoRA can adapt; what is quantized
+    dims: Mapping[str, str] = field(default_factory=lambda: DIMS)
+    attention_bias: bool = False  # the query, key and value projections have one
+    tied: bool = False  # the head is the embedding where config.json does not say
+
+    @property
+    def joined(self) -> bool:
+        """Whether query, key and value are one linear map, and gate and up another."""
+        return "qkv_proj" in self.projections
 
 
-def gguf_file(model: Model) -> Path | None:
-    """Where the file of `model.gguf` is: a path, or package/file of an installed package; None where it is not."""
-    name = model.gguf or ""
-    if Path(name).is_file():
-        return Path(name)
-    package, _, file = name.partition("/")
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    places = spec.submodule_search_locations if spec else None
-    found = [Path(place) / file for place in places or () if (Path(place) / file).is_file()]
-    return found[0] if found else None
+ARCHITECTURES: dict[str, Architecture] = {
+    "qwen2": Architecture("Qwen2", GgufLayout("qwen2", rope_dimension=False), attention_bias=True),
+    "llama": Architecture("Llama", GgufLayout("llama", rotary_pairs=True)),
+    "phi3": Architecture("Phi-3", GgufLayout("phi3", long_context=True), projections=JOINED),
+}
+
+if TYPE_CHECKING:
+    ModelType = str
+else:  # a setting's type: the names of the entries
+    ModelType = Literal[tuple(ARCHITECTURES)]
 
 
-def special_in(template: str) -> list[str]:
-    """The special tokens that a chat template writes, in their order."""
-    return list(dict.fromkeys(SPECIAL.findall(template)))
-
-
-def special_tokens(model: Model) -> set[str]:
-    """The special tokens of a model's tokenizer, from its folder or the local cache; empty where it is not there."""
-    folder = Path(model.name)
-    tokenizer = _dict(read_json(folder / "tokenizer.json")) if folder.is_dir() else _cached(model, "tokenizer.json")
-    added = (tokenizer or {}).get("added_tokens")
-    return {str(token["content"]) for token in added or () if isinstance(token, dict) and "content" in token}
-
-
-def _cached(model: Model, file: str = "config.json") -> dict[str, Any] | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    if model.name.count("/") != 1:
-        return None
-    path = try_to_load_from_cache(model.name, file, revision=model.revision)
-    return _dict(read_json(Path(path))) if isinstance(path, str) else None
-
-
-def _dict(value: Any) -> dict[str, Any] | None:
-    return value if isinstance(value, dict) else None
+def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
+    """The entry of a config.json; None where its model type has none."""
+    return ARCHITECTURES.get(str(config.get("model_type")))

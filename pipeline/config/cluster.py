@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pipeline.config.load import read_typed
 from pipeline.config.recipe import CONFIGS, Recipe, divisors, find_yaml
@@ -67,6 +67,10 @@ class Cluster:
     slurm: Slurm
     max_idle_steps: PositiveInt | None = added(None)  # GRPO steps in a row without spread that end it; None: only warn
 
+    def layout(self, stage: str) -> TrainingStage:
+        """Return how a training stage, sft or grpo, is laid out."""
+        return {"sft": self.sft, "grpo": self.grpo}[stage]
+
     def problems(self) -> list[str]:
         """What cannot be, before any recipe is looked at."""
         found = []
@@ -89,10 +93,17 @@ class Cluster:
         return found
 
 
-def _zero_stage(deepspeed: str) -> int:
-    """The ZeRO stage of a file of deepspeed/; 0 for none, auto and a file that is not there."""
-    file = DEEPSPEED / f"{deepspeed}.json"
-    return int(json.loads(file.read_text(encoding="utf-8"))["zero_optimization"]["stage"]) if file.is_file() else 0
+def deepspeed_file(name: str) -> dict[str, Any] | None:
+    """Read a file of deepspeed/ by its name; None for none, and for auto until it is decided."""
+    if name in ("none", "auto"):
+        return None
+    return dict(json.loads((DEEPSPEED / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def zero_stage(deepspeed: str) -> int:
+    """Return the ZeRO stage of a file of deepspeed/; 0 without one."""
+    settings = deepspeed_file(deepspeed)
+    return int(settings["zero_optimization"]["stage"]) if settings else 0
 
 
 def deepspeed_names() -> list[str]:
@@ -201,14 +212,14 @@ def batches(
 ) -> tuple[Batches | None, list[str]]:
     """The layout of one training stage, or what does not divide and the nearest values that do."""
     processes = processes or cluster.nodes * process_count(cluster)
-    settings = recipe.sft if stage == "sft" else recipe.grpo
-    wanted, layout = settings.global_batch_size, cluster.sft if stage == "sft" else cluster.grpo
+    settings, layout = recipe.training(stage), cluster.layout(stage)
+    wanted = settings.global_batch_size
     if settings.optimizer.name == "muon" and layout.deepspeed == "none":
         return None, [
             f"{stage}.optimizer.name: 'muon' is DeepSpeed's, but cluster.{stage}.deepspeed is 'none'; "
             "use zero2, or an optimizer such as adamw_torch"
         ]
-    if settings.optimizer.name == "muon" and _zero_stage(layout.deepspeed) == 3:
+    if settings.optimizer.name == "muon" and zero_stage(layout.deepspeed) == 3:
         return None, [
             f"cluster.{stage}.deepspeed: got {layout.deepspeed}; expected ZeRO-2, because DeepSpeed refuses muon under "
             f"ZeRO-3 (it scatters gradients). Fix: cluster.{stage}.deepspeed=zero2, or "

@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from pipeline.config.architectures import ModelType
 from pipeline.config.load import read_typed
 from pipeline.core.errors import RecipeError, did_you_mean
 from pipeline.core.hashing import file_identity
@@ -42,7 +43,7 @@ MODEL_FILES = 10_000  # in a model's folder: more is another kind of folder
 class Scratch:
     """A model made from nothing: its tokenizer is trained on the task's text, its weights are random."""
 
-    architecture: Literal["qwen2", "llama", "phi3"]
+    architecture: ModelType
     vocabulary: PositiveInt  # at most this many tokens
     hidden_size: PositiveInt
     layers: PositiveInt
@@ -242,6 +243,11 @@ class Recipe:
     def stages(self) -> tuple[Literal["sft", "grpo"], ...]:
         """The training stages it has, in their order."""
         return {"sft": ("sft", "grpo"), "base": ("grpo",), "none": ("sft",)}[self.grpo.start]  # type: ignore[return-value]
+
+    def training(self, stage: str) -> Sft | Grpo:
+        """Return the settings of a training stage, sft or grpo."""
+        stages: dict[str, Sft | Grpo] = {"sft": self.sft, "grpo": self.grpo}
+        return stages[stage]
 
     def problems(self) -> list[str]:
         """Combinations that cannot work, each with what would."""

@@ -2,9 +2,9 @@
 
     write_gguf(folder, out / "model-q8_0.gguf", "q8_0")
 
-Qwen2, Llama and Phi-3, the architectures of the recipes. Names and quantizers are those of the package gguf, the layout
-is that of llama.cpp's converter: Llama's rotary halves are interleaved, Phi-3 keeps its joined projections, tied
-embeddings are written once. Weights are read and written one at a time, so the file may be larger than the memory.
+The architectures are those whose entry in `config/architectures.py` has a `GgufLayout`. Names and quantizers are those
+of the package gguf, the layout is that of llama.cpp's converter: joined projections stay joined, tied embeddings are
+written once. Weights are read and written one at a time, so the file may be larger than the memory.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from pipeline.config.architectures import ARCHITECTURES, GgufLayout
 from pipeline.core.errors import ArtifactError, LaunchError
 from pipeline.models.weight_checks import NO_CODE
 from pipeline.workflow.weights import WEIGHTS
 
-ARCHITECTURES = ("qwen2", "llama", "phi3")
 # how a byte-level vocabulary splits text before it merges: the name llama.cpp has for a pattern
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -59,24 +59,32 @@ def write_gguf(folder: Path, file: Path, quant: str, name: str, told: Callable[[
     return file.stat().st_size
 
 
+def layout_of(model_type: str, folder: Path) -> GgufLayout:
+    """Return the GGUF layout of a model type. ArtifactError where it has none here."""
+    architecture = ARCHITECTURES.get(model_type)
+    if architecture is None or architecture.gguf is None:
+        known = ", ".join(name for name, one in ARCHITECTURES.items() if one.gguf)
+        raise ArtifactError(
+            f"{folder}: got a model of type {model_type}; expected one that is written as GGUF here ({known}). "
+            "Fix: export it with --format merged16 and use llama.cpp's convert_hf_to_gguf.py on that folder"
+        )
+    return architecture.gguf
+
+
 def _write(folder: Path, file: Path, quant: str, name: str, told: Callable[[str], None]) -> None:
     from gguf import GGUFWriter, LlamaFileType
 
     config = AutoConfig.from_pretrained(folder, **NO_CODE)
-    if config.model_type not in ARCHITECTURES:
-        raise ArtifactError(
-            f"{folder}: a model of type {config.model_type} cannot be written as GGUF here; known: "
-            f"{', '.join(ARCHITECTURES)}; export it as merged16 and use llama.cpp's convert_hf_to_gguf.py"
-        )
-    writer = GGUFWriter(file, config.model_type)
+    layout = layout_of(config.model_type, folder)
+    writer = GGUFWriter(file, layout.name)
     tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
     writer.add_name(name_in_file(name, tokenizer))
     types = {"q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0", "f16": "MOSTLY_F16"}
     writer.add_file_type(LlamaFileType[types[quant]])
     writer.add_quantization_version(2)
-    _add_config(writer, config)
+    _add_config(writer, config, layout)
     _add_tokenizer(writer, tokenizer, config.vocab_size)
-    tensors = list(_tensors(folder, config, quant))
+    tensors = list(_tensors(folder, config, layout, quant))
     for one in tensors:
         writer.add_tensor_info(one.name, one.stored_shape, one.stored_dtype, one.nbytes, raw_dtype=one.kind)
     try:
@@ -129,11 +137,11 @@ class Tensor:
         return quantize(values, self.kind) if self.packed else values.astype(self.stored_dtype)
 
 
-def _tensors(folder: Path, config: Any, quant: str) -> Iterator[Tensor]:
+def _tensors(folder: Path, config: Any, layout: GgufLayout, quant: str) -> Iterator[Tensor]:
     """Every tensor under llama.cpp's name, the rotary tables that a config implies first."""
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
 
-    arch = next(key for key, text in MODEL_ARCH_NAMES.items() if text == config.model_type)
+    arch = next(key for key, text in MODEL_ARCH_NAMES.items() if text == layout.name)
     assert isinstance(arch, MODEL_ARCH)
     names = get_tensor_name_map(arch, config.num_hidden_layers)
     for name, values in _rotary_tables(config).items():
@@ -147,7 +155,7 @@ def _tensors(folder: Path, config: Any, quant: str) -> Iterator[Tensor]:
             continue
         with safe_open(path, "pt") as file:
             shape = tuple(file.get_slice(source).get_shape())
-        turn = _heads_to_turn(source, config)
+        turn = _heads_to_turn(source, config) if layout.rotary_pairs else 0
         kind = GGMLQuantizationType[_kind(name, shape, quant)]
 
         def values_of(path: Path = path, source: str = source, turn: int = turn) -> np.ndarray[Any, Any]:
@@ -182,9 +190,7 @@ def _kind(name: str, shape: tuple[int, ...], quant: str) -> str:
 
 
 def _heads_to_turn(name: str, config: Any) -> int:
-    """Llama's queries and keys are rotated in neighbouring pairs there: of how many heads this tensor's rows are."""
-    if config.model_type != "llama":
-        return 0
+    """Return how many heads the rows of a query or key projection belong to; 0 for another tensor."""
     if ".q_proj." in name:
         return int(config.num_attention_heads)
     return int(config.num_key_value_heads) if ".k_proj." in name else 0
@@ -213,7 +219,7 @@ def _rotary_tables(config: Any) -> dict[str, np.ndarray[Any, Any]]:
     return {}
 
 
-def _add_config(writer: Any, config: Any) -> None:
+def _add_config(writer: Any, config: Any, layout: GgufLayout) -> None:
     from gguf import RopeScalingType
 
     rope = config.rope_parameters
@@ -227,12 +233,12 @@ def _add_config(writer: Any, config: Any) -> None:
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if config.model_type != "qwen2":
+    if layout.rope_dimension:
         writer.add_rope_dimension_count(int(width * rope.get("partial_rotary_factor", 1.0)))
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-    if config.model_type == "phi3":
+    if layout.long_context:
         first = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
         writer.add_rope_scaling_orig_ctx_len(first)
         writer.add_sliding_window(config.sliding_window or 0)

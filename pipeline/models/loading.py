@@ -32,8 +32,8 @@ from transformers import (
 from transformers.integrations import sdpa_attention
 from transformers.utils import is_flash_attn_2_available
 
-from pipeline.config.architectures import TEMPLATES, gguf_file, special_in
 from pipeline.config.cluster import AMPERE, MaxMemory, half_precision
+from pipeline.config.model_files import TEMPLATES, gguf_file, special_in
 from pipeline.config.recipe import Lora, Model, Scratch
 from pipeline.core.errors import ArtifactError, RecipeError
 from pipeline.models.template_trial import try_template

@@ -25,7 +25,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import LoadStateDictInfo
 from transformers.utils.hub import cached_file
 
-from pipeline.config import architectures
+from pipeline.config import model_files
 from pipeline.core.errors import ArtifactError, PipelineError
 from pipeline.core.files import read_json
 from pipeline.workflow.weights import ADAPTER
@@ -131,7 +131,7 @@ def check_sizes(name: str, revision: str | None) -> None:
     if file and not isinstance(config, dict):
         raise ArtifactError(f"{file}: not a JSON object; expected a model's configuration")
     if file and config is not None:
-        architectures.check_sizes(config, file)
+        model_files.check_sizes(config, file)
     files = weight_files(name, revision)
     if not files or not config:
         return

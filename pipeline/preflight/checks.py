@@ -23,8 +23,8 @@ from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-from pipeline.config.architectures import TEMPLATES, gguf_file, model_config, special_in, special_tokens
 from pipeline.config.cluster import AMPERE, DEEPSPEED, Cluster, half_precision
+from pipeline.config.model_files import TEMPLATES, gguf_file, model_config, special_in, special_tokens
 from pipeline.config.recipe import Model, Optimizer, Recipe
 from pipeline.core.errors import did_you_mean
 from pipeline.core.slurm_client import call, is_here, reason_of
@@ -32,10 +32,10 @@ from pipeline.hub.download import not_fetched
 from pipeline.preflight import libraries
 from pipeline.rewards.audit import audit, audited
 from pipeline.rewards.reward import find_rewards
-from pipeline.sizing.fitting import host_remedies, is_unknown, needs, resolved, unknown_model, what_fits
+from pipeline.sizing.fitting import host_remedies, is_unknown, needs, resolve_auto, suggest_overrides, unknown_model
 from pipeline.sizing.host_memory import limit, too_large
 from pipeline.sizing.memory import usable
-from pipeline.sizing.model_sizes import GIB, adapter_parameters, known_shape
+from pipeline.sizing.model_sizes import GIB, adapter_parameters, known_dims
 from pipeline.tasks.task import task_of
 from pipeline.workflow.plan import Plan, resume_problems_of
 
@@ -181,8 +181,8 @@ def _disk(plan: Plan, recipes: list[Recipe]) -> Iterator[str]:
     usage = shutil.disk_usage(place)
     wanted = LEAST_FREE
     for recipe in recipes:
-        if shape := known_shape(recipe.model):
-            trained = adapter_parameters(shape, recipe.lora) if recipe.lora.enabled else shape.parameters
+        if dims := known_dims(recipe.model):
+            trained = adapter_parameters(dims, recipe.lora) if recipe.lora.enabled else dims.parameters
             wanted += trained * 16 * (plan.cluster.keep_checkpoints + 1)
     left = [("are free", usage.free)] if usage.total else []  # what is no disk has no size; writing there tells
     left += [("are left of your quota", free) for free in _quotas(place)]
@@ -325,10 +325,10 @@ def _lengths(recipe: Recipe) -> Iterator[str]:
 
 def _adapters(recipe: Recipe) -> Iterator[str]:
     """LoRA targets that the architecture does not have."""
-    shape = known_shape(recipe.model)
-    if not recipe.lora.enabled or shape is None:
+    dims = known_dims(recipe.model)
+    if not recipe.lora.enabled or dims is None:
         return
-    known = list(shape.linears)
+    known = list(dims.linears)
     for target in recipe.lora.targets:
         if target not in (*known, "all-linear"):
             has = ", ".join(known)
@@ -337,10 +337,10 @@ def _adapters(recipe: Recipe) -> Iterator[str]:
 
 def _memory(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
     gpu = usable(cluster)
-    over = [need for need in needs(recipe, cluster) or () if gpu and need.verdict(gpu) == "does not fit"]
+    over = [need for need in needs(recipe, cluster) or () if gpu and need.fit(gpu) == "does not fit"]
     if over:
         stages = ", ".join(f"{need.phase} {need.total / GIB:.1f} GiB" for need in over)
-        remedy = " ".join(what_fits(recipe, cluster))
+        remedy = " ".join(suggest_overrides(recipe, cluster))
         how = f"say {remedy}" if remedy else "take larger GPUs"
         yield (
             f"memory: {stages} of {gpu / GIB:.1f} GiB a GPU; {how} (see plan --memory); "
@@ -350,7 +350,7 @@ def _memory(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
 
 def _host_memory(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
     """What a node's own memory cannot hold."""
-    decided = resolved(recipe, cluster)
+    decided = resolve_auto(recipe, cluster)
     over, most = too_large(recipe, decided), limit(cluster) or 0
     if not over:
         return
@@ -392,7 +392,7 @@ def _notes(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
     gpu = usable(cluster)
     yield from (f"{recipe.name}: {text}" for text in _not_compared(recipe, cluster))
     for need in needs(recipe, cluster) or ():
-        if gpu and need.verdict(gpu) == "tight":
+        if gpu and need.fit(gpu) == "tight":
             size = f"{need.total / GIB:.1f} of {gpu / GIB:.1f} GiB"
             yield f"{recipe.name}/{need.phase} is tight: {size} a GPU; a longer row than foreseen may not fit"
     here = recipe.model.scratch or recipe.model.gguf or Path(recipe.model.name).exists()
@@ -408,7 +408,7 @@ def _not_compared(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
     """What was not checked, and how it would be."""
     if recipe.model.scratch:
         return
-    if known_shape(recipe.model) is None:
+    if known_dims(recipe.model) is None:
         what = "memory and lora.targets were" if recipe.lora.enabled else "memory was"
         brings = "" if model_config(recipe.model) else f". Fix: python -m pipeline fetch {recipe.name} brings it"
         yield f"{unknown_model(recipe)}, so {what} not checked{brings}"

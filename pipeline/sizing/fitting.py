@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from pipeline.config.architectures import model_config
 from pipeline.config.cluster import (
     AUTO_EVALUATE,
     AUTO_PER_DEVICE,
@@ -22,20 +21,21 @@ from pipeline.config.cluster import (
     process_count,
     wanted_gpus,
 )
+from pipeline.config.model_files import model_config
 from pipeline.config.recipe import Recipe
-from pipeline.sizing.host_memory import HostNeed, too_large
+from pipeline.sizing.host_memory import HostMemoryEstimate, too_large
 from pipeline.sizing.memory import (
     CONTEXT,
     FRAGMENTATION,
-    Need,
+    MemoryEstimate,
     Stage,
     Term,
-    evaluation_need,
+    evaluation_estimate,
     phases,
-    training_needs,
+    training_estimates,
     usable,
 )
-from pipeline.sizing.model_sizes import GIB, known_shape
+from pipeline.sizing.model_sizes import GIB, known_dims
 
 AUTO_ZERO = ("zero2", "zero3", "zero3_offload")  # the cheapest first
 UNKNOWN_AT_ONCE = 8  # prompts that are answered at once where nobody knows what fits
@@ -43,7 +43,7 @@ LIGHT = "paged_adamw_8bit"
 ENOUGH = (("fits",), ("fits", "tight"))
 
 
-def resolved(recipe: Recipe, cluster: Cluster) -> Cluster:
+def resolve_auto(recipe: Recipe, cluster: Cluster) -> Cluster:
     """The cluster with everything that is `auto` decided for this recipe; the global batch stays the recipe's.
 
     The first ZeRO stage under which a batch fits, the cheapest first, and under it the largest batch per device; then
@@ -53,28 +53,28 @@ def resolved(recipe: Recipe, cluster: Cluster) -> Cluster:
     return _generating(recipe, cluster)
 
 
-def needs(recipe: Recipe, cluster: Cluster) -> list[Need] | None:
+def needs(recipe: Recipe, cluster: Cluster) -> list[MemoryEstimate] | None:
     """What every phase of the recipe's stages needs, `auto` decided; None where the model is not known."""
-    return phases(recipe, resolved(recipe, cluster))
+    return phases(recipe, resolve_auto(recipe, cluster))
 
 
 def is_unknown(recipe: Recipe, cluster: Cluster) -> bool:
     """Whether a recipe runs on GPUs of which nobody can say beforehand whether it fits: then everything is small."""
     if recipe.model.scratch or not wanted_gpus(cluster):
         return False
-    return not usable(cluster) or known_shape(recipe.model) is None
+    return not usable(cluster) or known_dims(recipe.model) is None
 
 
 def _decided(recipe: Recipe, cluster: Cluster, stage: Stage) -> TrainingStage:
-    layout = cluster.sft if stage == "sft" else cluster.grpo
+    layout = cluster.layout(stage)
     if layout.gradient_checkpointing == "auto":  # it saves memory of GPUs, and costs a third more computing
         needed = not recipe.model.scratch and wanted_gpus(cluster) > 0
         layout = replace(layout, gradient_checkpointing=needed)
     if layout.deepspeed != "auto" and layout.per_device_batch_size != "auto":
         return layout
-    settings, world = recipe.sft if stage == "sft" else recipe.grpo, cluster.nodes * process_count(cluster)
-    share, shape, given = settings.global_batch_size // world, known_shape(recipe.model), layout.per_device_batch_size
-    if shape is None or not usable(cluster) or settings.global_batch_size % world:
+    settings, world = recipe.training(stage), cluster.nodes * process_count(cluster)
+    share, dims, given = settings.global_batch_size // world, known_dims(recipe.model), layout.per_device_batch_size
+    if dims is None or not usable(cluster) or settings.global_batch_size % world:
         small = given == "auto" and is_unknown(recipe, cluster)
         zero = AUTO_ZERO[0] if layout.deepspeed == "auto" else layout.deepspeed
         return replace(layout, deepspeed=zero, per_device_batch_size=1 if small else given)
@@ -86,8 +86,8 @@ def _decided(recipe: Recipe, cluster: Cluster, stage: Stage) -> TrainingStage:
     for enough in ENOUGH:
         for choice in choices:
             tried = _with(cluster, stage, choice)
-            found = training_needs(recipe, tried, shape, stage)
-            held = all(need.verdict(usable(cluster)) in enough for need in found)
+            found = training_estimates(recipe, tried, dims, stage)
+            held = all(need.fit(usable(cluster)) in enough for need in found)
             if held and stage not in {need.stage for need in too_large(recipe, tried)}:
                 return choice
     return choices[-1]  # the smallest; that it does not fit is told by check
@@ -99,28 +99,28 @@ def _with(cluster: Cluster, stage: str, layout: TrainingStage) -> Cluster:
 
 def _generating(recipe: Recipe, cluster: Cluster) -> Cluster:
     """The cluster with the most that can be generated at once, in GRPO and in evaluation."""
-    shape = known_shape(recipe.model) if usable(cluster) else None
+    dims = known_dims(recipe.model) if usable(cluster) else None
     sizes, _ = batches(cluster, recipe, "grpo")
     if cluster.generation_batch_size == "auto" and sizes:
         choices = [replace(cluster, generation_batch_size=n) for n in generation_sizes(recipe, sizes)]
-        needed = [training_needs(recipe, one, shape, "grpo")[1] for one in choices] if shape else []
+        needed = [training_estimates(recipe, one, dims, "grpo")[1] for one in choices] if dims else []
         cluster = _first_that_fits(recipe, choices, needed, "generation_batch_size")
     if cluster.evaluate_batch_size == "auto":
         halved = [AUTO_EVALUATE, *(2**n for n in range(6, -1, -1))]
         choices = [replace(cluster, evaluate_batch_size=n) for n in halved]
-        needed = [evaluation_need(recipe, one, shape) for one in choices] if shape else []
+        needed = [evaluation_estimate(recipe, one, dims) for one in choices] if dims else []
         cluster = _first_that_fits(recipe, choices, needed, "evaluate_batch_size")
     return cluster
 
 
-def _first_that_fits(recipe: Recipe, choices: list[Cluster], needed: list[Need], name: str) -> Cluster:
+def _first_that_fits(recipe: Recipe, choices: list[Cluster], needed: list[MemoryEstimate], name: str) -> Cluster:
     """The first of the choices, the largest first, that is expected to fit, else the last.
 
     Without needs to go by it is the first, on GPUs that are not known the first of at most `UNKNOWN_AT_ONCE`.
     """
     if needed:
         known = zip(choices, needed, strict=True)
-        return next((one for one, need in known if need.verdict(usable(one)) != "does not fit"), choices[-1])
+        return next((one for one, need in known if need.fit(usable(one)) != "does not fit"), choices[-1])
     most = UNKNOWN_AT_ONCE if is_unknown(recipe, choices[0]) else getattr(choices[0], name)
     return next((one for one in choices if getattr(one, name) <= most), choices[-1])
 
@@ -128,7 +128,7 @@ def _first_that_fits(recipe: Recipe, choices: list[Cluster], needed: list[Need],
 # ---------------------------------------------------------------- remedies
 
 
-def what_fits(recipe: Recipe, cluster: Cluster) -> list[str]:
+def suggest_overrides(recipe: Recipe, cluster: Cluster) -> list[str]:
     """The smallest change that makes every phase fit, as overrides: one alone, else two, the mildest first."""
     changes = _changes(recipe, cluster)
     for words, changed in changes:
@@ -144,12 +144,12 @@ def what_fits(recipe: Recipe, cluster: Cluster) -> list[str]:
 
 def _all_fit(recipe: Recipe, cluster: Cluster) -> bool:
     """Whether the GPUs hold every phase, as far as their memory is known, and the nodes what is kept there."""
-    decided = resolved(recipe, cluster)
+    decided = resolve_auto(recipe, cluster)
     found = phases(recipe, decided) or [] if usable(cluster) else []
-    return all(need.verdict(usable(cluster)) != "does not fit" for need in found) and not too_large(recipe, decided)
+    return all(need.fit(usable(cluster)) != "does not fit" for need in found) and not too_large(recipe, decided)
 
 
-def host_remedies(recipe: Recipe, cluster: Cluster, over: list[HostNeed]) -> list[str]:
+def host_remedies(recipe: Recipe, cluster: Cluster, over: list[HostMemoryEstimate]) -> list[str]:
     """Overrides, each of which alone makes what a node holds fit, and what the GPUs hold too where that is known."""
     found = []
     if any(need.stage == "preprocess" for need in over):  # a model from nothing, of any size
@@ -186,7 +186,7 @@ def _changes(recipe: Recipe, cluster: Cluster) -> list[Change]:
         found.append((words, (recipe, auto)))
     layouts = (("gradient_checkpointing", True), ("per_device_batch_size", 1), ("deepspeed", "zero2"))
     for change, value in (*layouts, ("deepspeed", "zero3"), ("deepspeed", "zero3_offload")):
-        decided = resolved(recipe, cluster)
+        decided = resolve_auto(recipe, cluster)
         old = {name: getattr(decided, name) for name in ("sft", "grpo")}
         new = {name: replace(layout, **{change: value}) for name, layout in old.items()}
         words = [f"cluster.{name}.{change}={str(value).lower()}" for name in new if new[name] != old[name]]
@@ -216,21 +216,21 @@ def _stages(recipe: Recipe) -> dict[str, Any]:
 
 def show(recipe: Recipe, cluster: Cluster) -> str:
     """Every phase with its terms, the verdict, and what would make it fit."""
-    decided = resolved(recipe, cluster)
+    decided = resolve_auto(recipe, cluster)
     found = phases(recipe, decided)
     if found is None:
         return f"{recipe.name}: {unknown_model(recipe)}, so its memory cannot be told"
     gpu, lines = usable(cluster), _told(cluster, decided)
     for need in found:
-        verdict = f"{need.verdict(gpu)} in {cluster.gpu_memory:g}" if gpu else "cluster.gpu_memory names no GPU"
+        verdict = f"{need.fit(gpu)} in {cluster.gpu_memory:g}" if gpu else "cluster.gpu_memory names no GPU"
         lines.append(f"{recipe.name}/{need.phase}: {need.total / GIB:.1f} GiB, {verdict}")
         terms = [*need.terms, Term(f"fragmentation, {FRAGMENTATION:.0%} (estimate)", FRAGMENTATION * need.known)]
         terms.append(Term("CUDA context and work spaces (estimate)", CONTEXT))
         lines += [f"  {term.bytes / GIB:7.2f}  {term.what}" for term in terms if term.bytes >= GIB / 200]
     if gpu:
         lines.append(f"of {cluster.gpu_memory:g} GB torch can use about {gpu / GIB:.2f} GiB")
-    if gpu and any(need.verdict(gpu) == "does not fit" for need in found):
-        remedy = what_fits(recipe, cluster)
+    if gpu and any(need.fit(gpu) == "does not fit" for need in found):
+        remedy = suggest_overrides(recipe, cluster)
         how = "say " + " ".join(remedy) if remedy else "no single change or pair of changes makes it fit: a larger GPU"
         lines.append(f"to make it fit: {how}")
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from pipeline.config.cluster import Cluster, process_count, wanted_gpus
 from pipeline.config.recipe import Recipe, Scratch
 from pipeline.core.cgroups import memory_limit
 from pipeline.sizing.memory import zero_of
-from pipeline.sizing.model_sizes import GIB, HALF, SINGLE, adapter_parameters, known_shape
+from pipeline.sizing.model_sizes import BYTES_16, BYTES_32, GIB, adapter_parameters, known_dims
 
 PROCESS = 3 * GIB  # Python, torch, CUDA's libraries and buffers of one process: an estimate
 SLURM_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
@@ -24,7 +24,7 @@ UNITS = {"K": 2**10, "": 2**20, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True)
-class HostNeed:
+class HostMemoryEstimate:
     """What a stage needs of each node."""
 
     stage: str
@@ -47,35 +47,35 @@ def slurm_bytes(text: str) -> float | None:
     return float(found[1]) * UNITS[found[2].upper()] or None if found else None
 
 
-def host_needs(recipe: Recipe, cluster: Cluster) -> list[HostNeed]:
+def host_estimates(recipe: Recipe, cluster: Cluster) -> list[HostMemoryEstimate]:
     """Of each stage, on a cluster whose `auto` is decided; nothing where model or layout are not known."""
     if recipe.model.scratch:
-        drawn = SINGLE * _drawn(recipe.model.scratch)
-        return [HostNeed("preprocess", drawn, f"{drawn / GIB:.0f} of the weights that it draws in 32 bit")]
-    shape = known_shape(recipe.model)
-    if shape is None or not wanted_gpus(cluster):
+        drawn = BYTES_32 * _drawn(recipe.model.scratch)
+        return [HostMemoryEstimate("preprocess", drawn, f"{drawn / GIB:.0f} of the weights that it draws in 32 bit")]
+    dims = known_dims(recipe.model)
+    if dims is None or not wanted_gpus(cluster):
         return []
     processes, found = process_count(cluster), []
     lora = recipe.lora.enabled
-    trained = adapter_parameters(shape, recipe.lora) if lora else shape.parameters
+    trained = adapter_parameters(dims, recipe.lora) if lora else dims.parameters
     for stage in recipe.stages:
-        layout = cluster.sft if stage == "sft" else cluster.grpo
+        layout = cluster.layout(stage)
         if layout.deepspeed == "auto":
             continue
-        zero, optimizer = zero_of(layout.deepspeed), (recipe.sft if stage == "sft" else recipe.grpo).optimizer
+        zero, optimizer = zero_of(layout.deepspeed), recipe.training(stage).optimizer
         moments = 2 if "8bit" in optimizer.name else 8
-        offloaded = trained / cluster.nodes * (2 * SINGLE + moments) * zero.optimizer_on_cpu
-        offloaded += shape.parameters / cluster.nodes * HALF * zero.weights_on_cpu
+        offloaded = trained / cluster.nodes * (2 * BYTES_32 + moments) * zero.optimizer_on_cpu
+        offloaded += dims.parameters / cluster.nodes * BYTES_16 * zero.weights_on_cpu
         loaded = 0.0  # a quantized model is read to its GPU, and ZeRO-3 maps the files
         if recipe.model.quantization == "none" and zero.stage < 3:
-            loaded = shape.parameters * (HALF if lora else SINGLE) * processes
+            loaded = dims.parameters * (BYTES_16 if lora else BYTES_32) * processes
         parts = [f"{processes * PROCESS / GIB:.0f} of {processes} processes (estimate)"]
         if offloaded > loaded:
             parts.insert(0, f"{offloaded / GIB:.0f} of what {layout.deepspeed} keeps there")
         elif loaded:
             wide = "16" if lora else "32"
             parts.insert(0, f"{loaded / GIB:.0f} of the weights in {wide} bit, which each process loads there first")
-        found.append(HostNeed(stage, max(offloaded, loaded) + processes * PROCESS, " and ".join(parts)))
+        found.append(HostMemoryEstimate(stage, max(offloaded, loaded) + processes * PROCESS, " and ".join(parts)))
     return found
 
 
@@ -87,7 +87,7 @@ def _drawn(scratch: Scratch) -> int:
     return scratch.vocabulary * scratch.hidden_size + scratch.layers * layer
 
 
-def too_large(recipe: Recipe, cluster: Cluster) -> list[HostNeed]:
+def too_large(recipe: Recipe, cluster: Cluster) -> list[HostMemoryEstimate]:
     """The stages that need more of a node than it has, on a cluster whose `auto` is decided."""
     most = limit(cluster)
-    return [need for need in host_needs(recipe, cluster) if most is not None and need.bytes > most]
+    return [need for need in host_estimates(recipe, cluster) if most is not None and need.bytes > most]

@@ -8,22 +8,21 @@ is estimated, and says so: the CUDA context, fragmentation, the kernels' work sp
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config.cluster import AUTO_EVALUATE, DEEPSPEED, Cluster, batches, generation_sizes, process_count
+from pipeline.config.cluster import AUTO_EVALUATE, Cluster, batches, deepspeed_file, generation_sizes, process_count
 from pipeline.config.recipe import Model, Optimizer, Recipe
 from pipeline.sizing.model_sizes import (
+    BYTES_16,
+    BYTES_32,
     GIB,
-    HALF,
-    SINGLE,
-    Shape,
+    ModelDims,
+    activation_bytes_per_token,
     adapter_parameters,
-    head_bytes,
-    kept_per_token,
-    known_shape,
-    prefill_per_token,
+    known_dims,
+    logits_and_loss_bytes,
+    prefill_bytes_per_token,
 )
 
 USABLE = 10.75 / 11  # of the memory on a card's box: what torch sees of an RTX 2080 Ti; larger cards lose less
@@ -43,7 +42,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryEstimate:
     """What one phase of a stage needs of each GPU."""
 
     phase: str  # sft; grpo, learning; grpo, generating; evaluate
@@ -58,7 +57,7 @@ class Need:
     def total(self) -> float:
         return self.known * (1 + FRAGMENTATION) + CONTEXT
 
-    def verdict(self, gpu: float) -> Literal["fits", "tight", "does not fit"]:
+    def fit(self, gpu: float) -> Literal["fits", "tight", "does not fit"]:
         """`gpu`: the bytes that can be used, as `usable` gives them."""
         return "fits" if self.total <= TIGHT * gpu else "tight" if self.total <= gpu else "does not fit"
 
@@ -68,13 +67,13 @@ def usable(cluster: Cluster) -> float:
     return (cluster.gpu_memory or 0) * GIB * USABLE
 
 
-def phases(recipe: Recipe, cluster: Cluster) -> list[Need] | None:
+def phases(recipe: Recipe, cluster: Cluster) -> list[MemoryEstimate] | None:
     """Every phase of the recipe's stages on a cluster whose `auto` is decided; None where the model is not known."""
-    shape = known_shape(recipe.model)
-    if shape is None:
+    dims = known_dims(recipe.model)
+    if dims is None:
         return None
-    found = [need for stage in recipe.stages for need in training_needs(recipe, cluster, shape, stage)]
-    return [*found, evaluation_need(recipe, cluster, shape)]
+    found = [need for stage in recipe.stages for need in training_estimates(recipe, cluster, dims, stage)]
+    return [*found, evaluation_estimate(recipe, cluster, dims)]
 
 
 # ---------------------------------------------------------------- weights
@@ -94,23 +93,23 @@ class Weights:
         return self.matrices + self.others + self.scales
 
 
-def weights_of(model: Model, shape: Shape) -> Weights:
-    kind, wide = model.quantization, SINGLE if model.dtype == "float32" else HALF
-    others = shape.others * wide
+def weights_of(model: Model, dims: ModelDims) -> Weights:
+    kind, wide = model.quantization, BYTES_32 if model.dtype == "float32" else BYTES_16
+    others = dims.others * wide
     if kind == "nf4":  # half a byte; a byte of scale a 64 weights, a float32 of double quantization a 256 scales
-        scales = shape.matrices * (1 / 64 + 4 / (64 * 256))
-        return Weights("weights, nf4 with double quantization", shape.matrices / 2, others, scales)
+        scales = dims.matrices * (1 / 64 + 4 / (64 * 256))
+        return Weights("weights, nf4 with double quantization", dims.matrices / 2, others, scales)
     if kind == "int8":  # a byte, and a float32 of scale a row
-        scales = 4 * shape.layers * sum(high for _, high in shape.linears.values())
-        return Weights("weights, 8 bit", shape.matrices, others, scales)
-    return Weights(f"weights, {8 * wide} bit", shape.matrices * wide, others, 0)
+        scales = 4 * dims.layers * sum(high for _, high in dims.linears.values())
+        return Weights("weights, 8 bit", dims.matrices, others, scales)
+    return Weights(f"weights, {8 * wide} bit", dims.matrices * wide, others, 0)
 
 
-def _unpacked(recipe: Recipe, shape: Shape) -> list[Term]:
+def _unpacked(recipe: Recipe, dims: ModelDims) -> list[Term]:
     """A quantized matrix is unpacked before it multiplies."""
     if recipe.model.quantization == "none":
         return []
-    return [Term("one matrix unpacked", HALF * max(wide * high for wide, high in shape.linears.values()))]
+    return [Term("one matrix unpacked", BYTES_16 * max(wide * high for wide, high in dims.linears.values()))]
 
 
 @dataclass(frozen=True)
@@ -120,15 +119,15 @@ class Zero:
     stage: int
     optimizer_on_cpu: bool
     weights_on_cpu: bool
-    gradient: int = SINGLE  # bytes of an element of the sum of gradients
+    gradient: int = BYTES_32  # bytes of an element of the sum of gradients
 
 
 def zero_of(deepspeed: str) -> Zero:
-    if deepspeed == "none":
+    settings = deepspeed_file(deepspeed)
+    if settings is None:
         return Zero(0, False, False)
-    settings = json.loads((DEEPSPEED / f"{deepspeed}.json").read_text(encoding="utf-8"))
     zero, summed = settings["zero_optimization"], settings.get("data_types", {}).get("grad_accum_dtype")
-    gradient = SINGLE if summed == "fp32" else HALF
+    gradient = BYTES_32 if summed == "fp32" else BYTES_16
     return Zero(int(zero["stage"]), "offload_optimizer" in zero, "offload_param" in zero, gradient)
 
 
@@ -138,29 +137,29 @@ def states_of(trained: int, optimizer: Optimizer, zero: Zero, world: int, lora: 
     moments = trained * (2 if "8bit" in optimizer.name else 8)
     if zero.stage == 0:
         return [
-            Term(f"{name}, float32", trained * SINGLE),
-            Term("gradients", trained * SINGLE),
+            Term(f"{name}, float32", trained * BYTES_32),
+            Term("gradients", trained * BYTES_32),
             Term(f"optimizer, {optimizer.name}", moments),
         ]
     share = f", 1/{world}" if world > 1 else ""
     parted = zero.stage == 3
-    kept = 0.0 if zero.weights_on_cpu else trained * HALF / (world if parted else 1)
+    kept = 0.0 if zero.weights_on_cpu else trained * BYTES_16 / (world if parted else 1)
     weights = Term(f"{name}, 16 bit{share if parted else ''}", kept)
     if zero.optimizer_on_cpu:
-        return [weights, Term(f"gradients on their way to the CPU{share}", trained * HALF / world)]
+        return [weights, Term(f"gradients on their way to the CPU{share}", trained * BYTES_16 / world)]
     return [
         weights,
         Term(f"gradients{share}", trained * zero.gradient / world),
-        Term(f"float32 copy{share}", trained * SINGLE / world),
+        Term(f"float32 copy{share}", trained * BYTES_32 / world),
         Term(f"optimizer, {optimizer.name}{share}", moments / world),
     ]
 
 
-def _reference(shape: Shape, trained: int, zero: Zero, world: int, lora: bool) -> Term:
+def _reference(dims: ModelDims, trained: int, zero: Zero, world: int, lora: bool) -> Term:
     """What `grpo.beta` measures the distance from: a copy of the adapter, or of the model."""
-    wide = HALF if zero.stage else SINGLE
+    wide = BYTES_16 if zero.stage else BYTES_32
     share = 0.0 if zero.weights_on_cpu else 1 / world if zero.stage == 3 else 1.0
-    what, weights = ("reference adapter", trained) if lora else ("reference model", shape.parameters)
+    what, weights = ("reference adapter", trained) if lora else ("reference model", dims.parameters)
     return Term(what + (f", 1/{world}" if 0 < share < 1 else ""), weights * wide * share)
 
 
@@ -172,7 +171,7 @@ class _Layout:
     """What the phases of a training stage are counted from."""
 
     recipe: Recipe
-    shape: Shape
+    dims: ModelDims
     zero: Zero
     world: int
     rows: int  # of a device at once
@@ -187,54 +186,53 @@ class _Layout:
     def whole(self) -> Weights:
         """The model that a GPU computes with: the base, or what is trained itself, in 16 bit."""
         if self.lora:
-            return weights_of(self.recipe.model, self.shape)
-        return Weights("weights, 16 bit", self.shape.matrices * HALF, self.shape.others * HALF, 0)
+            return weights_of(self.recipe.model, self.dims)
+        return Weights("weights, 16 bit", self.dims.matrices * BYTES_16, self.dims.others * BYTES_16, 0)
 
 
-def training_needs(recipe: Recipe, cluster: Cluster, shape: Shape, stage: Stage) -> list[Need]:
+def training_estimates(recipe: Recipe, cluster: Cluster, dims: ModelDims, stage: Stage) -> list[MemoryEstimate]:
     """The phases of a training stage: of GRPO learning and generating."""
-    settings = recipe.sft if stage == "sft" else recipe.grpo
-    given = cluster.sft if stage == "sft" else cluster.grpo
+    settings, given = recipe.training(stage), cluster.layout(stage)
     sizes, _ = batches(cluster, recipe, stage)
     layout = _Layout(
         recipe,
-        shape,
+        dims,
         zero_of(given.deepspeed),
         cluster.nodes * process_count(cluster),
         sizes.per_device if sizes else 1,
         given.gradient_checkpointing is True,
-        adapter_parameters(shape, recipe.lora) if recipe.lora.enabled else shape.parameters,
+        adapter_parameters(dims, recipe.lora) if recipe.lora.enabled else dims.parameters,
     )
     held = states_of(layout.trained, settings.optimizer, layout.zero, layout.world, layout.lora)
     if layout.lora:
         held = [*_base_held(layout), *held]
     if stage == "grpo" and recipe.grpo.beta:
-        held.append(_reference(shape, layout.trained, layout.zero, layout.world, layout.lora))
+        held.append(_reference(dims, layout.trained, layout.zero, layout.world, layout.lora))
     if stage == "sft":
         return [_learning("sft", layout, held, recipe.sft.max_length, recipe.sft.max_length)]
     tokens = recipe.grpo.max_prompt_length + recipe.grpo.max_completion_length
     together = cluster.generation_batch_size
     if together == "auto":  # not decided yet: the least there is
         together = generation_sizes(recipe, sizes)[-1] if sizes else layout.rows
-    low = HALF if layout.zero.stage else SINGLE
-    asking = _asking(recipe, shape, together, recipe.grpo.max_prompt_length, tokens, low)
+    low = BYTES_16 if layout.zero.stage else BYTES_32
+    asking = _asking(recipe, dims, together, recipe.grpo.max_prompt_length, tokens, low)
     return [
         _learning("grpo, learning", layout, held, tokens, recipe.grpo.max_completion_length),
-        Need("grpo, generating", (*held, *_whole_model(layout), *_unpacked(recipe, shape), asking)),
+        MemoryEstimate("grpo, generating", (*held, *_whole_model(layout), *_unpacked(recipe, dims), asking)),
     ]
 
 
-def _learning(phase: str, layout: _Layout, held: list[Term], tokens: int, scored: int) -> Need:
-    recipe, shape, rows = layout.recipe, layout.shape, layout.rows
+def _learning(phase: str, layout: _Layout, held: list[Term], tokens: int, scored: int) -> MemoryEstimate:
+    recipe, dims, rows = layout.recipe, layout.dims, layout.rows
     flash = recipe.model.attention == "flash_attention_2"
-    whole, only_input = kept_per_token(shape, recipe.lora if layout.lora else None, repeated=not flash)
+    whole, only_input = activation_bytes_per_token(dims, recipe.lora if layout.lora else None, repeated=not flash)
     each = only_input if layout.checkpointing else whole
-    kept = Term(f"activations, {rows} × {tokens} tokens", rows * tokens * shape.layers * each)
+    kept = Term(f"activations, {rows} × {tokens} tokens", rows * tokens * dims.layers * each)
     again = Term("one layer computed again", rows * tokens * whole * layout.checkpointing)
-    head = head_bytes(shape, rows * scored, full=not layout.lora)
+    head = logits_and_loss_bytes(dims, rows * scored, full=not layout.lora)
     head_term = Term(f"head and loss of {rows * scored} tokens, in tiles", head)
     later = max(again, head_term, key=lambda term: term.bytes)  # the backward pass leaves the head before a layer
-    return Need(phase, (*held, *_gathered_layers(layout), *_unpacked(recipe, shape), kept, later))
+    return MemoryEstimate(phase, (*held, *_gathered_layers(layout), *_unpacked(recipe, dims), kept, later))
 
 
 def _base_held(layout: _Layout) -> list[Term]:
@@ -254,14 +252,14 @@ def _gathered_layers(layout: _Layout) -> list[Term]:
     """Under ZeRO-3: the layer that computes and the next, those kept for their next use, and the head."""
     if layout.zero.stage != 3:
         return []
-    whole, shape = layout.whole, layout.shape
-    layer = whole.matrices / shape.layers
+    whole, dims = layout.whole, layout.dims
+    layer = whole.matrices / dims.layers
     passes = 3 if layout.checkpointing else 2  # forward, again, backward: what lies between two uses of a layer
-    kept = min(REUSE * HALF / (passes * layer), shape.layers - 2)
+    kept = min(REUSE * BYTES_16 / (passes * layer), dims.layers - 2)
     if layout.lora and layout.recipe.model.quantization == "int8":
         layer = 0.0  # they are held whole already
     what = f"{2 + kept:.0f} layers and the head gathered from elsewhere"
-    return [Term(what, (2 + kept) * layer + shape.vocabulary * shape.hidden * HALF)]
+    return [Term(what, (2 + kept) * layer + dims.vocabulary * dims.hidden * BYTES_16)]
 
 
 def _whole_model(layout: _Layout) -> list[Term]:
@@ -269,7 +267,7 @@ def _whole_model(layout: _Layout) -> list[Term]:
     if layout.zero.stage != 3:
         return []
     whole, adapters = layout.whole, 2 if layout.recipe.grpo.beta else 1  # the reference is one of them
-    gathered = whole.matrices + whole.others + (adapters * layout.trained * HALF if layout.lora else 0)
+    gathered = whole.matrices + whole.others + (adapters * layout.trained * BYTES_16 if layout.lora else 0)
     if layout.lora and layout.recipe.model.quantization == "int8":
         gathered -= whole.matrices  # counted as held already; while all are gathered there is no second copy
     return [Term("the whole model, gathered to generate", gathered)]
@@ -278,31 +276,31 @@ def _whole_model(layout: _Layout) -> list[Term]:
 # ---------------------------------------------------------------- generating
 
 
-def _asking(recipe: Recipe, shape: Shape, rows: int, prompt: int, tokens: int, low: int) -> Term:
+def _asking(recipe: Recipe, dims: ModelDims, rows: int, prompt: int, tokens: int, low: int) -> Term:
     """The larger of two moments: when the prompts of a batch are read, and when its last token is drawn.
 
     At the end the keys and values of one layer are there twice more: copied to be longer by a token, and repeated for
     the heads that share them.
     """
-    cache = 2 * shape.layers * shape.key * HALF
-    reading = rows * prompt * (cache + prefill_per_token(shape, lora=recipe.lora.enabled, low=low))
-    repeated = 2 * shape.query * HALF * (shape.query > shape.key)
-    ending = rows * (tokens * (cache + cache / shape.layers + repeated) + shape.vocabulary * SAMPLED)
+    cache = 2 * dims.layers * dims.key * BYTES_16
+    reading = rows * prompt * (cache + prefill_bytes_per_token(dims, lora=recipe.lora.enabled, low=low))
+    repeated = 2 * dims.query * BYTES_16 * (dims.query > dims.key)
+    ending = rows * (tokens * (cache + cache / dims.layers + repeated) + dims.vocabulary * SAMPLED)
     if reading > ending:
         return Term(f"reading {rows} prompts of {prompt} tokens, with their key/value cache", reading)
     return Term(f"key/value cache, {rows} × {tokens} tokens, and drawing the next", ending)
 
 
-def evaluation_need(recipe: Recipe, cluster: Cluster, shape: Shape) -> Need:
+def evaluation_estimate(recipe: Recipe, cluster: Cluster, dims: ModelDims) -> MemoryEstimate:
     """An evaluation's; its adapters are held and computed in 32 bit, as PEFT loads them."""
     rows = AUTO_EVALUATE if cluster.evaluate_batch_size == "auto" else cluster.evaluate_batch_size
     prompt = recipe.grpo.max_prompt_length
-    asking = _asking(recipe, shape, rows, prompt, prompt + recipe.evaluate.max_new_tokens, SINGLE)
-    weights = weights_of(recipe.model, shape)
+    asking = _asking(recipe, dims, rows, prompt, prompt + recipe.evaluate.max_new_tokens, BYTES_32)
+    weights = weights_of(recipe.model, dims)
     terms = [Term(weights.what, weights.total)]
     if recipe.lora.enabled:
-        terms.append(Term("adapters, float32", adapter_parameters(shape, recipe.lora) * SINGLE))
+        terms.append(Term("adapters, float32", adapter_parameters(dims, recipe.lora) * BYTES_32))
     most = cluster.max_memory.gpu * GIB if cluster.max_memory and cluster.max_memory.gpu else None
     if most and most < sum(term.bytes for term in terms):
         terms = [Term(f"{weights.what}, the others on the CPU", most)]
-    return Need("evaluate", (*terms, *_unpacked(recipe, shape), asking))
+    return MemoryEstimate("evaluate", (*terms, *_unpacked(recipe, dims), asking))

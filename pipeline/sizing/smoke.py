@@ -10,10 +10,11 @@ data set of the hub is stood for by the few rows in its schema that the project 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast, get_args, get_type_hints
+from typing import Any
 
-from pipeline.config.architectures import model_config
+from pipeline.config.architectures import ARCHITECTURES, architecture_of
 from pipeline.config.cluster import Cluster, process_count
+from pipeline.config.model_files import model_config
 from pipeline.config.recipe import Evaluate, Grpo, Recipe, Scratch, Sft, TaskChoice
 from pipeline.core.errors import RecipeError
 from pipeline.tasks.task import Task, task_of
@@ -21,7 +22,6 @@ from pipeline.tasks.task import Task, task_of
 SUFFIX = "-rehearsal"
 STEPS = 4  # of SFT; GRPO takes half as many
 WORDS = 16  # tokens of a completion
-ARCHITECTURES: tuple[str, ...] = get_args(get_type_hints(Scratch)["architecture"])
 
 
 def rehearsal_of(recipe: Recipe, cluster: Cluster | None) -> Recipe:
@@ -69,10 +69,11 @@ def _scratch(recipe: Recipe) -> Scratch:
         given = recipe.model.scratch
         return replace(given, hidden_size=32, layers=1, heads=2, key_value_heads=2, intermediate_size=64)
     config = model_config(recipe.model)
-    kind = (config or {}).get("model_type")
-    if config is None or kind not in ARCHITECTURES:
+    if config is None or architecture_of(config) is None:
         what = (
-            f"its architecture is {kind!r}" if config else "its config.json is neither bundled nor in the local cache"
+            f"its architecture is {config.get('model_type')!r}"
+            if config
+            else "its config.json is neither bundled nor in the local cache"
         )
         raise RecipeError(
             f"model.name: {recipe.model.name} cannot be rehearsed, {what}; known: {', '.join(ARCHITECTURES)} "
@@ -80,7 +81,7 @@ def _scratch(recipe: Recipe) -> Scratch:
         )
     grouped = config.get("num_key_value_heads", 1) != config.get("num_attention_heads", 1)
     return Scratch(
-        architecture=cast(Any, kind),
+        architecture=config["model_type"],
         vocabulary=600,
         hidden_size=64,
         layers=2,

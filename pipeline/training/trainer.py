@@ -20,7 +20,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
-from pipeline.config.cluster import Batches, TrainingStage, batches
+from pipeline.config.cluster import Batches, TrainingStage, batches, deepspeed_file, zero_stage
 from pipeline.config.recipe import Optimizer, Recipe
 from pipeline.core.errors import DataError, LaunchError, RecipeError, Stopped, some_of
 from pipeline.models.loading import add_lora, choose_dtype, load_model
@@ -29,7 +29,7 @@ from pipeline.training.callbacks import AT_MINIMUM, NothingLeft, Signal, Watch, 
 from pipeline.training.checkpoints import SaveAndStop, resumable
 from pipeline.training.pace import Pace
 from pipeline.workflow.artifact import Artifact, read_split
-from pipeline.workflow.layouts import deepspeed_file, stage_layout
+from pipeline.workflow.layouts import stage_layout
 from pipeline.workflow.runtime import Deadline, Runtime
 from pipeline.workflow.weights import Checkpoint
 
@@ -49,7 +49,7 @@ def trainable(recipe: Recipe, checkpoint: Checkpoint, layout: TrainingStage) -> 
     Weights that are themselves trained are held in float32 (DeepSpeed and autocast compute in the lower precision).
     """
     full = not recipe.lora.enabled and checkpoint.adapter is None
-    keep_dtype = recipe.model.quantization == "none" and zero_stage(layout) == 3
+    keep_dtype = recipe.model.quantization == "none" and zero_stage(layout.deepspeed) == 3
     model = load_model(
         checkpoint,
         recipe.model,
@@ -82,12 +82,6 @@ def adapters_kept(model: PreTrainedModel | PeftModel) -> Iterator[None]:
             weights.data = before[name]
 
 
-def zero_stage(layout: TrainingStage) -> int:
-    """The ZeRO stage of a DeepSpeed file; 0 without one."""
-    settings = read_deepspeed(layout)
-    return int(settings["zero_optimization"]["stage"]) if settings else 0
-
-
 def read_deepspeed(layout: TrainingStage) -> dict[str, Any] | None:
     """The stage's DeepSpeed file."""
     return deepspeed_file(layout.deepspeed)
@@ -117,7 +111,7 @@ def deepspeed_settings(optimizer: Optimizer, layout: TrainingStage) -> dict[str,
 
 def layout_of(recipe: Recipe, runtime: Runtime, stage: str) -> tuple[TrainingStage, Batches]:
     """The stage's layout and batches for the processes that really run."""
-    layout = runtime.cluster.sft if stage == "sft" else runtime.cluster.grpo
+    layout = runtime.cluster.layout(stage)
     sizes, problems = batches(runtime.cluster, recipe, "sft" if stage == "sft" else "grpo", runtime.world)
     if sizes is None:
         raise RecipeError(*problems)

@@ -12,12 +12,10 @@ loads no weights.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
-from pipeline.config.cluster import DEEPSPEED, Cluster, process_count
+from pipeline.config.cluster import Cluster, deepspeed_file, process_count
 from pipeline.config.recipe import Recipe
 from pipeline.core.files import read_json, write_json
 from pipeline.workflow.signing import MANIFEST, origin_problem
@@ -47,17 +45,11 @@ class Layout:
         return self.deepspeed if self.deepspeed != UNKNOWN else f"zero{self.zero_stage}"
 
 
-def deepspeed_file(name: str) -> dict[str, Any] | None:
-    """The settings of a file in deepspeed/; None for none."""
-    return None if name == "none" else dict(json.loads((DEEPSPEED / f"{name}.json").read_text(encoding="utf-8")))
-
-
 def stage_layout(
     recipe: Recipe, cluster: Cluster, stage: str, *, processes: int | None = None, precision: str = UNKNOWN
 ) -> Layout:
     """The layout of a training stage; `processes` are those that run, else those that the cluster would start."""
-    settings = recipe.sft if stage == "sft" else recipe.grpo
-    name = (cluster.sft if stage == "sft" else cluster.grpo).deepspeed
+    settings, name = recipe.training(stage), cluster.layout(stage).deepspeed
     zero = (deepspeed_file(name) or {}).get("zero_optimization", {})
     return Layout(
         processes=processes or cluster.nodes * process_count(cluster),

@@ -18,14 +18,14 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.architectures import gguf_file
 from pipeline.config.cluster import Cluster, batches, read_cluster
+from pipeline.config.model_files import gguf_file
 from pipeline.config.recipe import Recipe, local_files, local_problems, read
 from pipeline.core.errors import PlanError, RecipeError, did_you_mean
 from pipeline.core.hashing import describe_drift, file_identity, fingerprint, plain
 from pipeline.core.records import OddFile, read_record
 from pipeline.rewards.reward import find_rewards
-from pipeline.sizing.fitting import resolved
+from pipeline.sizing.fitting import resolve_auto
 from pipeline.sizing.smoke import rehearsal_of
 from pipeline.tasks.task import make_task, resolved_params, split_problems, task_of
 from pipeline.workflow.artifact import ARTIFACT, SCHEMA, STEP, Artifact, artifact_problem, is_done
@@ -293,7 +293,7 @@ def spec_of(step: Step, cluster: Cluster) -> StepSpec:
         step.fingerprint,
         step.payload,
         step.recipe,
-        resolved(step.recipe, cluster),
+        resolve_auto(step.recipe, cluster),
         {**{role: str(needed.folder) for role, needed in step.inputs.items()}, **step.folders},
         step.checkpoint,
         step.options,
@@ -348,7 +348,7 @@ def resume_problems_of(step: Step, cluster: Cluster) -> list[str]:
     """Why a training step's checkpoints cannot be resumed on this cluster; nothing for other steps."""
     if step.stage not in ("sft", "grpo") or step.done:
         return []
-    return resume_problems(step.folder, step.recipe, resolved(step.recipe, cluster), step.stage)
+    return resume_problems(step.folder, step.recipe, resolve_auto(step.recipe, cluster), step.stage)
 
 
 def _latest(step: Step) -> Artifact | None:
