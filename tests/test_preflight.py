@@ -265,7 +265,7 @@ def test_a_template_whose_tokens_the_tokenizer_lacks_is_told(tmp_path: Path) -> 
     assert "writes" not in told("qwen2_5")
 
 
-QUOTA = """Disk quotas for user me (uid 7): 
+QUOTA = """Disk quotas for user me (uid 7):\x20
      Filesystem  blocks   quota   limit   grace   files   quota   limit   grace
       /dev/sda1 1048000* 1000000 1048576   6days      12       0       0
 """
