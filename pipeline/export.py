@@ -155,7 +155,7 @@ def card(
         lstrip_blocks=True,
     )
     environment.filters |= {"fenced": fenced, "cell": cell}
-    hub = not (recipe.model.scratch or recipe.model.gguf or Path(recipe.model.name).exists())
+    hub = not (recipe.model.random_init or recipe.model.gguf or Path(recipe.model.name).exists())
     return environment.get_template("card.md.jinja").render(
         title=f"{recipe.name}: {task.title}",
         version=__version__,
@@ -163,7 +163,7 @@ def card(
         about=FORMATS[options["format"]],
         quant=options.get("quant", ""),
         file=next((path.name for path in place.glob("*.gguf")), ""),
-        warning=SMOKE_TEST_NOTICE if recipe.rehearsal else "",
+        warning=SMOKE_TEST_NOTICE if recipe.smoke_test else "",
         recipe=recipe,
         hub=hub,
         base=checkpoint.base,

@@ -1,7 +1,7 @@
 """Reinforcement learning from the task's rewards: group relative policy optimization (Shao et al. 2024).
 
     python -m pipeline.grpo tiny                    one recipe's GRPO step, under torchrun
-    python -m pipeline.grpo tiny grpo.start=base    from the base model, without SFT ("direct GRPO")
+    python -m pipeline.grpo tiny grpo.init_from=base    from the base model, without SFT ("direct GRPO")
 
 Every reward is computed from one judgement of each completion by the task's `grade`. Leaves the same files as SFT.
 """
@@ -85,7 +85,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         epsilon_high=settings.epsilon_high,
         loss_type=settings.loss_type,
         scale_rewards=settings.scale_rewards,
-        mask_truncated_completions=settings.mask_truncated,
+        mask_truncated_completions=settings.mask_truncated_completions,
         cache_implementation=cache_for(device(), mixed=not recipe.lora.enabled and layout.deepspeed == "none"),
         # of the reference that TRL loads by itself where all weights are trained: the commit that the policy is of
         model_init_kwargs={"revision": recipe.model.revision} if _has_full_reference(recipe, checkpoint) else None,

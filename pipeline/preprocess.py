@@ -60,13 +60,13 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
             runtime.warn(f"{len(found):,} {told} (splits.json names all): {some_of(found, between='; ')}")
 
     # ---- a model from nothing
-    if recipe.model.scratch:
+    if recipe.model.random_init:
         from pipeline.models.loading import make_scratch
 
         runtime.progress.update(note="training the tokenizer")
         texts = _texts(task, splits.sft[:: max(1, len(splits.sft) // TOKENIZER_ROWS)] or splits.grpo)
         template = recipe.model.chat_template or "think"
-        metrics["parameters"] = make_scratch(recipe.model.scratch, texts, template, out / "model", recipe.seed)
+        metrics["parameters"] = make_scratch(recipe.model.random_init, texts, template, out / "model", recipe.seed)
     # ---- or one from a file
     if recipe.model.gguf:
         from pipeline.models.loading import unpack_gguf
@@ -81,7 +81,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
 def target_problems(task: Task, examples: Iterable[Example]) -> tuple[list[str], list[str]]:
     """(the rows whose target the task's own judge would not pay in full, each with why; those whose thought is empty).
 
-    An empty thought is what some recipes teach on purpose (`traces: 0.75`), so it is counted by itself.
+    An empty thought is what some recipes teach on purpose (`proof_fraction: 0.75`), so it is counted by itself.
     """
     unpaid, thoughtless = [], []
     for example in examples:
@@ -114,7 +114,7 @@ def missing_training_rows(recipe: Recipe, task: Task, splits: Splits) -> list[st
     for stage in recipe.stages:
         if not rows[stage]:
             needs = f" (a row needs {task.needs[stage]})" if stage in task.needs else ""
-            leave = {"sft": "train without SFT (--skip-sft)", "grpo": "train without GRPO (grpo.start=none)"}[stage]
+            leave = {"sft": "train without SFT (--skip-sft)", "grpo": "train without GRPO (grpo.init_from=none)"}[stage]
             sentences.append(
                 f"task: got no row for {stage} to learn from in {where}; expected one at least{needs}. Rows by use: "
                 f"{read}. {''.join(f'{text}. ' for text in lost)}Fix: name a file with such rows, ask for some in "

@@ -112,7 +112,7 @@ def gather(inputs: Mapping[str, Artifact], task: Task, recipe: Recipe, criteria:
         "baselines": first["splits"][main_split]["baselines"] if first else {},
         "differences": differences,
         "claims": [SMOKE_TEST_NOTICE]
-        if recipe.rehearsal
+        if recipe.smoke_test
         else [claim(difference, main_split) for difference in differences],
         "headline": shown_metrics(models, main_split),
         "unanswered": unanswered_rows(models, recipe.evaluate.splits),

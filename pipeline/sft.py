@@ -60,11 +60,11 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         # like prompts, not like answers: rows of short answers, alone in their batches, would weigh many times more
         prompts = [row["labels"].count(-100) for row in encoded]
         kept = order_rows(kept, phases, prompts, settings.global_batch_size, recipe.seed)
-    dataset = Dataset.from_list(unmask_prompts([encoded[k] for k in kept], settings.prompt_loss))
+    dataset = Dataset.from_list(unmask_prompts([encoded[k] for k in kept], settings.full_loss_fraction))
 
     # ---- rows whose loss is only looked at
     validation = None
-    if settings.validate_every:
+    if settings.eval_steps:
         held_out = load_rows(inputs["data"], "validation")
         others = encode_rows(tokenizer, held_out["prompt"], held_out["completion"])
         short = within_length(others, settings.max_length)
@@ -75,7 +75,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     # ---- the trainer
     shared = arguments(recipe, settings.optimizer, layout, sizes, out, runtime)
     if settings.early_stopping_patience:
-        shared["save_steps"] = settings.validate_every  # the best weights have to be there to come back to; Watch adds
+        shared["save_steps"] = settings.eval_steps  # the best weights have to be there to come back to; Watch adds
         # the saves at cluster.save_steps, so that a node that dies costs no more than those
     config = SFTConfig(
         **shared,
@@ -86,7 +86,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         dataset_kwargs={"skip_prepare_dataset": not settings.packing},  # the rows are tokens already
         train_sampling_strategy="random" if settings.order == "shuffled" else "sequential",
         eval_strategy="steps" if validation else "no",
-        eval_steps=settings.validate_every,
+        eval_steps=settings.eval_steps,
         per_device_eval_batch_size=sizes.per_device,
         load_best_model_at_end=settings.early_stopping_patience is not None,
         metric_for_best_model="eval_loss",

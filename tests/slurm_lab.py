@@ -22,7 +22,7 @@ slurm:
   cpus: 2
   memory: 2G
   time: {preprocess: 10m, sft: 10m, grpo: 10m, evaluate: 10m, report: 10m}
-  save_before: 30
+  signal_before_limit: 30
   environment: {THEREFORE_ALLOW_CPU: "1"}   # its GPUs are files without a driver
 """
 

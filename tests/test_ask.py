@@ -28,7 +28,7 @@ from pipeline.ask import (
     sampling_of,
 )
 from pipeline.config.cluster import MaxMemory
-from pipeline.config.recipe import Model, Recipe, Scratch, read
+from pipeline.config.recipe import Model, RandomInit, Recipe, read
 from pipeline.core.errors import PlanError
 from pipeline.core.files import read_lines
 from pipeline.core.hashing import plain
@@ -54,7 +54,7 @@ def tiny() -> Recipe:
 def wild(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of random weights so large that every answer is another, in strange characters too."""
     folder = tmp_path_factory.mktemp("wild")
-    scratch = Scratch("qwen2", 500, 32, 2, 2, 2, 64, 128, 10000.0, 0.5)
+    scratch = RandomInit("qwen2", 500, 32, 2, 2, 2, 64, 128, 10000.0, 0.5)
     make_scratch(
         scratch, ["naïve → 你好 A correlates with B. <think> hm </think> Therefore: Yes"] * 20, "think", folder, 3
     )

@@ -50,7 +50,7 @@ SMALL = {"phases": [{"n": [3, 4, 5], "rows": 300}], "grpo_rows": 100, "validatio
 
 
 def make_task(seed: int = 0, **params: object) -> Corr2Cause:
-    task = task_of(TaskChoice("corr2cause", "auto", None, None, "stop", {**SMALL, **params}), seed)
+    task = task_of(TaskChoice("corr2cause", "auto", None, None, "error", {**SMALL, **params}), seed)
     assert isinstance(task, Corr2Cause)
     return task
 
@@ -196,7 +196,7 @@ def test_a_pattern_that_no_dag_fits_has_no_extension() -> None:
 
 
 def test_drawn_classes_differ_keep_their_bounds_and_depend_on_the_seed_alone() -> None:
-    draw = partial(sampled, 8, 30, density=0.6, most_members=40, most_independences=60)
+    draw = partial(sampled, 8, 30, edge_probability=0.6, most_members=40, most_independences=60)
     found = draw(seed="a")
     assert len({mec.id for mec in found}) == 30
     assert all(len(mec.members) <= 40 and len(mec.independences) <= 60 for mec in found)
@@ -460,19 +460,19 @@ def test_type_and_letter_order_predict_no_better_than_type_alone_after_renaming(
     assert gain([(turned.get(s.relation, s.relation), s.relation not in turned, s.gold) for s in theirs]) > 0.1
 
 
-@pytest.mark.parametrize("balance", ["even", "natural"])
+@pytest.mark.parametrize("balance", ["balanced", "natural"])
 def test_rows_of_six_variables_have_the_share_that_was_asked_for(balance: str) -> None:
     phases = [{"n": [6], "rows": 200}]
     found = make_task(n=[6], balance=balance, phases=phases, max_independences=60, perturbed_rows=10).load()
     share = sum(e.gold == "Yes" for e in found.tests["test"]) / len(found.tests["test"])
-    assert share == 0.5 if balance == "even" else 0.15 < share < 0.45
+    assert share == 0.5 if balance == "balanced" else 0.15 < share < 0.45
     assert found.proof["overlap"] == 0
     assert not {e.group for e in found.sft} & {e.group for e in found.tests["test"]}
     assert {e.tags["n"] for e in found.sft} == {6}
 
 
 def test_rows_of_the_published_program_keep_its_letters_and_have_no_proofs() -> None:
-    make = partial(make_task, mode="paper", n=[4, 5], phases=[{"n": [4, 5], "rows": 60, "traces": 0.0}])
+    make = partial(make_task, mode="paper", n=[4, 5], phases=[{"n": [4, 5], "rows": 60, "proof_fraction": 0.0}])
     found = make(perturbed_rows=10).load()
     rows = [*found.sft, *found.grpo, *found.tests["test"]]
     assert all(e.tags["names"] == "ABCDE"[: e.tags["n"]] and e.tags["mode"] == "paper" for e in rows)
@@ -539,7 +539,7 @@ def test_targets_are_graded_correct(splits: Splits) -> None:
 
 
 def test_label_targets_state_the_verdict_at_once() -> None:
-    rows = make_task(phases=[{"n": [3, 4], "rows": 60, "traces": 0.0}]).load().sft
+    rows = make_task(phases=[{"n": [3, 4], "rows": 60, "proof_fraction": 0.0}]).load().sft
     assert {e.target for e in rows} == {f"<think>\n</think>\nTherefore: {gold}" for gold in ("Yes", "No")}
 
 
@@ -590,8 +590,8 @@ GOOD = {
 }
 
 
-def from_file(path: Path, bad_rows: str = "stop") -> Splits:
-    choice = TaskChoice("corr2cause", "path", str(path), None, bad_rows, {})  # type: ignore[arg-type]
+def from_file(path: Path, on_bad_row: str = "error") -> Splits:
+    choice = TaskChoice("corr2cause", "path", str(path), None, on_bad_row, {})  # type: ignore[arg-type]
     return task_of(choice, 0).load()
 
 
@@ -620,7 +620,7 @@ def test_a_broken_line_is_named_by_file_and_line(tmp_path: Path, line: str, told
     with pytest.raises(DataError) as caught:
         from_file(file)
     assert f"{file}:2: {told}" in str(caught.value)
-    assert "task.bad_rows=skip" in str(caught.value)
+    assert "task.on_bad_row=skip" in str(caught.value)
     assert from_file(file, "skip").proof["skipped"] == [caught.value.problems[0]]
 
 

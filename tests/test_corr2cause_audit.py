@@ -102,7 +102,7 @@ def test_one_statement_less_is_another_premise(k: int, data: st.DataObject) -> N
 
 
 def test_large_premises_are_read_back_too() -> None:
-    for mec in sampled(9, 5, density=0.6, seed="read", most_independences=400):
+    for mec in sampled(9, 5, edge_probability=0.6, seed="read", most_independences=400):
         names = [f"variable {k}" for k in range(9)]
         found = class_of(9, read_premise(text.premise(names, *text.relations(mec))).independences)
         assert found is not None
@@ -279,13 +279,13 @@ def test_a_file_that_cannot_be_audited_is_a_users_mistake(
 )
 def test_the_solver_answers_every_generated_row_from_its_words(params: dict[str, Any]) -> None:
     few = {"n": [4, 5], "phases": [{"n": [4], "rows": 1}], "grpo_rows": 0, "validation_rows": 0, "test_rows": 40}
-    task = task_of(TaskChoice("corr2cause", "auto", None, None, "stop", {**few, **params}), 0)
+    task = task_of(TaskChoice("corr2cause", "auto", None, None, "error", {**few, **params}), 0)
     for example in task.load().tests["test"]:
         assert task.solve(example) == example.gold
 
 
 def test_on_published_rows_the_solver_is_the_ceiling_of_the_label_noise() -> None:
-    task = task_of(TaskChoice("corr2cause", "path", str(RELEASED), None, "stop", {}), 0)
+    task = task_of(TaskChoice("corr2cause", "path", str(RELEASED), None, "error", {}), 0)
     splits = task.load()
     rows = [*splits.sft, *splits.validation, *splits.tests["test"]]
     records = [

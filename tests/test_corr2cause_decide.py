@@ -62,8 +62,8 @@ def test_claims_about_drawn_classes_are_decided_as_their_members_say() -> None:
     """Of five to nine variables, sparse to dense, also moral graphs, whose classes are large."""
     rng, seen = random.Random(0), set()
     for _ in range(150):
-        n, density = rng.randint(5, 9), rng.choice((0.2, 0.4, 0.6, 0.9))
-        dag = dag_of(n, [pair for pair in combinations(range(n), 2) if rng.random() < density])
+        n, edge_probability = rng.randint(5, 9), rng.choice((0.2, 0.4, 0.6, 0.9))
+        dag = dag_of(n, [pair for pair in combinations(range(n), 2) if rng.random() < edge_probability])
         if rng.random() < 0.5:
             dag = moral(dag)
         members = members_of(dag, 1000)
@@ -110,8 +110,8 @@ def test_no_claim_about_ten_variables_comes_near_to_the_limit(monkeypatch: pytes
     monkeypatch.setattr(deciding, "LIMIT", deciding.LIMIT // 8)
     rng = random.Random(5)
     for _ in range(12):
-        density = rng.choice((0.5, 0.8, 0.95))
-        dag = moral(dag_of(MAX_N, [pair for pair in combinations(range(MAX_N), 2) if rng.random() < density]))
+        edge_probability = rng.choice((0.5, 0.8, 0.95))
+        dag = moral(dag_of(MAX_N, [pair for pair in combinations(range(MAX_N), 2) if rng.random() < edge_probability]))
         assert sum(len(bits(children)) for children in dag) > 20
         for relation in RELATIONS:
             i, j = rng.sample(range(MAX_N), 2)
@@ -164,10 +164,10 @@ def test_more_variables_than_can_be_decided_are_told_before_anything_is_made(n: 
         (["--n", "3", "--seed", "99999999999"], "--seed: got 99999999999; expected 0 to 2147483647"),
         (["--n", "3", "--seed", "-1"], "--seed: got -1; expected 0 to"),
         (["--n", "9", "sampled_classes=1000000000000"], "task.params.sampled_classes"),
-        (["--n", "9", "max_members=1000000000000", "density=1"], "task.params.max_members"),
-        (["--n", "9", "density=nan"], "task.params.density"),
-        (["--n", "9", "density=inf"], "task.params.density"),
-        (["--n", "9", "density=-1"], "task.params.density"),
+        (["--n", "9", "max_members=1000000000000", "edge_probability=1"], "task.params.max_members"),
+        (["--n", "9", "edge_probability=nan"], "task.params.edge_probability"),
+        (["--n", "9", "edge_probability=inf"], "task.params.edge_probability"),
+        (["--n", "9", "edge_probability=-1"], "task.params.edge_probability"),
         (["--n", "3", "test_classes=2"], "task.params.test_classes"),
         (["--n", "3", "grpo_rows=1000000000000"], "task.params.grpo_rows"),
         (["--n", "3", "phases=[{n: [3], rows: 1000000000000}]"], "task.params.phases"),

@@ -90,7 +90,7 @@ def test_the_bytes_depend_on_the_seed_and_not_on_the_processes(tmp_path: Path) -
 
 
 def test_even_sets_tell_nothing_by_class_and_type(tmp_path: Path) -> None:
-    rows = [row for mine in rows_of(make(tmp_path / "even", "--n", "5", "balance=even")).values() for row in mine]
+    rows = [row for mine in rows_of(make(tmp_path / "even", "--n", "5", "balance=balanced")).values() for row in mine]
     kind = {"child": "parent", "descendant": "ancestor"}  # renaming turns one into the other
     counts = Counter((row["class"], kind.get(row["relation_type"], row["relation_type"]), row["label"]) for row in rows)
     assert rows
@@ -99,7 +99,7 @@ def test_even_sets_tell_nothing_by_class_and_type(tmp_path: Path) -> None:
 
 
 def test_plusplus_rows_have_its_fields_and_the_edges_that_all_members_share(tmp_path: Path) -> None:
-    out = make(tmp_path / "set", "--n", "4", "style=plusplus", "letters=alphabet", "--proofs", "full")
+    out = make(tmp_path / "set", "--n", "4", "style=plusplus", "variable_names=alphabet", "--proofs", "full")
     by_id = {mec.id: mec for mec in classes(4)}
     for mine in rows_of(out).values():
         for row in mine:

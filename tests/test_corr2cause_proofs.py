@@ -78,7 +78,10 @@ def test_proofs_of_larger_classes_are_valid(n: int, count: int) -> None:
 def test_a_yes_about_a_large_class_argues_by_cases_that_cover_it() -> None:
     """Entailed claims that no shared arrow shows, in the largest classes: no listing of members, and none left out."""
     found = 0
-    for mec in [*sorted(classes(6), key=lambda mec: -mec.size)[:120], *sampled(8, 40, density=0.7, seed="large")]:
+    for mec in [
+        *sorted(classes(6), key=lambda mec: -mec.size)[:120],
+        *sampled(8, 40, edge_probability=0.7, seed="large"),
+    ]:
         for relation in ("ancestor", "collider", "confounder"):
             for i, j in permutations(range(mec.n), 2):
                 if mec.entails(relation, i, j):
@@ -148,7 +151,7 @@ def test_each_kind_of_wrong_step_is_named(old: str, new: str, told_: str) -> Non
 def rows(seed: int = 0, **params: object) -> tuple[Corr2Cause, list[Example]]:
     small = {"n": [4, 5], "phases": [{"n": [3, 4, 5], "rows": 60}], "grpo_rows": 20, "validation_rows": 20}
     few = {"test_rows": 40, "perturbed_rows": 20}
-    task = task_of(TaskChoice("corr2cause", "auto", None, None, "stop", {**small, **few, **params}), seed)
+    task = task_of(TaskChoice("corr2cause", "auto", None, None, "error", {**small, **few, **params}), seed)
     assert isinstance(task, Corr2Cause)
     return task, task.load().sft
 
@@ -172,7 +175,7 @@ def test_every_target_in_every_style_is_a_valid_proof_of_its_gold(style: str, la
 
 def test_drawn_classes_of_many_variables_have_valid_proofs() -> None:
     phase = {"n": [7, 9], "rows": 30, "proof": "short"}
-    task, sft = rows(n=[7, 9], sampled_classes=30, density=0.4, premise="minimal", phases=[phase])
+    task, sft = rows(n=[7, 9], sampled_classes=30, edge_probability=0.4, premise="minimal", phases=[phase])
     assert {example.tags["n"] for example in sft} == {7, 9}
     for example in sft:
         thought = split_thought(example.target, False).thought

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from pipeline.ask import AskRequest as AskOrder
 from pipeline.ask import ask
 from pipeline.config.cluster import read_cluster
-from pipeline.config.recipe import Lora, Model, Scratch, read
+from pipeline.config.recipe import Lora, Model, RandomInit, read
 from pipeline.core.errors import ArtifactError, PlanError
 from pipeline.core.hashing import plain
 from pipeline.core.schema import parse
@@ -83,7 +83,7 @@ def learned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A small model of each architecture that knows one answer."""
     folder = tmp_path_factory.mktemp(request.param)
     heads = 4 if request.param == "phi3" else 2
-    scratch = Scratch(request.param, 600, 64, 2, 4, heads, 128, 256, 50000.0, 0.05)
+    scratch = RandomInit(request.param, 600, 64, 2, 4, heads, 128, 256, 50000.0, 0.05)
     make_scratch(scratch, [f"A correlates with B. <think>\n{ANSWER}"] * 20, "think", folder, 0)
     model = AutoModelForCausalLM.from_pretrained(folder)
     if request.param == "qwen2":
@@ -141,7 +141,7 @@ def test_an_order_is_data_and_no_secret_of_the_environment_enters_a_file(
     cluster, _ = read_cluster("local")
     assert cluster is not None
     step = tmp_path / "runs" / "tiny" / "sft-0"
-    make_scratch(Scratch("qwen2", 400, 16, 1, 2, 2, 32, 128, 10000.0, 0.05), ["A B"] * 9, "think", step / "model", 0)
+    make_scratch(RandomInit("qwen2", 400, 16, 1, 2, 2, 32, 128, 10000.0, 0.05), ["A B"] * 9, "think", step / "model", 0)
     write_spec(step, StepSpec("sft", "sft", "0", {}, recipe, cluster, {}))
     place = str(step / "model")
     for plan in (export_plan(place, format="merged16"), evaluation_plan(place, runs=tmp_path / "runs")):
@@ -318,7 +318,7 @@ def test_what_families_have_beside_the_plain_layout(tmp_path: Path, kind: str) -
     from gguf import GGUFReader
 
     architecture: Literal["phi3", "llama"] = "phi3" if kind in ("sentencepiece", "longrope") else "llama"
-    scratch = Scratch(architecture, 400, 64, 1, 4, 4, 128, 256, 10000.0, 0.05)
+    scratch = RandomInit(architecture, 400, 64, 1, 4, 4, 128, 256, 10000.0, 0.05)
     texts = [f"A correlates with B. <think> {ANSWER}"] * 20
     make_scratch(scratch, texts, "think", tmp_path / "model", 0)
     config, tokenizer = (
@@ -464,20 +464,20 @@ def test_the_line_and_the_figures_of_a_checkpoint(nano: Path) -> None:
 
 def test_an_export_is_asked_in_the_precision_it_has(adapted: tuple[Path, Model], tmp_path: Path) -> None:
     """Trained on 4-bit weights, merged in 16: nobody quantizes it again on the way in."""
-    words = [f"model.quantization={adapted[1].quantization}", "lora.enabled=true", "model.scratch=null"]
+    words = [f"model.quantization={adapted[1].quantization}", "lora.enabled=true", "model.random_init=null"]
     plans = {
         format: export_plan(str(adapted[0]), ["qwen1.5b", *words], format=format) for format in ("merged16", "adapter")
     }
     assert plans["merged16"].steps[0].recipe.model.quantization == "none"
     assert plans["adapter"].steps[0].recipe.model.quantization == adapted[1].quantization
     assert plans["merged16"].steps[0].options["trained_in"] == adapted[1].quantization
-    place = run_export(adapted[0], tmp_path / "out", "model.scratch=null", *words, format="merged16")
+    place = run_export(adapted[0], tmp_path / "out", "model.random_init=null", *words, format="merged16")
     card = (place / "README.md").read_text()
     assert ("weights in training: nf4" in card) == (adapted[1].quantization == "nf4")
 
 
 def test_a_rehearsal_is_marked_as_one(learned: Path, tmp_path: Path) -> None:
-    place = run_export(learned, tmp_path / "out", "rehearsal=true", format="merged16")
+    place = run_export(learned, tmp_path / "out", "smoke_test=true", format="merged16")
     card = (place / "README.md").read_text()
     assert "**REHEARSAL of a shrunken model with random weights: nothing here is a result.**" in card
     assert "rehearsal]" in card.splitlines()[3]

@@ -99,10 +99,10 @@ def test_a_repetition_penalty_falls_on_what_stands_already_and_not_on_padding() 
 
 @pytest.mark.parametrize(("temperature", "penalty"), [(0.0, 1.0), (0.8, 1.0), (0.0, 1.5)])
 def test_an_answer_does_not_depend_on_its_batch(tmp_path: Path, temperature: float, penalty: float) -> None:
-    recipe, _ = read("tiny", ["model.scratch.hidden_size=32", "model.scratch.layers=1", "seed=3"])
+    recipe, _ = read("tiny", ["model.random_init.hidden_size=32", "model.random_init.layers=1", "seed=3"])
     assert recipe is not None
-    assert recipe.model.scratch is not None
-    make_scratch(recipe.model.scratch, ["A correlates with B. Therefore: Yes"] * 20, "think", tmp_path, 3)
+    assert recipe.model.random_init is not None
+    make_scratch(recipe.model.random_init, ["A correlates with B. Therefore: Yes"] * 20, "think", tmp_path, 3)
     checkpoint = find_checkpoint(str(tmp_path))
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     model = load_model(checkpoint, recipe.model, dtype=torch.float32)
@@ -130,8 +130,8 @@ def test_a_model_that_is_larger_than_its_memory_answers_the_same(
     """
     recipe, _ = read("tiny", ["seed=3", "lora.enabled=true", "lora.r=4"])
     assert recipe is not None
-    assert recipe.model.scratch is not None
-    make_scratch(recipe.model.scratch, ["A correlates with B. Therefore: Yes"] * 20, "think", tmp_path / "model", 3)
+    assert recipe.model.random_init is not None
+    make_scratch(recipe.model.random_init, ["A correlates with B. Therefore: Yes"] * 20, "think", tmp_path / "model", 3)
     checkpoint = find_checkpoint(str(tmp_path / "model"))
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     if adapter:
@@ -169,8 +169,8 @@ def test_a_models_own_generation_config_changes_no_answer(tmp_path: Path) -> Non
     """Qwen2.5's asks for a repetition penalty, which no recipe has asked for."""
     recipe, _ = read("tiny")
     assert recipe is not None
-    assert recipe.model.scratch is not None
-    make_scratch(recipe.model.scratch, ["A correlates with B."] * 20, "think", tmp_path, 0)
+    assert recipe.model.random_init is not None
+    make_scratch(recipe.model.random_init, ["A correlates with B."] * 20, "think", tmp_path, 0)
     checkpoint = find_checkpoint(str(tmp_path))
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     found = []
@@ -185,8 +185,8 @@ def test_a_models_own_generation_config_changes_no_answer(tmp_path: Path) -> Non
 def test_the_likelihood_of_an_answer_is_that_of_its_own_tokens(tmp_path: Path) -> None:
     recipe, _ = read("tiny")
     assert recipe is not None
-    assert recipe.model.scratch is not None
-    make_scratch(recipe.model.scratch, ["A correlates with B."] * 20, "think", tmp_path, 0)
+    assert recipe.model.random_init is not None
+    make_scratch(recipe.model.random_init, ["A correlates with B."] * 20, "think", tmp_path, 0)
     model = load_model(find_checkpoint(str(tmp_path)), recipe.model, dtype=torch.float32).eval()
     ids, start = [3, 9, 4, 7, 5], 3
     found = mean_log_likelihood(model, ids, [-100] * start + ids[start:])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config.model_files import gguf_file
-from pipeline.config.recipe import Model, Scratch
+from pipeline.config.recipe import Model, RandomInit
 from pipeline.core.errors import ArtifactError
 from pipeline.models.loading import base_checkpoint, make_scratch, unpack_gguf
 from pipeline.workflow.weights import find_checkpoint
@@ -37,7 +37,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Qwen2 of random weights, as a folder, and the same in small.gguf."""
     folder = tmp_path_factory.mktemp("gguf")
     make_scratch(
-        Scratch("qwen2", 400, 32, 2, 2, 2, 64, 128, 10000.0, 0.5), ["A correlates with B."] * 50, "think", folder, 0
+        RandomInit("qwen2", 400, 32, 2, 2, 2, 64, 128, 10000.0, 0.5), ["A correlates with B."] * 50, "think", folder, 0
     )
     config = json.loads((folder / "config.json").read_text())
     bpe = json.loads((folder / "tokenizer.json").read_text())["model"]

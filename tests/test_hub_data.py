@@ -26,7 +26,7 @@ configs:
 RECIPE = """# rows of the hub, a model from nothing
 model:
   name: small
-  scratch: {architecture: qwen2, vocabulary: 600, hidden_size: 32, layers: 1, heads: 2, key_value_heads: 2,
+  random_init: {architecture: qwen2, vocabulary: 600, hidden_size: 32, layers: 1, heads: 2, key_value_heads: 2,
             intermediate_size: 64, context: 2048, rope_theta: 10000.0, initializer_range: 0.02}
 task: {name: gsm8k, source: hub}
 evaluate: {splits: [test]}

@@ -409,8 +409,8 @@ def test_a_local_run_saves_before_its_job_ends(tmp_path: Path, fake: Path, monke
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     ends = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(now + 3600))
     (fake / "jobs.json").write_text(json.dumps({"7": {"state": "RUNNING", "reason": "", "end": ends}}))
-    save_before = 3600 - (local._leave_at(step, plan) - now)
-    assert 60 <= save_before <= 1800
+    signal_before_limit = 3600 - (local._leave_at(step, plan) - now)
+    assert 60 <= signal_before_limit <= 1800
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(now) + 60))  # later versions of Slurm
     assert 25 <= local._leave_at(step, plan) - now <= 31  # a short job: half of what is left
     change(fake, "7", end="Unknown")

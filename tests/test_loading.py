@@ -139,7 +139,7 @@ def test_an_empty_section_is_no_reason_to_forget_its_defaults() -> None:
     assert recipe == read("tiny")[0]
     assert [is_free_mapping(Recipe, path) for path in ("grpo.rewards", "task.params", "task.revision")] == [True] * 3
     assert is_free_mapping(Recipe, "task.params.phases.x")
-    assert not any(is_free_mapping(Recipe, path) for path in ("sft", "sft.epochs", "nothing.here", "model.scratch"))
+    assert not any(is_free_mapping(Recipe, path) for path in ("sft", "sft.epochs", "nothing.here", "model.random_init"))
 
 
 def test_an_empty_recipe_has_no_model(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_a_device_or_pipe_is_not_opened(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["/proc", "/", "/sys", "/dev", "/usr/lib"])
 def test_a_folder_that_is_no_model_is_named_and_not_read(folder: str) -> None:
-    words = ["model.scratch=null", f"model.name={folder}", "sft.optimizer.name=adamw_torch"]
+    words = ["model.random_init=null", f"model.name={folder}", "sft.optimizer.name=adamw_torch"]
     assert f"model.name: got {folder}, a folder without config.json" in problems_of("tiny", *words)
 
 
@@ -237,9 +237,9 @@ HUGE = [
     f"seed={'9' * 4000}",
     f"seed={'9' * 5000}",
     "lora.r=99999999999",
-    "sft.optimizer.schedule_args={num_decay_steps: 1000000000000}",
-    "sft.optimizer.schedule_args={num_decay_steps: .inf}",
-    "sft.optimizer.schedule_args={num_decay_steps: {1: 2}}",
+    "sft.optimizer.lr_scheduler_kwargs={num_decay_steps: 1000000000000}",
+    "sft.optimizer.lr_scheduler_kwargs={num_decay_steps: .inf}",
+    "sft.optimizer.lr_scheduler_kwargs={num_decay_steps: {1: 2}}",
     "task.params.phases=[{n: [3], rows: 1000000000000}]",
     "grpo.rewards.format.params={x: .nan}",
     "cluster.nodes=1000000000000",
@@ -376,7 +376,7 @@ def test_every_recipe_file_is_still_what_its_yaml_says() -> None:
 def test_a_setting_under_its_former_name_is_read_and_the_new_name_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "_told", set())
+    monkeypatch.setattr(load, "_noticed", set())
     file = tmp_path / "mine.yaml"
     file.write_text("model: {name: m}\nevaluate: {goals: {thoughts: {above: 0.9}}, confidence: 0.9}\n")
     recipe, problems = read(str(file), ["evaluate.draws=123", "evaluate.draws=124"])
@@ -410,7 +410,7 @@ def test_a_record_of_a_later_version_is_refused(tmp_path: Path) -> None:
 def test_a_setting_that_is_gone_is_left_out_and_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "_told", set())
+    monkeypatch.setattr(load, "_noticed", set())
     recipe, problems = read("tiny", ["model.backend=unsloth"])
     assert (recipe, problems) == (read("tiny")[0], [])
     assert "note: model.backend is gone" in capsys.readouterr().err

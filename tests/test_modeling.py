@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.config.recipe import Lora, Model, Recipe, Scratch, read
+from pipeline.config.recipe import Lora, Model, RandomInit, Recipe, read
 from pipeline.core.errors import ArtifactError, RecipeError
 from pipeline.models.loading import (
     add_lora,
@@ -31,7 +31,7 @@ from pipeline.workflow.weights import Checkpoint, find_checkpoint
 TEXTS = ["Premise: A correlates with B.\nHypothesis: A directly causes B.", "<think>\nPairs: A B linked.\n</think>"]
 PROMPT = [{"role": "user", "content": "A correlates with B."}]
 COMPLETION = [{"role": "assistant", "content": "<think>\nA B linked.\n</think>\nTherefore: No"}]
-SCRATCH = Scratch("qwen2", 400, 16, 1, 2, 2, 32, 128, 10000.0, 0.02)
+SCRATCH = RandomInit("qwen2", 400, 16, 1, 2, 2, 32, 128, 10000.0, 0.02)
 MODEL = Model("m", None, SCRATCH, None, None, "none", "auto", "float32")
 
 

@@ -19,7 +19,7 @@ from trl.kernels import chunked_logprob
 
 from pipeline import preprocess, sft
 from pipeline.config.cluster import read_cluster
-from pipeline.config.recipe import Lora, Model, Scratch, read
+from pipeline.config.recipe import Lora, Model, RandomInit, read
 from pipeline.core.errors import LaunchError, Stopped
 from pipeline.models import kernels
 from pipeline.models.loading import INT8_LOGGER, add_lora, load_model, make_scratch, repeat_keys_before_ampere
@@ -32,7 +32,7 @@ from pipeline.workflow.progress import ProgressFile, read_progress
 from pipeline.workflow.runtime import Runtime
 from pipeline.workflow.weights import Checkpoint, find_checkpoint
 
-SCRATCH = Scratch("qwen2", 400, 32, 1, 4, 2, 32, 128, 10000.0, 0.02)
+SCRATCH = RandomInit("qwen2", 400, 32, 1, 4, 2, 32, 128, 10000.0, 0.02)
 MODEL = Model("m", None, SCRATCH, None, None, "none", "sdpa", "float32")
 LORA = Lora(True, 4, 8.0, 0.0, ("q_proj",))
 
@@ -367,13 +367,13 @@ def test_the_cluster_may_end_grpo_that_learns_nothing(tmp_path: Path) -> None:
 PATIENT = [
     "task.params.validation_classes=0.3",
     "task.params.validation_rows=8",
-    "sft.validate_every=2",
+    "sft.eval_steps=2",
     "sft.early_stopping_patience=2",
     "sft.max_steps=20",
     "sft.optimizer.name=adamw_torch",
     "sft.optimizer.warmup=0",
     "sft.optimizer.learning_rate=5",  # breaks the model: the validation loss is best at once
-    "sft.prompt_loss=0",
+    "sft.full_loss_fraction=0",
     "cluster.sft.deepspeed=none",
     "cluster.processes=1",
     "cluster.save_steps=3",

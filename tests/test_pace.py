@@ -83,7 +83,7 @@ def test_this_machine_has_a_limit_only_inside_a_job(tmp_path: Path, monkeypatch:
         monkeypatch.delenv(name, raising=False)
     run_steps(tmp_path, [480, 480, 480], launcher="local", gpus=0)
     assert warnings_of(tmp_path) == ()
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(1000 + 3 * 480 + 1200 + 7200))  # two hours, and save_before
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(1000 + 3 * 480 + 1200 + 7200))  # two hours, and signal_before_limit
     run_steps(tmp_path, [480, 480, 480], launcher="local", gpus=0)
     assert "an attempt has 2.0 h" in warnings_of(tmp_path)[0]
 

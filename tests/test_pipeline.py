@@ -213,7 +213,7 @@ def test_another_seed_gives_other_rows(nano: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- layouts
 
 ADAMW = ["sft.optimizer.name=adamw_torch"]
-PLAIN = ["sft.prompt_loss=0", "sft.packing=true", "sft.order=shuffled"]
+PLAIN = ["sft.full_loss_fraction=0", "sft.packing=true", "sft.order=shuffled"]
 
 
 def test_packed_rows_train_without_deepspeed(with_sft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +255,7 @@ def test_early_stopping_ends_at_the_best_weights_and_every_logger_is_told(tmp_pa
     """A learning rate that breaks the model: the validation loss is best at once, and training ends two looks later."""
     rows = ["task.params.validation_classes=0.3", "task.params.validation_rows=8"]
     stop = [
-        "sft.validate_every=1",
+        "sft.eval_steps=1",
         "sft.early_stopping_patience=2",
         "sft.max_steps=12",
         "sft.optimizer.learning_rate=0.5",

@@ -54,7 +54,7 @@ def test_a_recipe_without_grpo_has_no_such_step_and_says_so(tmp_path: Path) -> N
     assert names(list(plan.steps)) == ["preprocess", "sft", "evaluate-base", "evaluate-sft", "report"]
     with pytest.raises(PlanError, match="human_like has no grpo step"):
         make_plan(["human_like"], stages=["grpo"], runs=tmp_path)
-    for words in (["grpo.start=sft"], ["grpo.start=base"]):
+    for words in (["grpo.init_from=sft"], ["grpo.init_from=base"]):
         with pytest.raises(RecipeError, match="nothing of human_like can be rewarded; use none"):
             make_plan(["human_like"], words, runs=tmp_path)
     with pytest.raises(RecipeError, match="nothing of human_like can be rewarded; use none"):

@@ -80,15 +80,15 @@ def test_all_problems_at_once_with_path_value_and_remedy() -> None:
         (["task.source=path"], "task.path: null, but task.source is 'path'"),
         (["task.params.test_classes=0.95"], "leave no class for training"),
         (["model.quantization=nf4"], "set lora.enabled=true, or model.quantization=none"),
-        (["model.scratch.heads=3"], "model.scratch.heads: 3 does not divide hidden_size 128"),
-        (["sft.max_length=4096"], "sft.max_length: 4096 tokens do not fit model.scratch.context 2048"),
+        (["model.random_init.heads=3"], "model.random_init.heads: 3 does not divide hidden_size 128"),
+        (["sft.max_length=4096"], "sft.max_length: 4096 tokens do not fit model.random_init.context 2048"),
         (
             ["sft.global_batch_size=7", "cluster.processes=2"],
             "sft.global_batch_size: 7 cannot be shared by 2 processes",
         ),
         (["cluster.grpo.per_device_batch_size=5", "cluster.processes=2"], "use 4 or 8"),
         (["cluster.sft.deepspeed=zero9"], "cluster.sft.deepspeed: 'zero9' is no file of deepspeed/; use none or zero2"),
-        (["grpo.start=nowhere"], "grpo.start: 'nowhere' is not one of its values; "),
+        (["grpo.init_from=nowhere"], "grpo.init_from: 'nowhere' is not one of its values; "),
         (["model.name=[1"], "the value is not YAML"),
     ],
 )

@@ -48,7 +48,7 @@ def test_what_a_model_is_is_known_without_the_hub(name: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = recipe_of(name).model
-    if model.scratch:
+    if model.random_init:
         assert model_config(model) is None
         return
     config = model_config(model)
@@ -68,7 +68,7 @@ def test_no_configuration_is_bundled_that_no_recipe_names() -> None:
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_can_be_rehearsed_with_its_own_wires(name: str, tmp_path: Path) -> None:
     full, small = (make_plan([name], rehearse=flag, runs=tmp_path).steps[1].recipe for flag in (False, True))
-    assert small.rehearsal
+    assert small.smoke_test
     assert small.name == f"{name}-rehearsal"
     for part in ("quantization", "attention", "dtype"):
         assert getattr(small.model, part) == getattr(full.model, part)

@@ -154,7 +154,7 @@ def unverified(proxy: bool | None) -> dict[str, Any]:
 
 
 def test_what_cannot_be_verified_is_said_and_a_proxy_called_one() -> None:
-    task = task_of(TaskChoice("medical", "sample", None, None, "stop", {}), 0)
+    task = task_of(TaskChoice("medical", "sample", None, None, "error", {}), 0)
     found = notes([unverified(True)], ["short"], task)
     assert found == [
         "none of the 10 answers of short can be verified: no accuracy is given",

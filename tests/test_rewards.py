@@ -20,7 +20,7 @@ EXAMPLE = Example("1", "Premise: A correlates with B.\nHypothesis: A directly ca
 
 @pytest.fixture(scope="module")
 def task() -> Task:
-    return task_of(TaskChoice("corr2cause", "auto", None, None, "stop", {}), 0)
+    return task_of(TaskChoice("corr2cause", "auto", None, None, "error", {}), 0)
 
 
 def sample(task: Task, completion: str, *, truncated: bool = False) -> Sample:
@@ -100,7 +100,7 @@ class Careless(Gsm8k):
 
 
 def test_the_audit_finds_a_judge_that_takes_two_answers_for_one() -> None:
-    task = task_of(TaskChoice("gsm8k", "sample", None, None, "stop", Gsm8k.rehearsal(Gsm8k)), 0)  # type: ignore[arg-type]
+    task = task_of(TaskChoice("gsm8k", "sample", None, None, "error", Gsm8k.rehearsal(Gsm8k)), 0)  # type: ignore[arg-type]
     careless = Careless(task.choice, task.params, 0)
     rewards, _ = find_rewards({"correctness": Reward(1.0, {})})
     found = audit(careless, rewards, {"correctness": 1.0}, careless.specimens()[0])
@@ -117,7 +117,7 @@ def test_the_audit_finds_a_judge_that_takes_two_answers_for_one() -> None:
 @pytest.mark.parametrize("name", ["gsm8k", "medical", "math_science", "corr2cause"])
 def test_what_was_cut_off_is_unanswered_for_rewards_as_for_evaluation(name: str) -> None:
     cls = importlib.import_module(f"pipeline.tasks.{name}").TASK
-    task = task_of(TaskChoice(name, cls.sources[-1] if name != "corr2cause" else "auto", None, None, "stop", {}), 0)
+    task = task_of(TaskChoice(name, cls.sources[-1] if name != "corr2cause" else "auto", None, None, "error", {}), 0)
     example = task.specimens()[0]
     right = f"so it is\n</think>\n{FINAL[task.answer_kind or ''].format(example.gold)}"
     whole, cut = (make_sample(task, example, right, True, truncated) for truncated in (False, True))
@@ -144,7 +144,7 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def proved() -> tuple[Task, list[Example]]:
-    found = task_of(TaskChoice("corr2cause", "auto", None, None, "stop", ROWS), 0)
+    found = task_of(TaskChoice("corr2cause", "auto", None, None, "error", ROWS), 0)
     return found, found.load().sft
 
 

@@ -141,7 +141,7 @@ def test_a_line_that_is_no_mapping_is_a_bad_row(tmp_path: Path, content: bytes) 
     with pytest.raises(DataError) as caught:
         load("gsm8k", path)
     assert f"{path}:1: not a mapping with question and answer" in str(caught.value)
-    assert load("gsm8k", path, bad_rows="skip").proof["skipped"] == [caught.value.problems[0]]
+    assert load("gsm8k", path, on_bad_row="skip").proof["skipped"] == [caught.value.problems[0]]
 
 
 def test_a_cell_of_any_length_is_read(tmp_path: Path) -> None:
@@ -185,10 +185,10 @@ def test_a_path_that_names_no_file_is_one_sentence(path: str) -> None:
 # ---------------------------------------------------------------- what is named is used or refused
 
 
-def load(name: str, path: Path | None, *, bad_rows: Any = "stop", test: Path | None = None, **params: Any) -> Splits:
+def load(name: str, path: Path | None, *, on_bad_row: Any = "error", test: Path | None = None, **params: Any) -> Splits:
     given = str(path) if path else None
     return task_of(
-        TaskChoice(name, "path", given, None, bad_rows, params, test_path=str(test) if test else None), 0
+        TaskChoice(name, "path", given, None, on_bad_row, params, test_path=str(test) if test else None), 0
     ).load()
 
 
@@ -200,7 +200,7 @@ def gsm8k_file(path: Path, numbers: range, bad: int = 0) -> Path:
 
 def test_a_path_is_enough_and_another_source_beside_it_is_refused(tmp_path: Path) -> None:
     mine = gsm8k_file(tmp_path / "mine.jsonl", range(20))
-    choice = TaskChoice("gsm8k", "auto", str(mine), None, "stop", {})
+    choice = TaskChoice("gsm8k", "auto", str(mine), None, "error", {})
     assert task_of(choice, 0).source == "path"
     for source in ("hub", "sample"):
         _, problems = read("gsm8k", [f"task.source={source}", f"task.path={mine}"])
@@ -238,7 +238,7 @@ def test_files_of_their_own_are_whole_splits_and_nothing_of_them_is_learned(tmp_
         "validation.jsonl:6",
         "validation.jsonl:7",
     ]
-    only = TaskChoice("gsm8k", "path", None, None, "stop", {}, None, str(test))
+    only = TaskChoice("gsm8k", "path", None, None, "error", {}, None, str(test))
     assert [len(rows) for rows in (task_of(only, 0).load().sft, task_of(only, 0).load().tests["test"])] == [0, 30]
 
 
@@ -316,7 +316,7 @@ def test_check_opens_the_files(tmp_path: Path) -> None:
     words = ["task.name=gsm8k", "task.params={}", f"task.path={bad}", "evaluate.splits=[test]"]
     wrong, _ = checked(*words)
     assert any("5 of its first 25 rows cannot be read" in text and f"{bad}:21: " in text for text in wrong)
-    wrong, notes = checked(*words, "task.bad_rows=skip")
+    wrong, notes = checked(*words, "task.on_bad_row=skip")
     assert not any("cannot be read" in text for text in wrong)
     assert any("5 of its first 25 rows cannot be read" in text for text in notes)
     wrong, _ = checked(*words, f"task.test_path={tmp_path}/none.jsonl")

@@ -267,7 +267,7 @@ def test_a_signal_before_the_step_has_begun_queues_the_job_again(tmp_path: Path,
     ("word", "told"),
     [
         ('partition="gpu\\n#SBATCH --wrap=id"', "cluster.slurm.partition: got a line break or another control"),
-        ('options=["--nice\\nid"]', "cluster.slurm.options[0]: got a line break"),
+        ('extra_sbatch_args=["--nice\\nid"]', "cluster.slurm.extra_sbatch_args[0]: got a line break"),
         ('modules=["a\\nid"]', "cluster.slurm.modules[0]: got a line break"),
         ('environment={A: "x\\ny"}', "cluster.slurm.environment.A: got a line break"),
         ("environment={'A;id': x}", "cluster.slurm.environment: got the name 'A;id'; expected letters"),
@@ -275,8 +275,11 @@ def test_a_signal_before_the_step_has_begun_queues_the_job_again(tmp_path: Path,
         ("pass_environment=['A=b']", "got the name 'A=b'; expected letters"),
         ("environment={A: '$(date)'}", "cluster.slurm.environment.A: got '$(date)'; expected text in which only $NAME"),
         ("environment={A: '`date`'}", "only $NAME is filled in. Fix: cluster.slurm.setup: ['export A=…']"),
-        ("options=[node7]", "cluster.slurm.options: got 'node7'; expected an option of sbatch"),
-        ('options=["--comment=\'x"]', 'cluster.slurm.options: got "--comment=\'x" (No closing quotation)'),
+        ("extra_sbatch_args=[node7]", "cluster.slurm.extra_sbatch_args: got 'node7'; expected an option of sbatch"),
+        (
+            'extra_sbatch_args=["--comment=\'x"]',
+            'cluster.slurm.extra_sbatch_args: got "--comment=\'x" (No closing quotation)',
+        ),
         (
             "modules=[2023.10]",
             "cluster.slurm.modules[0]: 2023.1 is not a text. Fix: write it in quotes, such as '2023.10'",
@@ -351,7 +354,7 @@ def test_a_secret_is_passed_by_name_and_written_nowhere(
 ) -> None:
     """Whatever else of the shell the user has passed on: SBATCH_EXPORT wins over #SBATCH --export."""
     monkeypatch.setenv("HF_TOKEN", SECRET)
-    words = ["pass_environment=[HF_TOKEN]", *([f"options=[--export={wish}]"] if wish else [])]
+    words = ["pass_environment=[HF_TOKEN]", *([f"extra_sbatch_args=[--export={wish}]"] if wish else [])]
     (one,) = run_plan(site_plan(tmp_path, *words))
     exported = {None: None, "NONE": "HF_TOKEN", "OTHER": "OTHER,HF_TOKEN", "ALL": None}[wish]
     assert seen_by(fake, "sbatch").get("SBATCH_EXPORT") == exported
@@ -390,7 +393,7 @@ def test_submitit_gets_the_same_job(tmp_path: Path, fake: Path, monkeypatch: pyt
         "pass_environment=[HF_TOKEN]",
         "srun=[--mpi=pmix]",
         "wrapper=[env, 'A B=1']",
-        "save_before=77",
+        "signal_before_limit=77",
     )
     plan = site_plan(tmp_path, *words, launcher="submitit")
     (one,) = run_plan(plan, submitit.submit)
@@ -421,9 +424,9 @@ def test_each_stage_has_its_own_time_to_save() -> None:
     text = {name: script(STAGES[name], cluster_of()) for name in STAGES}
     for name, seconds in {"preprocess": 120, "sft": 300, "grpo": 1200, "evaluate": 600}.items():
         assert f"--signal=B:USR1@{seconds} " in text[name]
-    one = cluster_of("slurm.save_before=90")
+    one = cluster_of("slurm.signal_before_limit=90")
     assert all("USR1@90 " in script(stage, one) for stage in STAGES.values())
-    partly = cluster_of("slurm.save_before.grpo=1800").slurm
+    partly = cluster_of("slurm.signal_before_limit.grpo=1800").slurm
     assert (partly.save_seconds("grpo"), partly.save_seconds("sft")) == (1800, 300)
     short = cluster_of("slurm.time.grpo=10m").slurm  # a file from before stages had a time of their own
     assert (short.save_seconds("grpo"), short.save_seconds("evaluate")) == (150, 600)
@@ -433,13 +436,16 @@ def test_each_stage_has_its_own_time_to_save() -> None:
     ("words", "told"),
     [
         (
-            ["time.grpo=20m", "save_before.grpo=1200"],
-            "save_before.grpo: got 1200 seconds; expected less than the 1200 of cluster.slurm.time.grpo",
+            ["time.grpo=20m", "signal_before_limit.grpo=1200"],
+            "signal_before_limit.grpo: got 1200 seconds; expected less than the 1200 of cluster.slurm.time.grpo",
         ),
-        (["time.grpo=20m", "save_before.grpo=1200"], "Fix: cluster.slurm.save_before.grpo=300"),
-        (["save_before={grpo: 0}"], "cluster.slurm.save_before.grpo: 0 is not a whole number ≥ 1"),
-        (["save_before={gpro: 9}"], "cluster.slurm.save_before.gpro: unknown setting; did you mean 'grpo'?"),
-        (["save_before=soon"], "cluster.slurm.save_before: 'soon' is not a whole number ≥ 1"),
+        (["time.grpo=20m", "signal_before_limit.grpo=1200"], "Fix: cluster.slurm.signal_before_limit.grpo=300"),
+        (["signal_before_limit={grpo: 0}"], "cluster.slurm.signal_before_limit.grpo: 0 is not a whole number ≥ 1"),
+        (
+            ["signal_before_limit={gpro: 9}"],
+            "cluster.slurm.signal_before_limit.gpro: unknown setting; did you mean 'grpo'?",
+        ),
+        (["signal_before_limit=soon"], "cluster.slurm.signal_before_limit: 'soon' is not a whole number ≥ 1"),
     ],
 )
 def test_a_time_to_save_that_cannot_be_is_told(words: list[str], told: str) -> None:
@@ -451,7 +457,7 @@ def test_a_record_from_before_these_settings_is_read() -> None:
     record: dict[str, Any] = asdict(cluster_of())
     for name in ("gpu_request", "setup", "srun", "wrapper", "pass_environment", "host_suffix", "interface", "clusters"):
         del record["slurm"][name]
-    record["slurm"]["save_before"] = 120
+    record["slurm"]["signal_before_limit"] = 120
     found, problems = parse(Cluster, json.loads(json.dumps(record)))
     assert not problems
     assert found
@@ -462,7 +468,7 @@ def test_a_record_from_before_these_settings_is_read() -> None:
 def deadline_of(tmp_path: Path, left: float, monkeypatch: pytest.MonkeyPatch) -> Deadline:
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time() + left)))
     progress = ProgressFile(tmp_path, "grpo")
-    return Deadline(Runtime(cluster_of("slurm.save_before=60"), progress, 0, 1, tmp_path, None, None), "grpo")
+    return Deadline(Runtime(cluster_of("slurm.signal_before_limit=60"), progress, 0, 1, tmp_path, None, None), "grpo")
 
 
 def test_a_stage_whose_steps_take_longer_than_the_time_to_save_stops_early(
@@ -476,8 +482,8 @@ def test_a_stage_whose_steps_take_longer_than_the_time_to_save_stops_early(
     deadline.step()
     assert not deadline.runtime.stop_requested()
     (told,) = deadline.runtime.progress.now.warnings
-    assert "one step or batch took 5:00, more than cluster.slurm.save_before.grpo (1:00)" in told
-    assert "Fix: cluster.slurm.save_before.grpo=600" in told
+    assert "one step or batch took 5:00, more than cluster.slurm.signal_before_limit.grpo (1:00)" in told
+    assert "Fix: cluster.slurm.signal_before_limit.grpo=600" in told
     deadline.end = time.time() + 500  # and now they do not
     deadline.step()
     assert deadline.runtime.stop_requested()
@@ -516,7 +522,8 @@ def test_the_recipes_for_sites_are_cluster_files(tmp_path: Path) -> None:
     """Every block and every `setting: value` of docs/sites.md."""
     text = (ROOT / "docs" / "sites.md").read_text()
     blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    names = "setup|environment|pass_environment|srun|wrapper|gpu_request|options|clusters|host_suffix|interface|cpus"
+    names = "setup|environment|pass_environment|srun|wrapper|gpu_request|extra_sbatch_args|clusters|host_suffix"
+    names += "|interface|cpus"
     blocks += [f"  {line}\n" for line in re.findall(rf"`((?:{names}): [^`]+)`", text)]
     assert len(blocks) >= 12
     for block in blocks:

@@ -96,8 +96,8 @@ def test_everything_that_a_cluster_can_ask_for_in_full() -> None:
         "nodes=2",
         "gpus=4",
         *("slurm.partition=gpu", "slurm.account=lab", "slurm.qos=long", "slurm.constraint=ib", "slurm.gpu_type=a100"),
-        *("slurm.cpus=32", "slurm.memory=250G", "slurm.time.grpo=1d12h", "slurm.save_before=300"),
-        *("slurm.options=[--exclude=node7, --comment=my job]", "slurm.modules=[cuda/12.4, '2023.10']"),
+        *("slurm.cpus=32", "slurm.memory=250G", "slurm.time.grpo=1d12h", "slurm.signal_before_limit=300"),
+        *("slurm.extra_sbatch_args=[--exclude=node7, --comment=my job]", "slurm.modules=[cuda/12.4, '2023.10']"),
         *("slurm.setup=[module purge]", "slurm.venv=$HOME/venv", "slurm.environment={HF_HOME: $SCRATCH/my cache}"),
         *("slurm.srun=[--mpi=pmix]", "slurm.wrapper=[apptainer, exec, --nv, ~/therefore.sif]", "slurm.interface=ib0"),
         *("slurm.pass_environment=[HF_TOKEN]", "slurm.gpu_request=gpus-per-node"),
@@ -267,7 +267,7 @@ def test_what_is_no_time_is_refused(text: str) -> None:
 
 @given(st.integers(1, 100_000))
 def test_slurm_is_told_the_time_that_was_meant(number: int) -> None:
-    text = script(STAGES["sft"], cluster_of(f"slurm.time.sft={number}m", "slurm.save_before=1"))
+    text = script(STAGES["sft"], cluster_of(f"slurm.time.sft={number}m", "slurm.signal_before_limit=1"))
     found = re.search(r"--time=(\S+)", text)
     assert found
     assert minutes(found.group(1)) == number
@@ -279,8 +279,8 @@ def test_slurm_is_told_the_time_that_was_meant(number: int) -> None:
         (["cluster.slurm.time.sft=12:00:00"], "cluster.slurm.time.sft: 43200 is not a time such as 12h"),
         (["cluster.gpus=auto"], "cluster.gpus: 'auto' counts the GPUs of this machine"),
         (
-            ["cluster.slurm.save_before=7200"],
-            "cluster.slurm.save_before: got 7200 seconds; expected less than the 1800",
+            ["cluster.slurm.signal_before_limit=7200"],
+            "cluster.slurm.signal_before_limit: got 7200 seconds; expected less than the 1800",
         ),
         (["cluster.slurm.gpu_type=a100", "cluster.gpus=0"], "cluster.slurm.gpu_type: 'a100', but cluster.gpus is 0"),
         (["cluster.slurm.partion=x"], "cluster.slurm.partion: unknown setting; did you mean 'partition'?"),
@@ -621,7 +621,7 @@ def test_status_the_day_after_tells_what_never_started_and_why(tmp_path: Path, f
         ("PENDING", "AssocGrpGRES", "queued", "AssocGrpGRES"),
         ("RUNNING", "None", "starting", ""),
         ("COMPLETING", "None", "ending", ""),
-        ("TIMEOUT", "TimeLimit", "failed", "before it could save: raise cluster.slurm.save_before"),
+        ("TIMEOUT", "TimeLimit", "failed", "before it could save: raise cluster.slurm.signal_before_limit"),
         ("OUT_OF_MEMORY", "None", "failed", "more memory than cluster.slurm.memory"),
         ("CANCELLED", "None", "cancelled", "was cancelled"),
     ],

@@ -38,8 +38,8 @@ FEW: dict[str, dict[str, Any]] = {
 }
 
 
-def make(name: str, source: Any, path: Path | None = None, bad_rows: Any = "stop", **params: Any) -> Task:
-    return task_of(TaskChoice(name, source, str(path) if path else None, None, bad_rows, params), 0)
+def make(name: str, source: Any, path: Path | None = None, on_bad_row: Any = "error", **params: Any) -> Task:
+    return task_of(TaskChoice(name, source, str(path) if path else None, None, on_bad_row, params), 0)
 
 
 def every_row(splits: Splits) -> list[Example]:
@@ -62,12 +62,12 @@ def breach(task: Task, example: Example) -> str | None:
 CORR2CAUSE: dict[str, dict[str, Any]] = {
     "proofs": {"phases": [{"n": [3, 4, 5], "rows": 300}]},
     "short proofs": {"phases": [{"n": [3, 4], "rows": 100, "proof": "short", "shuffled": 0.5}]},
-    "bare verdicts": {"phases": [{"n": [3, 4], "rows": 100, "traces": 0.0}]},
+    "bare verdicts": {"phases": [{"n": [3, 4], "rows": 100, "proof_fraction": 0.0}]},
     "three answers": {"phases": [{"n": [3, 4], "rows": 100}], "labels": "three"},
     "stories": {"phases": [{"n": [3, 4], "rows": 100}], "style": "story"},
     "plusplus": {"phases": [{"n": [3, 4], "rows": 100}], "style": "plusplus"},
     "minimal": {"phases": [{"n": [3, 4], "rows": 100}], "premise": "minimal"},
-    "paper": {"phases": [{"n": [3, 4], "rows": 100, "traces": 0.0}], "mode": "paper"},
+    "paper": {"phases": [{"n": [3, 4], "rows": 100, "proof_fraction": 0.0}], "mode": "paper"},
 }
 SMALL: dict[str, Any] = {"n": [4], "grpo_rows": 8, "validation_rows": 8, "test_rows": 8, "perturbed_rows": 4}
 
@@ -84,14 +84,14 @@ def test_every_generated_row_is_graded_right_and_its_form_is_paid(words: str) ->
 
 
 def test_rows_without_a_thought_among_proofs_are_counted_and_the_form_asks_for_one() -> None:
-    """`traces: 0.5` teaches both; where nothing teaches a thought, the form has none either."""
-    mixed = make("corr2cause", "generated", **{**SMALL, "phases": [{"n": [3, 4], "rows": 100, "traces": 0.5}]})
+    """`proof_fraction: 0.5` teaches both; where nothing teaches a thought, the form has none either."""
+    mixed = make("corr2cause", "generated", **{**SMALL, "phases": [{"n": [3, 4], "rows": 100, "proof_fraction": 0.5}]})
     splits = mixed.load()
     unpaid, thoughtless = preprocess.target_problems(mixed, splits.sft)
     assert unpaid == []
     assert 20 < len(thoughtless) < 80
     assert not mixed.is_well_formed("<think>\n</think>\nTherefore: Yes", False)
-    bare = make("corr2cause", "generated", **{**SMALL, "phases": [{"n": [3, 4], "rows": 10, "traces": 0.0}]})
+    bare = make("corr2cause", "generated", **{**SMALL, "phases": [{"n": [3, 4], "rows": 10, "proof_fraction": 0.0}]})
     assert bare.is_well_formed("<think>\n</think>\nTherefore: Yes", False)
     assert bare.is_well_formed("<think>so it is</think>\nTherefore: Yes", False)
     assert not bare.is_well_formed("<think>.</think>\nTherefore: Yes", False)
@@ -420,7 +420,7 @@ def test_a_kind_of_row_is_told_by_what_is_filled(tmp_path: Path) -> None:
 def test_a_preprocess_that_leaves_nothing_to_learn_fails_then_and_there(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in [*SHORT, {**BOTH[0], "Response": ""}]))
-    few = ["task.params={short: 2, test: 1, validation: 1}", "task.bad_rows=skip"]
+    few = ["task.params={short: 2, test: 1, validation: 1}", "task.on_bad_row=skip"]
     with pytest.raises(DataError) as caught:
         prepare(recipe_on(path, "medical", *few), tmp_path / "out")
     (told,) = caught.value.problems
@@ -431,12 +431,12 @@ def test_a_preprocess_that_leaves_nothing_to_learn_fails_then_and_there(tmp_path
     assert "no Response" in told
     assert "Fix: " in told
     assert caught.value.exit_code == 2
-    metrics, _ = prepare(recipe_on(path, "medical", *few, "grpo.start=base"), tmp_path / "out")  # --skip-sft
+    metrics, _ = prepare(recipe_on(path, "medical", *few, "grpo.init_from=base"), tmp_path / "out")  # --skip-sft
     assert metrics["rows"]["grpo"] == 8
     path.write_text("".join(json.dumps(one) + "\n" for one in BOTH))
     with pytest.raises(DataError, match="got no row for grpo to learn from"):
         prepare(recipe_on(path, "medical", *few), tmp_path / "out")
-    assert prepare(recipe_on(path, "medical", *few, "grpo.start=none"), tmp_path / "out")[0]["rows"]["sft"] == 18
+    assert prepare(recipe_on(path, "medical", *few, "grpo.init_from=none"), tmp_path / "out")[0]["rows"]["sft"] == 18
 
 
 def test_the_command_line_says_so_with_exit_code_2_before_anything_trains(tmp_path: Path) -> None:
@@ -480,7 +480,7 @@ class Lax(Gsm8k):
 
 
 def test_a_task_whose_targets_are_not_paid_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = Lax(TaskChoice("gsm8k", "sample", None, None, "stop", {}), Gsm8k.Params(), 0)
+    task = Lax(TaskChoice("gsm8k", "sample", None, None, "error", {}), Gsm8k.Params(), 0)
     monkeypatch.setattr(preprocess, "task_of", lambda *_: task)
     recipe, _ = read("gsm8k", ["task.source=sample"])
     assert recipe is not None

@@ -39,11 +39,11 @@ READ = ("gsm8k", "math_science", "medical", "human_like")
 def sample_task(name: str, **params: Any) -> Task:
     """A task on its own rows, as a rehearsal has it."""
     cls = importlib.import_module(f"pipeline.tasks.{name}").TASK
-    return task_of(TaskChoice(name, "sample", None, None, "stop", {**cls.rehearsal(cls), **params}), 0)
+    return task_of(TaskChoice(name, "sample", None, None, "error", {**cls.rehearsal(cls), **params}), 0)
 
 
-def path_task(name: str, path: Path, *, bad_rows: Any = "stop", **params: Any) -> Task:
-    return task_of(TaskChoice(name, "path", str(path), None, bad_rows, params), 0)
+def path_task(name: str, path: Path, *, on_bad_row: Any = "error", **params: Any) -> Task:
+    return task_of(TaskChoice(name, "path", str(path), None, on_bad_row, params), 0)
 
 
 def rows_of(task: Task) -> list[Example]:
@@ -202,8 +202,8 @@ def test_a_bad_row_is_named_by_file_and_line_or_skipped_and_counted(
         path_task(name, path, **few).load()
     assert f"{path}:4: " in str(caught.value)
     assert told in str(caught.value)
-    assert "task.bad_rows=skip" in str(caught.value)
-    splits = path_task(name, path, bad_rows="skip", **few).load()
+    assert "task.on_bad_row=skip" in str(caught.value)
+    splits = path_task(name, path, on_bad_row="skip", **few).load()
     assert len(splits.sft) == 4
     assert [text.partition(": ")[0] for text in splits.proof["skipped"]] == [f"{path}:4"]
 
@@ -227,7 +227,7 @@ def test_what_is_missing_is_never_a_target(tmp_path: Path, suffix: str) -> None:
             writer = csv.DictWriter(file, list(columns))
             writer.writeheader()
             writer.writerows(rows)
-    splits = path_task("human_like", path, bad_rows="skip", test=1, validation=1).load()
+    splits = path_task("human_like", path, on_bad_row="skip", test=1, validation=1).load()
     kept = [*splits.sft, *splits.validation, *splits.tests["test"]]
     assert {example.target for example in kept} == {"a", "c", "d", "e", "f"}
     assert {example.tags["rejected"] for example in kept} == {"1.5", "2.0", "3.0", "4.0", "5.0"}
@@ -256,7 +256,7 @@ def test_labels_of_a_column_with_missing_values_are_read(tmp_path: Path) -> None
     path = tmp_path / "rows.parquet"
     inputs, labels = zip(*rows, (rows[0][0], float("nan")), strict=True)
     pq.write_table(pa.table({"input": inputs, "label": labels}), path)
-    splits = path_task("corr2cause", path, bad_rows="skip", test_classes=0, validation_classes=0).load()
+    splits = path_task("corr2cause", path, on_bad_row="skip", test_classes=0, validation_classes=0).load()
     found, skipped = {example.id: example.gold for example in splits.sft}, splits.proof["skipped"]
     assert found == {f"rows-{k}": "Yes" if label else "No" for k, (_, label) in enumerate(rows, 1)}
     assert [text.partition(": ")[2] for text in skipped] == ["no label (it is nan)"]
@@ -270,7 +270,7 @@ def test_every_bad_row_is_told_at_once_and_too_many_are_counted(tmp_path: Path) 
     assert len([text for text in caught.value.problems if text.startswith(f"{path}:")]) == 20
     assert "… and 30 more bad rows" in str(caught.value)
     with pytest.raises(DataError, match=re.escape(f"{path}: no rows are left")):
-        path_task("gsm8k", path, bad_rows="skip").load()
+        path_task("gsm8k", path, on_bad_row="skip").load()
 
 
 def test_files_that_are_no_such_files_are_told(tmp_path: Path) -> None:
@@ -458,7 +458,7 @@ def test_every_data_set_of_a_task_is_fetched_at_its_own_commit() -> None:
         Repository("MathLLMs/MathCodeInstruct", "dataset", "aaa"),
         Repository("xw27/scibench", "dataset", "bbb"),
     ]
-    one = TaskChoice("math_science", "hub", None, "abc", "stop", {})
+    one = TaskChoice("math_science", "hub", None, "abc", "error", {})
     assert (
         "is one commit, but math_science reads MathLLMs/MathCodeInstruct and xw27/scibench" in make_task(one, 0)[1][0]
     )

@@ -27,7 +27,7 @@ def test_bad_rows_that_are_skipped_are_counted_and_named_where_the_user_looks(tm
     rows, runs = tmp_path / "rows.jsonl", tmp_path / "runs"
     good = [ROW % (k, k, k + 1) for k in range(20)]
     rows.write_text("".join(good[:5]) + '{"question": "x"}\n' * 5 + "".join(good[5:]))
-    words = ["task.source=path", f"task.path={rows}", "task.bad_rows=skip", "task.params.rows=null"]
+    words = ["task.source=path", f"task.path={rows}", "task.on_bad_row=skip", "task.params.rows=null"]
     done = run_cli("run", "gsm8k", *words, "--stages", "preprocess", "--runs", str(runs))
     assert done.returncode == 0, done.stderr
     place = f"{rows}:6: no answer (it has question)"

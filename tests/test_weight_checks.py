@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, Trainer, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
-from pipeline.config.recipe import Lora, Model, Scratch
+from pipeline.config.recipe import Lora, Model, RandomInit
 from pipeline.core.errors import ArtifactError, PipelineError
 from pipeline.engines.generation import Sampling, generate_batch, stop_ids
 from pipeline.models import weight_checks
@@ -56,7 +56,7 @@ WEIGHTS = "model.safetensors"
 def scratch(architecture: str, folder: Path) -> Path:
     heads = 4 if architecture == "phi3" else 2
     make_scratch(
-        Scratch(architecture, 400, 16, 2, 4, heads, 32, 128, 10000.0, 0.3),
+        RandomInit(architecture, 400, 16, 2, 4, heads, 32, 128, 10000.0, 0.3),
         TEXTS * 20,
         "think",
         folder,

@@ -13,6 +13,8 @@ from typing import Any
 
 from pipeline.cli.plans import plan_of
 from pipeline.cli.results import read_small_text
+from pipeline.config.former import param_renames
+from pipeline.config.load import notify
 from pipeline.config.recipe import recipe_names
 from pipeline.core.errors import (
     EXIT_FAULT,
@@ -114,7 +116,9 @@ def generate_command(args: argparse.Namespace) -> int:
         params = OmegaConf.to_container(OmegaConf.from_dotlist(args.words))
     except OmegaConfBaseException as error:
         raise PlanError(f"{' '.join(args.words)}: {error}") from None
-    assert isinstance(params, dict)
+    params, notices = param_renames("corr2cause").apply(params)
+    for notice in notices:
+        notify(notice)
     # every claim, as many as there are of each answer, unless something else is asked for
     wanted = {"balance": "natural", "n": sizes, **{str(key): value for key, value in params.items()}}
     made = generate(args.out, wanted, seed=args.seed, copies=args.copies, proof=args.proofs, processes=args.processes)

@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("words", nargs=words, metavar="RECIPE|key=value", help="recipes of configs/, and overrides")
         where(sub)
         sub.add_argument("--stages", default="", metavar="A,B", help=f"only these: {', '.join(STAGES)}")
-        sub.add_argument("--skip-sft", action="store_true", help="GRPO from the base model (grpo.start=base)")
+        sub.add_argument("--skip-sft", action="store_true", help="GRPO from the base model (grpo.init_from=base)")
         sub.add_argument("--rehearse", action="store_true", help="the same in small: every wire tried, no result")
         if name in ("run", "plan"):
             about = "make these again where the code of their task or rewards has changed, or all such: changed"

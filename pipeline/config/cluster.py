@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from pipeline.config import former
 from pipeline.config.load import read_typed
 from pipeline.config.recipe import CONFIGS, Recipe, divisors, find_yaml
 from pipeline.config.site import Slurm, site_problems
 from pipeline.core import nvidia
-from pipeline.core.schema import Constraint, Name, NonNegativeInt, PositiveFloat, PositiveInt, added
+from pipeline.core.schema import Constraint, Name, NonNegativeInt, PositiveFloat, PositiveInt, Renames, added
 
 CLUSTERS = CONFIGS / "clusters"
 DEEPSPEED = Path("deepspeed")
@@ -63,13 +64,18 @@ class Cluster:
     keep_checkpoints: PositiveInt
     logging_steps: PositiveInt
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...]
-    stop_grace: PositiveInt  # seconds a process has to end after it was asked to
+    kill_timeout: PositiveInt  # seconds a process has to end after it was asked to
     slurm: Slurm
     max_idle_steps: PositiveInt | None = added(None)  # GRPO steps in a row without spread that end it; None: only warn
 
     def layout(self, stage: str) -> TrainingStage:
         """Return how a training stage, sft or grpo, is laid out."""
         return {"sft": self.sft, "grpo": self.grpo}[stage]
+
+    @classmethod
+    def renames(cls, *sources: object) -> Renames:
+        """The settings that had another name."""
+        return former.CLUSTER
 
     def problems(self) -> list[str]:
         """What cannot be, before any recipe is looked at."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from pipeline.core.files import read_text
-from pipeline.core.schema import is_free_mapping, modernised, parse
+from pipeline.core.schema import Renames, is_free_mapping, parse
 
 MAX_BYTES = 256 * 1024  # of a YAML file or an override
 MAX_REFERENCES = 32  # in one file: each may double what came before
@@ -52,15 +52,17 @@ def read_typed(
     problems: list[str] = []
     texts: list[str] = []
     layers: list[Any] = []
-    former: Mapping[str, str] = getattr(cls, "former", {})
     for source in sources:
-        if isinstance(source, Path):
-            layers += _from_file(source, problems)
-        else:
-            layers.append(OmegaConf.create(_masked(modernised(source, former)[0], texts)))
+        layers += _from_file(source, problems) if isinstance(source, Path) else [source]
     for override in overrides:
         layers += _from_override(override, problems)
-    layers = [_modernised(layer, former) for layer in layers]
+    renames = _renames(cls, layers)
+    layers = [
+        OmegaConf.create(_masked(renames.apply(layer)[0], texts))
+        if isinstance(layer, dict)
+        else _with_present_names(layer, renames)
+        for layer in layers
+    ]
     try:
         merged: Any = OmegaConf.create({})
         for layer in layers:
@@ -81,19 +83,46 @@ def read_typed(
     return (None if problems else result), problems
 
 
-_told: set[str] = set()
+_noticed: set[str] = set()
 
 
-def _modernised(layer: Any, former: Mapping[str, str]) -> Any:
-    """A layer under the names of today; the first time that someone uses an old one, they are told the new one."""
+def notify(notice: str) -> None:
+    """Print a notice about a former name on stderr, the first time that the process meets it."""
+    if notice not in _noticed:
+        _noticed.add(notice)
+        print(f"note: {notice}", file=sys.stderr)
+
+
+def _renames(cls: type, layers: Sequence[Any]) -> Renames:
+    """The renamed settings of a class; those of a task follow from its name, so all layers are looked at."""
     from omegaconf import OmegaConf
 
-    values, told = modernised(OmegaConf.to_container(layer), former) if former else (None, [])
-    for sentence in told:
-        if sentence not in _told:
-            _told.add(sentence)
-            print(f"note: {sentence}", file=sys.stderr)
-    return OmegaConf.create(values) if told else layer
+    if not hasattr(cls, "renames"):
+        return Renames({})
+    values = [layer if isinstance(layer, dict) else OmegaConf.to_container(layer) for layer in layers]
+    found = cls.renames(*values)
+    assert isinstance(found, Renames)
+    return found
+
+
+def _with_present_names(layer: Any, renames: Renames) -> Any:
+    """A layer that someone wrote, under the present names, references included; each former name is noticed once."""
+    from omegaconf import OmegaConf
+
+    values, notices = renames.apply(OmegaConf.to_container(layer))
+    for notice in notices:
+        notify(notice)
+    former = {old: new for old, new in renames.names.items() if new and "[]" not in old}
+    pattern = re.compile(rf"(?<!\\)\$\{{({'|'.join(map(re.escape, former))})(?=[.}}\[])") if former else None
+
+    def refer(value: Any) -> Any:
+        if isinstance(value, str):
+            return pattern.sub(lambda found: "${" + former[found[1]], value) if pattern and "${" in value else value
+        if isinstance(value, Mapping):
+            return {key: refer(item) for key, item in value.items()}
+        return [refer(item) for item in value] if isinstance(value, list) else value
+
+    return OmegaConf.create(refer(values))
 
 
 # ---------------------------------------------------------------- one layer
@@ -147,6 +176,8 @@ def _parsed(text: str, parse: Callable[[], Any], what: str) -> tuple[Any, list[s
         layer = parse()
         found = _resolvers(OmegaConf.to_container(layer)) if "${" in text else []
     except YAMLError as error:
+        if "nesting depth" in str(error):
+            return None, ["nested too deeply. Fix: write it flat"]
         return None, [f"{what} is not YAML ({' '.join(str(error).split())})"]
     except OmegaConfBaseException as error:
         return None, [_reason(error)]

@@ -46,7 +46,7 @@ def model_config(model: Model) -> dict[str, Any] | None:
 
     ArtifactError where the config.json of a folder names sizes that are none.
     """
-    if model.scratch:
+    if model.random_init:
         return None
     folder = Path(model.name)
     if folder.is_dir():

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pipeline.config.architectures import ModelType
+from pipeline.config.former import recipe_renames, task_name
 from pipeline.config.load import read_typed
 from pipeline.core.errors import RecipeError, did_you_mean
 from pipeline.core.hashing import file_identity
@@ -28,6 +29,7 @@ from pipeline.core.schema import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Renames,
     added,
 )
 
@@ -40,7 +42,7 @@ MODEL_FILES = 10_000  # in a model's folder: more is another kind of folder
 
 
 @dataclass(frozen=True)
-class Scratch:
+class RandomInit:
     """A model made from nothing: its tokenizer is trained on the task's text, its weights are random."""
 
     architecture: ModelType
@@ -61,7 +63,7 @@ class Model:
 
     name: str
     revision: str | None
-    scratch: Scratch | None
+    random_init: RandomInit | None
     gguf: str | None  # a .gguf file, or package/file of an installed Python package: unpacked once, by preprocess
     chat_template: str | None  # None: the tokenizer's own; a name of `architectures.TEMPLATES`; or a .jinja file
     quantization: Literal["none", "nf4", "int8"]
@@ -88,7 +90,7 @@ class TaskChoice:
     source: Literal["auto", "generated", "path", "hub", "sample"]
     path: str | None
     revision: str | dict[str, str] | None  # the hub commit; of several data sets {name: commit}
-    bad_rows: Literal["stop", "skip"]
+    on_bad_row: Literal["error", "skip"]
     params: dict[str, Any]
     validation_path: str | None = added(None)  # a file of its own; None: a share of the training rows
     test_path: str | None = added(None)  # likewise; all its rows
@@ -128,11 +130,11 @@ class Optimizer:
     name: str  # one of transformers' `optim` names, or muon (Jordan et al. 2024) by DeepSpeed
     learning_rate: PositiveFloat
     muon_learning_rate: PositiveFloat  # muon: of the hidden matrices; everything else moves by AdamW at learning_rate
-    schedule: str  # one of transformers' `lr_scheduler_type` names
-    schedule_args: dict[str, Any] | None
+    lr_scheduler_type: str  # one of transformers' `lr_scheduler_type` names
+    lr_scheduler_kwargs: dict[str, Any] | None
     warmup: NonNegativeFloat  # a share of the steps when < 1, else steps
     weight_decay: NonNegativeFloat
-    beta2: Fraction
+    adam_beta2: Fraction
     max_grad_norm: NonNegativeFloat
 
 
@@ -146,9 +148,9 @@ class Sft:
     global_batch_size: PositiveInt  # rows in one optimizer step, over all processes
     max_length: PositiveInt  # tokens of prompt and completion; longer rows are dropped and counted
     order: Literal["shuffled", "by_length", "curriculum"]
-    prompt_loss: Fraction  # of the rows, the first in their order: the loss falls on their prompts too
+    full_loss_fraction: Fraction  # of the rows, the first in their order: the loss falls on their prompts too
     packing: bool
-    validate_every: PositiveInt | None  # steps between two losses on the validation rows
+    eval_steps: PositiveInt | None  # steps between two losses on the validation rows
     early_stopping_patience: PositiveInt | None  # validations without a better loss before it stops at the best
 
 
@@ -165,7 +167,7 @@ class Grpo:
     """Group relative policy optimization (Shao et al. 2024)."""
 
     optimizer: Optimizer
-    start: Literal["sft", "base", "none"]  # none: the recipe has no GRPO
+    init_from: Literal["sft", "base", "none"]  # none: the recipe has no GRPO
     rewards: dict[str, Reward]
     epochs: Epochs
     max_steps: PositiveInt | None
@@ -182,7 +184,7 @@ class Grpo:
     epsilon_high: PositiveFloat
     loss_type: str
     scale_rewards: Literal["group", "batch", "none"]
-    mask_truncated: bool
+    mask_truncated_completions: bool
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ class Recipe:
     """All of it, resolved. `name` is where it came from and is not part of its identity."""
 
     name: Name  # a folder of runs/
-    rehearsal: bool  # a shrunken copy by --rehearse: its figures are no result
+    smoke_test: bool  # a shrunken copy by --rehearse: its figures are no result
     seed: NonNegativeInt
     model: Model
     lora: Lora
@@ -231,18 +233,15 @@ class Recipe:
     evaluate: Evaluate
     report: Report
 
-    # settings that had another name: YAML files, words and records that have it are read as if they had the new one
-    former: ClassVar[Mapping[str, str]] = {
-        "evaluate.draws": "report.bootstrap_samples",
-        "evaluate.confidence": "report.confidence",
-        "evaluate.goals": "report.success_criteria",
-        "model.backend": "",  # transformers, or Unsloth's copy of it, which could not be installed beside TRL
-    }
+    @classmethod
+    def renames(cls, *sources: Any) -> Renames:
+        """The settings that had another name; those of a task by the last source that names one."""
+        return recipe_renames(next(filter(None, map(task_name, reversed(sources))), ""))
 
     @property
     def stages(self) -> tuple[Literal["sft", "grpo"], ...]:
         """The training stages it has, in their order."""
-        return {"sft": ("sft", "grpo"), "base": ("grpo",), "none": ("sft",)}[self.grpo.start]  # type: ignore[return-value]
+        return {"sft": ("sft", "grpo"), "base": ("grpo",), "none": ("sft",)}[self.grpo.init_from]  # type: ignore[return-value]
 
     def training(self, stage: str) -> Sft | Grpo:
         """Return the settings of a training stage, sft or grpo."""
@@ -267,9 +266,9 @@ class Recipe:
                     f"{stage}.optimizer.max_grad_norm: {optimizer.max_grad_norm:g} would shrink every step of muon, "
                     "whose gradients are orthogonal matrices of a far larger norm; use 0"
                 )
-        if self.sft.early_stopping_patience and not self.sft.validate_every:
+        if self.sft.early_stopping_patience and not self.sft.eval_steps:
             found.append(
-                "sft.early_stopping_patience: nothing to be patient about; set sft.validate_every too, such as 100"
+                "sft.early_stopping_patience: nothing to be patient about; set sft.eval_steps too, such as 100"
             )
         if not self.grpo.rewards and "grpo" in self.stages:
             found.append("grpo.rewards: empty; list at least one, such as correctness: {weight: 1.0, params: {}}")
@@ -280,11 +279,11 @@ class Recipe:
             )
         if self.lora.enabled and not self.lora.targets:
             found.append("lora.targets: got none; expected the modules to adapt. Fix: lora.targets=[all-linear]")
-        if self.model.scratch and self.model.gguf:
+        if self.model.random_init and self.model.gguf:
             found.append(
-                "model.gguf: a model from scratch has no file; set one of model.scratch and model.gguf to null"
+                "model.gguf: a model from scratch has no file; set one of model.random_init and model.gguf to null"
             )
-        if scratch := self.model.scratch:
+        if scratch := self.model.random_init:
             found.extend(self._scratch_problems(scratch))
         paths = {"model.name": self.model.name, "model.gguf": self.model.gguf, **self.task.files}
         for key, path in {**paths, "model.chat_template": self.model.chat_template}.items():
@@ -292,17 +291,18 @@ class Recipe:
                 found.append(f"{key}: got {path[:40]!r}…; expected a name or path. Fix: shorten it, on one line")
         return [*found, *self.task.problems()]
 
-    def _scratch_problems(self, scratch: Scratch) -> list[str]:
+    def _scratch_problems(self, scratch: RandomInit) -> list[str]:
         found = []
         if scratch.hidden_size % scratch.heads:
-            found.append(f"model.scratch.heads: {scratch.heads} does not divide hidden_size {scratch.hidden_size}")
+            found.append(f"model.random_init.heads: {scratch.heads} does not divide hidden_size {scratch.hidden_size}")
         elif scratch.hidden_size // scratch.heads % 2:
             found.append(
-                f"model.scratch.hidden_size: {scratch.hidden_size} gives heads of odd width, which cannot be rotated"
+                f"model.random_init.hidden_size: {scratch.hidden_size} gives heads of odd width; rotary positions need "
+                "an even one"
             )
         if scratch.heads % scratch.key_value_heads:
             found.append(
-                f"model.scratch.key_value_heads: {scratch.key_value_heads} does not divide heads {scratch.heads}"
+                f"model.random_init.key_value_heads: {scratch.key_value_heads} does not divide heads {scratch.heads}"
             )
         longest = {
             "sft.max_length": self.sft.max_length,
@@ -311,8 +311,8 @@ class Recipe:
         }
         for name, tokens in longest.items():
             if tokens > scratch.context:
-                found.append(f"{name}: {tokens} tokens do not fit model.scratch.context {scratch.context}")
-        if self.model.quantization != "none" and not self.rehearsal:
+                found.append(f"{name}: {tokens} tokens do not fit model.random_init.context {scratch.context}")
+        if self.model.quantization != "none" and not self.smoke_test:
             found.append("model.quantization: a model from scratch has nothing to quantize; use none")
         return found
 
@@ -363,7 +363,7 @@ def local_files(recipe: Recipe) -> dict[str, str]:
         if name and Path(name).is_file():
             found[key] = file_identity(Path(name))
     folder = Path(recipe.model.name)
-    if not recipe.model.scratch and folder.is_dir() and _holds_model(folder):
+    if not recipe.model.random_init and folder.is_dir() and _holds_model(folder):
         for file in sorted(folder.iterdir()):
             if file.is_file():
                 found[f"model.name/{file.name}"] = file_identity(file)
@@ -380,7 +380,7 @@ def local_problems(recipe: Recipe) -> list[str]:
         elif name and path.is_file() and not path.stat().st_size:
             found.append(f"{key}: got {name}, an empty file; expected one with content. Fix: name another file")
     folder = Path(recipe.model.name)
-    if recipe.model.scratch or recipe.model.gguf:
+    if recipe.model.random_init or recipe.model.gguf:
         return found
     if folder.exists() and not folder.is_dir():
         return [

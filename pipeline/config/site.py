@@ -48,12 +48,12 @@ class Times:
 
 
 # seconds before its limit that a stage is asked to save, where the cluster's file does not say: more than a step takes
-SAVE_BEFORE = {"preprocess": 120, "sft": 300, "grpo": 1200, "evaluate": 600, "report": 120, "export": 120}
+SIGNAL_BEFORE_LIMIT = {"preprocess": 120, "sft": 300, "grpo": 1200, "evaluate": 600, "report": 120, "export": 120}
 
 
 @dataclass(frozen=True)
-class SaveBefore:
-    """How many seconds before its limit each stage is asked to save; None: see SAVE_BEFORE."""
+class SignalBeforeLimit:
+    """How many seconds before its limit each stage is asked to save; None: see SIGNAL_BEFORE_LIMIT."""
 
     preprocess: PositiveInt | None = None
     sft: PositiveInt | None = None
@@ -75,8 +75,8 @@ class Slurm:
     cpus: PositiveInt | None  # of each node, shared by its processes
     memory: str | None  # of each node, such as 64G
     time: Times
-    save_before: PositiveInt | SaveBefore  # seconds before the limit at which a step is asked to save
-    options: tuple[str, ...]  # further options of sbatch, such as --exclude=node7
+    signal_before_limit: PositiveInt | SignalBeforeLimit  # seconds before the limit at which a step is asked to save
+    extra_sbatch_args: tuple[str, ...]  # further options of sbatch, such as --exclude=node7
     modules: tuple[Module, ...]  # loaded on the node before Python starts
     environment: dict[str, str]  # variables of the job; $NAME in a value is filled in there
     venv: str | None  # its virtual environment; null: the one that submits
@@ -91,11 +91,11 @@ class Slurm:
 
     def save_seconds(self, stage: str) -> int:
         """How many seconds before its time limit a stage is asked to save."""
-        if isinstance(self.save_before, int):
-            return self.save_before
+        if isinstance(self.signal_before_limit, int):
+            return self.signal_before_limit
         quarter = minutes(getattr(self.time, stage)) * 60 // 4
-        given = getattr(self.save_before, stage)
-        return min(SAVE_BEFORE[stage], quarter) if given is None else int(given)
+        given = getattr(self.signal_before_limit, stage)
+        return min(SIGNAL_BEFORE_LIMIT[stage], quarter) if given is None else int(given)
 
     @property
     def variables(self) -> dict[str, str]:
@@ -149,15 +149,16 @@ def is_secret(name: str, value: str) -> bool:
 def site_problems(slurm: Slurm, launcher: str) -> list[str]:
     """What of these settings no job could be made of, as sentences. The value of a secret is never shown."""
     found = [*_unprintable(slurm), *_environment_problems(slurm)]
-    for option in slurm.options:
+    for option in slurm.extra_sbatch_args:
         try:
             words = option_words(option)
         except ValueError as error:
-            found.append(f"cluster.slurm.options: got {option!r} ({error}); expected an option of sbatch")
+            found.append(f"cluster.slurm.extra_sbatch_args: got {option!r} ({error}); expected an option of sbatch")
             continue
         if not words or not words[0].startswith("-"):
             found.append(
-                f"cluster.slurm.options: got {option!r}; expected an option of sbatch, such as --exclude=node7"
+                f"cluster.slurm.extra_sbatch_args: got {option!r}; expected an option of sbatch, such as "
+                "--exclude=node7"
             )
     if slurm.host_suffix and not re.fullmatch(r"[\w.-]+", slurm.host_suffix):
         found.append(
@@ -167,7 +168,7 @@ def site_problems(slurm: Slurm, launcher: str) -> list[str]:
 
 
 def option_words(option: str) -> list[str]:
-    """An entry of `options` as sbatch's options, each in one word: `--mail-type END` is --mail-type=END."""
+    """An entry of `extra_sbatch_args` as sbatch's options, each in one word: `--mail-type END` is --mail-type=END."""
     if re.match(r"--[\w-]+=[^'\"\\]*$", option):
         return [option]  # its value may have spaces
     found: list[str] = []
@@ -225,14 +226,14 @@ def _environment_problems(slurm: Slurm) -> Iterator[str]:
 def _time_problems(slurm: Slurm) -> Iterator[str]:
     """A step that is asked to save before it has begun."""
     limits = {stage: minutes(time) * 60 for stage, time in vars(slurm.time).items()}
-    if isinstance(slurm.save_before, int):
+    if isinstance(slurm.signal_before_limit, int):
         limits = dict([min(limits.items(), key=lambda item: item[1])])
     for stage, limit in limits.items():
-        seconds, one = slurm.save_seconds(stage), isinstance(slurm.save_before, int)
+        seconds, one = slurm.save_seconds(stage), isinstance(slurm.signal_before_limit, int)
         if seconds >= limit:
             where = "" if one else f".{stage}"
             yield (
-                f"cluster.slurm.save_before{where}: got {seconds} seconds; expected less than the {limit} of "
-                f"cluster.slurm.time.{stage}. Fix: cluster.slurm.save_before{where}={max(1, limit // 4)}"
-                + (", or one number a stage, such as cluster.slurm.save_before={grpo: 1200}" if one else "")
+                f"cluster.slurm.signal_before_limit{where}: got {seconds} seconds; expected less than the {limit} of "
+                f"cluster.slurm.time.{stage}. Fix: cluster.slurm.signal_before_limit{where}={max(1, limit // 4)}"
+                + (", or one number a stage, such as cluster.slurm.signal_before_limit={grpo: 1200}" if one else "")
             )

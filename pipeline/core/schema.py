@@ -253,35 +253,90 @@ def _union(kinds: tuple[Any, ...], value: Any, path: str, problems: list[str]) -
     return None
 
 
-def modernised(values: Any, former: Mapping[str, str]) -> tuple[Any, list[str]]:
-    """Settings under the names that they have now, and a sentence for each that had another or is gone.
+@dataclass(frozen=True)
+class Renames:
+    """Settings that had another name, and choices that had another word.
 
-    `former` maps old names to new ones, with their path: `evaluate.draws` -> `report.bootstrap_samples`; "" for one
-    that is gone. Where a new name is set too, it counts.
+    `names` maps a former path to the present one, "" where the setting is gone: `{"evaluate.draws":
+    "report.bootstrap_samples"}`; `phases[].traces` is a setting of each item of a list. `choices` maps a present path
+    to its former words. A dataclass with a classmethod `renames(values)` is read under either name.
     """
-    told = []
-    for old, new in former.items():
-        found, value = _taken(values, old.split("."))
-        if found:
-            values = _without(values, old.split("."))
-            values = _given(values, new.split("."), value) if new else values
-            told.append(f"{old} is now {new}; the old name is read in this version" if new else f"{old} is gone")
-    return values, told
+
+    names: Mapping[str, str]
+    choices: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    prefix: str = ""  # of the paths in a notice
+
+    def including(self, other: Renames, path: str) -> Renames:
+        """Return these and those of the mapping at `path`."""
+        names = {f"{path}.{old}": f"{path}.{new}" if new else "" for old, new in other.names.items()}
+        choices = {f"{path}.{name}": words for name, words in other.choices.items()}
+        return dataclasses.replace(self, names={**self.names, **names}, choices={**self.choices, **choices})
+
+    def apply(self, values: Any) -> tuple[Any, list[str]]:
+        """Return the values under their present names, and a notice for each former one.
+
+        Where a former and the present name are both set, the present one counts.
+        """
+        notices, at = [], self.prefix
+        for old, new in self.names.items():
+            values, found = _moved(values, old.split("."), new.split(".") if new else [])
+            if found:
+                now = f"now {at}{new}; the former name is read in this version" if new else "gone, and is ignored"
+                notices.append(f"{at}{old} is {now}")
+        for path, words in self.choices.items():
+            values, found_words = _reworded(values, path.split("."), words)
+            notices += [f"{at}{path}={word} is now {at}{path}={words[word]}" for word in found_words]
+        return values, notices
+
+    def undo(self, values: Any) -> Any:
+        """Return values that have the present names under the former ones; what is gone stays so."""
+        back = {new: old for old, new in self.names.items() if new}
+        choices = {back.get(path, path): {new: old for old, new in of.items()} for path, of in self.choices.items()}
+        return Renames(back, choices).apply(values)[0]
 
 
-def _taken(values: Any, path: list[str]) -> tuple[bool, Any]:
-    for name in path:
+def value_at(values: Any, path: str) -> Any:
+    """Return what stands at a dotted path of nested mappings; None where nothing does."""
+    for name in path.split("."):
         if not isinstance(values, Mapping) or name not in values:
-            return False, None
+            return None
         values = values[name]
-    return True, values
+    return values
 
 
-def _without(values: Mapping[str, Any], path: list[str]) -> dict[str, Any]:
-    first, *rest = path
+def _moved(values: Any, old: list[str], new: list[str]) -> tuple[Any, bool]:
+    """(the values with what stood at path `old` at path `new`, whether anything did)."""
+    first, *rest = old
+    key = first.removesuffix("[]")
+    if not isinstance(values, Mapping) or key not in values:
+        return values, False
+    below = values[key]
+    if rest and new and first == new[0]:
+        if key == first:
+            below, found = _moved(below, rest, new[1:])
+        else:
+            items = [_moved(item, rest, new[1:]) for item in below] if isinstance(below, list | tuple) else []
+            below, found = [item for item, _ in items], any(moved for _, moved in items)
+        return ({**values, key: below} if found else values), found
     if rest:
-        return {**values, first: _without(values[first], rest)}
-    return {name: value for name, value in values.items() if name != first}
+        below, found = _taken(below, rest)
+        if found is MISSING:
+            return values, False
+        kept = {**values, key: below}
+    else:
+        kept, found = {name: item for name, item in values.items() if name != key}, below
+    return (_given(kept, new, found) if new else kept), True
+
+
+def _taken(values: Any, path: list[str]) -> tuple[Any, Any]:
+    """(the values without what stood at a path, what stood there or MISSING)."""
+    first, *rest = path
+    if not isinstance(values, Mapping) or first not in values:
+        return values, MISSING
+    if not rest:
+        return {name: item for name, item in values.items() if name != first}, values[first]
+    below, found = _taken(values[first], rest)
+    return {**values, first: below}, found
 
 
 def _given(values: Mapping[str, Any], path: list[str], value: Any) -> dict[str, Any]:
@@ -292,12 +347,25 @@ def _given(values: Mapping[str, Any], path: list[str], value: Any) -> dict[str, 
     return {**values, first: _given(below if isinstance(below, Mapping) else {}, rest, value)}
 
 
+def _reworded(values: Any, path: list[str], words: Mapping[str, str]) -> tuple[Any, list[str]]:
+    """(the values with the present word at a path, the former word that stood there)."""
+    first, *rest = path
+    if not isinstance(values, Mapping) or first not in values:
+        return values, []
+    if rest:
+        below, found = _reworded(values[first], rest, words)
+    else:
+        word = values[first]
+        below, found = (words[word], [word]) if isinstance(word, str) and word in words else (word, [])
+    return ({**values, first: below} if found else values), found
+
+
 def _dataclass(cls: type, value: Any, path: str, problems: list[str]) -> Any:
     if not isinstance(value, Mapping):
         problems.append(f"{path or 'the file'}: {_shown(value)} is not a mapping of settings")
         return None
-    if former := getattr(cls, "former", None):
-        value, _ = modernised(value, former)
+    if renames := getattr(cls, "renames", None):
+        value, _ = renames(value).apply(value)
     hints = typing.get_type_hints(cls, include_extras=True)
     names = [field.name for field in dataclasses.fields(cls)]
     before = len(problems)

@@ -13,7 +13,8 @@ from pathlib import Path
 from pipeline.core.slurm_client import Job, peak_memory
 
 ENDS = {
-    "TIMEOUT": "ran into its time limit before it could save: raise cluster.slurm.save_before or cluster.slurm.time",
+    "TIMEOUT": "reached its time limit before it could save: raise cluster.slurm.signal_before_limit or "
+    "cluster.slurm.time",
     "NODE_FAIL": "its node failed, and Slurm did not start it again",
     "PREEMPTED": "was preempted, and Slurm did not start it again",
     "CANCELLED": "was cancelled",

@@ -34,7 +34,7 @@ class Repository:
 def repositories(recipe: Recipe) -> list[Repository]:
     """The recipe's model and data sets, as far as they are on the hub."""
     found = []
-    if not recipe.model.scratch and not recipe.model.gguf and not Path(recipe.model.name).exists():
+    if not recipe.model.random_init and not recipe.model.gguf and not Path(recipe.model.name).exists():
         found.append(Repository(recipe.model.name, "model", recipe.model.revision))
     task = task_of(recipe.task, recipe.seed)
     if task.source == "hub":

@@ -39,7 +39,7 @@ OPTIONS = """\
 #SBATCH --output={log}
 #SBATCH --open-mode=append            # a job that starts again goes on in the same log
 #SBATCH --requeue                     # it starts again after its node died or it was preempted
-#SBATCH --signal=B:USR1@{save_before}{pad} # {save_before} s before the time limit, to this script: time enough to save
+#SBATCH --signal=B:USR1@{seconds}{pad} # {seconds} s before the time limit, to this script: time enough to save
 #SBATCH --kill-on-invalid-dep=yes     # when what it waits for has failed, it shall not wait for ever
 """
 
@@ -104,7 +104,7 @@ def script(stage: Stage, cluster: Cluster, step: Step | None = None, venv: str |
     if step:
         refuse_odd(step.folder)
     usage = f"sbatch {FOLDER}/{name}.slurm {USAGE.get(name, 'RECIPE [key=value …]')}"
-    save_before = str(slurm.save_seconds(name))
+    seconds = str(slurm.save_seconds(name))
     head = HEAD.format(
         about=f"{step.label if step else name}: {stage.about}.",
         usage=f"sbatch {shlex.quote(str(step.folder / SCRIPT))}" if step else usage,
@@ -116,8 +116,8 @@ def script(stage: Stage, cluster: Cluster, step: Step | None = None, venv: str |
         name=shlex.quote(step.label if step else name),
         asked="\n".join(f"#SBATCH {_quoted(option)}" for option in resources(stage, cluster)),
         log=shlex.quote(log),
-        save_before=save_before,
-        pad=" " * (12 - len(save_before)),
+        seconds=seconds,
+        pad=" " * (12 - len(seconds)),
     )
     default = shlex.quote(venv) if venv else '"${THEREFORE_VENV:-$PWD/.venv}"'
     setup = SETUP.format(
@@ -206,7 +206,7 @@ def resources(stage: Stage, cluster: Cluster) -> list[str]:
         options.append(f"--gres=gpu:{kind}" if slurm.gpu_request == "gres" else f"--gpus-per-node={kind}")
     options += [f"--mem={slurm.memory}"] * bool(slurm.memory)
     options.append(f"--time={_time(getattr(slurm.time, stage.name))}")
-    return options + [word for option in slurm.options for word in option_words(option)]
+    return options + [word for option in slurm.extra_sbatch_args for word in option_words(option)]
 
 
 def _time(time: str) -> str:

@@ -96,7 +96,7 @@ def run_step(step: Step, plan: Plan, title: str) -> None:
             start_new_session=True,
         )
         still = faults.StoppedProcesses(process.pid)
-        with _stopping(process, step, plan.cluster.stop_grace, attempt) as asked_to_end, _Bar(title) as bar:
+        with _stopping(process, step, plan.cluster.kill_timeout, attempt) as asked_to_end, _Bar(title) as bar:
             while process.poll() is None:
                 if progress := _progress(step, attempt):
                     bar.show(progress)
@@ -130,7 +130,7 @@ def _progress(step: Step, attempt: str) -> Progress | None:
 def _leave_at(step: Step, plan: Plan) -> float:
     """When the step has to save and leave, in seconds since the epoch: before the Slurm job ends that this runs in.
 
-    Of a job that is shorter than `save_before` half of what is left is used. Without a limit: never.
+    Of a job that is shorter than `signal_before_limit` half of what is left is used. Without a limit: never.
     """
     end = job_end() if this_job() and step.stage in CAN_STOP else None
     if end is None:

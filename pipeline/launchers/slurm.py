@@ -257,7 +257,7 @@ def exported(slurm: Slurm) -> dict[str, str]:
 
     The values are in Slurm's own keeping, as is all of the environment where nobody asks for less (--export=NONE).
     """
-    options = [option.partition("=")[2] for option in slurm.options if option.startswith("--export=")]
+    options = [option.partition("=")[2] for option in slurm.extra_sbatch_args if option.startswith("--export=")]
     wish = os.environ.get("SBATCH_EXPORT") or (options or ["ALL"])[-1]
     if not slurm.pass_environment or "ALL" in wish.upper().split(","):
         return {}

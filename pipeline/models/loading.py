@@ -34,7 +34,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from pipeline.config.cluster import AMPERE, MaxMemory, half_precision
 from pipeline.config.model_files import TEMPLATES, gguf_file, special_in
-from pipeline.config.recipe import Lora, Model, Scratch
+from pipeline.config.recipe import Lora, Model, RandomInit
 from pipeline.core.errors import ArtifactError, RecipeError
 from pipeline.models.template_trial import try_template
 from pipeline.models.weight_checks import (
@@ -240,7 +240,7 @@ def repeat_keys_before_ampere() -> None:
 
 def base_checkpoint(model: Model, data: Path) -> Checkpoint:
     """The base model: what preprocess has drawn or unpacked; else the hub id or local folder."""
-    if model.scratch or model.gguf:
+    if model.random_init or model.gguf:
         return find_checkpoint(str(data / "model"))
     return find_checkpoint(model.name) if Path(model.name).exists() else Checkpoint(model.name, None, model.name)
 
@@ -452,7 +452,7 @@ def unpack_gguf(model: Model, out: Path) -> int:
 # ---------------------------------------------------------------- a model from nothing
 
 
-def make_scratch(scratch: Scratch, texts: Iterable[str], template: str, out: Path, seed: int) -> int:
+def make_scratch(scratch: RandomInit, texts: Iterable[str], template: str, out: Path, seed: int) -> int:
     """Train a tokenizer on `texts`, draw random weights, save both as an ordinary model folder.
 
     Returns the number of parameters. Byte-level BPE over words with their leading space, so any text can be

@@ -224,7 +224,8 @@ def _names(recipe: Recipe) -> Iterator[str]:
     losses = libraries.compared("trl", "trainer/grpo_trainer.py", "loss_type")
     for stage, optimizer in (("sft", recipe.sft.optimizer), ("grpo", recipe.grpo.optimizer)):
         yield from _known(f"{stage}.optimizer.name", optimizer.name, optimizers, "transformers")
-        yield from _known(f"{stage}.optimizer.schedule", optimizer.schedule, schedules, "transformers")
+        kind = optimizer.lr_scheduler_type
+        yield from _known(f"{stage}.optimizer.lr_scheduler_type", kind, schedules, "transformers")
         yield from _schedule(stage, optimizer)
     yield from _known("grpo.loss_type", recipe.grpo.loss_type, losses, "trl")
 
@@ -235,20 +236,20 @@ def _known(key: str, name: str, names: Sequence[str], package: str) -> Iterator[
 
 
 def _schedule(stage: str, optimizer: Optimizer) -> Iterator[str]:
-    """`schedule_args` that the schedule does not take, or lacks."""
-    takes, given = libraries.schedule_arguments(optimizer.schedule), optimizer.schedule_args or {}
-    where = f"{stage}.optimizer.schedule_args"
+    """`lr_scheduler_kwargs` that the schedule does not take, or lacks."""
+    takes, given = libraries.schedule_arguments(optimizer.lr_scheduler_type), optimizer.lr_scheduler_kwargs or {}
+    where = f"{stage}.optimizer.lr_scheduler_kwargs"
     if takes is None:
         return
     for name in given:
         if name not in takes:
             close = did_you_mean(name, list(takes)) if takes else "it takes none; use null"
-            yield f"{where}.{name}: nothing that {optimizer.schedule} takes; {close}"
+            yield f"{where}.{name}: nothing that {optimizer.lr_scheduler_type} takes; {close}"
     lacks = [name for name, needed in takes.items() if needed and name not in given]
     if {"min_lr", "min_lr_rate"} <= takes.keys() and not {"min_lr", "min_lr_rate"} & given.keys():
         lacks.append("min_lr_rate")
     if lacks:
-        yield f"{where}: {optimizer.schedule} needs {', '.join(lacks)}; such as {where}.{lacks[0]}=0.1"
+        yield f"{where}: {optimizer.lr_scheduler_type} needs {', '.join(lacks)}; such as {where}.{lacks[0]}=0.1"
 
 
 def _chat_format(recipe: Recipe) -> Iterator[str]:
@@ -395,7 +396,7 @@ def _notes(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
         if gpu and need.fit(gpu) == "tight":
             size = f"{need.total / GIB:.1f} of {gpu / GIB:.1f} GiB"
             yield f"{recipe.name}/{need.phase} is tight: {size} a GPU; a longer row than foreseen may not fit"
-    here = recipe.model.scratch or recipe.model.gguf or Path(recipe.model.name).exists()
+    here = recipe.model.random_init or recipe.model.gguf or Path(recipe.model.name).exists()
     if not here and recipe.model.revision is None:
         yield f"{recipe.name}: model.revision is not pinned; python -m pipeline fetch {recipe.name} prints the commit"
     task = task_of(recipe.task, recipe.seed)
@@ -406,7 +407,7 @@ def _notes(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
 
 def _not_compared(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
     """What was not checked, and how it would be."""
-    if recipe.model.scratch:
+    if recipe.model.random_init:
         return
     if known_dims(recipe.model) is None:
         what = "memory and lora.targets were" if recipe.lora.enabled else "memory was"

@@ -60,7 +60,7 @@ def needs(recipe: Recipe, cluster: Cluster) -> list[MemoryEstimate] | None:
 
 def is_unknown(recipe: Recipe, cluster: Cluster) -> bool:
     """Whether a recipe runs on GPUs of which nobody can say beforehand whether it fits: then everything is small."""
-    if recipe.model.scratch or not wanted_gpus(cluster):
+    if recipe.model.random_init or not wanted_gpus(cluster):
         return False
     return not usable(cluster) or known_dims(recipe.model) is None
 
@@ -68,7 +68,7 @@ def is_unknown(recipe: Recipe, cluster: Cluster) -> bool:
 def _decided(recipe: Recipe, cluster: Cluster, stage: Stage) -> TrainingStage:
     layout = cluster.layout(stage)
     if layout.gradient_checkpointing == "auto":  # it saves memory of GPUs, and costs a third more computing
-        needed = not recipe.model.scratch and wanted_gpus(cluster) > 0
+        needed = not recipe.model.random_init and wanted_gpus(cluster) > 0
         layout = replace(layout, gradient_checkpointing=needed)
     if layout.deepspeed != "auto" and layout.per_device_batch_size != "auto":
         return layout
@@ -153,7 +153,7 @@ def host_remedies(recipe: Recipe, cluster: Cluster, over: list[HostMemoryEstimat
     """Overrides, each of which alone makes what a node holds fit, and what the GPUs hold too where that is known."""
     found = []
     if any(need.stage == "preprocess" for need in over):  # a model from nothing, of any size
-        return ["a smaller model.scratch"]
+        return ["a smaller model.random_init"]
     if cluster.launcher != "local":
         found.append(f"cluster.slurm.memory={-(-max(need.bytes for need in over) // GIB):.0f}G")
     names = [need.stage for need in over]
@@ -196,7 +196,7 @@ def _changes(recipe: Recipe, cluster: Cluster) -> list[Change]:
         stages = {n: replace(s, optimizer=replace(s.optimizer, name=LIGHT)) for n, s in _stages(recipe).items()}
         words = [f"{name}.optimizer.name={LIGHT}" for name in stages]
         found.append((words, (replace(recipe, **stages), cluster)))
-    if recipe.model.quantization != "nf4" and not recipe.model.scratch:
+    if recipe.model.quantization != "nf4" and not recipe.model.random_init:
         model, lora = replace(recipe.model, quantization="nf4"), replace(recipe.lora, enabled=True)
         found.append(
             (["model.quantization=nf4", "lora.enabled=true"], (replace(recipe, model=model, lora=lora), cluster))
@@ -239,7 +239,7 @@ def show(recipe: Recipe, cluster: Cluster) -> str:
 def unknown_model(recipe: Recipe) -> str:
     """Why the sizes of a recipe's model are not known, as the beginning of a sentence."""
     config = model_config(recipe.model)
-    if recipe.model.scratch:
+    if recipe.model.random_init:
         return "its model is made from nothing"
     if config is None:
         return f"the config.json of {recipe.model.name} is neither bundled nor in the local cache"

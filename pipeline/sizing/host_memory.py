@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 
 from pipeline.config.cluster import Cluster, process_count, wanted_gpus
-from pipeline.config.recipe import Recipe, Scratch
+from pipeline.config.recipe import RandomInit, Recipe
 from pipeline.core.cgroups import memory_limit
 from pipeline.sizing.memory import zero_of
 from pipeline.sizing.model_sizes import BYTES_16, BYTES_32, GIB, adapter_parameters, known_dims
@@ -49,8 +49,8 @@ def slurm_bytes(text: str) -> float | None:
 
 def host_estimates(recipe: Recipe, cluster: Cluster) -> list[HostMemoryEstimate]:
     """Of each stage, on a cluster whose `auto` is decided; nothing where model or layout are not known."""
-    if recipe.model.scratch:
-        drawn = BYTES_32 * _drawn(recipe.model.scratch)
+    if recipe.model.random_init:
+        drawn = BYTES_32 * _drawn(recipe.model.random_init)
         return [HostMemoryEstimate("preprocess", drawn, f"{drawn / GIB:.0f} of the weights that it draws in 32 bit")]
     dims = known_dims(recipe.model)
     if dims is None or not wanted_gpus(cluster):
@@ -79,7 +79,7 @@ def host_estimates(recipe: Recipe, cluster: Cluster) -> list[HostMemoryEstimate]
     return found
 
 
-def _drawn(scratch: Scratch) -> int:
+def _drawn(scratch: RandomInit) -> int:
     """Weights of the matrices of a model from nothing, whose head is its embedding."""
     key = scratch.hidden_size * scratch.key_value_heads // scratch.heads
     attention = scratch.hidden_size * 2 * (scratch.hidden_size + key)

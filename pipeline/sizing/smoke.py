@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.config.architectures import ARCHITECTURES, architecture_of
 from pipeline.config.cluster import Cluster, process_count
 from pipeline.config.model_files import model_config
-from pipeline.config.recipe import Evaluate, Grpo, Recipe, Scratch, Sft, TaskChoice
+from pipeline.config.recipe import Evaluate, Grpo, RandomInit, Recipe, Sft, TaskChoice
 from pipeline.core.errors import RecipeError
 from pipeline.tasks.task import Task, task_of
 
@@ -34,14 +34,14 @@ def rehearsal_of(recipe: Recipe, cluster: Cluster | None) -> Recipe:
     return replace(
         recipe,
         name=recipe.name + SUFFIX,
-        rehearsal=True,
-        model=replace(model, scratch=_scratch(recipe), gguf=None, chat_template=model.chat_template or "chatml"),
+        smoke_test=True,
+        model=replace(model, random_init=_scratch(recipe), gguf=None, chat_template=model.chat_template or "chatml"),
         task=_task(recipe.task, task),
         sft=replace(
             recipe.sft,
             max_steps=STEPS,
             global_batch_size=batch,
-            validate_every=STEPS // 2 if recipe.sft.validate_every else None,
+            eval_steps=STEPS // 2 if recipe.sft.eval_steps else None,
             optimizer=_plain(recipe.sft),
         ),
         grpo=replace(
@@ -63,10 +63,10 @@ def _task(choice: TaskChoice, task: Task) -> TaskChoice:
     return replace(choice, params=params)
 
 
-def _scratch(recipe: Recipe) -> Scratch:
+def _scratch(recipe: Recipe) -> RandomInit:
     """Two narrow layers of the model's architecture, with its ratio of key/value heads."""
-    if recipe.model.scratch:
-        given = recipe.model.scratch
+    if recipe.model.random_init:
+        given = recipe.model.random_init
         return replace(given, hidden_size=32, layers=1, heads=2, key_value_heads=2, intermediate_size=64)
     config = model_config(recipe.model)
     if config is None or architecture_of(config) is None:
@@ -80,7 +80,7 @@ def _scratch(recipe: Recipe) -> Scratch:
             "(python -m pipeline fetch brings the config of another)"
         )
     grouped = config.get("num_key_value_heads", 1) != config.get("num_attention_heads", 1)
-    return Scratch(
+    return RandomInit(
         architecture=config["model_type"],
         vocabulary=600,
         hidden_size=64,
@@ -96,7 +96,7 @@ def _scratch(recipe: Recipe) -> Scratch:
 
 def _plain(stage: Sft | Grpo) -> Any:
     """The stage's optimizer with a schedule that fits a few steps."""
-    return replace(stage.optimizer, schedule="linear", schedule_args=None, warmup=0)
+    return replace(stage.optimizer, lr_scheduler_type="linear", lr_scheduler_kwargs=None, warmup=0)
 
 
 def _evaluate(given: Evaluate) -> Evaluate:

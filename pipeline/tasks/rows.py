@@ -58,7 +58,7 @@ def sorted_out(
         found.append(None if told else row)
     if bad and not skip_bad:
         shown = bad if len(bad) <= SHOWN else [*bad[:SHOWN], f"… and {len(bad) - SHOWN} more bad rows"]
-        raise DataError(*shown, "fix them, or leave them out with task.bad_rows=skip (they are counted)")
+        raise DataError(*shown, "fix them, or leave them out with task.on_bad_row=skip (they are counted)")
     if len(bad) == len(found):
         raise DataError(*bad[:SHOWN], f"{what}: no rows are left" if bad else f"{what}: no rows")
     return found, bad

@@ -178,7 +178,7 @@ class Task(ABC):
         else:
             path = SAMPLES / f"{sample or self.name}.jsonl"
             rows, what = file_rows(path), str(path)
-        return sorted_out(rows, problem, what, skip_bad=self.choice.bad_rows == "skip")
+        return sorted_out(rows, problem, what, skip_bad=self.choice.on_bad_row == "skip")
 
     def read_named(self, problem: Callable[[Any], str | None]) -> tuple[dict[str, list[Row]], list[str]]:
         """Rows of the files that are named for themselves, as `test` and `validation`, and a sentence a skipped one."""
@@ -195,7 +195,7 @@ class Task(ABC):
         if path is None:
             return [], []
         rows = file_rows(Path(path), self.columns)
-        return sorted_out(rows, problem, path, skip_bad=self.choice.bad_rows == "skip")
+        return sorted_out(rows, problem, path, skip_bad=self.choice.on_bad_row == "skip")
 
     def peek(self) -> tuple[list[str], list[str]]:
         """(what is wrong, what is worth knowing) with the first rows of the files that it would read, as sentences."""
@@ -214,8 +214,8 @@ class Task(ABC):
                 wrong.append(f"{key}: {path} has no rows")
             elif bad:
                 many = f"{len(bad)} of its first {len(rows)} rows cannot be read: {some_of(bad, between='; ')}"
-                stops = self.choice.bad_rows == "stop" or len(bad) == len(rows)
-                fix = "correct them, or leave them out with task.bad_rows=skip (they are counted)"
+                stops = self.choice.on_bad_row == "error" or len(bad) == len(rows)
+                fix = "correct them, or leave them out with task.on_bad_row=skip (they are counted)"
                 (wrong if stops else notes).append(f"{key}: {many}" + (f". Fix: {fix}" if stops else "; left out"))
         return wrong, notes
 

@@ -14,11 +14,11 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.cluster import Cluster, batches, read_cluster
+from pipeline.config.former import identity, present_names
 from pipeline.config.model_files import gguf_file
 from pipeline.config.recipe import Recipe, local_files, local_problems, read
 from pipeline.core.errors import PlanError, RecipeError, did_you_mean
@@ -140,7 +140,7 @@ def make_plan(
     if "export" in stages:
         raise PlanError("an export is no part of a run: python -m pipeline export --ckpt DIR --format merged16")
     if skip_sft:
-        overrides = [*overrides, "grpo.start=base"]
+        overrides = [*overrides, "grpo.init_from=base"]
     recipes, where = _resolve(names, overrides, cluster, rehearse)
     steps: list[Step] = []
     for recipe in recipes:
@@ -149,7 +149,7 @@ def make_plan(
     chosen = [step for step in steps if not stages or step.stage in stages]
     if not chosen:
         raise PlanError(
-            f"{' and '.join(names)} has no {' and no '.join(stages)} step: see grpo.start and evaluate.splits"
+            f"{' and '.join(names)} has no {' and no '.join(stages)} step: see grpo.init_from and evaluate.splits"
         )
     plan = Plan(tuple(steps), frozenset(step.label for step in chosen), where, runs)
     if where.launcher == "local" and (missing := plan.missing()):
@@ -229,7 +229,8 @@ def task_problems(recipe: Recipe) -> list[str]:
         return problems
     problems = split_problems(task, recipe.evaluate.splits)
     if "grpo" in recipe.stages and not task.rewardable:
-        problems.append(f"grpo.start: {recipe.grpo.start!r}, but nothing of {task.name} can be rewarded; use none")
+        start = recipe.grpo.init_from
+        problems.append(f"grpo.init_from: {start!r}, but nothing of {task.name} can be rewarded; use none")
     return problems
 
 
@@ -269,7 +270,6 @@ def _step(
     criteria: dict[str, Any] | None = None,
 ) -> Step:
     """A step of a recipe. `criteria` are the success criteria of each recipe that a report is about."""
-    sections = {path: plain(reduce(getattr, path.split("."), recipe)) for path in STAGES[stage].reads}
     files = {} if inputs else local_files(recipe)
     if not inputs and (packed := gguf_file(recipe.model)):
         files["model.gguf"] = file_identity(packed)
@@ -277,7 +277,7 @@ def _step(
     payload = {
         "stage": stage,
         "revision": STAGES[stage].revision,
-        "settings": sections | ({"success_criteria": criteria} if criteria else {}),
+        "settings": identity(plain(recipe), STAGES[stage].reads) | ({"success_criteria": criteria} if criteria else {}),
         "inputs": {role: step.fingerprint for role, step in inputs.items()},
         "files": files,
     }
@@ -331,9 +331,9 @@ def explain(step: Step, cluster: Cluster | None = None) -> list[str]:
         return ["new"]
     old = before.payload
     drift: list[str] = []
-    for part in ("settings", "files"):
+    for part, shown in (("settings", present_names), ("files", dict)):
         was_part = old.get(part)
-        drift += describe_drift(was_part if isinstance(was_part, dict) else {}, step.payload[part])
+        drift += describe_drift(shown(was_part if isinstance(was_part, dict) else {}), shown(step.payload[part]))
     if old.get("revision") != step.payload["revision"]:
         drift.append(f"the stage's code: revision {old.get('revision')} -> {step.payload['revision']}")
     inputs = old.get("inputs")

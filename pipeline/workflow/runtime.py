@@ -53,8 +53,8 @@ class Runtime:
 class Deadline:
     """Stops a step early whose own steps take longer than the time Slurm gives it to save.
 
-    `save_before` seconds before the job's limit the step is asked to save, which it does at the end of the step or
-    batch that it is in. Where one takes longer than that, the limit comes first, and Slurm does not start the job
+    `signal_before_limit` seconds before the job's limit the step is asked to save, which it does at the end of the step
+    or batch that it is in. Where one takes longer than that, the limit comes first, and Slurm does not start the job
     again. So this asks for the stop as soon as another one as long as the longest may not end in time.
     """
 
@@ -81,9 +81,9 @@ class Deadline:
             self.told = True
             self.runtime.warn(
                 f"one step or batch took {format_duration(self.longest)}, more than "
-                f"cluster.slurm.save_before.{self.stage} ({format_duration(self.before)}), so this step "
+                f"cluster.slurm.signal_before_limit.{self.stage} ({format_duration(self.before)}), so this step "
                 "stops and saves early before a time limit. "
-                f"Fix: cluster.slurm.save_before.{self.stage}={math.ceil(round(2 * self.longest) / 60) * 60}"
+                f"Fix: cluster.slurm.signal_before_limit.{self.stage}={math.ceil(round(2 * self.longest) / 60) * 60}"
             )
         if now + 2 * self.longest > self.end:
             (self.runtime.folder / STOP).touch()

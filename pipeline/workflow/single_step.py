@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.cluster import Cluster, read_cluster
+from pipeline.config.former import identity
 from pipeline.config.load import read_typed
 from pipeline.config.recipe import CONFIGS, Recipe, find_yaml, recipe_names
 from pipeline.core.errors import ArtifactError, PlanError, RecipeError
@@ -45,20 +46,26 @@ def evaluation_plan(
     recipe, where, made_by = recipe_of(checkpoint, [*words, *more], task=task, cluster=cluster, splits=True)
     names = [word for word in words if "=" not in word]
     inputs = {}
-    if made_by and not names and plain(recipe.task) == made_by[1]["recipe"]["task"]:
+    if made_by and not names and plain(recipe.task) == _present(made_by[1]["recipe"])["task"]:
         data = made_by[1]["inputs"].get("data") or str(made_by[0])
         if is_done(Path(data)):
             inputs["data"] = data
     payload = {
         "stage": "evaluate",
         "revision": STAGES["evaluate"].revision,
-        "settings": {path: plain(getattr(recipe, path)) for path in ("seed", "model", "task", "evaluate")},
+        "settings": identity(plain(recipe), ("seed", "model", "task", "evaluate")),
         "inputs": {"data": Path(inputs["data"]).name} if inputs else {},
         "files": {**checkpoint_identity(checkpoint), **({"task.test_path": file_identity(file)} if file else {})},
     }
     folder = runs / "evaluations" / f"{Path(checkpoint).name}-{fingerprint(payload)}"
     step = Step("evaluate-checkpoint", "evaluate", recipe, payload, folder, {}, checkpoint, inputs)
     return Plan((step,), frozenset([step.label]), where, runs)
+
+
+def _present(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe of an older record, under the present names."""
+    values: dict[str, Any] = Recipe.renames(recipe).apply(recipe)[0]
+    return values
 
 
 def _whole_file(words: Sequence[str]) -> tuple[list[str], Path | None]:
@@ -102,7 +109,7 @@ def export_plan(
     payload = {
         "stage": "export",
         "revision": STAGES["export"].revision,
-        "settings": {"model": plain(recipe.model), "name": recipe.name, **options},
+        "settings": {**identity(plain(recipe), ("model", "name")), **options},
         "inputs": {"source": source},
         "files": checkpoint_identity(checkpoint),
     }

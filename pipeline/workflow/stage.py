@@ -41,7 +41,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "preprocess",
             "rows, splits and their proof; for a model from scratch also its tokenizer and first weights",
-            ("seed", "model.name", "model.revision", "model.scratch", "model.gguf", "model.chat_template", "task"),
+            ("seed", "model.name", "model.revision", "model.random_init", "model.gguf", "model.chat_template", "task"),
             2,
             "one",
         ),

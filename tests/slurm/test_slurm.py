@@ -27,7 +27,7 @@ from pipeline.workflow.artifact import open_artifact
 ALL = ["preprocess", "sft", "grpo", "evaluate-base", "evaluate-sft", "evaluate-grpo", "report"]
 LONG = ["sft.max_steps=500", "task.params.phases=[{n: [3, 4], rows: 4000}]"]
 FORTY = "sft.max_steps=40"  # long enough for a signal to come before the end
-LATER = "cluster.slurm.options=[--begin=now+1hour]"  # jobs that are queued and do not start
+LATER = "cluster.slurm.extra_sbatch_args=[--begin=now+1hour]"  # jobs that are queued and do not start
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_a_job_needs_nothing_of_the_shell_that_submits(
         'cluster.slurm.wrapper=[bash, -c, \'env | grep -E "^(SEEN|HF_TOKEN|LOST|LOADED)"; exec "$@"\', bash]',
         "cluster.slurm.gpu_request=gpus-per-node",
         "cluster.slurm.cpus=null",
-        "cluster.slurm.options=['--comment=never mind', '--mail-type NONE']",
+        "cluster.slurm.extra_sbatch_args=['--comment=never mind', '--mail-type NONE']",
     ]
     submit(lab, runs, *words, "--stages", "preprocess", launcher=launcher)
     (job,) = jobs_of(runs).values()

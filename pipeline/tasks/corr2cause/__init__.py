@@ -1,6 +1,6 @@
 """Corr2Cause: does a causal claim follow from a list of correlations and independences? (Jin et al. 2024)
 
-    task: {name: corr2cause, params: {n: [3, 4, 5], letters: permuted, ...}}
+    task: {name: corr2cause, params: {n: [3, 4, 5], variable_names: permuted, ...}}
 
 `correct` data, generated exactly: every Markov equivalence class on N variables is enumerated (N = 2…6) or classes of
 random graphs are drawn (N = 7…10), split into training, validation and test by canonical class *before* renaming, so
@@ -60,7 +60,7 @@ class Phase:
 
     n: tuple[Size, ...]
     rows: SomeRows
-    traces: Fraction = 1.0  # share whose target is a proof in the thought; the others state the verdict at once
+    proof_fraction: Fraction = 1.0  # share whose target is a proof in the thought; the others state the verdict at once
     shuffled: Fraction = 0.0  # share whose premise tells its statements in random order: no short cut by position
     proof: Literal["full", "short"] = "full"  # short: the links, the shared arrows and the decision
 
@@ -74,12 +74,12 @@ class Corr2CauseParams:
     style: Literal["published", "paraphrased", "refactored", "plusplus", "story"] = "published"
     semantics: Semantics | None = None  # null: what the words of the style mean
     labels: Literal["two", "three"] = "two"  # three: entailed Yes, contradicted No, undetermined Unknown
-    balance: Literal["even", "natural"] = "even"  # even: each answer as often in each (N, type); natural: as they come
+    balance: Literal["balanced", "natural"] = "balanced"  # balanced: as many of each answer in each (N, type)
     premise: Literal["full", "minimal"] = "full"  # minimal: one smallest separating set a pair
-    letters: Literal["permuted", "alphabet"] = "permuted"  # the first N letters in random order, or any N of 26
+    variable_names: Literal["permuted", "alphabet"] = "permuted"  # the first N letters in random order, or any N of 26
     max_independences: PositiveInt | None = None  # leaves classes out, of all sets alike, whose premises are longer
     sampled_classes: Drawn = 300  # N ≥ 7: how many classes are drawn for each N
-    density: Fraction = 0.4  # N ≥ 7: the probability of each arrow of a random graph
+    edge_probability: Fraction = 0.4  # N ≥ 7: the probability of each arrow of a random graph
     max_members: Members = 200  # N ≥ 7: leaves larger classes out
     validation_classes: Fraction = 0.1  # share of the classes of each N
     test_classes: Fraction = 0.2
@@ -168,7 +168,7 @@ class Corr2Cause(Task):
                 sft_parts,
                 phase.n,
                 phase.rows,
-                traces=phase.traces,
+                proof_fraction=phase.proof_fraction,
                 shuffled=phase.shuffled,
                 proof=phase.proof,
             )
@@ -177,7 +177,9 @@ class Corr2Cause(Task):
                 sft.append(replace(example, tags={**example.tags, "phase": k}))
         grpo = self._draw("grpo", parts["grpo"] + parts["both"], p.n, p.grpo_rows)
         proved = float(p.mode == "correct")
-        validation = self._draw("validation", parts["validation"], p.n, p.validation_rows, traces=proved, distinct=True)
+        validation = self._draw(
+            "validation", parts["validation"], p.n, p.validation_rows, proof_fraction=proved, distinct=True
+        )
         test = self._draw("test", parts["test"], p.n, p.test_rows, distinct=True)
         perturbed = list(enumerate(test[: p.perturbed_rows]))
         tests = {
@@ -205,7 +207,7 @@ class Corr2Cause(Task):
     @property
     def proves(self) -> bool:
         """Whether SFT learns proofs; where it learns bare verdicts alone, the form has no thought either."""
-        return self.source == "generated" and any(phase.traces for phase in self.params.phases)
+        return self.source == "generated" and any(phase.proof_fraction for phase in self.params.phases)
 
     def solve(self, example: Example) -> str | None:
         """The exact answer, from the words of the question alone; None where they cannot be read, or no DAG fits."""
@@ -254,14 +256,14 @@ class Corr2Cause(Task):
             )
         if p.mode == "paper":
             found += [
-                f"task.params.phases[{k}].traces: {phase.traces:g}, but a proof cannot end in a wrong label, and mode "
-                "paper has such; set it to 0"
+                f"task.params.phases[{k}].proof_fraction: {phase.proof_fraction:g}, but a proof cannot end in "
+                "a wrong label, and mode paper has such; set it to 0"
                 for k, phase in enumerate(p.phases)
-                if phase.traces
+                if phase.proof_fraction
             ]
             if max({*p.n, *(n for phase in p.phases for n in phase.n)}) > ENUMERATED_N:
                 found.append(f"task.params.n: the published set, which mode paper makes, ends at n = {ENUMERATED_N}")
-            asked = {"labels": "two", "semantics": None, "premise": "full", "letters": "permuted"}
+            asked = {"labels": "two", "semantics": None, "premise": "full", "variable_names": "permuted"}
             found += [
                 f"task.params.{name}: mode paper makes the published rows and knows no other; leave it out"
                 for name, default in asked.items()
@@ -274,7 +276,7 @@ class Corr2Cause(Task):
         return found
 
     def rehearsal(self) -> dict[str, Any]:
-        phase = {"n": [3, 4], "rows": 48, "traces": 1.0, "shuffled": 0.0}
+        phase = {"n": [3, 4], "rows": 48, "proof_fraction": 1.0, "shuffled": 0.0}
         few = {"grpo_rows": 32, "validation_rows": 0, "test_rows": 12, "perturbed_rows": 6}
         return {"n": [4], "validation_classes": 0.0, "test_classes": 0.4, "phases": [phase], **few}
 
@@ -299,14 +301,14 @@ class Corr2Cause(Task):
         sizes: Iterable[int],
         count: int,
         *,
-        traces: float = 0.0,
+        proof_fraction: float = 0.0,
         shuffled: float = 0.0,
         distinct: bool = False,
         proof: str = "full",
     ) -> list[Draw]:
         """`count` rows, half Yes within each (N, type); classes are drawn evenly, variables renamed in each row."""
         rng = random.Random(f"{self.seed}/{use}")  # a text, so that the stream is the same on every machine
-        even = self.params.balance == "even"
+        even = self.params.balance == "balanced"
         cells = self._cells(part, sizes)
         if not count:
             return []
@@ -326,7 +328,7 @@ class Corr2Cause(Task):
                 slot = rng.choice(cells[key][self.golds[len(found) % len(self.golds)]])
             else:
                 slot = rng.choice(everything)
-            draw = self.rename(rng, slot, with_trace=rng.random() < traces, shuffle=rng.random() < shuffled)
+            draw = self.rename(rng, slot, with_trace=rng.random() < proof_fraction, shuffle=rng.random() < shuffled)
             draw = replace(draw, proof=proof)
             asked = (draw.mec.independences, draw.relation, draw.i, draw.j, draw.names, draw.wording)
             found.setdefault(asked if distinct else len(found), draw)
@@ -373,7 +375,7 @@ class Corr2Cause(Task):
             names = rng.sample(measured.split(), n)
         else:
             names = list(ascii_uppercase[:n])
-            if self.params.letters == "alphabet":
+            if self.params.variable_names == "alphabet":
                 names = sorted(rng.sample(ascii_uppercase, n))
         seed = rng.random() if shuffle else None
         return Draw(mec, relation, i, j, slot.gold, tuple(names), rng.randrange(2), with_trace, seed, who)
@@ -501,7 +503,7 @@ def known_classes(params: Corr2CauseParams, n: int, seed: int) -> list[Class]:
         else sampled(
             n,
             params.sampled_classes,
-            density=params.density,
+            edge_probability=params.edge_probability,
             seed=f"{seed}/sampled/{n}",
             most_members=params.max_members,
             most_independences=None if minimal else params.max_independences,

@@ -54,7 +54,7 @@ class Order:
 
     @property
     def task(self) -> Corr2Cause:
-        choice = TaskChoice("corr2cause", "generated", None, None, "stop", json.loads(self.params))
+        choice = TaskChoice("corr2cause", "generated", None, None, "error", json.loads(self.params))
         task = task_of(choice, self.seed)
         assert isinstance(task, Corr2Cause)
         return task
@@ -172,7 +172,7 @@ def generate(
         raise DataError(f"--out: {out} is not empty; give a new folder")
     settled = {"instruction": "", **params}
     if settled.get("mode") == "paper":
-        settled.setdefault("phases", [{"n": list(settled.get("n", (3, 4, 5))), "rows": 1, "traces": 0.0}])
+        settled.setdefault("phases", [{"n": list(settled.get("n", (3, 4, 5))), "rows": 1, "proof_fraction": 0.0}])
     order = Order(json.dumps(settled, sort_keys=True), seed, copies, proof)
     task = order.task  # says what is wrong with the params before anything is written
     if (most := most_rows(task.params, copies)) > MOST_ROWS:

@@ -516,9 +516,15 @@ def classes(n: int) -> tuple[EquivalenceClass, ...]:
 
 
 def sampled(
-    n: int, count: int, *, density: float, seed: str, most_members: int = 1000, most_independences: int | None = None
+    n: int,
+    count: int,
+    *,
+    edge_probability: float,
+    seed: str,
+    most_members: int = 1000,
+    most_independences: int | None = None,
 ) -> tuple[EquivalenceClass, ...]:
-    """`count` different classes of random DAGs on n nodes, each arrow there with probability `density`.
+    """`count` different classes of random DAGs on n nodes, each arrow there with probability `edge_probability`.
 
     Classes with more members or more independences are left out, and so is the class of a graph without arrows.
     Fewer are given back where 50 draws for each do not find them. The same for the same seed on every machine.
@@ -533,7 +539,7 @@ def sampled(
     for _ in range(50):
         kept: list[tuple[Dag, tuple[Dag, ...]]] = []
         for _ in range(count):
-            dag = dag_of(n, [pair for pair in pairs if rng.random() < density])
+            dag = dag_of(n, [pair for pair in pairs if rng.random() < edge_probability])
             members = members_of(dag, most_members) if any(dag) else None
             if members:
                 kept.append((dag, members))
