@@ -2,7 +2,8 @@
 
     YAML + overrides ─▶ Recipe ─▶ Plan[Step] ─▶ launcher ─▶ stage process ─▶ Artifact ─▶ … ─▶ report
 
-Folders are layers: a module imports from its own folder and from those below it. tests/test_layers.py reads this table.
+Folders are layers: a module imports from its own folder and from those below it. tests/unit/test_layers.py reads
+this table.
 
     cli/         the command line, one file a group of commands
     launchers/   start processes: local, slurm, submitit, torchrun

@@ -4,7 +4,8 @@
     activation_bytes_per_token(dims, recipe.lora)      for the backward pass
     prefill_bytes_per_token(dims, lora=True)           while a prompt is read
 
-The counts follow the code of transformers and PEFT, to the byte: tests/test_memory.py runs it on tensors without data.
+The counts follow the code of transformers and PEFT, to the byte: tests/torch/test_memory.py runs it on tensors
+without data.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from pipeline.config.cluster import read_cluster
 from pipeline.config.recipe import Recipe, read
 from pipeline.workflow.plan import with_task_params
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "seeds.md").read_text(encoding="utf-8")
 SECTIONS = {"1": "gsm8k", "2": "math_science", "3": "deepseek7b", "4": "medical", "5": "human_like"}
 SETTING = re.compile(r"`([a-z_][\w.]*)` = `([^`]*)`( \(ours)?")

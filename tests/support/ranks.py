@@ -1,6 +1,6 @@
-"""Two processes of one torchrun for tests/test_faults.py.
+"""Two processes of one torchrun for tests/torch/test_faults.py.
 
-python -m pipeline.training.distributed --standalone --nproc-per-node=2 tests/ranks.py MODE --step DIR
+python -m pipeline.training.distributed --standalone --nproc-per-node=2 tests/support/ranks.py MODE --step DIR
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def test_what_is_one_answer_and_what_is_not(pair: Pair) -> None:
 
 
 def test_the_table_of_the_docs_is_made_of_these_cases() -> None:
-    """`python tests/answer_cases.py` writes it."""
+    """`python tests/support/answer_cases.py` writes it."""
     page = DOCS.read_text(encoding="utf-8")
     assert page.partition(BEGIN)[2].partition(END)[0].strip() == table()
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # the tiny recipe, smaller still: every stage runs for real in seconds and learns nothing
 NANO = [

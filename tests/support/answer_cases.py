@@ -1,6 +1,6 @@
-r"""What is read as what: the cases of tests/test_answer_law.py, and the table of docs/tasks.md that is made of them.
+r"""What is read as what: the cases of test_answer_law.py, and the table of docs/tasks.md that is made of them.
 
-python tests/answer_cases.py        writes the table into docs/tasks.md
+python tests/support/answer_cases.py        writes the table into docs/tasks.md
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-DOCS = Path(__file__).parent.parent / "docs" / "tasks.md"
-BEGIN, END = "<!-- answers: made by tests/answer_cases.py -->", "<!-- answers: end -->"
+DOCS = Path(__file__).parents[2] / "docs" / "tasks.md"
+BEGIN, END = "<!-- answers: made by tests/support/answer_cases.py -->", "<!-- answers: end -->"
 
 
 @dataclass(frozen=True)

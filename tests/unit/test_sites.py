@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_slurm import change, cluster_of, jobs, plan_of
 from running import ROOT, run_cli
-from test_slurm_launchers import change, cluster_of, fake, jobs, plan_of
 
 from pipeline.config.cluster import Cluster, read_cluster
 from pipeline.config.site import is_secret
@@ -34,7 +34,6 @@ from pipeline.workflow.progress import ProgressFile
 from pipeline.workflow.runtime import Deadline, Runtime
 from pipeline.workflow.stage import STAGES
 
-__all__ = ["fake"]
 SECRET = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz"
 
 

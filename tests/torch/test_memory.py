@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_bytes import LiveBytes, LiveTensors
 from peft import LoraConfig, get_peft_model
+from published import PUBLISHED
 from running import run_cli
-from test_rehearsal import PUBLISHED
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from trl.trainer import utils as trl_utils
 
@@ -308,7 +308,7 @@ def test_the_recipe_of_two_small_cards_fits_them() -> None:
 
 @pytest.mark.parametrize("way", ["nf4", "int8", "none"])
 def test_zero3_holds_the_model_and_a_share_of_it_while_it_generates(way: str) -> None:
-    """As tests/test_training.py measures it in two processes; ZeRO-2 holds it once."""
+    """As tests/train/test_training.py measures it in two processes; ZeRO-2 holds it once."""
     words = [f"model.quantization={way}", "lora.enabled=true"]
     recipe = recipe_of("deepseek7b", *words)
     held = {}

@@ -1,6 +1,6 @@
-r"""What becomes of a row: the cases of tests/test_target_law.py, and the table of docs/tasks.md that is made of them.
+r"""What becomes of a row: the cases of test_target_law.py, and the table of docs/tasks.md that is made of them.
 
-python tests/target_cases.py        writes the table into docs/tasks.md
+python tests/support/target_cases.py        writes the table into docs/tasks.md
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parent.parent / "docs" / "tasks.md"
-BEGIN, END = "<!-- targets: made by tests/target_cases.py -->", "<!-- targets: end -->"
+DOCS = Path(__file__).parents[2] / "docs" / "tasks.md"
+BEGIN, END = "<!-- targets: made by tests/support/target_cases.py -->", "<!-- targets: end -->"
 BAD, UNVERIFIED = "bad row", "no gold"
 
 

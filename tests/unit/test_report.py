@@ -20,7 +20,7 @@ from pipeline.scoring.metrics import (
 )
 from pipeline.tasks.task import task_of
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def outcomes(right: int, unanswered: int = 0) -> list[Outcome]:

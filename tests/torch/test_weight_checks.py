@@ -45,7 +45,7 @@ from pipeline.workflow.weights import Checkpoint, find_checkpoint
 
 # the suite turns warnings into errors; a user sees neither, so what a library only warns of must be refused here
 pytestmark = pytest.mark.filterwarnings("ignore")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MODEL = Model("m", None, None, None, None, "none", "auto", "float32")
 LORA = Lora(True, 4, 8.0, 0.0, ("all-linear",))
 QUESTION = [{"role": "user", "content": "A correlates with B."}]

@@ -1,11 +1,11 @@
 """Every way to train a small model of each architecture, SFT and then GRPO, in the processes of one torchrun.
 
-    torchrun --nproc_per_node=2 tests/every_way.py zero2 OUT
+    torchrun --nproc_per_node=2 tests/support/every_way.py zero2 OUT
 
 Each way is the recipe's rehearsal, run by the stages themselves. Leaves OUT/<recipe>/<way>/{sft,grpo}/ as a run does,
 with the stage's metrics and, under DeepSpeed, what its optimizer holds (engine.json) and what a process holds of the
 weights before GRPO generates and while it does (weights.json); OUT/overflow/ has SFT in float16
-from loss scales that are too high. tests/test_training.py starts it and looks at what it left.
+from loss scales that are too high. tests/train/test_training.py starts it and looks at what it left.
 """
 
 from __future__ import annotations

@@ -50,12 +50,12 @@ def prove(*words: str, checks: Path | None = None) -> subprocess.CompletedProces
     """`scripts/prove-gpu --cpu …`, with sections of the test's own where `checks` is a folder with own.py."""
     own = ["--checks", "own"] if checks else []
     return subprocess.run(
-        [sys.executable, "tests/prove_gpu.py", *words, *own],
+        [sys.executable, "tests/gpu/prove_gpu.py", *words, *own],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, "PYTHONPATH": f".:tests:{checks or ''}", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "PYTHONPATH": f".:tests/gpu:{checks or ''}", "CUDA_VISIBLE_DEVICES": ""},
     )
 
 
@@ -112,8 +112,8 @@ def test_a_section_that_does_not_end_is_ended_and_fails(own: Path, monkeypatch: 
 
 
 def test_a_proof_that_is_killed_leaves_no_section_behind(own: Path) -> None:
-    command = [sys.executable, "tests/prove_gpu.py", "--cpu", "slow", "--checks", "own", "--out", str(own / "out")]
-    env = {**os.environ, "PYTHONPATH": f".:tests:{own}", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "tests/gpu/prove_gpu.py", "--cpu", "slow", "--checks", "own", "--out", str(own / "out")]
+    env = {**os.environ, "PYTHONPATH": f".:tests/gpu:{own}", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.time() + 60
     while not (own / "out" / "slow.jsonl").is_file():  # of the check before the one that waits

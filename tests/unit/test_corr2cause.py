@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import ROOT
 
 from pipeline.config.recipe import TaskChoice
 from pipeline.core.errors import DataError, RecipeError
@@ -45,7 +46,7 @@ from pipeline.tasks.corr2cause.trace import proof
 from pipeline.tasks.task import Splits, task_of
 
 MEANINGS = (Semantics(), Semantics("strict", "descendant", "ancestor"), Semantics("path", "child", "parent"))
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 SMALL = {"phases": [{"n": [3, 4, 5], "rows": 300}], "grpo_rows": 100, "validation_rows": 60, "test_rows": 300}
 
 
@@ -98,7 +99,7 @@ def test_all_rows_of_up_to_six_variables_with_their_text_are_made_in_four_second
     """Of one core's time, in a process of its own: 1.2 s where this was written."""
     code = "import time; from bench_generate import rows_of_ours as r; n = sum(1 for k in range(2, 7) for _ in r(k))"
     words = [sys.executable, "-c", f"{code}; print(n, time.process_time())"]
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    paths = os.pathsep.join([str(ROOT / "tests" / "support"), str(ROOT)])
     env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     rows, seconds = subprocess.run(words, capture_output=True, text=True, check=True, env=env).stdout.split()
     assert int(rows) == 207_432

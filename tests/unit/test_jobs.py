@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_slurm import change, jobs, plan_of, states
 from running import ROOT, run_cli
-from test_slurm_launchers import change, fake, jobs, plan_of, states
 
 from pipeline.core import slurm_client as slurm
 from pipeline.core.errors import ArtifactError, LaunchError, PlanError, Stopped
@@ -26,8 +26,6 @@ from pipeline.workflow.lock import lock
 from pipeline.workflow.plan import make_plan, spec_of
 from pipeline.workflow.progress import ProgressFile, many_attempts, too_many_restarts
 from pipeline.workflow.stage import write_spec
-
-__all__ = ["fake"]
 
 
 def calls(fake: Path, *names: str) -> list[str]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.scoring.charts import Mark, Series, curves, intervals, number, ticks
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 finite = st.floats(-1e6, 1e6, allow_nan=False)
 
 

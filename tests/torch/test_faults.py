@@ -28,7 +28,7 @@ def start_ranks(mode: str, folder: Path) -> subprocess.Popen[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     env |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10"}
     return subprocess.Popen(
-        [*where, "tests/ranks.py", mode, "--step", str(folder)],
+        [*where, "tests/support/ranks.py", mode, "--step", str(folder)],
         cwd=ROOT,
         env=env,
         stdout=subprocess.PIPE,

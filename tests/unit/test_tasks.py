@@ -32,7 +32,7 @@ from pipeline.tasks.task import Example, Task, example_of, hold_out, make_task, 
 from pipeline.workflow.progress import ProgressFile
 from pipeline.workflow.runtime import Runtime
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 READ = ("gsm8k", "math_science", "medical", "human_like")
 
 

@@ -41,7 +41,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         "torch.distributed.run",
         "--standalone",
         "--nproc_per_node=2",
-        "tests/every_way.py",
+        "tests/support/every_way.py",
     ]
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, request.param, str(out)], cwd=ROOT, capture_output=True, text=True, env=env)

@@ -26,7 +26,7 @@ from pipeline.tasks.rows import Row, file_rows
 from pipeline.tasks.task import Example, task_of
 from pipeline.workflow.figures import count
 
-RELEASED = Path(__file__).parent / "fixtures" / "corr2cause_released.csv"  # 23 rows of the published training split
+RELEASED = Path(__file__).parents[1] / "fixtures" / "corr2cause_released.csv"  # 23 rows of the published training split
 
 
 # ---------------------------------------------------------------- the published set

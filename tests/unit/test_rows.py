@@ -243,7 +243,7 @@ def test_files_of_their_own_are_whole_splits_and_nothing_of_them_is_learned(tmp_
 
 
 def test_corr2cause_takes_whole_files_too() -> None:
-    path = Path(__file__).parent / "fixtures" / "corr2cause_released.csv"
+    path = Path(__file__).parents[1] / "fixtures" / "corr2cause_released.csv"
     rows = len(list(file_rows(path)))
     assert len(load("corr2cause", None, test=path).tests["test"]) == rows
 
@@ -287,7 +287,7 @@ def test_a_file_of_other_columns_cannot_be_audited(tmp_path: Path) -> None:
 def test_an_evaluation_takes_the_whole_file(tmp_path: Path) -> None:
     """Named by `task.path` or `task.test_path`, whatever rows the checkpoint's own recipe has."""
     mine = gsm8k_file(tmp_path / "mine.jsonl", range(20))
-    folder = Path(__file__).parent / "fixtures" / "records-v1"
+    folder = Path(__file__).parents[1] / "fixtures" / "records-v1"
     checkpoints = sorted(folder.glob("exports/*/model"))
     for key in ("task.path", "task.test_path"):
         plan = evaluation_plan(str(checkpoints[0]), [f"{key}={mine}"], task="gsm8k", runs=tmp_path)

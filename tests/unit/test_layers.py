@@ -16,7 +16,7 @@ import pytest
 from pipeline import MOVED
 from pipeline.core import schema
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def layers() -> list[str]:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from published import PUBLISHED
 from running import only, run_cli
 
 from pipeline import preprocess
@@ -23,16 +24,6 @@ from pipeline.workflow.plan import make_plan
 from pipeline.workflow.progress import ProgressFile
 from pipeline.workflow.runtime import Runtime
 from pipeline.workflow.weights import find_checkpoint
-
-PUBLISHED = {  # parameters, from the models' cards
-    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": 7_615_616_512,
-    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": 8_030_261_248,
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B": 32_763_876_352,
-    "microsoft/Phi-3.5-mini-instruct": 3_821_079_552,
-    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
-}
 
 
 def recipe_of(name: str) -> Recipe:
@@ -89,7 +80,7 @@ OFFLOAD = ["cluster.sft.deepspeed=zero2_offload", "cluster.grpo.deepspeed=zero3_
 
 
 # one recipe of each task runs whole; what the others differ in (architecture, quantization, chat format) is trained in
-# tests/every_way.py and read in tests/test_chat_formats.py
+# tests/support/every_way.py and read in tests/torch/test_chat_formats.py
 WHOLE = ("gsm8k", "math_science", "medical", "human_like", "phi3.5")
 
 

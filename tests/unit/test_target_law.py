@@ -28,7 +28,7 @@ from pipeline.workflow.artifact import open_artifact
 from pipeline.workflow.progress import Progress, ProgressFile, describe
 from pipeline.workflow.runtime import Runtime
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TASKS = {"mathcode": "math_science", "scibench": "math_science", "verifiable": "medical"}
 FEW: dict[str, dict[str, Any]] = {
     "gsm8k": {"test": 1, "validation": 1},
@@ -166,7 +166,7 @@ def test_what_becomes_of_a_row(case: Case, tmp_path: Path) -> None:
 
 
 def test_the_table_of_the_docs_is_made_of_these_cases() -> None:
-    """`python tests/target_cases.py` writes it."""
+    """`python tests/support/target_cases.py` writes it."""
     page = DOCS.read_text(encoding="utf-8")
     assert page.partition(BEGIN)[2].partition(END)[0].strip() == table()
 

@@ -13,14 +13,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+from fake_slurm import change, cluster_of, forget, jobs, plan_of, states
 from hypothesis import given
 from hypothesis import strategies as st
 from running import NANO, ROOT, run_cli
 
-from pipeline.config.cluster import Cluster, read_cluster
+from pipeline.config.cluster import read_cluster
 from pipeline.config.site import minutes
 from pipeline.core import slurm_client as slurm
 from pipeline.core.errors import ArtifactError, LaunchError, PlanError
@@ -29,54 +29,11 @@ from pipeline.launchers.slurm import run_plan
 from pipeline.launchers.torchrun import PORTS, Meeting, command, exit_code, meeting, port_of
 from pipeline.workflow import status
 from pipeline.workflow.lock import LockHolder, is_alive, lock, read_holder
-from pipeline.workflow.plan import Plan, make_plan, spec_of
+from pipeline.workflow.plan import make_plan, spec_of
 from pipeline.workflow.progress import ProgressFile
 from pipeline.workflow.stage import STAGES, write_spec
 
-FIXTURES = Path(__file__).parent / "fixtures"
-FAKE = Path(__file__).parent / "fakes" / "slurm"
-COMMANDS = ("sbatch", "squeue", "sacct", "scancel", "scontrol", "srun")
-
-
-@pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with stand-ins for Slurm's commands, first on PATH; `up` in it means that the controller answers."""
-    folder = tmp_path / "fake"
-    folder.mkdir()
-    for name in COMMANDS:
-        (folder / name).symlink_to(FAKE)
-    (folder / "up").touch()
-    monkeypatch.setenv("FAKE_SLURM", str(folder))
-    monkeypatch.setenv("PATH", f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}")
-    for name in ("SLURM_JOB_ID", "SLURM_CLUSTER_NAME", "SLURM_RESTART_COUNT"):
-        monkeypatch.delenv(name, raising=False)
-    slurm.here.cache_clear()
-    return folder
-
-
-def jobs(fake: Path) -> dict[str, dict[str, Any]]:
-    return dict(json.loads((fake / "jobs.json").read_text()))
-
-
-def change(fake: Path, job: str, **values: str) -> None:
-    known = jobs(fake)
-    known[job] |= values
-    (fake / "jobs.json").write_text(json.dumps(known))
-
-
-def forget(fake: Path) -> None:
-    """The day after: Slurm has forgotten every job."""
-    (fake / "jobs.json").write_text("{}")
-
-
-def plan_of(tmp_path: Path, *words: str, stages: tuple[str, ...] = ()) -> Plan:
-    return make_plan(["tiny"], words, cluster="slurm", stages=stages, runs=tmp_path / "runs")
-
-
-def cluster_of(*words: str) -> Cluster:
-    cluster, problems = read_cluster("slurm", words)
-    assert cluster is not None, problems
-    return cluster
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 # ---------------------------------------------------------------- the batch script
@@ -590,11 +547,6 @@ def test_a_step_that_is_queued_is_not_taken_by_another_job(tmp_path: Path, fake:
 
 
 # ---------------------------------------------------------------- status
-
-
-def states(runs: Path) -> dict[str, str]:
-    rows, _ = status.table(runs)
-    return {row.step.partition("/")[2].rpartition("-")[0]: row.state for row in rows}
 
 
 def test_status_the_day_after_tells_what_never_started_and_why(tmp_path: Path, fake: Path) -> None:
