@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.config.cluster import AUTO_EVALUATE
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import DataError
-from pipeline.core.files import read_lines, write_json
+from pipeline.core.files import write_json
 from pipeline.engines.generation import Sampling, generate, mean_log_likelihood
 from pipeline.models.loading import (
     check_tokenizer,
@@ -33,6 +33,8 @@ from pipeline.models.loading import (
     prompt_ids,
 )
 from pipeline.scoring.answers import has_thought
+from pipeline.scoring.predictions import PREDICTIONS, Prediction, read_predictions
+from pipeline.scoring.results import to_json
 from pipeline.tasks.rows import left_out
 from pipeline.tasks.task import Task, example_of, rows, task_of
 from pipeline.training import distributed
@@ -42,6 +44,8 @@ from pipeline.workflow.artifact import PROMPTS, Artifact, read_split
 from pipeline.workflow.figures import count
 from pipeline.workflow.runtime import Deadline, Runtime
 from pipeline.workflow.weights import find_checkpoint
+
+PROGRESS_METRICS = ("f1", "balanced_accuracy", "accuracy", "proxy", "preference", "unanswered")
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runtime) -> dict[str, Any]:
@@ -90,26 +94,26 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
             split, row = left[index]
             example = example_of(row)
             verdict = task.judge(example, completion.text, prefilled, completion.truncated)
-            record = {
-                "split": split,
-                "id": row["id"],
-                "prompt_sha256": sha256(json.dumps(prompts[index]).encode()).hexdigest()[:16],
-                "group": row["group"],
-                "tags": row["tags"],
-                "gold": row["gold"],
-                "answer": verdict.answer,
-                "correct": verdict.correct,
-                "proxy": verdict.proxy,
-                "answered": verdict.answered,
-                "reason": verdict.reason,
-                "solved": task.solve(example),
-                "thought": has_thought(completion.text, prefilled),
-                "preferred": prefers(model, tokenizer, row),
-                "completion": completion.text,
-                "tokens": completion.tokens,
-                "truncated": completion.truncated,
-            }
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            prediction = Prediction(
+                split=split,
+                id=row["id"],
+                prompt_sha256=sha256(json.dumps(prompts[index]).encode()).hexdigest()[:16],
+                group=row["group"],
+                tags=row["tags"],
+                gold=row["gold"],
+                answer=verdict.answer,
+                correct=verdict.correct,
+                proxy=verdict.proxy,
+                answered=verdict.answered,
+                reason=verdict.reason,
+                solved=task.solve(example),
+                thought=has_thought(completion.text, prefilled),
+                preferred=prefers(model, tokenizer, row),
+                completion=completion.text,
+                tokens=completion.tokens,
+                truncated=completion.truncated,
+            )
+            file.write(json.dumps(prediction.to_json(), ensure_ascii=False) + "\n")
             file.flush()
             mine += 1
             runtime.progress.update(done=min(total, len(answered) + mine * runtime.world))
@@ -125,20 +129,20 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         write_json(out / PROMPTS, answers)
 
     # ---- count
-    metrics: dict[str, Any] = {}
-    if runtime.rank == 0:
-        done = read_partial_answers(out)
-        records = [done[split, row["id"]] for split, row in asked]
-        with (out / "predictions.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        metrics = count(records, task, recipe.report, recipe.seed)
-        write_json(out / "metrics.json", metrics)
-        for path in out.glob("partial-*.jsonl"):
-            path.unlink()
-        main_split = metrics[settings.splits[0]]["all"]
-        names = ("f1", "balanced_accuracy", "accuracy", "proxy", "preference", "unanswered")
-        figures = {name: main_split[name]["value"] for name in names if name in main_split}
-        runtime.progress.update(done=total, figures=figures)
+    if runtime.rank != 0:
+        return {}
+    done = read_partial_answers(out)
+    predictions = [done[split, row["id"]] for split, row in asked]
+    with (out / PREDICTIONS).open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(one.to_json(), ensure_ascii=False) + "\n" for one in predictions)
+    by_split = count(predictions, task, recipe.report, recipe.seed)
+    metrics: dict[str, Any] = to_json(by_split)
+    write_json(out / "metrics.json", metrics)
+    for path in out.glob("partial-*.jsonl"):
+        path.unlink()
+    main_split = by_split[settings.splits[0]].overall
+    figures = {name: main_split[name].value for name in PROGRESS_METRICS if name in main_split}
+    runtime.progress.update(done=total, figures=figures)
     return metrics
 
 
@@ -183,13 +187,10 @@ def test_rows(
     return {name: found[name][:limit] for name in wanted}, skipped
 
 
-def read_partial_answers(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """The answers an earlier attempt has left; a last line that was cut off is asked again."""
-    found = {}
-    for path in sorted(out.glob("partial-*.jsonl")):
-        for record in read_lines(path):
-            found[record["split"], record["id"]] = record
-    return found
+def read_partial_answers(out: Path) -> dict[tuple[str, str], Prediction]:
+    """Read the answers that every process and earlier attempt has left; a last line that was cut off is left out."""
+    parts = [read_predictions(path) for path in sorted(out.glob("partial-*.jsonl"))]
+    return {(one.split, one.id): one for part in parts for one in part}
 
 
 if __name__ == "__main__":

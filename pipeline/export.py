@@ -39,6 +39,7 @@ from pipeline.scoring.metrics import MAIN_METRICS
 from pipeline.tasks.task import Task, task_of
 from pipeline.training.harness import git_commit, main, versions
 from pipeline.workflow.artifact import Artifact, is_done, open_artifact, step_of
+from pipeline.workflow.figures import recorded_metrics
 from pipeline.workflow.runtime import Runtime
 from pipeline.workflow.weights import ADAPTER, Checkpoint, find_checkpoint
 
@@ -173,7 +174,7 @@ def card(
         rows=next((artifact.metrics.get("rows", {}) for artifact in line if artifact.stage == "preprocess"), {}),
         task=task,
         settings=recipe.task.params,
-        evaluations=evaluations(line),
+        evaluations=[(role, recorded_metrics(artifact)) for role, artifact in evaluations(line)],
         headline=MAIN_METRICS,
         line=line,
         source=f"{line[-1].recipe}/{line[-1].stage}-{line[-1].fingerprint}" if line else source.name,

@@ -99,19 +99,19 @@ def show_export(step: Step, *, pushed: bool = False) -> Path:
 def show_metrics(step: Step) -> None:
     from pipeline.scoring.metrics import MAIN_METRICS
     from pipeline.tasks.task import task_of
-    from pipeline.workflow.figures import figures_of
+    from pipeline.workflow.figures import metrics_of
 
-    artifact = open_artifact(step.folder)
-    recipe = step.recipe
-    counted = figures_of(artifact, task_of(recipe.task, recipe.seed), recipe.report, recipe.seed)
-    for split, figures in counted.items():
-        print(f"{split}: {int(figures['all']['rows']['value'])} rows, {int(figures['all']['groups']['value'])} groups")
-        if figures["all"]["verified"]["value"] < figures["all"]["rows"]["value"]:
-            print(f"  {int(figures['all']['verified']['value'])} of them can be verified")
-        for name in [name for name in MAIN_METRICS if name in figures["all"]]:
-            value = figures["all"][name]
-            print(f"  {name:<18} {value['value']:7.3f}   {value['low']:.3f} … {value['high']:.3f}")
-        if "proxy" in figures["all"]:
-            print(f"  proxy is no correctness: {task_of(step.recipe.task, step.recipe.seed).proxy}")
+    artifact, recipe = open_artifact(step.folder), step.recipe
+    task = task_of(recipe.task, recipe.seed)
+    for split, metrics in metrics_of(artifact, task, recipe.report, recipe.seed).items():
+        overall = metrics.overall
+        print(f"{split}: {overall.rows} rows, {overall.groups} groups")
+        if overall.verified < overall.rows:
+            print(f"  {overall.verified} of them can be verified")
+        for name in MAIN_METRICS:
+            if figure := overall.get(name):
+                print(f"  {name:<18} {figure.value:7.3f}   {figure.low:.3f} … {figure.high:.3f}")
+        if "proxy" in overall:
+            print(f"  proxy is no correctness: {task.proxy}")
     print(printable("".join(f"warning: {warning}\n" for warning in artifact.warnings)), end="")
     print(f"\n{step.folder}/predictions.jsonl and metrics.json")

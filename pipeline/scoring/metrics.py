@@ -1,10 +1,10 @@
-"""Figures and their intervals, from counts: accuracy, balanced accuracy, F1, MCC, unanswered.
+"""Metrics and their intervals, from counts: accuracy, balanced accuracy, F1, MCC, unanswered.
 
-Unanswered is never correct: it is a third prediction beside the positive and the negative one. Figures that mean
+Unanswered is never correct: it is a third prediction beside the positive and the negative one. Metrics that mean
 nothing are left out: F1 and its like for a task without a positive class, every one of correctness where no answer
-can be verified. A proxy of correctness is counted apart, and never as accuracy. Intervals are
-percentile bootstraps that draw whole groups (all rows of one premise), because rows of a group are not
-independent; the difference of two models is drawn on the same groups for both, so it is paired.
+can be verified. A proxy of correctness is counted apart, and never as accuracy. Intervals are percentile bootstraps
+that resample whole groups (all rows of one premise), because rows of a group are not independent; the difference of
+two models is resampled on the same groups for both, so it is paired.
 
 Sources: Gorodkin 2004 (MCC of more than two predictions), Efron & Tibshirani 1993 (bootstrap), Cameron, Gelbach
 & Miller 2008 (few clusters: percentile intervals are then a little too narrow).
@@ -12,26 +12,41 @@ Sources: Gorodkin 2004 (MCC of more than two predictions), Efron & Tibshirani 19
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.scoring.predictions import Prediction
+from pipeline.scoring.results import Baselines, Figure, Metrics, ModelResult, Unanswered
+
 Array = NDArray[np.float64]
 
-# columns of a count table
-TP, FN, UNANSWERED_POSITIVE, FP, TN, UNANSWERED_NEGATIVE, TOKENS = range(7)
-UNVERIFIED, UNVERIFIED_UNANSWERED, PROXIED, MATCHED = range(7, 11)  # rows that nothing verifies; of them, by a proxy
-THOUGHTS, COMPARED, PREFERRED = range(11, 14)  # rows with a thought; with a rejected answer; that prefer the wanted one
-COLUMNS = 14
+MAIN_METRICS = ("f1", "balanced_accuracy", "mcc", "accuracy", "proxy", "preference", "unanswered", "tokens")
+CLASS_METRICS = ("f1", "balanced_accuracy", "mcc", "precision", "recall")  # only with a positive class
+LOWER_IS_BETTER = ("unanswered",)
+TITLES = {
+    "f1": "F1",
+    "balanced_accuracy": "balanced accuracy",
+    "mcc": "MCC",
+    "accuracy": "accuracy",
+    "proxy": "match (proxy)",
+    "precision": "precision",
+    "recall": "recall",
+    "preference": "preference accuracy",
+    "thoughts": "answers with a thought",
+    "validation_loss": "validation loss",
+    "validation_loss_gap": "validation loss − training loss",
+    "unanswered": "unanswered",
+    "tokens": "mean tokens",
+}
+SOLVER = "exact solver"  # among the baselines: the task's own program
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One graded row: what a prediction is reduced to."""
+    """What counts of one graded row."""
 
     id: str
     group: str
@@ -41,132 +56,142 @@ class Outcome:
     tokens: int  # of the completion
     proxy: bool | None = None  # what stands in for `correct` where that is None
     thought: bool = False  # whether the completion thinks before it answers
-    preferred: bool | None = None  # whether the wanted answer is likelier than the rejected one; None without one
+    preferred: bool | None = None  # whether the gold answer is likelier than the rejected one; None without one
 
 
-def outcome_of(record: Mapping[str, Any], positive: str | None) -> Outcome:
-    """A line of predictions.jsonl as what is counted; `positive` is the gold that F1 counts."""
+def outcome_of(prediction: Prediction, positive: str | None) -> Outcome:
+    """Reduce a prediction to what is counted; `positive` is the gold that F1 counts."""
+    answered = prediction.answered
     return Outcome(
-        record["id"],
-        record["group"],
-        None if positive is None else record["gold"] == positive,
-        None if record["correct"] is None else record["correct"] and record["answered"],
-        record["answered"],
-        record["tokens"],
-        None if record.get("proxy") is None else record["proxy"] and record["answered"],
-        bool(record.get("thought")),
-        record.get("preferred"),
+        id=prediction.id,
+        group=prediction.group,
+        positive=None if positive is None else prediction.gold == positive,
+        correct=None if prediction.correct is None else prediction.correct and answered,
+        answered=answered,
+        tokens=prediction.tokens,
+        proxy=None if prediction.proxy is None else prediction.proxy and answered,
+        thought=prediction.thought,
+        preferred=prediction.preferred,
     )
 
 
-def reasons_of(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """How many rows are unanswered for each reason, the commonest first.
-
-    Lines that an earlier version wrote have no reason: `truncated` where they were cut off, else `not_recorded`.
-    """
-    found = Counter(
-        record.get("reason") or ("truncated" if record.get("truncated") else "not_recorded")
-        for record in records
-        if not record["answered"]
-    )
-    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+def _zero() -> Array:
+    return np.zeros(())
 
 
-def unanswered_rows(models: Sequence[Mapping[str, Any]], splits: Sequence[str]) -> list[dict[str, Any]]:
-    """For each model and split with unanswered rows: how many, and the reasons; none for metrics without reasons."""
-    found = []
-    for model in models:
-        for split in splits:
-            reasons = model["splits"][split].get("reasons") or {}
-            if reasons:
-                told = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
-                rows = int(model["splits"][split]["all"]["rows"]["value"])
-                one = {"name": model["name"], "role": model["role"], "split": split, "rows": rows}
-                found.append({**one, "count": sum(reasons.values()), "reasons": dict(reasons), "told": told})
-    return found
+@dataclass(frozen=True)
+class Counts:
+    """Rows counted by outcome. Every field has the same shape: () of all rows, (groups,), or (resamples,)."""
+
+    true_positive: Array = field(default_factory=_zero)
+    false_negative: Array = field(default_factory=_zero)  # answered wrongly; gold positive
+    unanswered_positive: Array = field(default_factory=_zero)
+    false_positive: Array = field(default_factory=_zero)
+    true_negative: Array = field(default_factory=_zero)
+    unanswered_negative: Array = field(default_factory=_zero)
+    unverified: Array = field(default_factory=_zero)  # answered rows whose correctness cannot be verified
+    unverified_unanswered: Array = field(default_factory=_zero)
+    with_proxy: Array = field(default_factory=_zero)  # unverified rows that a proxy judges
+    proxy_matches: Array = field(default_factory=_zero)
+    tokens: Array = field(default_factory=_zero)
+    thoughts: Array = field(default_factory=_zero)  # rows with a thought
+    with_rejected: Array = field(default_factory=_zero)  # rows with a rejected answer
+    preferred: Array = field(default_factory=_zero)  # of them, rows whose gold answer is likelier
+
+    def total(self) -> Counts:
+        """The counts of all groups together."""
+        return Counts(**{f.name: getattr(self, f.name).sum(axis=0) for f in fields(self)})
+
+    def resampled(self, weights: Array) -> Counts:
+        """The counts of each bootstrap sample; `weights` has shape (resamples, groups)."""
+        return Counts(**{f.name: weights @ getattr(self, f.name) for f in fields(self)})
 
 
-def count_table(outcomes: Sequence[Outcome], groups: Sequence[str]) -> Array:
-    """Counts by group, shape (groups, 14), columns TP … PREFERRED."""
-    table = np.zeros((len(groups), COLUMNS))
+def count_groups(outcomes: Sequence[Outcome], groups: Sequence[str]) -> Counts:
+    """Count rows by group: every field has shape (groups,)."""
+    counts = Counts(**{f.name: np.zeros(len(groups)) for f in fields(Counts)})
     place = {group: i for i, group in enumerate(groups)}
     for outcome in outcomes:
-        row = table[place[outcome.group]]
-        positive = outcome.positive is not False
+        group = place[outcome.group]
+        _cell(outcome, counts)[group] += 1
         if outcome.correct is None:
-            row[UNVERIFIED if outcome.answered else UNVERIFIED_UNANSWERED] += 1
-            row[PROXIED] += outcome.proxy is not None
-            row[MATCHED] += outcome.proxy is True
-        elif not outcome.answered:
-            row[UNANSWERED_POSITIVE if positive else UNANSWERED_NEGATIVE] += 1
-        elif positive:
-            row[TP if outcome.correct else FN] += 1
-        else:
-            row[TN if outcome.correct else FP] += 1
-        row[TOKENS] += outcome.tokens
-        row[THOUGHTS] += outcome.thought
-        row[COMPARED] += outcome.preferred is not None
-        row[PREFERRED] += outcome.preferred is True
-    return table
+            counts.with_proxy[group] += outcome.proxy is not None
+            counts.proxy_matches[group] += outcome.proxy is True
+        counts.tokens[group] += outcome.tokens
+        counts.thoughts[group] += outcome.thought
+        counts.with_rejected[group] += outcome.preferred is not None
+        counts.preferred[group] += outcome.preferred is True
+    return counts
+
+
+def _cell(outcome: Outcome, counts: Counts) -> Array:
+    """The one count of gold against prediction that a row belongs to; a task without a class is all positive."""
+    if outcome.correct is None:
+        return counts.unverified if outcome.answered else counts.unverified_unanswered
+    positive = outcome.positive is not False
+    if not outcome.answered:
+        return counts.unanswered_positive if positive else counts.unanswered_negative
+    if positive:
+        return counts.true_positive if outcome.correct else counts.false_negative
+    return counts.true_negative if outcome.correct else counts.false_positive
 
 
 def _ratio(top: Array, bottom: Array) -> Array:
-    """top / bottom, 0 where there is nothing to divide by."""
-    return np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
+    """Divide, with 0 where there is nothing to divide by."""
+    found: Array = np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
+    return found
 
 
-def figures(counts: Array) -> dict[str, Array]:
-    """Every figure of count tables of shape (…, 14): arrays of shape (…)."""
-    columns = np.moveaxis(np.asarray(counts, dtype=float), -1, 0)
-    tp, fn, up, fp, tn, un, tokens, uv, uu, proxied, matched, thoughts, compared, preferred = columns
-    positives, negatives = tp + fn + up, fp + tn + un
-    n = positives + negatives
-    correct = tp + tn
-    # MCC of a 2 × 3 table: gold yes/no against predicted yes/no/unanswered (Gorodkin's R_K)
-    said_yes, said_no, unanswered = tp + fp, fn + tn, up + un
-    covariance = correct * n - (positives * said_yes + negatives * said_no)
-    spread_gold = n**2 - positives**2 - negatives**2
-    spread_said = n**2 - said_yes**2 - said_no**2 - unanswered**2
-    recall, specificity = _ratio(tp, positives), _ratio(tn, negatives)
+def compute_metrics(c: Counts) -> dict[str, Array]:
+    """Every metric of these counts, each of the counts' shape; `verified` and `rows` too."""
+    positives = c.true_positive + c.false_negative + c.unanswered_positive
+    negatives = c.false_positive + c.true_negative + c.unanswered_negative
+    verified, correct = positives + negatives, c.true_positive + c.true_negative
+    unanswered = c.unanswered_positive + c.unanswered_negative
+    rows = verified + c.unverified + c.unverified_unanswered
+    recall, specificity = _ratio(c.true_positive, positives), _ratio(c.true_negative, negatives)
     one_class = (positives == 0) | (negatives == 0)
+    # MCC of a 2 × 3 table: gold yes/no against predicted yes/no/unanswered (Gorodkin's R_K)
+    predicted_yes, predicted_no = c.true_positive + c.false_positive, c.false_negative + c.true_negative
+    covariance = correct * verified - (positives * predicted_yes + negatives * predicted_no)
+    gold_spread = verified**2 - positives**2 - negatives**2
+    predicted_spread = verified**2 - predicted_yes**2 - predicted_no**2 - unanswered**2
+    wrong = c.false_positive + c.false_negative + c.unanswered_positive
     return {
-        "f1": _ratio(2 * tp, 2 * tp + fp + fn + up),
-        "balanced_accuracy": np.where(one_class, _ratio(correct, n), (recall + specificity) / 2),
-        "mcc": _ratio(covariance, np.sqrt(spread_gold * spread_said)),
-        "accuracy": _ratio(correct, n),
-        "precision": _ratio(tp, tp + fp),
+        "f1": _ratio(2 * c.true_positive, 2 * c.true_positive + wrong),
+        "balanced_accuracy": np.where(one_class, _ratio(correct, verified), (recall + specificity) / 2),
+        "mcc": _ratio(covariance, np.sqrt(gold_spread * predicted_spread)),
+        "accuracy": _ratio(correct, verified),
+        "precision": _ratio(c.true_positive, predicted_yes),
         "recall": recall,
-        "proxy": _ratio(matched, proxied),
-        "preference": _ratio(preferred, compared),
-        "thoughts": _ratio(thoughts, n + uv + uu),
-        "unanswered": _ratio(unanswered + uu, n + uv + uu),
-        "tokens": _ratio(tokens, n + uv + uu),
-        "verified": n,
-        "rows": n + uv + uu,
+        "proxy": _ratio(c.proxy_matches, c.with_proxy),
+        "preference": _ratio(c.preferred, c.with_rejected),
+        "thoughts": _ratio(c.thoughts, rows),
+        "unanswered": _ratio(unanswered + c.unverified_unanswered, rows),
+        "tokens": _ratio(c.tokens, rows),
+        "verified": verified,
+        "rows": rows,
     }
 
 
-MAIN_METRICS = ("f1", "balanced_accuracy", "mcc", "accuracy", "proxy", "preference", "unanswered", "tokens")
-CLASS_METRICS = ("f1", "balanced_accuracy", "mcc", "precision", "recall")  # figures that a positive class gives sense
-COUNTS = ("verified", "rows")  # not figures of a sample
-LOWER_IS_BETTER = ("unanswered",)
+METRICS = tuple(name for name in compute_metrics(Counts()) if name not in ("verified", "rows"))
 
 
 def applicable_metrics(outcomes: Sequence[Outcome]) -> list[str]:
-    """The figures that mean something for these rows."""
+    """The metrics that mean something for these rows."""
     verified = any(outcome.correct is not None for outcome in outcomes)
     classes = verified and any(outcome.positive is not None for outcome in outcomes)
     left_out = {name for name in CLASS_METRICS if not classes}
     left_out |= set() if verified else {"accuracy"}
     left_out |= set() if any(outcome.proxy is not None for outcome in outcomes) else {"proxy"}
     left_out |= set() if any(outcome.preferred is not None for outcome in outcomes) else {"preference"}
-    return [name for name in figures(np.zeros(COLUMNS)) if name not in left_out]
+    return [name for name in METRICS if name not in left_out]
 
 
-def resample_groups(groups: int, draws: int, seed: int) -> Array:
-    """How often each group is drawn in each bootstrap sample: shape (draws, groups), rows sum to `groups`."""
+def resample_groups(groups: int, samples: int, seed: int) -> Array:
+    """How often each bootstrap sample holds each group: shape (samples, groups), rows sum to `groups`."""
     generator = np.random.default_rng(seed)
-    return generator.multinomial(groups, np.full(groups, 1 / groups), size=draws).astype(float)
+    return generator.multinomial(groups, np.full(groups, 1 / groups), size=samples).astype(float)
 
 
 def percentile_interval(values: Array, confidence: float) -> tuple[float, float]:
@@ -176,72 +201,75 @@ def percentile_interval(values: Array, confidence: float) -> tuple[float, float]
     return float(low), float(high)
 
 
-def summarize(outcomes: Sequence[Outcome], draws: int, confidence: float, seed: int) -> dict[str, dict[str, float]]:
-    """Each figure that means something as {value, low, high}, with `rows`, `verified` and `groups` as values."""
+def summarize(outcomes: Sequence[Outcome], samples: int, confidence: float, seed: int) -> Metrics:
+    """Each metric that applies, with its interval from `samples` bootstrap samples of whole groups."""
     groups = sorted({outcome.group for outcome in outcomes})
     if not groups:
-        return {"verified": {"value": 0}, "rows": {"value": 0}, "groups": {"value": 0}}
-    table = count_table(outcomes, groups)
-    point = figures(table.sum(axis=0))
-    drawn = figures(resample_groups(len(groups), draws, seed) @ table)
-    found: dict[str, dict[str, float]] = {}
-    for name in applicable_metrics(outcomes):
-        found[name] = {"value": float(point[name])}
-        if name not in COUNTS:
-            low, high = percentile_interval(drawn[name], confidence)
-            found[name] |= {"low": low, "high": high}
-    found["groups"] = {"value": len(groups)}
-    return found
+        return Metrics(rows=0, verified=0, groups=0, figures={})
+    counts = count_groups(outcomes, groups)
+    point = compute_metrics(counts.total())
+    resampled = compute_metrics(counts.resampled(resample_groups(len(groups), samples, seed)))
+    figures = {
+        name: Figure(float(point[name]), *percentile_interval(resampled[name], confidence))
+        for name in applicable_metrics(outcomes)
+    }
+    return Metrics(int(point["rows"]), int(point["verified"]), len(groups), figures)
 
 
 def compare(
-    before: Sequence[Outcome], after: Sequence[Outcome], draws: int, confidence: float, seed: int
-) -> dict[str, dict[str, float]]:
-    """The paired difference after − before of each headline figure that means something, on the rows both were asked.
+    before: Sequence[Outcome], after: Sequence[Outcome], samples: int, confidence: float, seed: int
+) -> dict[str, Figure]:
+    """The paired difference after − before of each main metric that applies to both.
 
-    Raises ValueError when the two were not asked the same rows.
+    Raises ValueError when the two models were not given the same rows.
     """
     if {o.id for o in before} != {o.id for o in after}:
-        raise ValueError("the two models were not asked the same rows")
+        raise ValueError("the two models were not given the same rows")
     groups = sorted({outcome.group for outcome in before})
-    drawn = resample_groups(len(groups), draws, seed)
-    tables = [count_table(outcomes, groups) for outcomes in (before, after)]
-    points = [figures(table.sum(axis=0)) for table in tables]
-    samples = [figures(drawn @ table) for table in tables]
-    found = {}
-    for name in [
-        name for name in MAIN_METRICS if name in applicable_metrics(before) and name in applicable_metrics(after)
-    ]:
-        low, high = percentile_interval(samples[1][name] - samples[0][name], confidence)
-        found[name] = {"value": float(points[1][name] - points[0][name]), "low": low, "high": high}
-    return found
+    weights = resample_groups(len(groups), samples, seed)
+    counts = [count_groups(outcomes, groups) for outcomes in (before, after)]
+    old, new = (compute_metrics(one.total()) for one in counts)
+    old_samples, new_samples = (compute_metrics(one.resampled(weights)) for one in counts)
+    both = set(applicable_metrics(before)) & set(applicable_metrics(after))
+    return {
+        name: Figure(
+            float(new[name] - old[name]), *percentile_interval(new_samples[name] - old_samples[name], confidence)
+        )
+        for name in MAIN_METRICS
+        if name in both
+    }
 
 
-SOLVER = "exact solver"
-
-
-def baseline_figures(outcomes: Sequence[Outcome], solved: Sequence[Outcome] = ()) -> dict[str, dict[str, float]]:
-    """What needs no model: always the negative answer, always the positive one, a fair coin (in expectation).
+def baseline_metrics(outcomes: Sequence[Outcome], solved: Sequence[Outcome] = ()) -> Baselines:
+    """The metrics of what needs no model: always the negative answer, always the positive one, a coin (expected).
 
     `solved` are the outcomes of the task's exact program, where it has one: on labels that are right it is always
-    right, and on others it shows how high any model can get. Nothing for tasks without a positive class.
+    right, and on others it shows how high any model can get. Empty for tasks without a positive class.
     """
     if not any(outcome.positive is not None for outcome in outcomes):
         return {}
-    positives = sum(outcome.positive is True for outcome in outcomes)
+    positives = np.array(float(sum(outcome.positive is True for outcome in outcomes)))
     negatives = len(outcomes) - positives
-    tables: dict[str, list[float]] = {
-        "always No": [0, positives, 0, 0, negatives, 0, 0],
-        "always Yes": [positives, 0, 0, negatives, 0, 0, 0],
-        "coin": [positives / 2, positives / 2, 0, negatives / 2, negatives / 2, 0, 0],
-    }
-    found = {
-        name: _floats(figures(np.array(counts + [0.0] * (COLUMNS - len(counts))))) for name, counts in tables.items()
+    half, other = positives / 2, negatives / 2
+    counts = {
+        "always No": Counts(false_negative=positives, true_negative=negatives),
+        "always Yes": Counts(true_positive=positives, false_positive=negatives),
+        "coin": Counts(true_positive=half, false_negative=half, false_positive=other, true_negative=other),
     }
     if solved:
-        found[SOLVER] = _floats(figures(count_table(solved, sorted({one.group for one in solved})).sum(axis=0)))
+        counts[SOLVER] = count_groups(solved, sorted({one.group for one in solved})).total()
+    return {
+        name: {metric: float(value) for metric, value in compute_metrics(one).items()} for name, one in counts.items()
+    }
+
+
+def unanswered_rows(models: Sequence[ModelResult], splits: Sequence[str]) -> list[Unanswered]:
+    """Each model and split with unanswered rows; none where the reasons were not recorded."""
+    found = []
+    for model in models:
+        for split in splits:
+            metrics = model.splits[split]
+            if reasons := metrics.reasons:
+                rows, count = metrics.overall.rows, sum(reasons.values())
+                found.append(Unanswered(model.name, model.role, split, rows, count, reasons))
     return found
-
-
-def _floats(values: dict[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in values.items()}

@@ -65,11 +65,6 @@ class Artifact:
         """What `Runtime.warn` reported while the step ran."""
         return list(self.metrics.get(WARNINGS, ()))
 
-    @property
-    def figures(self) -> dict[str, Any]:
-        """The metrics without the warnings: of an evaluation, the figures of each split."""
-        return {name: value for name, value in self.metrics.items() if name != WARNINGS}
-
 
 def hash_files(folder: Path, *, leave_out: set[str] = NOT_PAYLOAD | TRANSIENT) -> dict[str, FileEntry]:
     """Every file below `folder` with its size and sha256, top-level names in `leave_out` left out."""

@@ -1,60 +1,78 @@
-"""The figures of an evaluation: counted by the stage, and again where the settings of the report have changed.
+"""The metrics of an evaluation: counted by the stage, and again where the settings of the report have changed.
 
-    count(records, task, recipe.report, recipe.seed)       {split: {"all": figures, "baselines": …, "reasons": …, …}}
-    figures_of(artifact, task, recipe.report, recipe.seed)    the same of a finished evaluation
+    count(predictions, task, recipe.report, recipe.seed)       {split: SplitMetrics}
+    metrics_of(artifact, task, recipe.report, recipe.seed)     the same of a finished evaluation
 
-Answers are never made again for this: they are in predictions.jsonl.
+Answers are never generated again for this: they are in predictions.jsonl.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
-from pipeline.config.recipe import Report
-from pipeline.core.files import read_lines
-from pipeline.scoring.metrics import baseline_figures, outcome_of, reasons_of, summarize
+from pipeline.config.recipe import Report as ReportSettings
+from pipeline.core.errors import ArtifactError
+from pipeline.scoring.metrics import Outcome, baseline_metrics, outcome_of, summarize
+from pipeline.scoring.predictions import PREDICTIONS, Prediction, count_reasons, read_predictions
+from pipeline.scoring.results import Metrics, SplitMetrics
 from pipeline.tasks.task import Task
-from pipeline.workflow.artifact import Artifact
+from pipeline.workflow.artifact import ARTIFACT, WARNINGS, Artifact
 from pipeline.workflow.stage import read_spec
 
 
-def count(records: Sequence[dict[str, Any]], task: Task, settings: Report, seed: int) -> dict[str, Any]:
-    """Figures with intervals: by split, over all rows and by each of the task's breakdowns; and the baselines."""
-    draws, confidence = settings.bootstrap_samples, settings.confidence
-    found: dict[str, Any] = {}
-    for split in dict.fromkeys(record["split"] for record in records):
-        mine = [record for record in records if record["split"] == split]
-        outcomes = [outcome_of(record, task.positive) for record in mine]
-        exact = [
-            {**record, "correct": record["solved"] == record["gold"], "answered": True, "tokens": 0}
-            for record in mine
-            if record.get("solved")
-        ]
-        # a program that does not know every row is no ceiling
-        solved = [outcome_of(record, task.positive) for record in exact] if len(exact) == len(mine) else []
-        found[split] = {
-            "all": summarize(outcomes, draws, confidence, seed),
-            "baselines": baseline_figures(outcomes, solved),
-            "reasons": reasons_of(mine),
+def count(
+    predictions: Sequence[Prediction], task: Task, settings: ReportSettings, seed: int
+) -> dict[str, SplitMetrics]:
+    """Count by split, over all rows and by each of the task's breakdowns, with intervals and baselines."""
+    splits = dict.fromkeys(prediction.split for prediction in predictions)
+    return {name: _count_split([p for p in predictions if p.split == name], task, settings, seed) for name in splits}
+
+
+def _count_split(predictions: Sequence[Prediction], task: Task, settings: ReportSettings, seed: int) -> SplitMetrics:
+    outcomes = [outcome_of(prediction, task.positive) for prediction in predictions]
+    tags = [prediction.tags or {} for prediction in predictions]
+
+    def summary(some: Sequence[Outcome]) -> Metrics:
+        return summarize(some, settings.bootstrap_samples, settings.confidence, seed)
+
+    by_tag = {}
+    for tag in task.breakdowns:
+        values = sorted({of_row[tag] for of_row in tags if tag in of_row})
+        by_tag[tag] = {
+            str(value): summary([o for o, of_row in zip(outcomes, tags, strict=True) if of_row.get(tag) == value])
+            for value in values
         }
-        for tag in task.breakdowns:
-            values = sorted({record["tags"][tag] for record in mine if tag in (record["tags"] or {})})
-            found[split][tag] = {
-                str(value): summarize(
-                    [o for o, record in zip(outcomes, mine, strict=True) if record["tags"][tag] == value],
-                    draws,
-                    confidence,
-                    seed,
-                )
-                for value in values
-            }
-    return found
+    baselines = baseline_metrics(outcomes, _solver_outcomes(predictions, task))
+    return SplitMetrics(summary(outcomes), baselines, count_reasons(predictions), by_tag)
 
 
-def figures_of(artifact: Artifact, task: Task, settings: Report, seed: int) -> dict[str, Any]:
-    """The figures of a finished evaluation under these settings: as recorded, where they are what it was counted by."""
+def _solver_outcomes(predictions: Sequence[Prediction], task: Task) -> list[Outcome]:
+    """The task's exact program as if it were a model; empty where it cannot answer every row: then it is no ceiling."""
+    if not all(prediction.solved for prediction in predictions):
+        return []
+    return [
+        outcome_of(replace(one, correct=one.solved == one.gold, answered=True, tokens=0), task.positive)
+        for one in predictions
+    ]
+
+
+def metrics_of(artifact: Artifact, task: Task, settings: ReportSettings, seed: int) -> dict[str, SplitMetrics]:
+    """The metrics of a finished evaluation: as recorded, or counted again where the report's settings differ."""
     before = read_spec(artifact.folder).recipe.report
     if (before.bootstrap_samples, before.confidence) == (settings.bootstrap_samples, settings.confidence):
-        return artifact.figures
-    return count(read_lines(artifact.folder / "predictions.jsonl"), task, settings, seed)
+        return recorded_metrics(artifact)
+    return count(read_predictions(artifact.folder / PREDICTIONS), task, settings, seed)
+
+
+def recorded_metrics(artifact: Artifact) -> dict[str, SplitMetrics]:
+    """The metrics that an evaluation has recorded, by split; ArtifactError where they cannot be read."""
+    path = artifact.folder / ARTIFACT
+    try:
+        return {
+            split: SplitMetrics.from_json(record, f"metrics.{split}")
+            for split, record in artifact.metrics.items()
+            if split != WARNINGS
+        }
+    except ValueError as error:
+        raise ArtifactError(f"{path}: {error}. Fix: delete {path} and run the step again") from error

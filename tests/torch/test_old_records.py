@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ from running import ROOT, only, run_cli
 from safetensors.torch import load_file
 
 from pipeline.config.former import identity, present_names
-from pipeline.core.files import read_lines
+from pipeline.core.files import read_json, read_lines
 from pipeline.core.hashing import fingerprint, plain
+from pipeline.report import gather
+from pipeline.scoring.results import to_json
+from pipeline.tasks.task import task_of
 from pipeline.workflow import status
 from pipeline.workflow.artifact import open_artifact
 from pipeline.workflow.progress import read_progress
@@ -60,6 +64,24 @@ def test_status_shows_every_step_done(project: Path) -> None:
     rows, troubles = status.table(Path("runs"))
     assert not troubles
     assert [row.state for row in rows] == ["done"] * len(STEPS)
+
+
+def test_the_report_is_made_again_from_old_metrics_and_predictions(project: Path) -> None:
+    folder = only(project, "runs/tiny-rehearsal/report-*").relative_to(project)
+    spec = read_spec(folder)
+    inputs = {label: open_artifact(Path(where)) for label, where in spec.inputs.items()}
+    task = task_of(spec.recipe.task, spec.recipe.seed)
+    again = to_json(gather(inputs, task, spec.recipe, {}))
+    before = read_json(folder / "report.json")
+    for name in ("models", "baselines", "differences", "claims", "headline", "curves", "goals", "splits", "main_split"):
+        assert again[name] == before[name], name
+    assert [one["id"] for one in again["samples"]] == [one["id"] for one in before["samples"]]
+    recount = replace(spec.recipe.report, bootstrap_samples=spec.recipe.report.bootstrap_samples + 10)
+    counted = gather(inputs, task, replace(spec.recipe, report=recount), {})
+    for old, new in zip(before["models"], to_json(counted)["models"], strict=True):
+        for split in before["splits"]:
+            values = [{k: v["value"] for k, v in one["splits"][split]["all"].items()} for one in (old, new)]
+            assert values[0] == values[1]
 
 
 def test_a_model_can_be_asked(project: Path) -> None:

@@ -9,8 +9,10 @@ from running import only, run_cli
 
 from pipeline.config.cluster import read_cluster
 from pipeline.launchers.local import _Bar
+from pipeline.scoring.results import Metrics, SplitMetrics
 from pipeline.training.trainer import warn_of_long_rows
 from pipeline.workflow.artifact import Artifact, open_artifact
+from pipeline.workflow.figures import recorded_metrics
 from pipeline.workflow.progress import ProgressFile, read_progress
 from pipeline.workflow.runtime import Runtime
 
@@ -66,7 +68,7 @@ def test_a_warning_counts_once_and_is_printed_by_one_rank(tmp_path: Path, capsys
 
 
 def test_an_evaluation_with_a_warning_keeps_its_splits(tmp_path: Path) -> None:
-    metrics = {"test": {"all": {}}, "warnings": ["ran on the CPU"]}
+    metrics = {"test": {"all": {"rows": {"value": 3}}}, "warnings": ["ran on the CPU"]}
     artifact = Artifact("evaluate-sft", "tiny", "", {}, {}, {}, metrics, {}, tmp_path)
-    assert artifact.figures == {"test": {"all": {}}}
+    assert recorded_metrics(artifact) == {"test": SplitMetrics(Metrics(3, 0, 0, {}))}
     assert artifact.warnings == ["ran on the CPU"]

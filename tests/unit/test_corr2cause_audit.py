@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from pipeline.cli.main import command
 from pipeline.config.recipe import Report, TaskChoice
 from pipeline.core.errors import DataError
+from pipeline.scoring.predictions import Prediction
 from pipeline.tasks.corr2cause import text
 from pipeline.tasks.corr2cause.audit import audit
 from pipeline.tasks.corr2cause.graphs import RELATIONS, classes, sampled
@@ -288,15 +290,14 @@ def test_on_published_rows_the_solver_is_the_ceiling_of_the_label_noise() -> Non
     task = task_of(TaskChoice("corr2cause", "path", str(RELEASED), None, "error", {}), 0)
     splits = task.load()
     rows = [*splits.sft, *splits.validation, *splits.tests["test"]]
-    records = [
-        {"split": "test", "id": e.id, "group": e.group, "tags": e.tags, "gold": e.gold, "correct": True}
-        | {"answered": True, "tokens": 1, "solved": task.solve(e)}
-        for e in rows
+    graded: dict[str, Any] = {"split": "test", "correct": True, "answered": True, "tokens": 1}
+    predictions = [
+        Prediction(id=e.id, group=e.group, tags=e.tags, gold=e.gold, solved=task.solve(e), **graded) for e in rows
     ]
-    found = count(records, task, Report(10, 0.95, {}), 0)["test"]["baselines"]["exact solver"]
+    found = count(predictions, task, Report(10, 0.95, {}), 0)["test"].baselines["exact solver"]
     assert found["accuracy"] == pytest.approx(18 / 23)
     assert 0 < found["f1"] < 1
     assert task.solve(Example("1", "What is 2 + 2?", "Yes", "g")) is None
     # where it cannot answer a row it is not shown as one that was wrong
-    records[0]["solved"] = None
-    assert "exact solver" not in count(records, task, Report(10, 0.95, {}), 0)["test"]["baselines"]
+    predictions[0] = replace(predictions[0], solved=None)
+    assert "exact solver" not in count(predictions, task, Report(10, 0.95, {}), 0)["test"].baselines

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,14 +15,16 @@ from hypothesis import strategies as st
 from pipeline.scoring.metrics import (
     MAIN_METRICS,
     Outcome,
-    baseline_figures,
+    baseline_metrics,
     compare,
-    count_table,
-    figures,
+    compute_metrics,
+    count_groups,
     outcome_of,
     resample_groups,
     summarize,
 )
+from pipeline.scoring.predictions import Prediction
+from pipeline.scoring.results import Figure, Metrics, SplitMetrics, to_json
 
 
 def outcomes(rows: list[tuple[bool, bool, bool]], groups: int = 5) -> list[Outcome]:
@@ -32,7 +37,9 @@ rows = st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size
 @given(rows)
 def test_figures_are_their_definitions(cells: list[tuple[bool, bool, bool]]) -> None:
     data = outcomes(cells)
-    found = {k: float(v) for k, v in figures(count_table(data, sorted({o.group for o in data})).sum(axis=0)).items()}
+    found = {
+        k: float(v) for k, v in compute_metrics(count_groups(data, sorted({o.group for o in data})).total()).items()
+    }
     n = len(data)
     tp = sum(o.positive is True and o.correct is True for o in data)
     fp = sum(o.positive is not True and o.answered and not o.correct for o in data)
@@ -56,7 +63,7 @@ def test_mcc_is_the_correlation_where_all_is_answered(cells: list[tuple[bool, bo
     data = outcomes([(p, c, True) for p, c in cells])
     gold = np.array([o.positive for o in data], dtype=float)
     said = np.array([o.positive == o.correct for o in data], dtype=float)
-    found = float(figures(count_table(data, sorted({o.group for o in data})).sum(axis=0))["mcc"])
+    found = float(compute_metrics(count_groups(data, sorted({o.group for o in data})).total())["mcc"])
     if gold.std() and said.std():
         assert found == pytest.approx(float(np.corrcoef(gold, said)[0, 1]))
     else:
@@ -64,13 +71,13 @@ def test_mcc_is_the_correlation_where_all_is_answered(cells: list[tuple[bool, bo
 
 
 def test_unanswered_is_never_correct() -> None:
-    record = {"id": "1", "group": "g", "gold": "Yes", "correct": True, "answered": False, "tokens": 3}
-    assert not outcome_of(record, "Yes").correct
+    prediction = Prediction(split="test", id="1", group="g", gold="Yes", correct=True, answered=False, tokens=3)
+    assert not outcome_of(prediction, "Yes").correct
 
 
 def test_the_baselines_know_nothing() -> None:
     data = outcomes([(k % 2 == 0, True, True) for k in range(100)])
-    found = baseline_figures(data)
+    found = baseline_metrics(data)
     assert found["always No"]["f1"] == 0
     assert found["always No"]["accuracy"] == 0.5
     assert found["always Yes"]["f1"] == pytest.approx(2 / 3)
@@ -84,10 +91,10 @@ def test_intervals_widen_when_rows_of_a_group_agree() -> None:
     independent = [Outcome(str(k), str(k), True, k % 10 < 5, True, 1) for k in range(200)]
     wide = summarize(clustered, 2000, 0.95, 0)["accuracy"]
     narrow = summarize(independent, 2000, 0.95, 0)["accuracy"]
-    assert wide["value"] == narrow["value"] == 0.5
+    assert wide.value == narrow.value == 0.5
     expected = 1.96 * math.sqrt(0.25 / 10)
-    assert (wide["high"] - wide["low"]) / 2 == pytest.approx(expected, rel=0.15)
-    assert (narrow["high"] - narrow["low"]) / 2 == pytest.approx(expected / math.sqrt(20), rel=0.2)
+    assert (wide.high - wide.low) / 2 == pytest.approx(expected, rel=0.15)
+    assert (narrow.high - narrow.low) / 2 == pytest.approx(expected / math.sqrt(20), rel=0.2)
 
 
 def test_a_paired_difference_is_tighter_than_two_intervals_suggest() -> None:
@@ -99,9 +106,9 @@ def test_a_paired_difference_is_tighter_than_two_intervals_suggest() -> None:
         for rights in (base, better)
     )
     found = compare(before, after, 2000, 0.95, 0)["accuracy"]
-    assert found["value"] == pytest.approx(better.mean() - base.mean())
-    assert found["low"] > 0
-    overlap = summarize(before, 2000, 0.95, 0)["accuracy"]["high"] - summarize(after, 2000, 0.95, 0)["accuracy"]["low"]
+    assert found.value == pytest.approx(better.mean() - base.mean())
+    assert found.low > 0
+    overlap = summarize(before, 2000, 0.95, 0)["accuracy"].high - summarize(after, 2000, 0.95, 0)["accuracy"].low
     assert overlap > 0  # apart, the two intervals overlap
 
 
@@ -119,7 +126,7 @@ def test_the_same_seed_gives_the_same_intervals_that_hold_the_value_of_equal_mod
     same = compare(data, data, 50, 0.9, seed)
     assert list(same) == [name for name in MAIN_METRICS if name not in ("proxy", "preference")]
     for name in same:
-        assert same[name] == {"value": 0.0, "low": 0.0, "high": 0.0}
+        assert same[name] == Figure(0.0, 0.0, 0.0)
 
 
 def test_every_bootstrap_sample_has_as_many_groups() -> None:
@@ -129,55 +136,81 @@ def test_every_bootstrap_sample_has_as_many_groups() -> None:
 
 
 def test_no_rows_are_no_figures() -> None:
-    assert summarize([], 10, 0.95, 0)["rows"] == {"value": 0}
+    assert summarize([], 10, 0.95, 0) == Metrics(rows=0, verified=0, groups=0, figures={})
 
 
 def test_an_exact_program_stands_beside_the_baselines() -> None:
     data = [Outcome("1", "g", True, False, True, 9), Outcome("2", "g", False, True, True, 9)]
     right = [Outcome("1", "g", True, True, True, 0), Outcome("2", "g", False, True, True, 0)]
-    assert "exact solver" not in baseline_figures(data)
-    assert baseline_figures(data, right)["exact solver"]["f1"] == 1
-    assert baseline_figures(data, data)["exact solver"]["accuracy"] == 0.5
+    assert "exact solver" not in baseline_metrics(data)
+    assert baseline_metrics(data, right)["exact solver"]["f1"] == 1
+    assert baseline_metrics(data, data)["exact solver"]["accuracy"] == 0.5
 
 
 def test_a_task_without_a_positive_class_has_accuracy_and_no_f1() -> None:
     data = [Outcome(str(k), str(k), None, k < 6, k < 8, 10) for k in range(10)]
     found = summarize(data, 200, 0.95, 0)
-    assert found["accuracy"]["value"] == 0.6
-    assert found["accuracy"]["low"] < 0.6 < found["accuracy"]["high"]
-    assert found["unanswered"]["value"] == 0.2
-    assert not {"f1", "balanced_accuracy", "mcc", "precision", "recall", "proxy"} & set(found)
-    assert baseline_figures(data) == {}
+    assert found["accuracy"].value == 0.6
+    assert found["accuracy"].low < 0.6 < found["accuracy"].high
+    assert found["unanswered"].value == 0.2
+    assert not {"f1", "balanced_accuracy", "mcc", "precision", "recall", "proxy"} & set(found.figures)
+    assert baseline_metrics(data) == {}
     assert set(compare(data, data, 50, 0.95, 0)) == {"accuracy", "unanswered", "tokens"}
 
 
 def test_what_cannot_be_verified_has_no_accuracy_and_a_proxy_is_counted_apart() -> None:
     opened = [Outcome(str(k), str(k), None, None, k < 9, 10) for k in range(10)]
     found = summarize(opened, 50, 0.95, 0)
-    assert (found["rows"]["value"], found["verified"]["value"]) == (10, 0)
-    assert found["unanswered"]["value"] == 0.1
-    assert not {"accuracy", "f1", "proxy"} & set(found)
+    assert (found.rows, found.verified) == (10, 0)
+    assert found["unanswered"].value == 0.1
+    assert not {"accuracy", "f1", "proxy"} & set(found.figures)
     short = [Outcome(f"s{k}", str(k), None, None, True, 10, proxy=k < 3) for k in range(4)]
-    assert summarize(opened + short, 50, 0.95, 0)["proxy"]["value"] == 0.75  # of the rows that have one
+    assert summarize(opened + short, 50, 0.95, 0)["proxy"].value == 0.75  # of the rows that have one
     verified = [Outcome(f"v{k}", str(k), None, k < 1, True, 10) for k in range(4)]
     mixed = summarize(opened + verified, 50, 0.95, 0)
-    assert (mixed["accuracy"]["value"], mixed["verified"]["value"]) == (0.25, 4)  # of the rows that can be verified
+    assert (mixed["accuracy"].value, mixed.verified) == (0.25, 4)  # of the rows that can be verified
 
 
 def test_a_truncated_answer_matches_no_proxy() -> None:
-    record = {"id": "1", "group": "g", "gold": "x", "correct": None, "proxy": True, "answered": False, "tokens": 3}
-    assert outcome_of(record, None).proxy is False
-    assert outcome_of({**record, "answered": True}, None) == Outcome("1", "g", None, None, True, 3, True)
+    cut = Prediction(split="test", id="1", group="g", gold="x", correct=None, proxy=True, answered=False, tokens=3)
+    assert outcome_of(cut, None).proxy is False
+    assert outcome_of(replace(cut, answered=True), None) == Outcome("1", "g", None, None, True, 3, True)
 
 
 def test_a_preference_is_counted_of_the_rows_that_have_a_rejected_answer() -> None:
     rows = [Outcome(str(k), str(k), None, None, True, 5, preferred=k < 3 if k < 4 else None) for k in range(6)]
     found = summarize(rows, 50, 0.95, 0)
-    assert found["preference"]["value"] == 0.75
-    assert found["preference"]["low"] <= 0.75 <= found["preference"]["high"]
+    assert found["preference"].value == 0.75
+    assert found["preference"].low <= 0.75 <= found["preference"].high
     assert "preference" not in summarize([Outcome("1", "g", True, True, True, 5)], 50, 0.95, 0)
 
 
 def test_thoughts_are_a_share_of_all_answers() -> None:
     rows = [Outcome(str(k), str(k), True, True, True, 5, thought=k < 1) for k in range(4)]
-    assert summarize(rows, 50, 0.95, 0)["thoughts"]["value"] == 0.25
+    assert summarize(rows, 50, 0.95, 0)["thoughts"].value == 0.25
+
+
+def test_metrics_survive_their_json() -> None:
+    data = outcomes([(k % 2 == 0, k % 3 > 0, k < 18) for k in range(20)])
+    summary = summarize(data, 20, 0.9, 0)
+    split = SplitMetrics(summary, baseline_metrics(data), {"truncated": 2}, {"n": {"3": summary}})
+    again = json.loads(json.dumps(to_json(split)))
+    assert SplitMetrics.from_json(again, "metrics.test") == split
+    assert again["all"]["rows"] == {"value": 20.0}
+    assert again["all"]["groups"] == {"value": 5}
+    del again["reasons"]  # as an earlier version wrote it
+    assert SplitMetrics.from_json(again, "metrics.test") == replace(split, reasons=None)
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        (None, "metrics.test: got nothing; expected the metrics of a split"),
+        ({"all": [1]}, "metrics.test.all: got a list; expected a mapping of figures"),
+        ({"all": {"f1": {"low": 0.1}}}, "metrics.test.all.f1: got nothing; expected a number"),
+        ({"all": {"f1": {"value": "high"}}}, "metrics.test.all.f1: got a str; expected a number"),
+    ],
+)
+def test_metrics_that_cannot_be_read_name_their_place(record: object, problem: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        SplitMetrics.from_json(record, "metrics.test")

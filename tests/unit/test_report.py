@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.config.recipe import Goal, TaskChoice
-from pipeline.report import TITLES, claim, figure, goal_met, notes, render, shown_metrics
-from pipeline.scoring.metrics import (
-    MAIN_METRICS,
-    Outcome,
-    baseline_figures,
-    compare,
-    reasons_of,
-    summarize,
-    unanswered_rows,
+from pipeline.report import claim, format_figure, goal_met, notes, render, shown_metrics
+from pipeline.scoring.metrics import MAIN_METRICS, Outcome, baseline_metrics, compare, summarize, unanswered_rows
+from pipeline.scoring.predictions import Prediction, count_reasons
+from pipeline.scoring.report_charts import draw
+from pipeline.scoring.results import (
+    Criterion,
+    Difference,
+    Figure,
+    ModelResult,
+    Report,
+    ShownPrompt,
+    SplitMetrics,
+    Unanswered,
+    to_json,
 )
 from pipeline.tasks.task import task_of
 
@@ -29,66 +36,72 @@ def outcomes(right: int, unanswered: int = 0) -> list[Outcome]:
 
 
 @pytest.fixture
-def page() -> dict[str, Any]:
+def report() -> Report:
     stages = {"base": outcomes(0, 40), "sft": outcomes(24, 2), "grpo": outcomes(36)}
     names = {"base": "tiny base", "sft": "tiny SFT", "grpo": "tiny GRPO"}
-    models: list[dict[str, Any]] = [
-        {"name": names[role], "role": role, "splits": {"test": {"all": summarize(rows, 200, 0.95, 0)}}}
+    reasons = {"base": {"truncated": 30, "no_verdict": 10}, "sft": {"two_verdicts": 2}, "grpo": None}
+    models = [
+        model(names[role], role, "test", SplitMetrics(summarize(rows, 200, 0.95, 0), {}, reasons[role]))
         for role, rows in stages.items()
     ]
-    models[0]["splits"]["test"]["reasons"] = {"truncated": 30, "no_verdict": 10}
-    models[1]["splits"]["test"]["reasons"] = {"two_verdicts": 2}
     differences = [
-        {
-            "before": names[before],
-            "after": names[after],
-            "role": after,
-            "splits": {"test": compare(stages[before], stages[after], 200, 0.95, 0)},
-        }
+        Difference(names[before], names[after], after, {"test": compare(stages[before], stages[after], 200, 0.95, 0)})
         for before, after in (("base", "sft"), ("sft", "grpo"))
     ]
-    return {
-        "title": "tiny",
-        "task_title": "Corr2Cause",
-        "models": models,
-        "main_split": "test",
-        "splits": ["test"],
-        "confidence": 0.95,
-        "seed": 0,
-        "differences": differences,
-        "claims": [claim(difference, "test") for difference in differences],
-        "baselines": baseline_figures(stages["sft"]),
-        "breakdowns": [],
-        "published": [{"name": "GPT-4", "f1": 0.291}],
-        "steps": {},
-        "settings": {"tiny": "seed: 0"},
-        "headline": [name for name in MAIN_METRICS if name not in ("proxy", "preference")],
-        "notes": [],
-        "unanswered": unanswered_rows(models, ["test"]),
-        "warnings": ["tiny/sft: 5 of 96 SFT rows are longer than sft.max_length 64 tokens and were left out"],
-        "goals": [
-            {"recipe": "tiny", "name": "thoughts", "below": None, "above": 0.9, "value": 0.95, "met": True},
-            {"recipe": "tiny", "name": "validation_loss", "below": 1.0, "above": None, "value": 1.5, "met": False},
-            {"recipe": "tiny", "name": "validation_loss_gap", "below": 0.5, "above": None, "value": None, "met": None},
+    return Report(
+        title="tiny",
+        task_title="Corr2Cause",
+        written="2026-11-28 12:00",
+        version="0.1.0",
+        splits=["test"],
+        main_split="test",
+        confidence=0.95,
+        seed=0,
+        models=models,
+        baselines=baseline_metrics(stages["sft"]),
+        differences=differences,
+        claims=[claim(difference, "test") for difference in differences],
+        headline=[name for name in MAIN_METRICS if name not in ("proxy", "preference")],
+        unanswered=unanswered_rows(models, ["test"]),
+        notes=[],
+        warnings=["tiny/sft: 5 of 96 SFT rows are longer than sft.max_length 64 tokens and were left out"],
+        published=[{"name": "GPT-4", "f1": 0.291}],
+        breakdowns=[],
+        curves={"tiny/sft": {"loss": [[1, 2.0], [2, 1.5]]}},
+        training={},
+        data={},
+        goals=[
+            Criterion("tiny", "thoughts", None, 0.9, 0.95, True),
+            Criterion("tiny", "validation_loss", 1.0, None, 1.5, False),
+            Criterion("tiny", "validation_loss_gap", 0.5, None, None, None),
         ],
-        "prompts": [{"prompt": "Why?", "answers": {"tiny base": "so\nso", "tiny GRPO": "Therefore: No"}}],
-        "titles": TITLES,
-    }
+        prompts=[ShownPrompt("Why?", {"tiny base": "so\nso", "tiny GRPO": "Therefore: No"})],
+        samples=[],
+        steps={},
+        settings={"tiny": "seed: 0"},
+    )
+
+
+def model(name: str, role: str, split: str, metrics: SplitMetrics) -> ModelResult:
+    return ModelResult(f"tiny/evaluate-{role}", "tiny", role, name, {split: metrics})
 
 
 @pytest.mark.parametrize("name", ["summary.txt", "report.md"])
-def test_the_texts_in_full(page: dict[str, Any], name: str) -> None:
-    assert render(name, page) == (FIXTURES / name).read_text(encoding="utf-8")
+def test_the_texts_in_full(report: Report, name: str) -> None:
+    assert render(name, report) == (FIXTURES / name).read_text(encoding="utf-8")
 
 
 HOSTILE = "x\n```\n````\n</pre><script>alert(1)</script>\n# Title ![i](http://x) | cell\x1b[2J\x9b1m\u202e\ud800"
 
 
-def test_what_a_model_or_a_file_says_cannot_leave_its_place(page: dict[str, Any]) -> None:
-    page["prompts"] = [{"prompt": HOSTILE, "answers": {"tiny base": HOSTILE}}]
-    page["settings"] = {"tiny": f"prompt: |\n  {HOSTILE}"}
-    page["warnings"] = [HOSTILE]
-    text = render("report.md", page)
+def test_what_a_model_or_a_file_says_cannot_leave_its_place(report: Report) -> None:
+    report = replace(
+        report,
+        prompts=[ShownPrompt(HOSTILE, {"tiny base": HOSTILE})],
+        settings={"tiny": f"prompt: |\n  {HOSTILE}"},
+        warnings=[HOSTILE],
+    )
+    text = render("report.md", report)
     outside, fence = [], ""
     for line in text.splitlines():
         run = line[: len(line) - len(line.lstrip("`"))]
@@ -102,15 +115,32 @@ def test_what_a_model_or_a_file_says_cannot_leave_its_place(page: dict[str, Any]
     assert not any("<script>" in line.replace("\\<", "") or line.startswith("# Title") for line in outside)
     assert sum("script" in line for line in outside) == 1  # the warning, on one line
     for name in ("report.md", "summary.txt"):
-        assert not set(render(name, page)) & set("\x1b\x9b\u202e\ud800")
+        assert not set(render(name, report)) & set("\x1b\x9b\u202e\ud800")
 
 
-def difference(f1: tuple[float, float], balanced: tuple[float, float]) -> dict[str, Any]:
-    def interval(low: float, high: float) -> dict[str, float]:
-        return {"value": (low + high) / 2, "low": low, "high": high}
+def test_the_page_shows_every_chart_and_the_best_model(report: Report) -> None:
+    page = render("report.html", report, draw(report))
+    assert page.count("<svg") == 5  # F1, balanced accuracy, differences, splits, the loss of SFT
+    assert '<b class="best">0.900</b>' in page
+    assert "NaN" not in page
 
-    figures = {"f1": interval(*f1), "balanced_accuracy": interval(*balanced)}
-    return {"before": "SFT", "after": "GRPO", "splits": {"test": figures}}
+
+def test_report_json_holds_every_figure_as_before(report: Report) -> None:
+    found = json.loads(json.dumps(to_json(report)))
+    assert list(found) == [field.name for field in fields(Report)]
+    f1 = report.models[2].splits["test"].overall["f1"]
+    assert found["models"][2]["splits"]["test"]["all"]["f1"] == {"value": f1.value, "low": f1.low, "high": f1.high}
+    assert found["differences"][0]["splits"]["test"]["f1"].keys() == {"value", "low", "high"}
+    assert found["unanswered"][1]["told"] == "two_verdicts 2"
+    assert found["goals"][2]["met"] is None
+
+
+def difference(f1: tuple[float, float], balanced: tuple[float, float]) -> Difference:
+    figures = {
+        name: Figure((low + high) / 2, low, high)
+        for name, (low, high) in {"f1": f1, "balanced_accuracy": balanced}.items()
+    }
+    return Difference("SFT", "GRPO", "grpo", {"test": figures})
 
 
 @pytest.mark.parametrize(
@@ -142,15 +172,15 @@ def test_a_goal_is_met_within_its_bounds(goal: Goal, value: float, met: bool) ->
 
 
 def test_figures_are_told_in_their_units() -> None:
-    assert figure({"value": 0.81234}, "f1") == "0.812"
-    assert figure({"value": 0.012}, "unanswered") == "1.2 %"
-    assert figure({"value": 233.6}, "tokens") == "234"
+    assert format_figure(Figure(0.81234, 0.7, 0.9), "f1") == "0.812"
+    assert format_figure(0.012, "unanswered") == "1.2 %"
+    assert format_figure(233.6, "tokens") == "234"
 
 
-def unverified(proxy: bool | None) -> dict[str, Any]:
-    """A model's figures on ten rows that nothing verifies."""
+def unverified(proxy: bool | None, reasons: dict[str, int] | None = None) -> ModelResult:
+    """A model's metrics on ten rows that nothing verifies."""
     rows = [Outcome(str(k), str(k), None, None, True, 10, proxy) for k in range(10)]
-    return {"name": "medical SFT", "role": "sft", "splits": {"short": {"all": summarize(rows, 50, 0.95, 0)}}}
+    return model("medical SFT", "sft", "short", SplitMetrics(summarize(rows, 50, 0.95, 0), {}, reasons))
 
 
 def test_what_cannot_be_verified_is_said_and_a_proxy_called_one() -> None:
@@ -165,45 +195,38 @@ def test_what_cannot_be_verified_is_said_and_a_proxy_called_one() -> None:
     assert shown_metrics([unverified(None)], "short") == ["unanswered", "tokens"]
     assert "nothing is said" in notes([], [], task)[0]
     rows = [Outcome(str(k), str(k), None, True if k < 4 else None, True, 10) for k in range(10)]
-    mixed = {**unverified(None), "splits": {"test": {"all": summarize(rows, 50, 0.95, 0)}}}
+    mixed = model("medical SFT", "sft", "test", SplitMetrics(summarize(rows, 50, 0.95, 0)))
     assert notes([mixed], ["test"], task) == ["only 4 of the 10 answers of test can be verified; accuracy is of those"]
 
 
 def test_nothing_is_claimed_of_what_cannot_be_verified() -> None:
-    better = {"value": 0.5, "low": 0.4, "high": 0.6}
-    given = {"before": "SFT", "after": "GRPO", "splits": {"short": {"proxy": better, "unanswered": better}}}
-    assert claim(given, "short") == (
+    better = Figure(0.5, 0.4, 0.6)
+    found = Difference("SFT", "GRPO", "grpo", {"short": {"proxy": better, "unanswered": better}})
+    assert claim(found, "short") == (
         "GRPO against SFT: the answers cannot be verified; match (proxy) +0.500 (+0.400 … +0.600)"
     )
-    given = {"before": "base", "after": "SFT", "splits": {"test": {"unanswered": better}}}
-    assert claim(given, "test") == "SFT against base: the answers cannot be verified"
-    given = {"before": "base", "after": "SFT", "splits": {"test": {"accuracy": better}}}
-    assert claim(given, "test") == "SFT is better than base: accuracy +0.500 (+0.400 … +0.600)"
+    found = Difference("base", "SFT", "sft", {"test": {"unanswered": better}})
+    assert claim(found, "test") == "SFT against base: the answers cannot be verified"
+    found = Difference("base", "SFT", "sft", {"test": {"accuracy": better}})
+    assert claim(found, "test") == "SFT is better than base: accuracy +0.500 (+0.400 … +0.600)"
 
 
 def test_a_figure_that_there_is_not_is_a_dash() -> None:
-    assert figure(None, "accuracy") == "–"
+    assert format_figure(None, "accuracy") == "–"
 
 
 def test_why_rows_are_unanswered_is_counted_also_in_records_of_an_earlier_version() -> None:
-    def record(reason: str | None, **more: Any) -> dict[str, Any]:
-        return {"answered": reason is None, "reason": reason, **more}
+    def prediction(**more: Any) -> Prediction:
+        record = {"split": "short", "id": "1", "group": "g", "gold": "x", "correct": None, "tokens": 1}
+        return Prediction.from_json(record | more)
 
-    records = [record("no_verdict"), record("truncated"), record("no_verdict"), record(None)]
-    assert reasons_of(records) == {"no_verdict": 2, "truncated": 1}
-    old = [{"answered": False, "truncated": True}, {"answered": False, "truncated": False}, {"answered": True}]
-    assert reasons_of(old) == {"not_recorded": 1, "truncated": 1}
-    model = unverified(None)
-    assert unanswered_rows([model], ["short"]) == []  # metrics of an earlier version
-    model["splits"]["short"]["reasons"] = reasons_of(records)
-    assert unanswered_rows([model], ["short"]) == [
-        {
-            "name": "medical SFT",
-            "role": "sft",
-            "split": "short",
-            "rows": 10,
-            "count": 3,
-            "reasons": {"no_verdict": 2, "truncated": 1},
-            "told": "no_verdict 2, truncated 1",
-        }
-    ]
+    some = [prediction(answered=reason is None, reason=reason) for reason in ("no_verdict", "truncated", "no_verdict")]
+    some.append(prediction(answered=True, reason=None))
+    reasons = count_reasons(some)
+    assert reasons == {"no_verdict": 2, "truncated": 1}
+    old = [prediction(answered=False, truncated=cut) for cut in (True, False)]
+    assert count_reasons([*old, prediction(answered=True)]) == {"not_recorded": 1, "truncated": 1}
+    assert unanswered_rows([unverified(None)], ["short"]) == []  # metrics of an earlier version
+    (found,) = unanswered_rows([unverified(None, reasons)], ["short"])
+    assert found == Unanswered("medical SFT", "sft", "short", 10, 3, reasons)
+    assert found.summary == "no_verdict 2, truncated 1"

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.scoring.metrics import Outcome, count_table, figures
+from pipeline.scoring.metrics import Outcome, compute_metrics, count_groups
 from pipeline.tasks.corr2cause.decide import decide
 from pipeline.tasks.corr2cause.graphs import PLUSPLUS, PUBLISHED, EquivalenceClass, Semantics
 from pipeline.tasks.corr2cause.premise import Claim, Premise, class_of, read_claim, read_premise
@@ -51,8 +51,8 @@ class Audit:
         """F1, accuracy and the like of the exact solver on the file's own labels: the ceiling of their noise."""
         if not self.outcomes:
             return {}
-        table = figures(count_table(self.outcomes, ["all"])[0])
-        return {name: round(float(table[name]), 4) for name in ("f1", "balanced_accuracy", "mcc", "accuracy")}
+        found = compute_metrics(count_groups(self.outcomes, ["all"]).total())
+        return {name: round(float(found[name]), 4) for name in ("f1", "balanced_accuracy", "mcc", "accuracy")}
 
     def record(self) -> dict[str, Any]:
         """For scripts."""
