@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from pipeline import __version__
@@ -32,6 +33,7 @@ from pipeline.core.errors import (
     PlanError,
     run_main,
 )
+from pipeline.core.project import enter_project, from_root
 from pipeline.workflow.plan import RUNS
 from pipeline.workflow.stage import STAGES
 
@@ -57,11 +59,18 @@ GENERATE = """Every claim about every class of N variables (drawn classes from N
 The same seed gives the same bytes, whatever the number of processes."""
 
 
+FILE_SETTINGS = (
+    *("task.path", "task.validation_path", "task.test_path"),
+    *("model.name", "model.gguf", "model.chat_template"),
+)
+
+
 def main() -> None:
-    run_main(lambda: command(sys.argv[1:]))
+    run_main(lambda: command(*enter_project(sys.argv[1:])))
 
 
-def command(argv: Sequence[str]) -> int:
+def command(argv: Sequence[str], typed_in: Path | None = None) -> int:
+    """Run a command line in the project's root and return its exit code; `typed_in` where it was typed elsewhere."""
     top = parser()
     args, rest = top.parse_known_args(argv)  # words may stand between options too
     flags = [word for word in rest if word.startswith("-")]
@@ -71,7 +80,34 @@ def command(argv: Sequence[str]) -> int:
         )
     if rest:
         args.words += rest
+    if typed_in is not None:
+        name_from_root(args, typed_in)
     return int(args.run(args) or 0)
+
+
+def name_from_root(args: argparse.Namespace, typed_in: Path) -> None:
+    """Rename the paths in `args` so that they mean in the root what they meant where they were typed.
+
+    Folders to write are relative to where they were typed; files to read are looked up there, then in the root. The
+    default of --runs is the project's, as an absolute path, so that what is printed can be typed anywhere.
+    """
+
+    def renamed(word: str) -> str:
+        key, equals, value = word.partition("=")
+        if equals:
+            return f"{key}={from_root(value, typed_in)}" if key in FILE_SETTINGS else word
+        return from_root(word, typed_in) if "/" in word or word.endswith((".yaml", ".yml")) else word
+
+    options = vars(args)
+    for name in options.keys() & {"runs", "out"}:
+        if options[name] is not None:
+            options[name] = (Path.cwd() if options[name] is RUNS else typed_in) / options[name]
+    if isinstance(options.get("data"), Path):
+        args.data = Path(from_root(str(args.data), typed_in))
+    for name in options.keys() & {"ckpt", "cluster", "words", "names", "step"}:
+        value = options[name]
+        change = partial(from_root, typed_in=typed_in) if name == "ckpt" else renamed
+        options[name] = [change(word) for word in value] if isinstance(value, list) else value and change(value)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,6 +118,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=__version__)
+    about = "the project's folder (default: the one around the working folder, else that of this code)"
+    top.add_argument("--project", metavar="DIR", help=about)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run: object, about: str) -> argparse.ArgumentParser:

@@ -61,7 +61,7 @@ def typed_again(args: argparse.Namespace) -> str:
     words += ["--launcher", args.launcher] if args.launcher else []
     words += ["--cluster", args.cluster] if args.cluster else []
     words += ["--nodes", str(args.nodes)] if args.nodes else []
-    words += ["--runs", str(args.runs)] if args.runs != RUNS else []
+    words += ["--runs", str(args.runs)] if args.runs not in (RUNS, RUNS.absolute()) else []
     return shlex.join(["python", "-m", "pipeline", "run", *words])
 
 

@@ -68,7 +68,7 @@ def submit_command(args: argparse.Namespace, plan: Plan) -> int:
     print(chain.show(submissions))
     new = sum(one.new for one in submissions)
     names = " ".join(dict.fromkeys(step.folder.parent.name for step in plan.to_run))
-    runs = f" --runs {shlex.quote(str(args.runs))}" if args.runs != RUNS else ""
+    runs = f" --runs {shlex.quote(str(args.runs))}" if args.runs not in (RUNS, RUNS.absolute()) else ""
     print(
         f"\n{new} jobs submitted" + (f", {len(submissions) - new} were there before" if new < len(submissions) else "")
     )

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import EXIT_FAULT, ArtifactError, LaunchError, PipelineError, Stopped, explain_disk, run_main
+from pipeline.core.project import TYPED_IN, enter_project
 from pipeline.workflow import faults
 from pipeline.workflow.artifact import SCHEMA, WARNINGS, Artifact, finalize, is_done, open_artifact
 from pipeline.workflow.lock import lock
@@ -44,15 +45,18 @@ def main(stage: str, run: Run) -> None:
 
 
 def _main(stage: str, run: Run, argv: list[str]) -> int:
-    if argv[:1] == ["--step"] and len(argv) == 2:
-        return _work(Path(argv[1]), run)
-    if "RANK" not in os.environ:  # a stage started by hand names the command line and becomes it
+    given = argv[:1] == ["--step"] and len(argv) == 2
+    if not given and "RANK" not in os.environ:  # a stage started by hand names the command line and becomes it
         alone = stage == "export" or "--ckpt" in " ".join(argv)
         asked = ["export" if stage == "export" else "evaluate"] if alone else ["run", "--stages", stage]
         os.execv(sys.executable, [sys.executable, "-m", "pipeline", *asked, *argv])
+    argv, typed_in = enter_project(argv, STAGES[stage].module)
+    if given:
+        return _work((typed_in or Path()) / argv[1], run)
     # torchrun started us: every rank asks for the same plan and finds the same folder
     command = [sys.executable, "-m", "pipeline", "prepare", "--stages", stage, *argv]
     environment = {**os.environ, "THEREFORE_PROCESSES": os.environ["WORLD_SIZE"]}
+    environment |= {TYPED_IN: str(typed_in)} if typed_in else {}
     prepared = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
     if prepared.returncode:
         return prepared.returncode

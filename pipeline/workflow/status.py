@@ -128,7 +128,8 @@ def _row(folder: Path, files: StepFiles, answers: QueueSnapshot, before: dict[Pa
     progress, holder, record = files.progress, files.holder, files.record
     job = answers.job_of(record) if record and not files.done else None
     state, reasons = _state(folder, files, job, answers)
-    inputs = [row for place, row in before.items() if place in files.inputs]
+    wanted = {place.absolute() for place in files.inputs}
+    inputs = [row for place, row in before.items() if place.absolute() in wanted]
     if state == "queued" and job and job.reason == "Dependency":
         waiting = [_label(row) for row in inputs if row.state != "done"]
         reasons = [f"waits for {', '.join(waiting)}"] if waiting else []
@@ -285,7 +286,8 @@ def watch(read: Callable[[], tuple[list[Row], list[str]]], seconds: float = 2.0)
 def find_step(rows: Sequence[Row], name: str) -> Row:
     """The step that `name` means: grpo, tiny/grpo, tiny/grpo-1a2b3c4d5e, its folder, or a job's id."""
     wanted = name.rstrip("/")
-    full = [row for row in rows if wanted in (row.step, row.folder, row.job)]
+    folder = str(Path(wanted).absolute())
+    full = [row for row in rows if wanted in (row.step, row.job) or folder == str(Path(row.folder).absolute())]
     label = [row for row in rows if _label(row) == wanted]
     short = [row for row in rows if row.step.partition("/")[2].rpartition("-")[0] == wanted]
     found = full or label or short
