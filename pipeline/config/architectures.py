@@ -58,8 +58,15 @@ class Architecture:
     gguf: GgufLayout | None  # None: export as merged16 and use llama.cpp's own converter
     projections: Projections = field(default_factory=lambda: SEPARATE)  # what LoRA can adapt; what is quantized
     dims: Mapping[str, str] = field(default_factory=lambda: DIMS)
+    head_dim: int | None = None  # where config.json names none; None: the model's width ÷ its heads
     attention_bias: bool = False  # the query, key and value projections have one
+    head_norms: bool = False  # each head of queries and keys is normed
+    layer_norms: int = 2  # of the model's width, in a layer
+    norms_in_float32: bool = False  # they multiply by their weights before they round
     tied: bool = False  # the head is the embedding where config.json does not say
+    full_attention_every: int = 1  # layers; those between attend to config.json's sliding_window
+    overflows_float16: bool = False  # its activations exceed 65,504
+    random: Mapping[str, Any] = field(default_factory=dict)  # more of the config.json of a randomly initialized model
 
     @property
     def joined(self) -> bool:
@@ -71,6 +78,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": Architecture("Qwen2", GgufLayout("qwen2", rope_dimension=False), attention_bias=True),
     "llama": Architecture("Llama", GgufLayout("llama", rotary_pairs=True)),
     "phi3": Architecture("Phi-3", GgufLayout("phi3", long_context=True), projections=JOINED),
+    "qwen3": Architecture("Qwen3", GgufLayout("qwen3", rope_dimension=False), head_dim=128, head_norms=True),
 }
 
 if TYPE_CHECKING:

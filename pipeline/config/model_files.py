@@ -21,7 +21,7 @@ from pipeline.core.files import read_json
 
 BUNDLED = CONFIGS / "models"
 # of these families TRL ships the real templates, and of R1-Distill's one that does not delete thoughts
-FAMILIES = ("deepseek_r1_distill", "llama3", "phi3_5", "qwen2_5")
+FAMILIES = ("deepseek_r1_distill", "llama3", "phi3_5", "qwen2_5", "qwen3")
 OURS = ("think", "chatml", "instruction", "plain")
 HERE = Path(__file__).parent.parent / "chat_templates"
 _TRL = importlib.util.find_spec("trl")  # found, not imported

@@ -233,6 +233,9 @@ def _add_config(writer: Any, config: Any, layout: GgufLayout) -> None:
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if width * config.num_attention_heads != config.hidden_size:
+        writer.add_key_length(width)
+        writer.add_value_length(width)
     if layout.rope_dimension:
         writer.add_rope_dimension_count(int(width * rope.get("partial_rotary_factor", 1.0)))
     if rope.get("rope_type") == "linear":

@@ -32,6 +32,7 @@ from transformers import (
 from transformers.integrations import sdpa_attention
 from transformers.utils import is_flash_attn_2_available
 
+from pipeline.config.architectures import ARCHITECTURES
 from pipeline.config.cluster import AMPERE, MaxMemory, half_precision
 from pipeline.config.model_files import TEMPLATES, gguf_file, special_in
 from pipeline.config.recipe import Lora, Model, RandomInit
@@ -474,12 +475,13 @@ def make_scratch(scratch: RandomInit, texts: Iterable[str], template: str, out: 
         num_key_value_heads=scratch.key_value_heads,
         intermediate_size=scratch.intermediate_size,
         max_position_embeddings=scratch.context,
-        rope_parameters={"rope_type": "default", "rope_theta": scratch.rope_theta},
+        rope_theta=scratch.rope_theta,
         initializer_range=scratch.initializer_range,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **ARCHITECTURES[scratch.architecture].random,
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, **NO_CODE)

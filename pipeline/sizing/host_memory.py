@@ -13,10 +13,10 @@ import re
 from dataclasses import dataclass
 
 from pipeline.config.cluster import Cluster, process_count, wanted_gpus
-from pipeline.config.recipe import RandomInit, Recipe
+from pipeline.config.recipe import Recipe
 from pipeline.core.cgroups import memory_limit
 from pipeline.sizing.memory import zero_of
-from pipeline.sizing.model_sizes import BYTES_16, BYTES_32, GIB, adapter_parameters, known_dims
+from pipeline.sizing.model_sizes import BYTES_16, BYTES_32, GIB, adapter_parameters, known_dims, random_dims
 
 PROCESS = 3 * GIB  # Python, torch, CUDA's libraries and buffers of one process: an estimate
 SLURM_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
@@ -50,7 +50,7 @@ def slurm_bytes(text: str) -> float | None:
 def host_estimates(recipe: Recipe, cluster: Cluster) -> list[HostMemoryEstimate]:
     """Of each stage, on a cluster whose `auto` is decided; nothing where model or layout are not known."""
     if recipe.model.random_init:
-        drawn = BYTES_32 * _drawn(recipe.model.random_init)
+        drawn = BYTES_32 * random_dims(recipe.model.random_init).parameters
         return [HostMemoryEstimate("preprocess", drawn, f"{drawn / GIB:.0f} of the weights that it draws in 32 bit")]
     dims = known_dims(recipe.model)
     if dims is None or not wanted_gpus(cluster):
@@ -77,14 +77,6 @@ def host_estimates(recipe: Recipe, cluster: Cluster) -> list[HostMemoryEstimate]
             parts.insert(0, f"{loaded / GIB:.0f} of the weights in {wide} bit, which each process loads there first")
         found.append(HostMemoryEstimate(stage, max(offloaded, loaded) + processes * PROCESS, " and ".join(parts)))
     return found
-
-
-def _drawn(scratch: RandomInit) -> int:
-    """Weights of the matrices of a model from nothing, whose head is its embedding."""
-    key = scratch.hidden_size * scratch.key_value_heads // scratch.heads
-    attention = scratch.hidden_size * 2 * (scratch.hidden_size + key)
-    layer = attention + 3 * scratch.hidden_size * scratch.intermediate_size
-    return scratch.vocabulary * scratch.hidden_size + scratch.layers * layer
 
 
 def too_large(recipe: Recipe, cluster: Cluster) -> list[HostMemoryEstimate]:

@@ -282,10 +282,11 @@ def _asking(recipe: Recipe, dims: ModelDims, rows: int, prompt: int, tokens: int
     At the end the keys and values of one layer are there twice more: copied to be longer by a token, and repeated for
     the heads that share them.
     """
-    cache = 2 * dims.layers * dims.key * BYTES_16
-    reading = rows * prompt * (cache + prefill_bytes_per_token(dims, lora=recipe.lora.enabled, low=low))
+    held = prefill_bytes_per_token(dims, lora=recipe.lora.enabled, low=low)
+    reading = rows * (dims.cache_bytes(prompt) + prompt * held)
     repeated = 2 * dims.query * BYTES_16 * (dims.query > dims.key)
-    ending = rows * (tokens * (cache + cache / dims.layers + repeated) + dims.vocabulary * SAMPLED)
+    longer = 2 * dims.key * BYTES_16
+    ending = rows * (dims.cache_bytes(tokens) + tokens * (longer + repeated) + dims.vocabulary * SAMPLED)
     if reading > ending:
         return Term(f"reading {rows} prompts of {prompt} tokens, with their key/value cache", reading)
     return Term(f"key/value cache, {rows} × {tokens} tokens, and drawing the next", ending)

@@ -13,9 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config.architectures import Architecture, architecture_of
+from pipeline.config.architectures import ARCHITECTURES, Architecture, architecture_of
 from pipeline.config.model_files import model_config
-from pipeline.config.recipe import Lora, Model
+from pipeline.config.recipe import Lora, Model, RandomInit
 
 GIB = 2**30
 BYTES_16, BYTES_32 = 2, 4  # of a number
@@ -29,11 +29,24 @@ class ModelDims:
     architecture: Architecture
     hidden: int
     layers: int
-    query: int  # width of all query heads
-    key: int  # width of all key (or value) heads
+    heads: int
+    key_heads: int  # of keys, and of values
+    head_dim: int
     inner: int
     vocabulary: int
     tied: bool
+    sliding_window: int  # tokens
+    sliding_layers: int  # attend to that window alone
+
+    @property
+    def query(self) -> int:
+        """Width of all query heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def key(self) -> int:
+        """Width of all key (or value) heads."""
+        return self.key_heads * self.head_dim
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -53,11 +66,17 @@ class ModelDims:
         """Embedding, head, norms and biases: what stays in 16 bit."""
         heads = self.vocabulary * self.hidden * (1 if self.tied else 2)
         biases = self.layers * (self.query + 2 * self.key) * self.architecture.attention_bias
-        return heads + biases + (2 * self.layers + 1) * self.hidden
+        norms = self.architecture.layer_norms * self.hidden + 2 * self.head_dim * self.architecture.head_norms
+        return heads + biases + self.layers * norms + self.hidden
 
     @property
     def parameters(self) -> int:
         return self.matrices + self.others
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Return the bytes of the keys and values of a row; a sliding layer keeps those of its window."""
+        seen = (self.layers - self.sliding_layers) * tokens + self.sliding_layers * min(tokens, self.sliding_window)
+        return 2 * BYTES_16 * self.key * seen
 
 
 def dims_of(config: dict[str, Any]) -> ModelDims:
@@ -66,16 +85,41 @@ def dims_of(config: dict[str, Any]) -> ModelDims:
     if architecture is None:
         raise KeyError(config.get("model_type"))
     size = {name: config[key] for name, key in architecture.dims.items()}
-    width = config.get("head_dim") or size["hidden"] // size["heads"]
     return ModelDims(
         architecture=architecture,
-        hidden=size["hidden"],
-        layers=size["layers"],
-        query=size["heads"] * width,
-        key=config.get("num_key_value_heads", size["heads"]) * width,
-        inner=size["inner"],
-        vocabulary=size["vocabulary"],
+        **size,
+        key_heads=config.get("num_key_value_heads") or size["heads"],
+        head_dim=config.get("head_dim") or architecture.head_dim or size["hidden"] // size["heads"],
         tied=bool(config.get("tie_word_embeddings", architecture.tied)),
+        sliding_window=config.get("sliding_window") or 0,
+        sliding_layers=_sliding_layers(config, architecture, size["layers"]),
+    )
+
+
+def _sliding_layers(config: dict[str, Any], architecture: Architecture, layers: int) -> int:
+    """Count the layers that attend to a window alone."""
+    every = architecture.full_attention_every
+    if every == 1 or not config.get("sliding_window"):
+        return 0
+    if config.get("layer_types"):
+        return list(config["layer_types"]).count("sliding_attention")
+    return int(layers - layers // (config.get("sliding_window_pattern") or every))
+
+
+def random_dims(random: RandomInit) -> ModelDims:
+    """Return the sizes of a model that preprocess initializes at random, at the full size of its vocabulary."""
+    return dims_of(
+        {
+            "model_type": random.architecture,
+            "hidden_size": random.hidden_size,
+            "num_hidden_layers": random.layers,
+            "num_attention_heads": random.heads,
+            "num_key_value_heads": random.key_value_heads,
+            "intermediate_size": random.intermediate_size,
+            "vocab_size": random.vocabulary,
+            "tie_word_embeddings": True,
+            **ARCHITECTURES[random.architecture].random,
+        }
     )
 
 
@@ -107,16 +151,19 @@ def activation_bytes_per_token(
     which transformers does before SDPA where rows are padded, and this project on GPUs before Ampere; FlashAttention
     takes them as they are.
     """
-    joined = dims.architecture.joined
-    norms = 2 * (BYTES_32 * dims.hidden + BYTES_32)  # the float32 copy that each RMSNorm squares, and its scale
-    keys = dims.query if repeated else dims.key
+    joined, head_norms = dims.architecture.joined, dims.architecture.head_norms
+    normed = dims.architecture.layer_norms * dims.hidden + (dims.query + dims.key) * head_norms
+    scales = dims.architecture.layer_norms + (dims.heads + dims.key_heads) * head_norms
+    norms = BYTES_32 * (normed + scales)  # the float32 copy that each RMSNorm squares, and its scale
+    keys = dims.query if repeated and dims.key_heads > 1 else dims.key  # one head is repeated as a view of it
     attention = BYTES_16 * (2 * dims.query + 2 * keys)  # queries, keys, values and the output
     if joined:  # the values are a view that keeps the whole joined projection alive
         attention += BYTES_16 * (dims.query + dims.key)
     mlp = BYTES_16 * 3 * dims.inner  # gate, its activation, up
     whole = norms + attention + mlp
     if lora is None:  # what linear maps and norms need for the gradients of their own weights
-        whole += BYTES_16 * (4 * dims.hidden + dims.inner + dims.hidden * joined)
+        inputs = 2 * dims.hidden + dims.inner + dims.hidden * joined
+        whole += BYTES_16 * inputs + (BYTES_32 if dims.architecture.norms_in_float32 else BYTES_16) * normed
     else:
         names = dims.linears if lora.targets == ("all-linear",) else [n for n in dims.linears if n in lora.targets]
         wide = sum(dims.linears[name][0] for name in names)

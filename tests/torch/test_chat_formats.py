@@ -63,6 +63,14 @@ FORMATS = {
         "<|im_start|>user\nDoes A cause B?<|im_end|>\n<|im_start|>assistant\n",
         "<|im_end|>",
     ),
+    "qwen3": Family(
+        ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+        None,
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|im_start|>user\nDoes A cause B?<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_end|>",
+    ),
     "llama3": Family(
         ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|finetune_right_pad_id|>"),
         "<|begin_of_text|>",
