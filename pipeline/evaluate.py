@@ -43,6 +43,7 @@ from pipeline.training.harness import main
 from pipeline.workflow.artifact import PROMPTS, Artifact, read_split
 from pipeline.workflow.figures import count
 from pipeline.workflow.runtime import Deadline, Runtime
+from pipeline.workflow.stage import EvaluateCheckpoint
 from pipeline.workflow.weights import find_checkpoint
 
 PROGRESS_METRICS = ("f1", "balanced_accuracy", "accuracy", "proxy", "preference", "unanswered")
@@ -61,7 +62,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
 
     # ---- the model
     runtime.progress.update(note="loading the model")
-    checkpoint = find_checkpoint(runtime.checkpoint) if runtime.checkpoint else first_weights(recipe.model, inputs)
+    given = runtime.options.checkpoint if isinstance(runtime.options, EvaluateCheckpoint) else None
+    checkpoint = find_checkpoint(given) if given else first_weights(recipe.model, inputs)
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     model = load_to_ask(checkpoint, recipe.model, runtime.cluster.max_memory)
     check_tokenizer(tokenizer, model, checkpoint)

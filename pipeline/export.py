@@ -41,14 +41,17 @@ from pipeline.training.harness import git_commit, main, versions
 from pipeline.workflow.artifact import Artifact, is_done, open_artifact, step_of
 from pipeline.workflow.figures import recorded_metrics
 from pipeline.workflow.runtime import Runtime
+from pipeline.workflow.stage import ROLES, STAGES, Export
 from pipeline.workflow.weights import ADAPTER, Checkpoint, find_checkpoint
 
 SMOKE_TEST_NOTICE = "REHEARSAL of a shrunken model with random weights: nothing here is a result."
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runtime) -> dict[str, Any]:
-    kind, quant = runtime.options["format"], runtime.options.get("quant", "")
-    checkpoint = find_checkpoint(str(runtime.checkpoint))
+    options = runtime.options
+    assert isinstance(options, Export)
+    kind, quant = options.format, options.quant or ""
+    checkpoint = find_checkpoint(options.checkpoint)
     place = out / {"adapter": "adapter", "gguf": "gguf"}.get(kind, "model")
     shutil.rmtree(place, ignore_errors=True)  # of an attempt that did not end
     place.mkdir(parents=True)
@@ -86,7 +89,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
                 def told(note: str) -> None:
                     runtime.progress.update(note=note)
 
-                write_gguf(whole, file, quant, f"{recipe.name} {runtime.options['source']}", told)
+                write_gguf(whole, file, quant, f"{recipe.name} {options.source}", told)
         finally:
             if whole != place:
                 shutil.rmtree(whole, ignore_errors=True)
@@ -95,9 +98,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     if kind != "gguf":
         tokenizer.save_pretrained(place)
         generation_config(tokenizer, stops, recipe.evaluate).save_pretrained(place)
-    (place / "README.md").write_text(
-        card(recipe, checkpoint, Path(str(runtime.checkpoint)), place, runtime.options, tokenizer), encoding="utf-8"
-    )
+    (place / "README.md").write_text(card(recipe, checkpoint, place, options, tokenizer), encoding="utf-8")
     metrics["bytes"] = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
     runtime.progress.update(done=2, note="")
     return metrics
@@ -141,13 +142,13 @@ def generation_config(tokenizer: PreTrainedTokenizerBase, stops: list[int], aske
 def card(
     recipe: Recipe,
     checkpoint: Checkpoint,
-    source: Path,
     place: Path,
-    options: Mapping[str, str],
+    options: Export,
     tokenizer: PreTrainedTokenizerBase,
 ) -> str:
     """The model card: what it is, its task and data, its figures, what it was made of, how to use it."""
     task = task_of(recipe.task, recipe.seed)
+    source = Path(options.checkpoint)
     line = lineage(source)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -160,24 +161,24 @@ def card(
     return environment.get_template("card.md.jinja").render(
         title=f"{recipe.name}: {task.title}",
         version=__version__,
-        kind=options["format"],
-        about=FORMATS[options["format"]],
-        quant=options.get("quant", ""),
+        kind=options.format,
+        about=FORMATS[options.format],
+        quant=options.quant or "",
         file=next((path.name for path in place.glob("*.gguf")), ""),
         warning=SMOKE_TEST_NOTICE if recipe.smoke_test else "",
         recipe=recipe,
         hub=hub,
         base=checkpoint.base,
         adapter=checkpoint.adapter is not None,
-        trained_in=options["trained_in"],
-        trained=[artifact for artifact in line if artifact.stage in ("sft", "grpo")],
+        trained_in=options.trained_in,
+        trained=[artifact for artifact in line if STAGES[artifact.stage].trains],
         rows=next((artifact.metrics.get("rows", {}) for artifact in line if artifact.stage == "preprocess"), {}),
         task=task,
         settings=recipe.task.params,
         evaluations=[(role, recorded_metrics(artifact)) for role, artifact in evaluations(line)],
         headline=MAIN_METRICS,
         line=line,
-        source=f"{line[-1].recipe}/{line[-1].stage}-{line[-1].fingerprint}" if line else source.name,
+        source=f"{line[-1].recipe}/{line[-1].step}-{line[-1].fingerprint}" if line else source.name,
         commit=git_commit() or "unknown",
         versions=versions(),
         prompt=example_prompt(tokenizer, task),
@@ -205,16 +206,15 @@ def lineage(source: Path) -> list[Artifact]:
 def evaluations(line: list[Artifact]) -> list[tuple[str, Artifact]]:
     """The evaluations of these steps that lie beside them: of the base model, then of each trained one."""
     found: list[tuple[str, Artifact]] = []
-    prints = {artifact.fingerprint: artifact.stage for artifact in line}
+    prints = {artifact.fingerprint for artifact in line}
     beside = sorted({artifact.folder.parent for artifact in line})
     for folder in (path for place in beside for path in sorted(place.glob("evaluate-*"))):
         if is_done(folder):
             artifact = open_artifact(folder, verify=False)
-            of = artifact.payload["inputs"]
-            model = prints.get(of.get("model", ""), "base" if "model" not in of else None)
-            if model and of.get("data") in prints:
-                found.append((model, artifact))
-    return sorted(found, key=lambda pair: ("base", "sft", "grpo").index(pair[0]))
+            inputs = artifact.payload["inputs"]
+            if artifact.role in ROLES and set(inputs.values()) <= prints:
+                found.append((artifact.role, artifact))
+    return sorted(found, key=lambda pair: ROLES.index(pair[0]))
 
 
 def example_prompt(tokenizer: PreTrainedTokenizerBase, task: Task) -> str:

@@ -11,7 +11,6 @@ without a positive class). Where answers cannot be verified, the report says so,
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -50,18 +49,18 @@ from pipeline.training.harness import main
 from pipeline.workflow.artifact import HISTORY, PROMPTS, Artifact
 from pipeline.workflow.figures import metrics_of
 from pipeline.workflow.runtime import Runtime, format_hardware
-from pipeline.workflow.stage import read_spec
+from pipeline.workflow.stage import ROLES, STAGES, ReportModels, read_spec
 
 SMOKE_TEST_NOTICE = "REHEARSAL of a shrunken model with random weights: no figure here is a result"
-ROLES = {"base": "base", "sft": "SFT", "grpo": "GRPO"}  # of a model -> how it is named
+ROLE_TITLES = {"sft": "SFT", "grpo": "GRPO"}
 SAMPLES = 3  # of each kind
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runtime) -> dict[str, Any]:
     runtime.progress.update(state="running", note="counting")
     task = task_of(recipe.task, recipe.seed)
-    criteria = json.loads(runtime.options.get("success_criteria", "{}"))
-    report = gather(inputs, task, recipe, criteria)
+    options = runtime.options if isinstance(runtime.options, ReportModels) else ReportModels()
+    report = gather(inputs, task, recipe, options.success_criteria)
     write_json(out / "report.json", to_json(report))
     runtime.progress.update(note="drawing")
     charts = draw(report)
@@ -74,22 +73,22 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
 
 
 def gather(
-    inputs: Mapping[str, Artifact], task: Task, recipe: Recipe, criteria: Mapping[str, Mapping[str, Any]]
+    inputs: Mapping[str, Artifact], task: Task, recipe: Recipe, criteria: Mapping[str, Mapping[str, Goal]]
 ) -> Report:
     """Every figure of the report, from the artifacts of its steps. `criteria`: of success, by recipe."""
     models = [
         _model(label, artifact, metrics_of(artifact, task, recipe.report, recipe.seed))
         for label, artifact in inputs.items()
-        if artifact.stage.startswith("evaluate-")
+        if artifact.role in ROLES
     ]
-    models.sort(key=lambda model: (model.recipe, list(ROLES).index(model.role)))
+    models.sort(key=lambda model: (model.recipe, ROLES.index(model.role)))
     splits = list(recipe.evaluate.splits)
     main_split = splits[0] if splits else ""
     differences = []
     for name in dict.fromkeys(model.recipe for model in models):
         for before, after in pairwise([model for model in models if model.recipe == name]):
             differences.append(_difference(before, after, inputs, task, recipe))
-    trained = {label: artifact for label, artifact in inputs.items() if artifact.stage in ("sft", "grpo")}
+    trained = {label: artifact for label, artifact in inputs.items() if STAGES[artifact.stage].trains}
     data = {label: artifact for label, artifact in inputs.items() if artifact.stage == "preprocess"}
     return Report(
         title=" and ".join(dict.fromkeys(model.recipe for model in models)),
@@ -144,8 +143,8 @@ def notes(models: Sequence[ModelResult], splits: Sequence[str], task: Task) -> l
 
 
 def _model(label: str, artifact: Artifact, splits: Mapping[str, SplitMetrics]) -> ModelResult:
-    role = artifact.stage.removeprefix("evaluate-")
-    return ModelResult(label, artifact.recipe, role, f"{artifact.recipe} {ROLES[role]}", splits)
+    role = artifact.role or "base"
+    return ModelResult(label, artifact.recipe, role, f"{artifact.recipe} {ROLE_TITLES.get(role, role)}", splits)
 
 
 def _predictions(artifact: Artifact, split: str) -> list[Prediction]:
@@ -225,14 +224,13 @@ def _criteria(
     models: Sequence[ModelResult],
     trained: Mapping[str, Artifact],
     split: str,
-    criteria: Mapping[str, Mapping[str, Any]],
+    criteria: Mapping[str, Mapping[str, Goal]],
 ) -> list[Criterion]:
     """The recipes' success criteria, each with the value of SFT's validation or of the last model."""
     found = []
     for name, model in {model.recipe: model for model in models}.items():
         sft = next((a.metrics for a in trained.values() if a.stage == "sft" and a.recipe == name), {})
-        for key, bounds in criteria.get(name, {}).items():
-            goal = Goal(**bounds)
+        for key, goal in criteria.get(name, {}).items():
             figure = model.splits[split].overall.get(key) if split else None
             value = sft.get(key, figure.value if figure else None)
             met = None if value is None else goal_met(goal, value)

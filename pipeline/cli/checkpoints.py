@@ -18,6 +18,7 @@ from pipeline.core.errors import (
 from pipeline.core.hashing import plain
 from pipeline.workflow import refresh
 from pipeline.workflow.single_step import recipe_of
+from pipeline.workflow.stage import Export
 
 # of a process that answers at once: no warnings of the libraries to each other, no half a minute of compiling
 QUIET = {
@@ -78,8 +79,10 @@ def evaluate_command(args: argparse.Namespace) -> int:
 def export_command(args: argparse.Namespace) -> int:
     plan = export_plan_of(args)
     step = plan.steps[0]
-    if step.options.get("quant"):
-        _refuse_missing_packages(step.options["quant"])
+    options = step.options
+    assert isinstance(options, Export)
+    if options.quant:
+        _refuse_missing_packages(options.quant)
     if args.public and not args.push:
         raise PlanError("--public: says how to push; add --push OWNER/NAME, or leave it out")
     if plan.cluster.launcher != "local":
@@ -98,7 +101,7 @@ def export_command(args: argparse.Namespace) -> int:
     run_plan(plan)
     place = show_export(step, pushed=bool(args.push))
     if args.push:
-        message = f"{step.recipe.name} {step.options['source']} as {step.options['format']}"
+        message = f"{step.recipe.name} {options.source} as {options.format}"
         print("\n".join(["", *push(place, args.push, public=args.public, message=message)]))
     return 0
 

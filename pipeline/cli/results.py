@@ -12,6 +12,7 @@ from pipeline.core.files import read_text
 from pipeline.core.records import LARGEST
 from pipeline.workflow.artifact import open_artifact
 from pipeline.workflow.plan import Plan, Step, explain
+from pipeline.workflow.stage import STAGES, Export
 
 
 def show_plan(plan: Plan, outdated: Sequence[Path] = ()) -> int:
@@ -48,7 +49,7 @@ def show_end(plan: Plan, typed: str) -> None:
             for warning in open_artifact(step.folder, verify=False).warnings:
                 print(printable(f"warning: {step.label}: {warning}"))
     for step in plan.steps:
-        if step.done and step.stage in ("sft", "grpo"):
+        if step.done and STAGES[step.stage].trains:
             print(f"{step.label:<9} {step.folder}")
     last = done.get("grpo") or done.get("sft")
     print("\nnext:")
@@ -87,7 +88,7 @@ def show_export(step: Step, *, pushed: bool = False) -> Path:
     print(f"{artifact.metrics['format']}: {artifact.metrics['bytes'] / 1e6:,.2f} MB in {place}")
     print("\n".join(f"  {path.name}" for path in sorted(place.iterdir())))
     print("\nnext:")
-    if step.options["format"] == "gguf":
+    if isinstance(step.options, Export) and step.options.format == "gguf":
         print(f"  llama-cli -m {next(place.glob('*.gguf'))} --jinja")
     else:
         print(f"  python -m pipeline ask --ckpt {step.folder} --chat")

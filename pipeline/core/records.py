@@ -17,6 +17,7 @@ import math
 import time
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,11 +44,17 @@ def odd_file(path: Path, problem: str) -> OddFile:
     return error
 
 
-def read_record(path: Path, kind: type[T], **given: Any) -> T | None:
-    """The record in a file; None where there is no such file. `given` are fields that the file does not hold."""
+def read_record(
+    path: Path, kind: type[T], upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None, **given: Any
+) -> T | None:
+    """The record in a file; None where there is no such file.
+
+    `upgrade` turns the object of an earlier version into a present one; `given` are fields that the file does not hold.
+    """
     value = read_mapping(path)
     if value is None:
         return None
+    value = upgrade(value) if upgrade else value
     hints = typing.get_type_hints(kind)
     found = dict(given)
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]

@@ -74,7 +74,7 @@ def _work(folder: Path, run: Run) -> int:
     started = time.time()
     with lock(folder) if rank == 0 else contextlib.nullcontext() as holder:
         progress = ProgressFile(folder if rank == 0 else None, spec.name)
-        runtime = Runtime(spec.cluster, progress, rank, world, folder, holder, spec.checkpoint, spec.options)
+        runtime = Runtime(spec.cluster, progress, rank, world, folder, holder, spec.options)
         code = code_of(spec.stage, spec.recipe.task.name, spec.recipe.grpo.rewards)  # as this process imported it
         try:
             if rank == 0:  # whose home has the key; the others end with it
@@ -114,7 +114,7 @@ def _work(folder: Path, run: Run) -> int:
 
 def _refuse_checkpoints(spec: StepSpec, folder: Path, world: int) -> None:
     """ArtifactError, before a model is loaded, where this step's checkpoints cannot be resumed as it was started."""
-    if spec.stage in ("sft", "grpo"):
+    if STAGES[spec.stage].trains:
         from pipeline.workflow.layouts import resume_problems
 
         if problems := resume_problems(folder, spec.recipe, spec.cluster, spec.stage, world):
@@ -181,7 +181,8 @@ def _artifact(
     """The record of the step. `more` of its provenance: the `hardware` of a stage with a model, and the `code`."""
     ended = time.time()
     return Artifact(
-        stage=spec.name,
+        step=spec.name,
+        stage=spec.stage,
         recipe=spec.recipe.name,
         fingerprint=spec.fingerprint,
         payload=spec.payload,
@@ -201,6 +202,7 @@ def _artifact(
             **more,
         },
         folder=folder,
+        role=spec.role,
         schema=SCHEMA,
     )
 

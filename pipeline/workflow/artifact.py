@@ -35,8 +35,9 @@ TRANSIENT = {
 WARNINGS = "warnings"  # the key of `metrics` that lists them; absent where there are none
 
 
-# of step.json and artifact.json. 2: `report:` beside `evaluate:`. Older records are read as if they were of this one
-SCHEMA = 2
+# of step.json and artifact.json. 2: `report:` beside `evaluate:`. 3: a step's name, stage and role, and typed options.
+# Older records are read as if they were of this one
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class FileEntry:
 class Artifact:
     """The record of a finished step. `payload` is the identity its fingerprint was made of."""
 
+    step: str  # its name, such as evaluate-sft
     stage: str
     recipe: str
     fingerprint: str
@@ -58,6 +60,7 @@ class Artifact:
     metrics: dict[str, Any]
     provenance: dict[str, Any]  # versions, machine, git commit, command, timings
     folder: Path = field(default=Path(), compare=False)
+    role: str | None = None  # of an evaluation of a run: base, or the stage whose model it is of
     schema: int = 1  # of the record
 
     @property
@@ -109,10 +112,29 @@ def is_done(folder: Path) -> bool:
 _checked: dict[Path, tuple[tuple[int, int, int], bool]] = {}  # artifacts as they were when they were read last
 
 
+def read_artifact(folder: Path) -> Artifact | None:
+    """Read the record of a folder, unverified; None where there is none, OddFile where it cannot be used."""
+    return read_record(folder / ARTIFACT, Artifact, _upgrade, folder=folder)
+
+
+def _upgrade(record: dict[str, Any]) -> dict[str, Any]:
+    """An artifact.json of schema 1 or 2 as one of schema 3: its `stage` was the name of the step."""
+    if "step" in record or not isinstance(record.get("stage"), str):
+        return record
+    stage, role = stage_and_role(record["stage"])
+    return {**record, "step": record["stage"], "stage": stage, "role": role}
+
+
+def stage_and_role(step: str) -> tuple[str, str | None]:
+    """The stage and the role in the name of a step, which is all that records of schema 1 and 2 tell of them."""
+    stage, _, role = step.partition("-")
+    return stage, role if role and role != "checkpoint" else None
+
+
 def artifact_problem(folder: Path) -> str | None:
     """What is wrong with a folder's artifact; None where there is none, or nothing. OddFile as `is_done`."""
     try:
-        read_record(folder / ARTIFACT, Artifact, folder=folder)
+        read_artifact(folder)
     except OddFile as odd:
         if odd.problem.startswith("cannot be read"):
             raise
@@ -134,7 +156,7 @@ def open_artifact(folder: Path, *, verify: bool = True, deep: bool = False) -> A
     `verify` compares the size of every file, `deep` the sha256 too.
     """
     try:
-        artifact = read_record(folder / ARTIFACT, Artifact, folder=folder)
+        artifact = read_artifact(folder)
     except OddFile as odd:
         raise ArtifactError(f"{odd}. Fix: run the step again; an artifact that cannot be used counts as none") from None
     if artifact is None:

@@ -10,9 +10,8 @@ its stage reads, the stage's revision, and the fingerprints of its inputs. Its f
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,15 @@ from pipeline.config.model_files import gguf_file
 from pipeline.config.recipe import Recipe, local_files, local_problems, read
 from pipeline.core.errors import PlanError, RecipeError, did_you_mean
 from pipeline.core.hashing import describe_drift, file_identity, fingerprint, plain
-from pipeline.core.records import OddFile, read_record
+from pipeline.core.records import OddFile
 from pipeline.rewards.reward import find_rewards
 from pipeline.sizing.fitting import resolve_auto
 from pipeline.sizing.smoke import rehearsal_of
 from pipeline.tasks.task import make_task, resolved_params, split_problems, task_of
-from pipeline.workflow.artifact import ARTIFACT, SCHEMA, STEP, Artifact, artifact_problem, is_done
+from pipeline.workflow.artifact import ARTIFACT, SCHEMA, STEP, Artifact, artifact_problem, is_done, read_artifact
 from pipeline.workflow.layouts import resume_problems
 from pipeline.workflow.lock import is_alive, read_holder
-from pipeline.workflow.stage import STAGES, StepSpec
+from pipeline.workflow.stage import STAGES, EvaluateCheckpoint, Export, Options, ReportModels, StepSpec
 from pipeline.workflow.task_code import code_changes
 
 RUNS = Path("runs")
@@ -54,9 +53,9 @@ class Step:
     payload: dict[str, Any]
     folder: Path
     inputs: dict[str, Step] = field(default_factory=dict)
-    checkpoint: str | None = None  # weights that are no step of this plan
-    folders: dict[str, str] = field(default_factory=dict)  # inputs that are no step of this plan
-    options: dict[str, str] = field(default_factory=dict)  # of an export: format, quant, source, trained_in
+    folders: dict[str, str] = field(default_factory=dict)  # inputs that are not a step of this plan
+    options: Options | None = None
+    role: str | None = None  # of an evaluation: which of ROLES it is of
 
     @property
     def fingerprint(self) -> str:
@@ -85,7 +84,8 @@ class Step:
     def outdated(self) -> str | None:
         """That the step is done and its task's or rewards' code has changed since, and the remedy; else None."""
         changed = code_changes(self.folder, self.stage, self.recipe.task.name, self.recipe.grpo.rewards)
-        again = f"delete {self.folder} to make it again" if self.checkpoint else f"rerun with --refresh {self.name}"
+        alone = isinstance(self.options, EvaluateCheckpoint | Export)
+        again = f"delete {self.folder} to make it again" if alone else f"rerun with --refresh {self.name}"
         return f"done, but its code has changed since: {', '.join(changed)}; {again}" if changed else None
 
 
@@ -235,18 +235,18 @@ def task_problems(recipe: Recipe) -> list[str]:
 
 
 def _recipe_steps(recipe: Recipe, runs: Path) -> list[Step]:
-    data = _step("preprocess", "preprocess", recipe, {}, runs)
+    data = _step("preprocess", recipe, {}, runs)
     steps = [data]
     trained: dict[str, Step] = {}
     for stage in recipe.stages:  # each begins with the one before it, the first with the base model
         inputs = {"data": data, "model": trained["sft"]} if "sft" in trained else {"data": data}
-        trained[stage] = _step(stage, stage, recipe, inputs, runs)
+        trained[stage] = _step(stage, recipe, inputs, runs)
     steps += trained.values()
     if not recipe.evaluate.splits:
         return steps
-    steps.append(_step("evaluate-base", "evaluate", recipe, {"data": data}, runs))
-    for name, step in trained.items():
-        steps.append(_step(f"evaluate-{name}", "evaluate", recipe, {"data": data, "model": step}, runs))
+    steps.append(_step("evaluate", recipe, {"data": data}, runs, role="base"))
+    for role, step in trained.items():
+        steps.append(_step("evaluate", recipe, {"data": data, "model": step}, runs, role=role))
     return steps
 
 
@@ -255,49 +255,66 @@ def _report_step(recipes: Sequence[Recipe], steps: Sequence[Step], runs: Path) -
     place = "+".join(recipe.name for recipe in recipes)
     if len(place) > MAX_FOLDER_NAME:  # a folder's name has its limit
         place = f"{recipes[0].name}+{len(recipes) - 1}-{fingerprint(place)}"
-    criteria = {recipe.name: plain(recipe.report.success_criteria) for recipe in recipes}
-    return _step("report", "report", recipes[0], shown, runs, place=place, criteria=criteria)
+    options = ReportModels({recipe.name: recipe.report.success_criteria for recipe in recipes})
+    return _step("report", recipes[0], shown, runs, place=place, options=options)
 
 
 def _step(
-    name: str,
     stage: str,
     recipe: Recipe,
     inputs: dict[str, Step],
     runs: Path,
     *,
+    role: str | None = None,
     place: str | None = None,
-    criteria: dict[str, Any] | None = None,
+    options: ReportModels | None = None,
 ) -> Step:
-    """A step of a recipe. `criteria` are the success criteria of each recipe that a report is about."""
+    """A step of a recipe, in the folder `place` of the runs (default: the recipe's)."""
     files = {} if inputs else local_files(recipe)
     if not inputs and (packed := gguf_file(recipe.model)):
         files["model.gguf"] = file_identity(packed)
-    options = {"success_criteria": json.dumps(criteria)} if criteria else {}
-    payload = {
+    prints = {name: step.fingerprint for name, step in inputs.items()}
+    payload = step_payload(stage, recipe, inputs=prints, files=files, settings=plain(options) if options else {})
+    name = f"{stage}-{role}" if role else stage
+    folder = runs / (place or recipe.name) / f"{name}-{fingerprint(payload)}"
+    return Step(name, stage, recipe, payload, folder, inputs, options=options, role=role)
+
+
+def step_payload(
+    stage: str,
+    recipe: Recipe,
+    *,
+    inputs: Mapping[str, str],
+    files: Mapping[str, str],
+    reads: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return what a step's fingerprint is the hash of: all that decides its result.
+
+    `reads` are parts of the recipe beside those that every step of the stage reads; `settings` are no part of a recipe.
+    """
+    return {
         "stage": stage,
         "revision": STAGES[stage].revision,
-        "settings": identity(plain(recipe), STAGES[stage].reads) | ({"success_criteria": criteria} if criteria else {}),
-        "inputs": {role: step.fingerprint for role, step in inputs.items()},
-        "files": files,
+        "settings": identity(plain(recipe), [*STAGES[stage].reads, *reads]) | dict(settings or {}),
+        "inputs": dict(inputs),
+        "files": dict(files),
     }
-    folder = runs / (place or recipe.name) / f"{name}-{fingerprint(payload)}"
-    return Step(name, stage, recipe, payload, folder, inputs, options=options)
 
 
 def spec_of(step: Step, cluster: Cluster) -> StepSpec:
-    """What is written into the step's folder before its process starts; what memory decides is no longer `auto`."""
+    """Return what is written into the step's folder before its process starts, every `auto` of memory decided."""
     return StepSpec(
-        step.name,
-        step.stage,
-        step.fingerprint,
-        step.payload,
-        step.recipe,
-        resolve_auto(step.recipe, cluster),
-        {**{role: str(needed.folder) for role, needed in step.inputs.items()}, **step.folders},
-        step.checkpoint,
-        step.options,
-        SCHEMA,
+        name=step.name,
+        stage=step.stage,
+        fingerprint=step.fingerprint,
+        payload=step.payload,
+        recipe=step.recipe,
+        cluster=resolve_auto(step.recipe, cluster),
+        inputs={**{name: str(needed.folder) for name, needed in step.inputs.items()}, **step.folders},
+        options=step.options,
+        role=step.role,
+        schema=SCHEMA,
     )
 
 
@@ -346,7 +363,7 @@ def explain(step: Step, cluster: Cluster | None = None) -> list[str]:
 
 def resume_problems_of(step: Step, cluster: Cluster) -> list[str]:
     """Why a training step's checkpoints cannot be resumed on this cluster; nothing for other steps."""
-    if step.stage not in ("sft", "grpo") or step.done:
+    if not STAGES[step.stage].trains or step.done:
         return []
     return resume_problems(step.folder, step.recipe, resolve_auto(step.recipe, cluster), step.stage)
 
@@ -359,6 +376,6 @@ def _latest(step: Step) -> Artifact | None:
             found.append((path.stat().st_mtime, path))
     for _, path in sorted(found, reverse=True):
         with contextlib.suppress(OddFile):  # another step's file: `status` shows it
-            if record := read_record(path, Artifact):
+            if record := read_artifact(path.parent):
                 return record
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from pipeline.core.slurm_client import job_end
 from pipeline.workflow.artifact import STOP
 from pipeline.workflow.lock import LockHolder, holds_lock
 from pipeline.workflow.progress import ProgressFile, format_duration
+from pipeline.workflow.stage import Options
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,7 @@ class Runtime:
     world: int
     folder: Path
     holder: LockHolder | None  # rank 0's hold on the folder
-    checkpoint: str | None  # weights to evaluate or export
-    options: Mapping[str, str] = field(default_factory=dict)  # of an export
+    options: Options | None  # of the step's spec
 
     def stop_requested(self) -> bool:
         """Whether someone asked this step to save and leave (rank 0 looks, all ranks agree elsewhere)."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.cluster import Cluster, read_cluster
-from pipeline.config.former import identity
 from pipeline.config.load import read_typed
 from pipeline.config.recipe import CONFIGS, Recipe, find_yaml, recipe_names
 from pipeline.core.errors import ArtifactError, PlanError, RecipeError
@@ -20,8 +19,8 @@ from pipeline.core.files import read_json
 from pipeline.core.hashing import file_identity, fingerprint, plain
 from pipeline.tasks.task import make_task
 from pipeline.workflow.artifact import STEP, is_done, step_of
-from pipeline.workflow.plan import RUNS, Plan, Step, split_overrides, task_problems, with_task_params
-from pipeline.workflow.stage import STAGES
+from pipeline.workflow.plan import RUNS, Plan, Step, split_overrides, step_payload, task_problems, with_task_params
+from pipeline.workflow.stage import EvaluateCheckpoint, Export
 from pipeline.workflow.weights import find_checkpoint
 
 
@@ -50,15 +49,16 @@ def evaluation_plan(
         data = made_by[1]["inputs"].get("data") or str(made_by[0])
         if is_done(Path(data)):
             inputs["data"] = data
-    payload = {
-        "stage": "evaluate",
-        "revision": STAGES["evaluate"].revision,
-        "settings": identity(plain(recipe), ("seed", "model", "task", "evaluate")),
-        "inputs": {"data": Path(inputs["data"]).name} if inputs else {},
-        "files": {**checkpoint_identity(checkpoint), **({"task.test_path": file_identity(file)} if file else {})},
-    }
+    payload = step_payload(
+        "evaluate",
+        recipe,
+        inputs={"data": Path(inputs["data"]).name} if inputs else {},
+        files={**checkpoint_identity(checkpoint), **({"task.test_path": file_identity(file)} if file else {})},
+        reads=("task",),
+    )
     folder = runs / "evaluations" / f"{Path(checkpoint).name}-{fingerprint(payload)}"
-    step = Step("evaluate-checkpoint", "evaluate", recipe, payload, folder, {}, checkpoint, inputs)
+    options = EvaluateCheckpoint(checkpoint)
+    step = Step("evaluate-checkpoint", "evaluate", recipe, payload, folder, folders=inputs, options=options)
     return Plan((step,), frozenset([step.label]), where, runs)
 
 
@@ -105,15 +105,12 @@ def export_plan(
             f"--quant {quant}: of a GGUF file, but the format is {format}; use --format gguf, or leave it out"
         )
     source = made_by[0].name if made_by else Path(checkpoint).name
-    options = {"format": format, "source": source} | ({"quant": quant or "q8_0"} if format == "gguf" else {})
-    payload = {
-        "stage": "export",
-        "revision": STAGES["export"].revision,
-        "settings": {**identity(plain(recipe), ("model", "name")), **options},
-        "inputs": {"source": source},
-        "files": checkpoint_identity(checkpoint),
-    }
-    ending = "-".join([format, *([options["quant"]] if format == "gguf" else []), fingerprint(payload)])
+    quant = (quant or "q8_0") if format == "gguf" else None
+    options = Export(checkpoint, format, source, quant, recipe.model.quantization)
+    settings = {"format": format, "source": source} | ({"quant": quant} if quant else {})
+    identity = checkpoint_identity(checkpoint)
+    payload = step_payload("export", recipe, inputs={"source": source}, files=identity, settings=settings)
+    ending = "-".join([format, *([quant] if quant else []), fingerprint(payload)])
     folder = out or runs / "exports" / f"{recipe.name}-{source.rpartition('-')[0] or source}-{ending}"
     if out and out.exists() and any(out.iterdir()):
         there = read_json(out / STEP) or {}
@@ -121,10 +118,9 @@ def export_plan(
             problems.append(f"--out {out}: there is something else in it already; name a new folder")
     if problems:
         raise PlanError(*problems)
-    options["trained_in"] = recipe.model.quantization
     if format != "adapter":  # what is merged is loaded as it lies there, by whoever asks or evaluates it
         recipe = replace(recipe, model=replace(recipe.model, quantization="none"))
-    step = Step("export", "export", recipe, payload, folder, {}, checkpoint, {}, options)
+    step = Step("export", "export", recipe, payload, folder, options=options)
     return Plan((step,), frozenset([step.label]), where, runs)
 
 

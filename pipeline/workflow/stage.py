@@ -6,18 +6,20 @@ read_spec(folder)      what the process in this folder has to do
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.config.cluster import Cluster, process_count
-from pipeline.config.recipe import Recipe
+from pipeline.config.recipe import Goal, Recipe
 from pipeline.core.errors import ArtifactError
 from pipeline.core.files import write_json
 from pipeline.core.hashing import plain
 from pipeline.core.records import read_mapping, read_record
 from pipeline.core.schema import parse
-from pipeline.workflow.artifact import STEP, STOP, refuse_newer
+from pipeline.workflow.artifact import STEP, STOP, refuse_newer, stage_and_role
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,9 @@ class Stage:
     about: str
     reads: tuple[str, ...]
     revision: int
-    processes: str  # "one", or "all": under torchrun with every process of the cluster
+    processes: Literal["one", "all"] = "all"  # all: under torchrun with every process of the cluster
+    trains: bool = False  # leaves a model, and checkpoints on its way
+    resumable: bool = False  # saves when it is asked to stop, and goes on from there
 
     @property
     def module(self) -> str:
@@ -42,21 +46,84 @@ STAGES: dict[str, Stage] = {
             "preprocess",
             "rows, splits and their proof; for a model from scratch also its tokenizer and first weights",
             ("seed", "model.name", "model.revision", "model.random_init", "model.gguf", "model.chat_template", "task"),
-            2,
-            "one",
+            revision=2,
+            processes="one",
         ),
-        Stage("sft", "supervised fine-tuning on the task's targets", ("seed", "model", "lora", "sft"), 2, "all"),
-        Stage("grpo", "reinforcement learning from the task's rewards", ("seed", "model", "lora", "grpo"), 2, "all"),
-        Stage("evaluate", "answers to every test row, graded", ("seed", "model", "evaluate"), 3, "all"),
-        Stage("report", "the models side by side, with intervals and curves", ("seed", "evaluate", "report"), 4, "one"),
-        Stage("export", "a checkpoint for others: adapter, merged model or GGUF, with its card", ("model",), 2, "one"),
+        Stage(
+            "sft",
+            "supervised fine-tuning on the task's targets",
+            ("seed", "model", "lora", "sft"),
+            revision=2,
+            trains=True,
+            resumable=True,
+        ),
+        Stage(
+            "grpo",
+            "reinforcement learning from the task's rewards",
+            ("seed", "model", "lora", "grpo"),
+            revision=2,
+            trains=True,
+            resumable=True,
+        ),
+        Stage(
+            "evaluate",
+            "answers to every test row, graded",
+            ("seed", "model", "evaluate"),
+            revision=3,
+            resumable=True,
+        ),
+        Stage(
+            "report",
+            "the models side by side, with intervals and curves",
+            ("seed", "evaluate", "report"),
+            revision=4,
+            processes="one",
+        ),
+        Stage(
+            "export",
+            "a checkpoint for others: adapter, merged model or GGUF, with its card",
+            ("model", "name"),
+            revision=2,
+            processes="one",
+        ),
     )
 }
+TRAINING_STAGES = tuple(stage.name for stage in STAGES.values() if stage.trains)
+ROLES = ("base", *TRAINING_STAGES)  # of a run's models: the base model, and what each training stage leaves
+
+
+@dataclass(frozen=True)
+class EvaluateCheckpoint:
+    """Evaluate weights that no step of the plan has made."""
+
+    checkpoint: str  # a folder or a hub id
+
+
+@dataclass(frozen=True)
+class Export:
+    """Export a checkpoint for others."""
+
+    checkpoint: str
+    format: str  # a key of FORMATS
+    source: str  # the folder it was exported from, for its card
+    quant: str | None = None  # of a GGUF file
+    trained_in: str = "none"  # the quantization of the weights that were trained
+
+
+@dataclass(frozen=True)
+class ReportModels:
+    """Compare models, each recipe's against its own criteria of success."""
+
+    success_criteria: dict[str, dict[str, Goal]] = field(default_factory=dict)  # recipe -> metric -> bounds
+
+
+Options = EvaluateCheckpoint | Export | ReportModels
+OPTIONS: dict[str, type[Options]] = {"evaluate": EvaluateCheckpoint, "export": Export, "report": ReportModels}
 
 
 @dataclass(frozen=True)
 class StepSpec:
-    """What a stage process is told: `step.json` of its folder. Nothing else decides what it does."""
+    """All that decides what a stage process does: `step.json` of its folder."""
 
     name: str  # such as evaluate-grpo
     stage: str
@@ -65,35 +132,60 @@ class StepSpec:
     recipe: Recipe
     cluster: Cluster
     inputs: dict[str, str]  # role -> folder
-    checkpoint: str | None = None  # weights to evaluate that are no step's, or to export
-    options: dict[str, str] = field(default_factory=dict)  # of an export: format, …; of a report: success_criteria
+    options: Options | None = None
+    role: str | None = None  # of an evaluation of a run: which of ROLES it is of
     schema: int = 1  # of this file: see artifact.SCHEMA
 
 
 def write_spec(folder: Path, spec: StepSpec) -> None:
-    """Tell the process that will run in `folder` what to do; an earlier request to stop is over."""
+    """Write what the process in `folder` shall do; an earlier request to stop is over."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / STOP).unlink(missing_ok=True)
     write_json(folder / STEP, plain(spec))
 
 
 def read_spec(folder: Path) -> StepSpec:
-    record = read_mapping(folder / STEP)
+    """Read what the process in `folder` shall do; ArtifactError where the file is missing or cannot be used."""
+    path = folder / STEP
+    record = read_mapping(path)
     if record is None:
-        raise ArtifactError(f"{folder / STEP} is missing: start the step with python -m pipeline run")
+        raise ArtifactError(f"{path} is missing: start the step with python -m pipeline run")
+    record = _upgrade(record)
     recipe, problems = parse(Recipe, record.get("recipe"), "recipe")
     cluster, more = parse(Cluster, record.get("cluster"), "cluster")
-    if recipe is None or cluster is None:
+    options, of_options = _read_options(record)
+    problems = [*problems, *more, *of_options]
+    if recipe is None or cluster is None or problems:
         raise ArtifactError(
-            *(f"{folder / STEP}: {problem}" for problem in problems + more),
+            *(f"{path}: {problem}" for problem in problems),
             "it was written by another version of the project; delete the folder and run again",
         )
-    spec = read_record(folder / STEP, StepSpec, recipe=recipe, cluster=cluster)
+    spec = read_record(path, StepSpec, _upgrade, recipe=recipe, cluster=cluster, options=options)
     assert spec is not None
-    refuse_newer(folder / STEP, spec.schema)
+    refuse_newer(path, spec.schema)
     if spec.stage not in STAGES:
-        raise ArtifactError(f"{folder / STEP}: stage: got {spec.stage!r}; expected one of {', '.join(STAGES)}")
+        raise ArtifactError(f"{path}: stage: got {spec.stage!r}; expected one of {', '.join(STAGES)}")
     return spec
+
+
+def _read_options(record: dict[str, Any]) -> tuple[Options | None, list[str]]:
+    kind = OPTIONS.get(str(record.get("stage")))
+    value = record.get("options")
+    return parse(kind, value, "options") if kind and value is not None else (None, [])
+
+
+def _upgrade(record: dict[str, Any]) -> dict[str, Any]:
+    """A step.json of schema 1 or 2 as one of schema 3: options were texts, the checkpoint stood beside them."""
+    if "checkpoint" not in record:
+        return record
+    former = record.get("options")
+    options = dict(former) if isinstance(former, dict) else {}
+    with contextlib.suppress(KeyError, TypeError, ValueError):  # `parse` names what cannot be used
+        options["success_criteria"] = json.loads(options["success_criteria"])
+    if record["checkpoint"] is not None:
+        options["checkpoint"] = record["checkpoint"]
+    options_or_none = options if options or record.get("stage") == "report" else None
+    return {**record, "options": options_or_none, "role": stage_and_role(str(record.get("name")))[1]}
 
 
 def stage_processes(stage: Stage, cluster: Cluster) -> int:

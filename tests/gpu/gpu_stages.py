@@ -67,7 +67,7 @@ def run_stage(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return Artifact(name, recipe.name, "", {}, {}, {}, metrics, {}, folder), most
+    return Artifact(name, name, recipe.name, "", {}, {}, {}, metrics, {}, folder), most
 
 
 def allow_float16_on_a_cpu() -> None:
@@ -210,7 +210,7 @@ def seven(place: Place) -> tuple[Recipe, Cluster, Artifact]:
     few += ["task.params.validation_rows=0", "task.params.perturbed_rows=0", "evaluate.splits=[test]"]
     rehearsed = make_plan(["deepseek7b"], few, cluster="2x2080ti", rehearse=True, runs=place.work)
     folder = place.work / "seven" / "preprocess"
-    data = Artifact("preprocess", "deepseek7b", "", {}, {}, {}, {}, {}, folder)
+    data = Artifact("preprocess", "preprocess", "deepseek7b", "", {}, {}, {}, {}, {}, folder)
     if not (folder / "splits.json").is_file():
         run_stage("preprocess", rehearsed.steps[0].recipe, rehearsed.cluster, {}, folder)
     short = 16 if place.small else 256
@@ -229,7 +229,7 @@ def trained(place: Place, stage: str, name: str) -> tuple[Artifact, dict[str, fl
     inputs = {"data": data}
     before = place.work / name / "sft"
     if stage != "sft" and before.is_dir():
-        inputs["model"] = Artifact("sft", recipe.name, "", {}, {}, {}, {}, {}, before)
+        inputs["model"] = Artifact("sft", "sft", recipe.name, "", {}, {}, {}, {}, {}, before)
     planned = [need.total / GIB for need in needs(recipe, cluster) or () if need.phase.startswith(stage)]
     done, most = run_stage(stage, recipe, cluster, inputs, place.work / name / stage)
     return done, most, max(planned)

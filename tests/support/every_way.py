@@ -106,7 +106,7 @@ def run(stage: str, recipe: Recipe, cluster: Cluster, inputs: dict[str, Artifact
     distributed.barrier()
     if rank == 0:
         write_json(folder / "metrics.json", metrics)
-    return Artifact(stage, recipe.name, "", {}, {}, {}, metrics, {}, folder)
+    return Artifact(stage, stage, recipe.name, "", {}, {}, {}, metrics, {}, folder)
 
 
 def overflow(recipe: Recipe, cluster: Cluster, out: Path) -> None:

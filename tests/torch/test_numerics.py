@@ -418,7 +418,7 @@ def test_early_stopping_keeps_its_patience_and_its_saves_over_restarts(
         runtime = Runtime(cluster, ProgressFile(folder, "sft"), 0, 1, folder, None, None)
         return dict(stage.run(recipe, inputs, folder, runtime))
 
-    data = Artifact("preprocess", "tiny", "", {}, {}, {}, {}, {}, tmp_path / "data")
+    data = Artifact("preprocess", "preprocess", "tiny", "", {}, {}, {}, {}, {}, tmp_path / "data")
     run(preprocess, data.folder, {})
     environment = {name: value for name, value in os.environ.items() if name.startswith(("WANDB", "TRACKIO"))}
     whole = run(sft, tmp_path / "whole", {"data": data})

@@ -19,7 +19,7 @@ from pipeline.tasks.task import task_of
 from pipeline.workflow import status
 from pipeline.workflow.artifact import open_artifact
 from pipeline.workflow.progress import read_progress
-from pipeline.workflow.stage import STAGES, read_spec
+from pipeline.workflow.stage import STAGES, EvaluateCheckpoint, Export, ReportModels, read_spec
 
 RECORDS = ROOT / "tests" / "fixtures" / "records-v1"
 STEPS = sorted(path.parent for path in RECORDS.glob("*/*/artifact.json"))
@@ -50,6 +50,19 @@ def test_every_record_is_read_and_keeps_its_fingerprint(folder: Path) -> None:
     assert (progress.state, progress.warnings, artifact.warnings) == ("done", (), [])
     assert order.fingerprint == artifact.fingerprint == fingerprint(artifact.payload) == fingerprint(order.payload)
     assert folder.name.endswith(order.fingerprint)
+    name = folder.name.rpartition("-")[0]
+    if folder.parent.name == "tiny-rehearsal":
+        stage, _, role = name.partition("-")
+        assert (order.name, order.stage, order.role) == (artifact.step, artifact.stage, artifact.role)
+        assert (artifact.step, artifact.stage, artifact.role) == (name, stage, role or None)
+        assert order.options == (ReportModels() if stage == "report" else None)
+    elif folder.parent.name == "exports":
+        assert isinstance(order.options, Export)
+        assert (order.options.format, order.options.quant, order.options.trained_in) == ("merged16", None, "none")
+        assert "/grpo-" in order.options.checkpoint
+    else:
+        assert isinstance(order.options, EvaluateCheckpoint)
+        assert (artifact.step, artifact.stage, artifact.role) == ("evaluate-checkpoint", "evaluate", None)
     if folder.parent.name == "tiny-rehearsal":  # settings added since are neutral, so they leave no trace
         reads = STAGES[order.stage].reads
         now, was = identity(plain(order.recipe), reads), order.payload["settings"]

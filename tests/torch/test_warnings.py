@@ -69,6 +69,6 @@ def test_a_warning_counts_once_and_is_printed_by_one_rank(tmp_path: Path, capsys
 
 def test_an_evaluation_with_a_warning_keeps_its_splits(tmp_path: Path) -> None:
     metrics = {"test": {"all": {"rows": {"value": 3}}}, "warnings": ["ran on the CPU"]}
-    artifact = Artifact("evaluate-sft", "tiny", "", {}, {}, {}, metrics, {}, tmp_path)
+    artifact = Artifact("evaluate-sft", "evaluate", "tiny", "", {}, {}, {}, metrics, {}, tmp_path)
     assert recorded_metrics(artifact) == {"test": SplitMetrics(Metrics(3, 0, 0, {}))}
     assert artifact.warnings == ["ran on the CPU"]

@@ -45,7 +45,7 @@ from pipeline.workflow.plan import make_plan, spec_of
 from pipeline.workflow.progress import ProgressFile
 from pipeline.workflow.runtime import Runtime
 from pipeline.workflow.single_step import evaluation_plan, export_plan
-from pipeline.workflow.stage import StepSpec, read_spec, write_spec
+from pipeline.workflow.stage import Export, StepSpec, read_spec, write_spec
 from pipeline.workflow.weights import find_checkpoint
 
 ARCHITECTURES = ("qwen2", "llama", "phi3")
@@ -119,7 +119,7 @@ def run_export(checkpoint: Path, out: Path, *words: str, format: str, quant: str
     order = spec_of(plan.steps[0], plan.cluster)
     out.mkdir(parents=True, exist_ok=True)
     progress = ProgressFile(None, "export")
-    export(order.recipe, {}, out, Runtime(plan.cluster, progress, 0, 1, out, None, str(checkpoint), order.options))
+    export(order.recipe, {}, out, Runtime(plan.cluster, progress, 0, 1, out, None, order.options))
     return out / {"adapter": "adapter", "gguf": "gguf"}.get(format, "model")
 
 
@@ -151,10 +151,10 @@ def test_an_order_is_data_and_no_secret_of_the_environment_enters_a_file(
         assert order.recipe.evaluate.prompts == (planted,)
         assert order.recipe.task.params["instruction"] == planted
         if order.stage == "export":
-            runtime = Runtime(order.cluster, ProgressFile(None, "export"), 0, 1, folder, None, place, order.options)
+            runtime = Runtime(order.cluster, ProgressFile(None, "export"), 0, 1, folder, None, order.options)
             export(order.recipe, {}, folder, runtime)
             assert planted in (folder / "model" / "README.md").read_text(encoding="utf-8")
-    artifact = Artifact("sft", "tiny", "0", {}, {}, {}, {}, {}, step)
+    artifact = Artifact("sft", "sft", "tiny", "0", {}, {}, {}, {}, {}, step)
     (tmp_path / "settings.yaml").write_text(_settings(artifact), encoding="utf-8")
     options = {"question": planted, "chat": False, "sample": False, "max_new_tokens": 3, "max_memory": None}
     options |= dict.fromkeys(("temperature", "top_p", "top_k", "seed"))
@@ -448,7 +448,8 @@ def test_a_batch_script_prepares_an_export(nano: Path, tmp_path: Path) -> None:
     done = run_cli("prepare", "--stages", "export", *words)
     assert done.returncode == 0, done.stderr
     order = read_spec(Path(done.stdout.strip()))
-    assert (order.stage, order.options["format"], order.options["quant"]) == ("export", "gguf", "q4_0")
+    assert isinstance(order.options, Export)
+    assert (order.stage, order.options.format, order.options.quant) == ("export", "gguf", "q4_0")
     script = run_cli("export", *words, "--launcher", "slurm", "--push", "lab/small")
     assert (script.returncode, "nodes have no internet; export first" in script.stderr) == (2, True)
     bare = run_cli("prepare", "--stages", "export", "tiny", "--runs", str(tmp_path))
@@ -470,7 +471,9 @@ def test_an_export_is_asked_in_the_precision_it_has(adapted: tuple[Path, Model],
     }
     assert plans["merged16"].steps[0].recipe.model.quantization == "none"
     assert plans["adapter"].steps[0].recipe.model.quantization == adapted[1].quantization
-    assert plans["merged16"].steps[0].options["trained_in"] == adapted[1].quantization
+    options = plans["merged16"].steps[0].options
+    assert isinstance(options, Export)
+    assert options.trained_in == adapted[1].quantization
     place = run_export(adapted[0], tmp_path / "out", "model.random_init=null", *words, format="merged16")
     card = (place / "README.md").read_text()
     assert ("weights in training: nf4" in card) == (adapted[1].quantization == "nf4")

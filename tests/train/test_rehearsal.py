@@ -95,7 +95,7 @@ def test_every_recipe_makes_its_rows_and_its_small_model(name: str, tmp_path: Pa
     assert config["model_type"] == (model_config(recipe_of(name).model) or {"model_type": "qwen2"})["model_type"]
     tokenizer = load_tokenizer(find_checkpoint(str(step.folder / "model")), step.recipe.model)
     for split in ("sft", "grpo"):
-        rows = read_split(Artifact("preprocess", name, "", {}, {}, {}, {}, {}, step.folder), split)
+        rows = read_split(Artifact("preprocess", "preprocess", name, "", {}, {}, {}, {}, {}, step.folder), split)
         prompt = prompt_ids(tokenizer, [rows["prompt"][0].as_py()])[0]
         assert tokenizer.decode(prompt).count(rows["prompt"][0].as_py()[-1]["content"].strip()[:40]) == 1
 

@@ -23,7 +23,7 @@ def made(folder: Path) -> Artifact:
     (folder / "log.txt").write_text("noise")
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "big").write_text("x")
-    return finalize(Artifact("sft", "tiny", "abc", {"a": 1}, {"data": "x"}, {}, {"loss": 0.5}, {}, folder))
+    return finalize(Artifact("sft", "sft", "tiny", "abc", {"a": 1}, {"data": "x"}, {}, {"loss": 0.5}, {}, folder))
 
 
 def test_what_was_committed_is_opened(tmp_path: Path) -> None:

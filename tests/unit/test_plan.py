@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipeline.config.cluster import Cluster
-from pipeline.core.errors import PlanError, RecipeError
-from pipeline.workflow.artifact import Artifact, finalize
+from pipeline.config.recipe import Goal
+from pipeline.core.errors import ArtifactError, PlanError, RecipeError
+from pipeline.core.files import read_json, write_json
+from pipeline.workflow.artifact import STEP, Artifact, finalize
 from pipeline.workflow.lock import lock
 from pipeline.workflow.plan import Plan, Step, explain, make_plan, spec_of
-from pipeline.workflow.stage import read_spec, write_spec
+from pipeline.workflow.stage import EvaluateCheckpoint, Export, Options, ReportModels, read_spec, write_spec
 
 
 def step(plan: Plan, name: str) -> Step:
@@ -24,7 +27,9 @@ def step(plan: Plan, name: str) -> Step:
 def finish(step: Step, cluster: Cluster) -> None:
     """What a finished step leaves for the plan to see."""
     write_spec(step.folder, spec_of(step, cluster))
-    finalize(Artifact(step.name, step.recipe.name, step.fingerprint, step.payload, {}, {}, {}, {}, step.folder))
+    finalize(
+        Artifact(step.name, step.stage, step.recipe.name, step.fingerprint, step.payload, {}, {}, {}, {}, step.folder)
+    )
 
 
 def finish_all(plan: Plan) -> None:
@@ -149,6 +154,41 @@ def test_the_order_of_a_step_is_all_its_process_needs(tmp_path: Path) -> None:
     assert order == spec_of(grpo, plan.cluster)
     assert order.recipe == grpo.recipe
     assert order.inputs["model"] == str(step(plan, "sft").folder)
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        ("evaluate", EvaluateCheckpoint("runs/x")),
+        ("export", Export("runs/x", "gguf", "sft-1", "q8_0", "nf4")),
+        ("report", ReportModels({"tiny": {"f1": Goal(above=0.5)}})),
+        ("sft", None),
+    ],
+)
+def test_the_options_of_a_step_survive_its_file(tmp_path: Path, stage: str, options: Options | None) -> None:
+    plan = make_plan(["tiny"], runs=tmp_path)
+    spec = replace(spec_of(step(plan, "sft"), plan.cluster), stage=stage, options=options)
+    write_spec(tmp_path / "x", spec)
+    assert read_spec(tmp_path / "x") == spec
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "problem"),
+    [
+        ("export", {"format": "gguf", "source": "x"}, "options.checkpoint: missing"),
+        ("report", {"success_criteria": {"tiny": {"f1": {"abov": 1}}}}, "abov"),
+        ("report", {"success_criteria": "{"}, "success_criteria"),
+    ],
+)
+def test_options_that_cannot_be_used_are_named(tmp_path: Path, stage: str, options: object, problem: str) -> None:
+    plan = make_plan(["tiny"], runs=tmp_path)
+    first = plan.steps[0]
+    write_spec(first.folder, spec_of(first, plan.cluster))
+    record = read_json(first.folder / STEP) | {"stage": stage, "options": options}
+    for changes in ({}, {"checkpoint": None}):  # as it is written now, and as it was before schema 3
+        write_json(first.folder / STEP, record | changes)
+        with pytest.raises(ArtifactError, match=problem):
+            read_spec(first.folder)
 
 
 def test_the_content_of_a_local_file_enters_the_identity(tmp_path: Path) -> None:

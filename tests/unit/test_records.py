@@ -31,7 +31,7 @@ RECORDS: dict[str, dict[str, Any]] = {
     OWNER: {"token": "t", "host": "elsewhere", "pid": 1, "started": 1.0, "since": 1.0, "job": None},
     slurm.JOB: {"token": "t", "launcher": "slurm", "submitted": 1.0, "id": "41", "log": None},
     ARTIFACT: {
-        "stage": "sft", "recipe": "tiny", "fingerprint": "x", "payload": {}, "inputs": {}, "metrics": {},
+        "step": "sft", "stage": "sft", "recipe": "tiny", "fingerprint": "x", "payload": {}, "inputs": {}, "metrics": {},
         "files": {"a": {"size": 1, "sha256": "x"}}, "provenance": {},
     },
 }  # fmt: skip
