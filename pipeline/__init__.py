@@ -6,7 +6,7 @@ Folders are layers: a module imports from its own folder and from those below it
 this table.
 
     cli/         the command line, one file a group of commands
-    launchers/   start processes: local, slurm, submitit, torchrun
+    launchers/   start processes: local, debug, slurm, submitit, torchrun
     preflight/   every check that can run before a job is queued
     *.py         the stages and commands that users type: preprocess sft grpo evaluate report export ask
     training/    trainers, callbacks, checkpoints, process groups, the harness of a stage      (torch)

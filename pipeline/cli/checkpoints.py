@@ -67,7 +67,7 @@ def ask_command(args: argparse.Namespace) -> int:
 def evaluate_command(args: argparse.Namespace) -> int:
     plan = evaluation_plan_of(args)
     print("".join(f"note: {note}\n" for note in refresh.code_notes(plan)), end="", file=sys.stderr)
-    if plan.cluster.launcher != "local":
+    if plan.cluster.submits:
         return submit_command(args, plan)
     from pipeline.launchers.local import run_plan
 
@@ -85,7 +85,7 @@ def export_command(args: argparse.Namespace) -> int:
         _refuse_missing_packages(options.quant)
     if args.public and not args.push:
         raise PlanError("--public: says how to push; add --push OWNER/NAME, or leave it out")
-    if plan.cluster.launcher != "local":
+    if plan.cluster.submits:
         if args.push:
             raise PlanError(
                 "--push: nodes have no internet; export first, then the same here without --launcher pushes"

@@ -224,7 +224,9 @@ def parser() -> argparse.ArgumentParser:
 def where(sub: argparse.ArgumentParser) -> None:
     """Where it runs: the options of every command that makes a plan."""
     sub.add_argument("--cluster", help="a file of configs/clusters/ (default: local, or slurm with such a launcher)")
-    sub.add_argument("--launcher", choices=["local", "slurm", "submitit"], help="the same as cluster.launcher=…")
+    sub.add_argument(
+        "--launcher", choices=["local", "debug", "slurm", "submitit"], help="the same as cluster.launcher=…"
+    )
     sub.add_argument("--nodes", type=int, metavar="N", help="of a training stage or an evaluation: cluster.nodes=N")
 
 

@@ -28,7 +28,7 @@ def run_command(args: argparse.Namespace) -> int:
             return show_plan(plan, outdated)
         print("".join(f"{line}\n" for line in refresh.move_aside(outdated, plan.runs)), end="", file=sys.stderr)
     print("".join(f"note: {note}\n" for note in refresh.code_notes(plan)), end="", file=sys.stderr)
-    if plan.cluster.launcher != "local":
+    if plan.cluster.submits:
         return submit_command(args, plan)
     if args.dry_run:
         return show_plan(plan)
@@ -85,7 +85,7 @@ def check_command(args: argparse.Namespace) -> int:
 
     plan = plan_of(args)
     wrong, notes = checks.problems(plan, audited=args.audit)
-    if plan.cluster.launcher != "local":
+    if plan.cluster.submits:
         stages = dict.fromkeys(step.stage for step in plan.to_run)
         wrong += checks.refused({stage: script(STAGES[stage], plan.cluster) for stage in stages})
     print("".join(f"note: {note}\n" for note in notes), end="")

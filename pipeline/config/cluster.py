@@ -48,7 +48,7 @@ class MaxMemory:
 @dataclass(frozen=True)
 class Cluster:
     name: Name
-    launcher: Literal["local", "slurm", "submitit"]
+    launcher: Literal["local", "debug", "slurm", "submitit"]  # debug: in the command's own process, for a debugger
     nodes: PositiveInt  # of a training stage or an evaluation
     gpus: NonNegativeInt | Literal["auto"]  # of each node; auto: those of this machine
     gpu_memory: Memory | None  # GB of each GPU; None or 0: not known, or not to be compared
@@ -68,6 +68,11 @@ class Cluster:
     slurm: Slurm
     max_idle_steps: PositiveInt | None = added(None)  # GRPO steps in a row without spread that end it; None: only warn
 
+    @property
+    def submits(self) -> bool:
+        """Whether steps become jobs of Slurm; else they run on this machine."""
+        return self.launcher in ("slurm", "submitit")
+
     def layout(self, stage: str) -> TrainingStage:
         """Return how a training stage, sft or grpo, is laid out."""
         return {"sft": self.sft, "grpo": self.grpo}[stage]
@@ -80,15 +85,22 @@ class Cluster:
     def problems(self) -> list[str]:
         """What cannot be, before any recipe is looked at."""
         found = []
-        if self.launcher == "local" and self.nodes > 1:
-            found.append(f"cluster.nodes: {self.nodes}, but the launcher local starts one; use --launcher slurm, or 1")
-        if self.launcher != "local" and self.gpus == "auto":
+        if not self.submits and self.nodes > 1:
+            found.append(
+                f"cluster.nodes: {self.nodes}, but the launcher {self.launcher} starts one; use --launcher slurm, or 1"
+            )
+        if self.launcher == "debug" and self.processes not in (1, "auto"):
+            found.append(
+                f"cluster.processes: got {self.processes}; expected 1, because the launcher debug runs a stage in the "
+                "command's own process. Fix: cluster.processes=1"
+            )
+        if self.submits and self.gpus == "auto":
             found.append(
                 "cluster.gpus: 'auto' counts the GPUs of this machine, but jobs run on others; give the number per node"
             )
         if self.slurm.gpu_type and self.gpus == 0:
             found.append(f"cluster.slurm.gpu_type: {self.slurm.gpu_type!r}, but cluster.gpus is 0; give a number")
-        found += site_problems(self.slurm, self.launcher)
+        found += site_problems(self.slurm, submits=self.submits)
         known = deepspeed_names()
         for name, stage in (("sft", self.sft), ("grpo", self.grpo)):
             if stage.deepspeed not in (*known, "auto"):
@@ -125,7 +137,7 @@ def read_cluster(name: str, overrides: Sequence[str] = ()) -> tuple[Cluster | No
     file = find_yaml(name, "cluster", CLUSTERS, cluster_names())
     files = list(dict.fromkeys([CLUSTERS / "local.yaml", file]))
     cluster, problems = read_typed(Cluster, files, overrides, {"name": file.stem})
-    if cluster is not None and cluster.launcher == "local":
+    if cluster is not None and not cluster.submits:
         cluster = _with_this_machine(cluster)
     return cluster, [f"cluster.{text}" if not text.startswith(("cluster.", "'")) else text for text in problems]
 
@@ -191,7 +203,9 @@ def process_count(cluster: Cluster) -> int:
     """Training processes on one node."""
     if cluster.processes != "auto":
         return cluster.processes
-    return wanted_gpus(cluster) or min(2, core_count() if cluster.launcher == "local" else cluster.slurm.cpus or 2)
+    if cluster.launcher == "debug":
+        return 1
+    return wanted_gpus(cluster) or min(2, cluster.slurm.cpus or 2 if cluster.submits else core_count())
 
 
 @dataclass(frozen=True)

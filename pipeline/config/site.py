@@ -146,7 +146,7 @@ def is_secret(name: str, value: str) -> bool:
 # ---------------------------------------------------------------- what cannot be
 
 
-def site_problems(slurm: Slurm, launcher: str) -> list[str]:
+def site_problems(slurm: Slurm, *, submits: bool) -> list[str]:
     """What of these settings no job could be made of, as sentences. The value of a secret is never shown."""
     found = [*_unprintable(slurm), *_environment_problems(slurm)]
     for option in slurm.extra_sbatch_args:
@@ -164,7 +164,7 @@ def site_problems(slurm: Slurm, launcher: str) -> list[str]:
         found.append(
             f"cluster.slurm.host_suffix: got {slurm.host_suffix!r}; expected the end of a host's name, such as -ib"
         )
-    return [*found, *(_time_problems(slurm) if launcher != "local" else ())]
+    return [*found, *(_time_problems(slurm) if submits else ())]
 
 
 def option_words(option: str) -> list[str]:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from pipeline.core import cgroups
 from pipeline.core.errors import LaunchError, PipelineError, PlanError, Stopped, explain_disk, printable
 from pipeline.core.slurm_client import JOB, is_here, job_end, this_job
+from pipeline.launchers import debug
 from pipeline.launchers.torchrun import command, environment
 from pipeline.workflow import faults
 from pipeline.workflow.artifact import STOP
@@ -51,6 +52,7 @@ def run_plan(plan: Plan) -> list[Step]:
     if queued:
         told = [describe_job(folder, job) for folder, job in queued.items()]
         raise PlanError(*told, "wait for it (python -m pipeline status), or end it with python -m pipeline cancel")
+    start = debug.run_step if plan.cluster.launcher == "debug" else run_step
     ran: list[Step] = []
     failed: dict[str, PipelineError] = {}
     for number, step in enumerate(todo, 1):
@@ -61,7 +63,7 @@ def run_plan(plan: Plan) -> list[Step]:
             tqdm.write(f"{title}  left out: {broken[0]} failed")
             continue
         try:
-            run_step(step, plan, title)
+            start(step, plan, title)
             ran.append(step)
         except Stopped:
             raise

@@ -333,8 +333,10 @@ def main(argv: list[str]) -> int:
     cluster, problems = read_cluster(argv[0] if argv else "slurm")
     if cluster is None:
         raise RecipeError(*problems)
-    if cluster.launcher == "local":
-        raise RecipeError(f"cluster {cluster.name}: its launcher is local, so it has no batch scripts; name another")
+    if not cluster.submits:
+        raise RecipeError(
+            f"cluster {cluster.name}: its launcher is {cluster.launcher}, so it has no batch scripts; name another"
+        )
     print("\n".join(str(path) for path in render(cluster, Path(argv[1]) if argv[1:] else FOLDER)))
     return 0
 

@@ -71,7 +71,7 @@ def problems(plan: Plan, *, audited: bool = False) -> tuple[list[str], list[str]
         notes.append("cluster.keep_checkpoints=1: where the newest is damaged, training begins again. Fix: at least 2")
     wrong += [*_extras(plan.cluster), *_login(plan.cluster)]
     wrong += _disk(plan, list(recipes.values()))
-    if plan.cluster.launcher != "local":
+    if plan.cluster.submits:
         wrong += not_fetched(list(recipes.values()), plan.cluster)
     return wrong, notes
 
@@ -135,7 +135,7 @@ def _extras(cluster: Cluster) -> Iterator[str]:
 
 def _login(cluster: Cluster) -> Iterator[str]:
     """Loggers that would ask for a login where nobody can answer."""
-    jobs = {**os.environ, **(cluster.slurm.environment if cluster.launcher != "local" else {})}
+    jobs = {**os.environ, **(cluster.slurm.environment if cluster.submits else {})}
     quiet = jobs.get("WANDB_MODE") in ("offline", "disabled")
     if "wandb" in cluster.loggers and not quiet and "WANDB_API_KEY" not in jobs and not _in_netrc("api.wandb.ai"):
         yield (
@@ -359,7 +359,7 @@ def _host_memory(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
     stages = ", ".join(f"{need.stage} {need.bytes / GIB:.0f} GiB ({need.what})" for need in over)
     remedies = host_remedies(recipe, decided, over)
     how = ", or ".join(remedies) if remedies else "take a larger machine"
-    if cluster.launcher == "local":
+    if not cluster.submits:
         yield f"host memory: {stages}; expected at most {most / GIB:.0f}, which this machine has. Fix: {how}"
     else:
         yield (

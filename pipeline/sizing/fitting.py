@@ -154,7 +154,7 @@ def host_remedies(recipe: Recipe, cluster: Cluster, over: list[HostMemoryEstimat
     found = []
     if any(need.stage == "preprocess" for need in over):  # a model from nothing, of any size
         return ["a smaller model.random_init"]
-    if cluster.launcher != "local":
+    if cluster.submits:
         found.append(f"cluster.slurm.memory={-(-max(need.bytes for need in over) // GIB):.0f}G")
     names = [need.stage for need in over]
     for zero in AUTO_ZERO[:2]:

@@ -34,7 +34,7 @@ class HostMemoryEstimate:
 
 def limit(cluster: Cluster) -> float | None:
     """Bytes that a stage may take of a node: what a job asks Slurm for, or what this machine has."""
-    if cluster.launcher != "local":
+    if cluster.submits:
         return slurm_bytes(cluster.slurm.memory or "")
     mine = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     group, _ = memory_limit()  # a container or a job may have less

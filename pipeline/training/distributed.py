@@ -10,6 +10,7 @@ not in a collective: that has no time limit and keeps no GPU busy.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -169,6 +170,21 @@ def leave_together(done: Callable[[], bool]) -> None:
 def finish() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def reset() -> None:
+    """Undo what a stage leaves in its process, so that another can run in it: the debug launcher does this."""
+    if "deepspeed" in sys.modules and sys.modules["deepspeed"].comm.is_initialized():
+        sys.modules["deepspeed"].comm.destroy_process_group()  # and the groups that it has made of it
+    finish()
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    if "transformers.integrations.deepspeed" in sys.modules:
+        sys.modules["transformers.integrations.deepspeed"].unset_hf_deepspeed_config()
+    gc.collect()  # a model and its optimizer refer to each other
 
 
 def torchrun(argv: list[str]) -> int:

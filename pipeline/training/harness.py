@@ -64,7 +64,13 @@ def _main(stage: str, run: Run, argv: list[str]) -> int:
 
 
 def _work(folder: Path, run: Run) -> int:
+    """Run a step in this process, which its launcher or torchrun has started."""
     faults.die_with_parent()
+    return run_spec(folder, run)
+
+
+def run_spec(folder: Path, run: Run) -> int:
+    """Run the step whose step.json is in `folder`, from its lock to its artifact; returns 0."""
     spec = read_spec(folder)
     if is_done(folder):
         print(f"{folder} is done; nothing to do")

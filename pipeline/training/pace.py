@@ -40,7 +40,7 @@ class Pace(TrainerCallback):
     def _attempt(self) -> float | None:
         """Seconds that an attempt may train before it has to save; None where nothing limits it."""
         slurm = self.runtime.cluster.slurm
-        if self.runtime.cluster.launcher != "local":
+        if self.runtime.cluster.submits:
             return minutes(getattr(slurm.time, self.stage)) * 60.0 - slurm.save_seconds(self.stage)
         end = job_end() if self.runtime.rank == 0 else None  # a job that someone made around the local launcher
         return None if end is None else end - slurm.save_seconds(self.stage) - self.clock()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+
+from pipeline.cli.main import command
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,6 +56,14 @@ def run_cli(
         timeout=timeout,
         env={**os.environ, **(env or {})},
     )
+
+
+def run_here(*words: str) -> None:
+    """`python -m pipeline …` in this process, its stages too (`--launcher debug`); raises what would end it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # what libraries say to each other in a stage is no error
+        code = command([*words, "--launcher", "debug"])
+    assert code == 0
 
 
 def only(runs: Path, pattern: str) -> Path:

@@ -1,0 +1,70 @@
+"""Run a plan's steps in this process, one after another, so that a debugger stops in a stage.
+
+    python -m pdb -m pipeline run tiny --launcher debug
+
+A step runs as the one process of its stage (`cluster.processes` is 1), through the same harness and into the same
+folder as under the other launchers. What it prints comes to the terminal, not to log.txt, and an unexpected exception
+keeps its traceback. What a stage leaves in a process is undone after it, so another can follow: the environment, the
+process group, and the state that accelerate, transformers and DeepSpeed keep. Ctrl-C interrupts; it asks for no save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+
+from pipeline.launchers.torchrun import LOOPBACK, environment
+from pipeline.training.harness import run_spec
+from pipeline.workflow import faults
+from pipeline.workflow.plan import Plan, Step, spec_of
+from pipeline.workflow.stage import STAGES, write_spec
+
+NOT_HERE = (
+    "PYTHONHASHSEED",
+    "PYTHONUNBUFFERED",
+    "PYTHONWARNINGS",
+    faults.PARENT,
+)  # read when a process starts, or its own
+
+
+def run_step(step: Step, plan: Plan, title: str) -> None:
+    """Run a step here. Raises what its stage raises."""
+    stage = STAGES[step.stage]
+    write_spec(step.folder, spec_of(step, plan.cluster))
+    wanted = {name: value for name, value in environment(stage, plan.cluster).items() if name not in NOT_HERE}
+    print(f"{title} …", file=sys.stderr, flush=True)
+    with _environment({**wanted, **(_alone() if stage.processes == "all" else {})}), warnings.catch_warnings():
+        for kind in (FutureWarning, DeprecationWarning):  # as PYTHONWARNINGS has it for processes
+            warnings.simplefilter("ignore", kind)
+        module = importlib.import_module(stage.module)
+        try:
+            run_spec(step.folder, module.run)
+        finally:
+            if "pipeline.training.distributed" in sys.modules:
+                sys.modules["pipeline.training.distributed"].reset()
+
+
+def _alone() -> dict[str, str]:
+    """What torchrun would say to the only process of a run."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        port = probe.getsockname()[1]
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    return {**ranks, "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port)}
+
+
+@contextlib.contextmanager
+def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
+    """Set variables, and put the whole environment back as it was: libraries write into it too."""
+    before = dict(os.environ)
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
