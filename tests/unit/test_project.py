@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from running import ROOT, only, run_cli
 
+from pipeline.cli.main import name_from_root, parser
 from pipeline.core.errors import PlanError
 from pipeline.core.project import MARKS, enter_project, find_root, from_root
 from pipeline.workflow.stage import read_spec
@@ -98,6 +99,45 @@ def test_what_is_typed_is_named_from_the_root(tmp_path: Path, monkeypatch: pytes
     link = tmp_path / "link"
     link.symlink_to(inside)
     assert from_root("../outside/rows.jsonl", link.parent / "root") == str(outside / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("words", "renamed"),
+    [
+        (["run", "mine.yaml", "--cluster", "lab.yaml"], {"words": ["ELSE/mine.yaml"], "cluster": "ELSE/lab.yaml"}),
+        (["run", "tiny", "--cluster", "a100"], {"words": ["tiny"], "cluster": "a100", "runs": "ROOT/runs"}),
+        (["run", "tiny", "--runs", "runs"], {"runs": "ELSE/runs"}),
+        (
+            ["run", "tiny", "grpo.beta=0.1", "task.path=x.csv"],
+            {"words": ["tiny", "grpo.beta=0.1", "task.path=ELSE/x.csv"]},
+        ),
+        (["run", "tiny", "task.path=no.csv"], {"words": ["tiny", "task.path=no.csv"]}),  # as it is, for the error
+        (["ask", "--ckpt", "model", "--ckpt", "org/name", "?"], {"ckpt": ["ELSE/model", "org/name"], "question": "?"}),
+        (["evaluate", "--ckpt", "model"], {"ckpt": "ELSE/model"}),
+        (["export", "--ckpt", "model", "--format", "gguf", "--out", "new"], {"out": "ELSE/new"}),
+        (["export", "--ckpt", "org/name", "--format", "gguf"], {"ckpt": "org/name", "out": "None"}),
+        (["audit", "corr2cause", "--data", "x.csv"], {"data": "ELSE/x.csv"}),
+        (["generate", "corr2cause", "--n", "3", "--out", "new"], {"out": "ELSE/new"}),
+        (["logs", "./tiny/model"], {"step": "./tiny/model"}),
+        (["status", "tiny"], {"recipes": ["tiny"], "runs": "ROOT/runs"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_every_option_that_is_a_path_is_renamed(
+    words: list[str], renamed: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, outside = tmp_path / "root", tmp_path / "else"
+    root.mkdir()
+    (outside / "model").mkdir(parents=True)
+    for name in ("mine.yaml", "lab.yaml", "x.csv"):
+        (outside / name).touch()
+    monkeypatch.chdir(root)
+    args = parser().parse_args(words)
+    name_from_root(args, outside)
+    for name, value in renamed.items():
+        found = getattr(args, name)
+        plain = [str(one) for one in found] if isinstance(found, list) else str(found)
+        assert json.loads(json.dumps(plain).replace(str(outside), "ELSE").replace(str(root), "ROOT")) == value
 
 
 def test_the_nearest_project_counts(project: Path, elsewhere: Path) -> None:

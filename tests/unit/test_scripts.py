@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -89,6 +90,41 @@ def test_every_dependency_is_pinned_to_a_version_that_is_allowed() -> None:
         if not one.specifier.contains(pins.get(canonicalize_name(one.name), "0"), prereleases=True)
     ]
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("words", "user", "announced"), [([], "0", True), ([], "1000", False), (["--no-slurm"], "0", False)]
+)
+def test_the_tests_say_first_that_they_install_slurm(
+    words: list[str], user: str, announced: bool, tmp_path: Path
+) -> None:
+    """With programs in the place of `python3`, which prints what it is called with, and of `id`."""
+    for name, text in {"python3": 'echo "$*"', "id": f"echo {user}"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    done = run("scripts/test", "--no-setup", *words, "-k", "report", PATH=path)
+    assert done.returncode == 0, done.stderr
+    *before, pytest_line = done.stdout.splitlines()
+    absent = shutil.which("slurmctld", path=f"{path}:/usr/sbin") is None
+    assert ("will install Slurm with apt-get" in before[0]) is (announced and absent)
+    assert pytest_line.endswith("-k report")
+    assert ("--ignore=tests/slurm" in pytest_line) is bool(words)
+
+
+def test_the_python_that_is_needed_is_the_same_everywhere() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    version = settings["project"]["requires-python"].removeprefix(">=")
+    assert settings["tool"]["mypy"]["python_version"] == version
+    assert settings["tool"]["mypy"]["platform"] == "linux"
+    assert settings["tool"]["ruff"]["target-version"] == f"py{version.replace('.', '')}"
+    assert {"Operating System :: POSIX :: Linux", f"Programming Language :: Python :: {version}"} <= set(
+        settings["project"]["classifiers"]
+    )
+    for page in ("README.md", "CONTRIBUTING.md"):
+        assert f"Linux and Python {version} or newer" in (ROOT / page).read_text(encoding="utf-8")
+    major, minor = version.split(".")
+    assert f"({major}, {minor})" in (ROOT / "scripts" / "setup").read_text(encoding="utf-8")
 
 
 def test_an_active_environment_is_used_as_it_is(tmp_path: Path) -> None:
