@@ -10,6 +10,7 @@ import pytest
 from running import ROOT
 
 from pipeline.cli.main import parser
+from pipeline.config.recipe import recipe_names
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -50,3 +51,8 @@ def test_the_readme_is_read_in_one_sitting() -> None:
 def test_contributing_says_what_each_script_does() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert [path.name for path in sorted((ROOT / "scripts").iterdir()) if f"| `scripts/{path.name}" not in text] == []
+
+
+def test_every_recipe_is_described() -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert [name for name in recipe_names() if f"`{name}`" not in text] == []
