@@ -1,8 +1,8 @@
 """Ask one or several checkpoints a question, and watch thought and answer being written.
 
-    python -m pipeline ask --ckpt runs/tiny/grpo-… "Premise: … Hypothesis: …"
-    python -m pipeline ask --ckpt A --ckpt B --sample - < question.txt
-    python -m pipeline ask --ckpt A --chat            questions from the terminal, one a line, in one conversation
+    python -m pipeline chat --ckpt runs/tiny/grpo-… "Premise: … Hypothesis: …"
+    python -m pipeline chat --ckpt A --ckpt B --sample - < question.txt
+    python -m pipeline chat --ckpt A                   questions from the terminal, one a line, in one conversation
 
 A model is loaded, prompted and read as the evaluation does it; the verdict under an answer is the task's own reading.
 Answers go to stdout, everything else to stderr. It keeps nothing: figures come from `python -m pipeline evaluate`.
@@ -36,7 +36,7 @@ class Options:
     """What the command line says beside the checkpoints; None is the recipe's own."""
 
     question: str | None
-    chat: bool
+    interactive: bool
     sample: bool
     temperature: float | None
     top_p: float | None
@@ -94,7 +94,7 @@ class Answer:
 
 def main() -> int:
     if sys.argv[1:2] != ["--order"]:  # started by hand: the command line resolves what is asked, and comes back
-        os.execv(sys.executable, [sys.executable, "-m", "pipeline", "ask", *sys.argv[1:]])
+        os.execv(sys.executable, [sys.executable, "-m", "pipeline", "chat", *sys.argv[1:]])
     request, problems = parse(AskRequest, json.loads(sys.argv[2]))
     if request is None:
         raise PlanError(*problems)
@@ -105,7 +105,7 @@ def main() -> int:
 def ask(request: AskRequest) -> None:
     """Every question to every checkpoint; a conversation keeps all models loaded, one question one at a time."""
     models: Any = (load(one, request.options) for one in request.asked)
-    models = list(models) if request.options.chat else models
+    models = list(models) if request.options.interactive else models
     for question in questions(request.options):
         answers: list[tuple[str, Answer]] = []
         for loaded in models:
@@ -124,10 +124,10 @@ def questions(options: Options) -> Iterator[str]:
     """The question of the command line; in a conversation those of stdin after it, one a line."""
     if options.question is not None:
         yield options.question
-    live = sys.stdin.isatty() if options.chat else False
+    live = sys.stdin.isatty() if options.interactive else False
     if live:
         import readline  # noqa: F401  (earlier questions come back with the arrow keys)
-    while options.chat:
+    while options.interactive:
         try:
             line = input("> " if live else "").strip()
         except EOFError:

@@ -44,7 +44,7 @@ from pipeline.workflow.runtime import Runtime
 from pipeline.workflow.stage import ROLES, STAGES, Export
 from pipeline.workflow.weights import ADAPTER, Checkpoint, find_checkpoint
 
-SMOKE_TEST_NOTICE = "REHEARSAL of a shrunken model with random weights: nothing here is a result."
+SMOKE_TEST_NOTICE = "SMOKE TEST of a shrunken model with random weights: nothing here is a result."
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runtime) -> dict[str, Any]:

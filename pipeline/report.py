@@ -51,7 +51,7 @@ from pipeline.workflow.figures import metrics_of
 from pipeline.workflow.runtime import Runtime, format_hardware
 from pipeline.workflow.stage import ROLES, STAGES, ReportModels, read_spec
 
-SMOKE_TEST_NOTICE = "REHEARSAL of a shrunken model with random weights: no figure here is a result"
+SMOKE_TEST_NOTICE = "SMOKE TEST of a shrunken model with random weights: no figure here is a result"
 ROLE_TITLES = {"sft": "SFT", "grpo": "GRPO"}
 SAMPLES = 3  # of each kind
 

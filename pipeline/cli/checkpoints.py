@@ -1,4 +1,4 @@
-"""ask, evaluate, export: any checkpoint."""
+"""chat, evaluate, export: any checkpoint."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ QUIET = {
 }
 
 
-def ask_command(args: argparse.Namespace) -> int:
+def chat_command(args: argparse.Namespace) -> int:
     """Resolve every checkpoint's recipe, then become the process that loads the models."""
     problems = []
-    question = sys.stdin.read() if args.question == "-" and not args.chat else args.question
-    if args.question == "-" and args.chat:
-        problems.append("--chat reads its questions from stdin already: leave - out")
+    interactive = args.interactive or args.question is None
+    question = sys.stdin.read() if args.question == "-" and not interactive else args.question
+    if args.question == "-" and interactive:
+        problems.append("--interactive: got - too; expected one of them, since both read stdin. Fix: leave - out")
     if question is not None and not question.strip():
-        problems.append("the question is empty: write it in quotes after the options, or pipe it in with -")
-    if question is None and not args.chat:
-        problems.append("no question: write it in quotes, - reads it from stdin, --chat asks for several")
+        problems.append(
+            "question: got an empty one; expected text. Fix: write it in quotes after the options, or pipe it in with -"
+        )
     limits = {
         "--temperature": (args.temperature, 0, 1e6),
         "--top-p": (args.top_p, 1e-6, 1),
@@ -57,8 +58,12 @@ def ask_command(args: argparse.Namespace) -> int:
             problems += error.problems
     if problems:
         raise PlanError(*dict.fromkeys(problems))
-    names = ("chat", "sample", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
-    options = {name: getattr(args, name) for name in names} | {"question": question, "max_memory": memory}
+    names = ("sample", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
+    options = {name: getattr(args, name) for name in names} | {
+        "question": question,
+        "interactive": interactive,
+        "max_memory": memory,
+    }
     order = json.dumps({"asked": asked, "options": options})
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", "pipeline.ask", "--order", order], QUIET | os.environ)

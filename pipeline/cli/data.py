@@ -1,4 +1,4 @@
-"""fetch, list, audit, generate: models, rows, and what there is."""
+"""download, list, audit, generate: models, rows, and what there is."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from pipeline.core.errors import (
 from pipeline.workflow.stage import STAGES
 
 
-def fetch_command(args: argparse.Namespace) -> int:
-    from pipeline.hub.download import fetch
+def download_command(args: argparse.Namespace) -> int:
+    from pipeline.hub.download import download
 
-    args.stages, args.skip_sft, args.rehearse = "", False, False
+    args.stages, args.skip_sft, args.smoke_test = "", False, False
     plan = plan_of(args)
-    for line in fetch([step.recipe for step in plan.steps], plan.cluster):
+    for line in download([step.recipe for step in plan.steps], plan.cluster):
         print(line)
     return 0
 

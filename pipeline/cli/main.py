@@ -6,9 +6,9 @@ check     everything that would fail later, known now
 status    how far each step is, here and on Slurm
 logs      what a step has printed; -f goes on
 cancel    end what waits or runs; what is done stays
-fetch     download a recipe's model to the local cache, for nodes without internet
+download  download a recipe's model to the local cache, for nodes without internet
 list      recipes, tasks, rewards, stages, clusters
-ask       any checkpoint a question: thought and answer as they are written
+chat      put questions to any checkpoint: thought and answer as they are written
 export    any checkpoint for others: adapter, merged in 16 or 4 bit, GGUF
 evaluate  any checkpoint: a step's folder, a Trainer checkpoint, an adapter, a model folder, a hub id
 audit     a file of a task's rows: which labels are wrong, by the task's exact solver
@@ -24,10 +24,11 @@ from functools import partial
 from pathlib import Path
 
 from pipeline import __version__
-from pipeline.cli.checkpoints import ask_command, evaluate_command, export_command
-from pipeline.cli.data import audit_command, fetch_command, generate_command, list_command
+from pipeline.cli.checkpoints import chat_command, evaluate_command, export_command
+from pipeline.cli.data import audit_command, download_command, generate_command, list_command
 from pipeline.cli.jobs import cancel_command, logs_command, status_command
 from pipeline.cli.run import check_command, plan_command, prepare_command, run_command
+from pipeline.config.load import notify
 from pipeline.config.model_files import FORMATS, QUANTS
 from pipeline.core.errors import (
     PlanError,
@@ -46,7 +47,7 @@ EPILOG = """examples:
   python -m pipeline status --watch                        how far they are
   python -m pipeline plan tiny                             what would run, and why
   python -m pipeline evaluate --ckpt runs/tiny/grpo-…      any checkpoint
-  python -m pipeline ask --ckpt runs/tiny/grpo-… "…"       a question of your own
+  python -m pipeline chat --ckpt runs/tiny/grpo-… "…"       a question of your own
   python -m pipeline export --ckpt runs/tiny/grpo-… --format gguf
 """
 
@@ -63,6 +64,17 @@ FILE_SETTINGS = (
     *("task.path", "task.validation_path", "task.test_path"),
     *("model.name", "model.gguf", "model.chat_template"),
 )
+FORMER_COMMANDS = {"fetch": "download", "ask": "chat"}
+FORMER_OPTIONS = {"--rehearse": "--smoke-test", "--chat": "--interactive"}
+
+
+def present_words(argv: Sequence[str]) -> list[str]:
+    """Return the command line in present words; each former one is noticed on stderr."""
+    former = [FORMER_COMMANDS if place == 0 else FORMER_OPTIONS for place in range(len(argv))]
+    for word, words in zip(argv, former, strict=True):
+        if word in words:
+            notify(f"{word} is now {words[word]}; the former word is read in this version")
+    return [words.get(word, word) for word, words in zip(argv, former, strict=True)]
 
 
 def main() -> None:
@@ -72,7 +84,7 @@ def main() -> None:
 def command(argv: Sequence[str], typed_in: Path | None = None) -> int:
     """Run a command line in the project's root and return its exit code; `typed_in` where it was typed elsewhere."""
     top = parser()
-    args, rest = top.parse_known_args(argv)  # words may stand between options too
+    args, rest = top.parse_known_args(present_words(argv))  # words may stand between options too
     flags = [word for word in rest if word.startswith("-")]
     if flags or (rest and not hasattr(args, "words")):
         raise PlanError(
@@ -140,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
         where(sub)
         sub.add_argument("--stages", default="", metavar="A,B", help=f"only these: {', '.join(STAGES)}")
         sub.add_argument("--skip-sft", action="store_true", help="GRPO from the base model (grpo.init_from=base)")
-        sub.add_argument("--rehearse", action="store_true", help="the same in small: every wire tried, no result")
+        sub.add_argument("--smoke-test", action="store_true", help="run a tiny copy: every code path, no result")
         if name in ("run", "plan"):
             about = "make these again where the code of their task or rewards has changed, or all such: changed"
             sub.add_argument("--refresh", default="", metavar="A,B", help=about)
@@ -170,16 +182,16 @@ def parser() -> argparse.ArgumentParser:
     sub = add("cancel", cancel_command, "end what waits or runs; what is done stays, and what runs may save")
     sub.add_argument("names", nargs="*", metavar="RECIPE|STEP", help="only these (default: everything)")
     sub.add_argument("--yes", action="store_true", help="do not ask")
-    sub = add("fetch", fetch_command, "download a recipe's model to the local cache, for nodes without internet")
+    sub = add("download", download_command, "download a recipe's model to the local cache, for nodes without internet")
     sub.add_argument("words", nargs="+", metavar="RECIPE|key=value", help="recipes of configs/, and overrides")
     where(sub)
     add("list", list_command, "recipes, tasks, rewards, stages, clusters")
-    sub = add("ask", ask_command, "ask any checkpoint a question, and watch the answer being written")
-    sub.add_argument("question", nargs="?", help="in quotes; - reads it from stdin; --chat needs none")
+    sub = add("chat", chat_command, "put questions to any checkpoint and watch the answers being written")
+    sub.add_argument("question", nargs="?", help="in quotes; - reads it from stdin; none: a conversation")
     sub.add_argument("words", nargs="*", metavar="RECIPE|key=value", help="default: what the checkpoint was made with")
     about = "a step's folder, a checkpoint, an adapter, a model, a hub id; several are asked side by side"
     sub.add_argument("--ckpt", action="append", required=True, metavar="DIR", help=about)
-    sub.add_argument("--chat", action="store_true", help="go on with questions from stdin, one a line")
+    sub.add_argument("--interactive", action="store_true", help="continue with questions from stdin, one a line")
     sub.add_argument("--sample", action="store_true", help="draw the answer as the recipe does (default: greedy)")
     sub.add_argument("--temperature", type=float, metavar="T", help="draw it at this temperature; 0 is greedy")
     sub.add_argument("--top-p", type=float, metavar="P", help="from the likeliest tokens that make up this share")

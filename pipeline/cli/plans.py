@@ -38,7 +38,7 @@ def plan_of(args: argparse.Namespace, changes: Sequence[str] = ()) -> Plan:
         cluster=cluster,
         stages=stages,
         skip_sft=args.skip_sft,
-        rehearse=args.rehearse,
+        smoke_test=args.smoke_test,
         runs=args.runs,
     )
 
@@ -57,7 +57,7 @@ def typed_again(args: argparse.Namespace) -> str:
     """The run that was asked for, to be typed again: every word but --stages and --dry-run."""
     words = list(args.words)
     words += ["--skip-sft"] if args.skip_sft else []
-    words += ["--rehearse"] if args.rehearse else []
+    words += ["--smoke-test"] if args.smoke_test else []
     words += ["--launcher", args.launcher] if args.launcher else []
     words += ["--cluster", args.cluster] if args.cluster else []
     words += ["--nodes", str(args.nodes)] if args.nodes else []

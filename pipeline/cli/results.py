@@ -54,7 +54,7 @@ def show_end(plan: Plan, typed: str) -> None:
     last = done.get("grpo") or done.get("sft")
     print("\nnext:")
     if last:
-        print(f"  python -m pipeline ask --ckpt {last.folder} --chat      questions of your own")
+        print(f"  python -m pipeline chat --ckpt {last.folder}      questions of your own")
         print(f"  python -m pipeline evaluate --ckpt {last.folder} --split validation")
     left = [step for step in plan.steps if not step.done]
     if left:
@@ -91,7 +91,7 @@ def show_export(step: Step, *, pushed: bool = False) -> Path:
     if isinstance(step.options, Export) and step.options.format == "gguf":
         print(f"  llama-cli -m {next(place.glob('*.gguf'))} --jinja")
     else:
-        print(f"  python -m pipeline ask --ckpt {step.folder} --chat")
+        print(f"  python -m pipeline chat --ckpt {step.folder}")
     if not pushed:
         print("  the same export with --push OWNER/NAME puts it on the hub")
     return place

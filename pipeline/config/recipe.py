@@ -223,7 +223,7 @@ class Recipe:
     """All of it, resolved. `name` is where it came from and is not part of its identity."""
 
     name: Name  # a folder of runs/
-    smoke_test: bool  # a shrunken copy by --rehearse: its figures are no result
+    smoke_test: bool  # a shrunken copy by --smoke-test: its figures are no result
     seed: NonNegativeInt
     model: Model
     lora: Lora

@@ -1,6 +1,6 @@
 """Fill the local cache on a login node, so that no job ever waits for the hub.
 
-    python -m pipeline fetch RECIPE…            downloads the pinned model, tokenizer and data
+    python -m pipeline download RECIPE…            downloads the pinned model, tokenizer and data
 
 Jobs run with HF_HUB_OFFLINE=1 (configs/clusters/). What a recipe needs and the cache lacks is told before anything
 is queued: `not_fetched`.
@@ -42,7 +42,7 @@ def repositories(recipe: Recipe) -> list[Repository]:
     return found
 
 
-def fetch(recipes: Iterable[Recipe], cluster: Cluster) -> Iterator[str]:
+def download(recipes: Iterable[Recipe], cluster: Cluster) -> Iterator[str]:
     """Download what is not there yet, with a progress bar; a line for each repository."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -77,7 +77,7 @@ def not_fetched(recipes: Iterable[Recipe], cluster: Cluster) -> list[str]:
         return []
     return [
         f"{one.kind} {one.name} is not in the local cache ({why}), and the nodes have no internet: "
-        f"run python -m pipeline fetch {name}"
+        f"run python -m pipeline download {name}"
         for name, needed in _needed(recipes).items()
         for one in needed
         if (why := _missing(one, cluster))

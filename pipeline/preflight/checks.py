@@ -399,11 +399,12 @@ def _notes(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
             yield f"{recipe.name}/{need.phase} is tight: {size} a GPU; a longer row than foreseen may not fit"
     here = recipe.model.random_init or recipe.model.gguf or Path(recipe.model.name).exists()
     if not here and recipe.model.revision is None:
-        yield f"{recipe.name}: model.revision is not pinned; python -m pipeline fetch {recipe.name} prints the commit"
+        prints = f"python -m pipeline download {recipe.name} prints the commit"
+        yield f"{recipe.name}: model.revision is not pinned; {prints}"
     task = task_of(recipe.task, recipe.seed)
     for name, revision in task.repositories().items() if task.source == "hub" else ():
         if revision is None:
-            yield f"{recipe.name}: {name} is not pinned; python -m pipeline fetch {recipe.name} prints the commit"
+            yield f"{recipe.name}: {name} is not pinned; python -m pipeline download {recipe.name} prints the commit"
 
 
 def _not_compared(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
@@ -412,7 +413,7 @@ def _not_compared(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
         return
     if known_dims(recipe.model) is None:
         what = "memory and lora.targets were" if recipe.lora.enabled else "memory was"
-        brings = "" if model_config(recipe.model) else f". Fix: python -m pipeline fetch {recipe.name} brings it"
+        brings = "" if model_config(recipe.model) else f". Fix: python -m pipeline download {recipe.name} brings it"
         yield f"{unknown_model(recipe)}, so {what} not checked{brings}"
     elif is_unknown(recipe, cluster) and cluster.gpu_memory is None:  # 0: the user says that it shall not be
         yield (

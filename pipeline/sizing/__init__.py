@@ -1,1 +1,1 @@
-"""Memory: what a stage needs, what fits; and the small copy of a recipe that a rehearsal runs."""
+"""Memory: what a stage needs, what fits; and the small copy of a recipe that a smoke test runs."""

@@ -1,6 +1,6 @@
-"""A recipe made small enough to be tried in minutes: every wire of a long run, and no result.
+"""A recipe made small enough to be tried in minutes: every code path of a long run, and no result.
 
-    bash run_pipeline.sh deepseek7b --rehearse          in runs/deepseek7b-rehearsal/, marked wherever it is shown
+    bash run_pipeline.sh deepseek7b --smoke-test          in runs/deepseek7b-smoke-test/, marked wherever it is shown
 
 What stays: the stages, the model's architecture, chat format, quantization, LoRA, ZeRO stages, optimizers, rewards and
 launcher. What shrinks: the model (random weights, its own tokenizer), the rows, the steps, the answers and batches. A
@@ -19,12 +19,12 @@ from pipeline.config.recipe import Evaluate, Grpo, RandomInit, Recipe, Sft, Task
 from pipeline.core.errors import RecipeError
 from pipeline.tasks.task import Task, task_of
 
-SUFFIX = "-rehearsal"
+SUFFIX = "-smoke-test"
 STEPS = 4  # of SFT; GRPO takes half as many
 WORDS = 16  # tokens of a completion
 
 
-def rehearsal_of(recipe: Recipe, cluster: Cluster | None) -> Recipe:
+def smoke_test_of(recipe: Recipe, cluster: Cluster | None) -> Recipe:
     """The recipe in small. RecipeError where its model's architecture is not known or not one that can be drawn."""
     model, task = recipe.model, task_of(recipe.task, recipe.seed)
     processes = cluster.nodes * process_count(cluster) if cluster else 1
@@ -57,7 +57,7 @@ def rehearsal_of(recipe: Recipe, cluster: Cluster | None) -> Recipe:
 
 
 def _task(choice: TaskChoice, task: Task) -> TaskChoice:
-    params = {**choice.params, **task.rehearsal()}
+    params = {**choice.params, **task.smoke_test_params()}
     if task.source == "hub" and "sample" in task.sources:
         return replace(choice, source="sample", revision=None, params=params)
     return replace(choice, params=params)
@@ -76,8 +76,8 @@ def _scratch(recipe: Recipe) -> RandomInit:
             else "its config.json is neither bundled nor in the local cache"
         )
         raise RecipeError(
-            f"model.name: {recipe.model.name} cannot be rehearsed, {what}; known: {', '.join(ARCHITECTURES)} "
-            "(python -m pipeline fetch brings the config of another)"
+            f"model.name: {recipe.model.name} cannot be smoke-tested, {what}; known: {', '.join(ARCHITECTURES)} "
+            "(python -m pipeline download brings the config of another)"
         )
     grouped = config.get("num_key_value_heads", 1) != config.get("num_attention_heads", 1)
     return RandomInit(

@@ -103,7 +103,7 @@ class Gsm8k(Task):
         said = answers.number(completion, prefilled)
         return answers.thinks_then_answers(completion, prefilled) and said is not None
 
-    def rehearsal(self) -> dict[str, Any]:
+    def smoke_test_params(self) -> dict[str, Any]:
         return {"validation": 4, "test": 8, "rows": None}
 
 

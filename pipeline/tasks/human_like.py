@@ -77,7 +77,7 @@ class HumanLike(Task):
     def is_well_formed(self, completion: str, prefilled: bool) -> bool:
         return bool((answers.answer_text(completion, prefilled) or "").strip())
 
-    def rehearsal(self) -> dict[str, Any]:
+    def smoke_test_params(self) -> dict[str, Any]:
         return {"validation": 4, "test": 8, "rows": None}
 
 

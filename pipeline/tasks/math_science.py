@@ -146,7 +146,7 @@ class MathScience(Task):
         said = answers.expression(completion, prefilled)
         return answers.thinks_then_answers(completion, prefilled) and said is not None
 
-    def rehearsal(self) -> dict[str, Any]:
+    def smoke_test_params(self) -> dict[str, Any]:
         return {"mathcode_rows": None, "scibench_rows": None, "validation": 4, "test": 8, "grpo_rows": None}
 
 

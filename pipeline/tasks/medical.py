@@ -114,7 +114,7 @@ class Medical(Task):
     def split_names(self) -> list[str]:
         return ["test", "short", "validation"]
 
-    def rehearsal(self) -> dict[str, Any]:
+    def smoke_test_params(self) -> dict[str, Any]:
         return {"validation": 4, "test": 6, "short": 6, "rows": None, "grpo_rows": None}
 
 

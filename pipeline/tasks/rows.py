@@ -2,7 +2,7 @@
 
     rows, skipped = sorted_out(file_rows(path), problem, str(path), skip_bad=False)
 
-A file is read by row_files.py. A data set of the hub is read from the local cache, which `python -m pipeline fetch`
+A file is read by row_files.py. A data set of the hub is read from the local cache, which `python -m pipeline download`
 fills; where there is a network, it is fetched on the way.
 """
 
@@ -17,7 +17,7 @@ from pipeline.core.errors import DataError, some_of
 from pipeline.tasks.row_files import Columns, Row, file_problem, file_rows, is_missing
 
 __all__ = ["Columns", "Row", "file_problem", "file_rows", "is_missing"]  # the other half of what a task reads rows by
-SAMPLES = Path(__file__).parent / "samples"  # small files in the hub's schemas, written for rehearsals
+SAMPLES = Path(__file__).parent / "samples"  # small files in the hub's schemas, written for smoke tests
 SHOWN = 20  # bad rows that are named; the others are counted
 
 
@@ -34,7 +34,7 @@ def hub_rows(name: str, revision: str | None, *, split: str, config: str | None 
         why = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"data set {name}: split {split!r} cannot be read ({why[:300]})",
-            "where nodes have no internet, python -m pipeline fetch RECIPE brings it before; "
+            "where nodes have no internet, python -m pipeline download RECIPE brings it before; "
             "task.source=path reads a file, task.source=sample the project's own few rows",
         ) from error
     for number, values in enumerate(data, 1):

@@ -1,6 +1,6 @@
 """The devices that a stage really runs on: refused where they are not what the cluster asks for, and written down.
 
-    check_devices(cluster, rehearsal=False)     at the start of a stage process: LaunchError, or sentences that warn
+    check_devices(cluster, smoke_test=False)     at the start of a stage process: LaunchError, or sentences that warn
     describe(recipe, cluster, stage, world)     for the artifact: names, precision, attention, layout, planned memory
     explain_out_of_memory(error, stage, cluster)    the sentence for a GPU whose memory ran out
 
@@ -27,16 +27,16 @@ ALLOW_CPU = "THEREFORE_ALLOW_CPU"  # 1: stages of a cluster with GPUs may run on
 LESS = 0.9  # share of cluster.gpu_memory that a card may fall short by its driver's own use
 
 
-def check_devices(cluster: Cluster, *, rehearsal: bool) -> list[str]:
+def check_devices(cluster: Cluster, *, smoke_test: bool) -> list[str]:
     """LaunchError where GPUs are asked for that this process cannot use; returns sentences about those that differ.
 
-    A rehearsal of a shrunken model, whose figures are no results, may run on a CPU, with a sentence.
+    A smoke test of a shrunken model, whose figures are no results, may run on a CPU, with a sentence.
     """
     if not wanted_gpus(cluster):
         return []
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if why := unusable(local):
-        if rehearsal or os.environ.get(ALLOW_CPU) == "1":
+        if smoke_test or os.environ.get(ALLOW_CPU) == "1":
             return [f"cluster.gpus: got {cluster.gpus}, but this ran on the CPU: {why}"]
         raise LaunchError(
             f"cluster.gpus: got {cluster.gpus} on {os.uname().nodename}, where torch cannot use a GPU; {why}. "

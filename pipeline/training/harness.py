@@ -133,7 +133,7 @@ def _hardware(spec: StepSpec, runtime: Runtime) -> dict[str, Any]:
         return {}
     from pipeline.training import devices
 
-    for sentence in devices.check_devices(spec.cluster, rehearsal=spec.recipe.smoke_test):
+    for sentence in devices.check_devices(spec.cluster, smoke_test=spec.recipe.smoke_test):
         runtime.warn(sentence)
     found = devices.describe(spec.recipe, spec.cluster, spec.stage, runtime.world)
     if runtime.rank == 0:
@@ -200,7 +200,7 @@ def _artifact(
             "seconds": ended - started,
             "processes": world,
             "cluster": spec.cluster.name,
-            "rehearsal": spec.recipe.smoke_test,  # of a shrunken model: no figure of it is a result
+            "smoke_test": spec.recipe.smoke_test,  # of a shrunken model: no figure of it is a result
             "versions": versions(),
             "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",

@@ -25,7 +25,7 @@ from pipeline.core.hashing import describe_drift, file_identity, fingerprint, pl
 from pipeline.core.records import OddFile
 from pipeline.rewards.reward import find_rewards
 from pipeline.sizing.fitting import resolve_auto
-from pipeline.sizing.smoke import rehearsal_of
+from pipeline.sizing.smoke import smoke_test_of
 from pipeline.tasks.task import make_task, resolved_params, split_problems, task_of
 from pipeline.workflow.artifact import ARTIFACT, SCHEMA, STEP, Artifact, artifact_problem, is_done, read_artifact
 from pipeline.workflow.layouts import resume_problems
@@ -126,7 +126,7 @@ def make_plan(
     cluster: str = "local",
     stages: Sequence[str] = (),
     skip_sft: bool = False,
-    rehearse: bool = False,
+    smoke_test: bool = False,
     runs: Path = RUNS,
 ) -> Plan:
     """The plan for these recipes; RecipeError or PlanError with every problem.
@@ -141,7 +141,7 @@ def make_plan(
         raise PlanError("an export is no part of a run: python -m pipeline export --ckpt DIR --format merged16")
     if skip_sft:
         overrides = [*overrides, "grpo.init_from=base"]
-    recipes, where = _resolve(names, overrides, cluster, rehearse)
+    recipes, where = _resolve(names, overrides, cluster, smoke_test)
     steps: list[Step] = []
     for recipe in recipes:
         steps += _recipe_steps(recipe, runs)
@@ -158,7 +158,7 @@ def make_plan(
 
 
 def _resolve(
-    names: Sequence[str], overrides: Sequence[str], cluster: str, rehearse: bool
+    names: Sequence[str], overrides: Sequence[str], cluster: str, smoke_test: bool
 ) -> tuple[list[Recipe], Cluster]:
     """Typed recipes and cluster, everything that is wrong with any of them reported at once."""
     problems: list[str] = []
@@ -167,7 +167,7 @@ def _resolve(
         for_cluster.append(f"processes={processes}")
     where = None
     try:
-        where, found = read_cluster(cluster, [*for_cluster, *(SMOKE_OVERRIDES if rehearse else ())])
+        where, found = read_cluster(cluster, [*for_cluster, *(SMOKE_OVERRIDES if smoke_test else ())])
         problems += found
     except RecipeError as error:
         problems += error.problems
@@ -176,8 +176,8 @@ def _resolve(
     for name in dict.fromkeys(names):
         try:
             recipe, found = read(name, for_recipe)
-            if recipe is not None and rehearse and not task_problems(recipe):
-                recipe = rehearsal_of(recipe, where)
+            if recipe is not None and smoke_test and not task_problems(recipe):
+                recipe = smoke_test_of(recipe, where)
                 found = recipe.problems()
         except RecipeError as error:
             problems += error.problems

@@ -102,7 +102,7 @@ def wire(place: Place, layout: str, way: str) -> Measured:
     for stage in ("sft", "grpo"):
         words += [f"cluster.{stage}.deepspeed={layout}", f"cluster.{stage}.gradient_checkpointing=true"]
     words += ["cluster.processes=1", "cluster.save_steps=2", "cluster.gpu_memory=null", "grpo.beta=0.1"]
-    plan = make_plan(["qwen1.5b"], [*words, *WAYS[way]], rehearse=True, runs=place.work)
+    plan = make_plan(["qwen1.5b"], [*words, *WAYS[way]], smoke_test=True, runs=place.work)
     cluster, recipe, here = plan.cluster, plan.steps[0].recipe, place.work / "wires" / layout / way
     half = replace(recipe, sft=replace(recipe.sft, max_steps=2), grpo=replace(recipe.grpo, max_steps=1))
     whole = replace(half, sft=replace(recipe.sft, max_steps=4))
@@ -144,7 +144,7 @@ def overflow(place: Place, layout: str) -> Measured:
     try:
         words = [f"cluster.{stage}.deepspeed={layout}" for stage in ("sft", "grpo")]
         words += ["model.dtype=float16", "cluster.processes=1", "cluster.gpu_memory=null"]
-        plan = make_plan(["qwen1.5b"], words, rehearse=True, runs=place.work)
+        plan = make_plan(["qwen1.5b"], words, smoke_test=True, runs=place.work)
         recipe, here = plan.steps[0].recipe, place.work / "overflow" / layout
         recipe = replace(recipe, sft=replace(recipe.sft, max_steps=16))
         data, _ = run_stage("preprocess", recipe, plan.cluster, {}, here / "preprocess")
@@ -159,7 +159,7 @@ def overflow(place: Place, layout: str) -> Measured:
 
 
 def random_seven(place: Place, data: Artifact) -> Path:
-    """A model of the 7B shape with random weights and the rehearsal's tokenizer; drawn once for all sections."""
+    """A model of the 7B shape with random weights and the smoke test's tokenizer; drawn once for all sections."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = place.work / "seven" / "model"
@@ -208,11 +208,11 @@ def seven(place: Place) -> tuple[Recipe, Cluster, Artifact]:
     few = ["cluster.processes=1", f"cluster.gpus={int(place.gpu)}", "task.params.n=[3, 4]"]
     few += ["task.params.phases=[{n: [3, 4], rows: 64}]", "task.params.grpo_rows=32", "task.params.test_rows=32"]
     few += ["task.params.validation_rows=0", "task.params.perturbed_rows=0", "evaluate.splits=[test]"]
-    rehearsed = make_plan(["deepseek7b"], few, cluster="2x2080ti", rehearse=True, runs=place.work)
+    smoke_tested = make_plan(["deepseek7b"], few, cluster="2x2080ti", smoke_test=True, runs=place.work)
     folder = place.work / "seven" / "preprocess"
     data = Artifact("preprocess", "preprocess", "deepseek7b", "", {}, {}, {}, {}, {}, folder)
     if not (folder / "splits.json").is_file():
-        run_stage("preprocess", rehearsed.steps[0].recipe, rehearsed.cluster, {}, folder)
+        run_stage("preprocess", smoke_tested.steps[0].recipe, smoke_tested.cluster, {}, folder)
     short = 16 if place.small else 256
     words = [*few, f"model.name={random_seven(place, data)}", "sft.max_steps=2", "sft.global_batch_size=4"]
     words += [f"grpo.max_steps={1 if place.small else 2}", "grpo.global_batch_size=16"]

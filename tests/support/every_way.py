@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=2 tests/support/every_way.py zero2 OUT
 
-Each way is the recipe's rehearsal, run by the stages themselves. Leaves OUT/<recipe>/<way>/{sft,grpo}/ as a run does,
+Each way is the recipe's smoke test, run by the stages themselves. Leaves OUT/<recipe>/<way>/{sft,grpo}/ as a run does,
 with the stage's metrics and, under DeepSpeed, what its optimizer holds (engine.json) and what a process holds of the
 weights before GRPO generates and while it does (weights.json); OUT/overflow/ has SFT in float16
 from loss scales that are too high. tests/train/test_training.py starts it and looks at what it left.
@@ -68,10 +68,10 @@ def main(layout: str, out: Path) -> None:
     distributed.start(deepspeed=layout != "none")
     where = [f"cluster.{stage}.deepspeed={layout}" for stage in ("sft", "grpo")]
     for name, way in cells():
-        plan = make_plan([name], [*SHORT, *where, *WAYS[way]], rehearse=True, runs=out)
+        plan = make_plan([name], [*SHORT, *where, *WAYS[way]], smoke_test=True, runs=out)
         train(plan.steps[0].recipe, plan.cluster, out / name / way)
     if layout != "none":  # accelerate scales nothing on a CPU
-        plan = make_plan(RECIPES[:1], [*SHORT, *where, *WAYS["fp16 lora"]], rehearse=True, runs=out)
+        plan = make_plan(RECIPES[:1], [*SHORT, *where, *WAYS["fp16 lora"]], smoke_test=True, runs=out)
         overflow(plan.steps[0].recipe, plan.cluster, out / "overflow")
     distributed.finish()
 

@@ -69,7 +69,7 @@ def test_gpus_that_are_not_there_are_an_error_that_says_what_is_wrong(monkeypatc
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(LaunchError) as raised:
-            devices.check_devices(cluster_of(), rehearsal=False)
+            devices.check_devices(cluster_of(), smoke_test=False)
         assert str(raised.value).startswith("cluster.gpus: got 2 on ")
         assert told in str(raised.value)
         assert "cluster.gpus=0 trains on the CPU" in str(raised.value)
@@ -77,24 +77,24 @@ def test_gpus_that_are_not_there_are_an_error_that_says_what_is_wrong(monkeypatc
 
 def test_without_gpus_in_the_cluster_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     without_cuda(monkeypatch, None, [])
-    assert devices.check_devices(cluster_of("local"), rehearsal=False) == []
-    assert devices.check_devices(replace(cluster_of(), gpus=0), rehearsal=False) == []
+    assert devices.check_devices(cluster_of("local"), smoke_test=False) == []
+    assert devices.check_devices(replace(cluster_of(), gpus=0), smoke_test=False) == []
 
 
-def test_a_rehearsal_runs_on_a_cpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_smoke_test_runs_on_a_cpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     without_cuda(monkeypatch, "13.0", [])
-    (told,) = devices.check_devices(cluster_of(), rehearsal=True)
+    (told,) = devices.check_devices(cluster_of(), smoke_test=True)
     assert told.startswith("cluster.gpus: got 2, but this ran on the CPU: no driver")
 
 
 def test_cards_as_the_cluster_says_need_no_word(monkeypatch: pytest.MonkeyPatch) -> None:
     with_card(monkeypatch)
-    assert devices.check_devices(cluster_of(), rehearsal=False) == []
+    assert devices.check_devices(cluster_of(), smoke_test=False) == []
 
 
 def test_a_smaller_or_other_card_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     with_card(monkeypatch, "NVIDIA L4", 22.0, (8, 9))
-    smaller, other = devices.check_devices(cluster_of("a100"), rehearsal=False)
+    smaller, other = devices.check_devices(cluster_of("a100"), smoke_test=False)
     assert smaller.startswith("cluster.gpu_memory: got ")
     assert "expected at most 22.0, which NVIDIA L4 has. Fix: cluster.gpu_memory=22.0" in smaller
     assert "cluster.compute_capability: got 8; expected 8.9, which NVIDIA L4 has" in other
@@ -104,7 +104,7 @@ def test_more_processes_than_cards_are_an_error(monkeypatch: pytest.MonkeyPatch)
     with_card(monkeypatch)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(LaunchError, match=r"got a process number 3 on .* its 2 GPUs\. Fix: cluster\.processes=2"):
-        devices.check_devices(cluster_of(), rehearsal=False)
+        devices.check_devices(cluster_of(), smoke_test=False)
 
 
 def test_a_card_that_fails_at_its_first_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ def test_a_card_that_fails_at_its_first_use_is_named(monkeypatch: pytest.MonkeyP
     with pytest.raises(
         LaunchError, match="CUDA fails at its first use: CUDA error: uncorrectable ECC error encountered"
     ):
-        devices.check_devices(cluster_of(), rehearsal=False)
+        devices.check_devices(cluster_of(), smoke_test=False)
 
 
 def test_what_a_stage_runs_on_is_described(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def wild(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_several_checkpoints_answer_side_by_side(nano: Path) -> None:
     sft, grpo = (str(only(nano, f"tiny/{stage}-*")) for stage in ("sft", "grpo"))
-    done = run_cli("ask", "--ckpt", sft, "--ckpt", grpo, QUESTION, "--max-new-tokens", "8")
+    done = run_cli("chat", "--ckpt", sft, "--ckpt", grpo, QUESTION, "--max-new-tokens", "8")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line for line in lines if line.startswith("== ")] == [f"== {sft}", f"== {grpo}"]
@@ -96,7 +96,7 @@ def test_a_conversation_reads_questions_until_stdin_ends(
     wild: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\nanother\n"))
-    options = replace(GREEDY, question=None, chat=True, max_new_tokens=5)
+    options = replace(GREEDY, question=None, interactive=True, max_new_tokens=5)
     ask(AskRequest((CheckpointRequest(str(wild), tiny()),), options))
     assert capsys.readouterr().out.count("verdict: ") == 2
 
@@ -105,9 +105,8 @@ def test_a_conversation_reads_questions_until_stdin_ends(
     ("words", "told"),
     [
         (["--ckpt", "no/such/folder", "why?"], "checkpoint no/such/folder: no such folder"),
-        (["--ckpt", "owner/name", "  "], "the question is empty"),
-        (["--ckpt", "owner/name"], "no question: write it in quotes, - reads it from stdin"),
-        (["--ckpt", "owner/name", "--chat", "-"], "--chat reads its questions from stdin already"),
+        (["--ckpt", "owner/name", "  "], "question: got an empty one; expected text. Fix: write it in quotes"),
+        (["--ckpt", "owner/name", "--interactive", "-"], "--interactive: got - too; expected one of them"),
         (["--ckpt", "owner/name", "why?", "--temperature", "-1"], "--temperature: -1.0 is not a number from 0"),
         (["--ckpt", "owner/name", "why?", "tinny"], "unknown recipe 'tinny'"),
         (["--ckpt", "owner/name", "why?", "cluster.max_memory={gpus: 3}"], "cluster.max_memory.gpus: unknown setting"),
@@ -116,7 +115,7 @@ def test_a_conversation_reads_questions_until_stdin_ends(
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_mistake_is_told_before_a_model_is_loaded(words: list[str], told: str) -> None:
-    done = run_cli("ask", *words)
+    done = run_cli("chat", *words)
     assert done.returncode == 2
     assert told in done.stderr
     assert "Traceback" not in done.stderr

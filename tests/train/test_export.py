@@ -369,7 +369,7 @@ def test_what_families_have_beside_the_plain_layout(tmp_path: Path, kind: str) -
 def test_the_name_phi3_is_what_llama_cpp_takes_it_for() -> None:
     """It looks four tokens up where a name has phi3 in it, and fails to load a file without them."""
     plain = train_tokenizer(["A correlates with B."] * 20, 400)
-    assert name_in_file("phi3.5-rehearsal sft", plain) == "phi 3.5-rehearsal sft"
+    assert name_in_file("phi3.5-smoke-test sft", plain) == "phi 3.5-smoke-test sft"
     real = train_tokenizer(["A correlates with B."] * 20, 400, ["<unk>", "<s>", "</s>", "<|endoftext|>"])
     assert name_in_file("Phi-3.5 sft", real) == "phi 3.5 sft"
     real.add_tokens([AddedToken("<|ends|>", special=True, rstrip=True)])
@@ -418,7 +418,7 @@ def test_a_trained_run_is_exported_and_asked(nano: Path, tmp_path: Path) -> None
     done = run_cli(*words)
     assert done.returncode == 0, done.stderr
     folder = only(tmp_path, "exports/tiny-grpo-merged16-*")
-    assert f"next:\n  python -m pipeline ask --ckpt {folder} --chat" in done.stdout
+    assert f"next:\n  python -m pipeline chat --ckpt {folder}" in done.stdout
     artifact = open_artifact(folder, deep=True)
     assert artifact.fingerprint == folder.name.rpartition("-")[2]
     assert artifact.payload["inputs"] == {"source": source.name}
@@ -439,7 +439,7 @@ def test_a_trained_run_is_exported_and_asked(nano: Path, tmp_path: Path) -> None
         assert words_ in card
     assert str(tmp_path) not in card
     assert str(nano) not in card
-    assert "REHEARSAL" not in card
+    assert "SMOKE TEST" not in card
 
 
 def test_a_batch_script_prepares_an_export(nano: Path, tmp_path: Path) -> None:
@@ -479,11 +479,11 @@ def test_an_export_is_asked_in_the_precision_it_has(adapted: tuple[Path, Model],
     assert ("weights in training: nf4" in card) == (adapted[1].quantization == "nf4")
 
 
-def test_a_rehearsal_is_marked_as_one(learned: Path, tmp_path: Path) -> None:
+def test_a_smoke_test_is_marked_as_one(learned: Path, tmp_path: Path) -> None:
     place = run_export(learned, tmp_path / "out", "smoke_test=true", format="merged16")
     card = (place / "README.md").read_text()
-    assert "**REHEARSAL of a shrunken model with random weights: nothing here is a result.**" in card
-    assert "rehearsal]" in card.splitlines()[3]
+    assert "**SMOKE TEST of a shrunken model with random weights: nothing here is a result.**" in card
+    assert "smoke-test]" in card.splitlines()[3]
 
 
 def test_what_cannot_be_exported_is_told(learned: Path, tmp_path: Path) -> None:

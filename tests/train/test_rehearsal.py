@@ -1,4 +1,4 @@
-"""--rehearse: every recipe runs from rows to report in small, with its own wires, and is never taken for a result."""
+"""--smoke-test: every recipe runs from rows to report in small, with its own wires, and is never taken for a result."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def test_no_configuration_is_bundled_that_no_recipe_names() -> None:
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_can_be_rehearsed_with_its_own_wires(name: str, tmp_path: Path) -> None:
-    full, small = (make_plan([name], rehearse=flag, runs=tmp_path).steps[1].recipe for flag in (False, True))
+def test_every_recipe_can_be_smoke_tested_with_its_own_wires(name: str, tmp_path: Path) -> None:
+    full, small = (make_plan([name], smoke_test=flag, runs=tmp_path).steps[1].recipe for flag in (False, True))
     assert small.smoke_test
-    assert small.name == f"{name}-rehearsal"
+    assert small.name == f"{name}-smoke-test"
     for part in ("quantization", "attention", "dtype"):
         assert getattr(small.model, part) == getattr(full.model, part)
     assert small.lora == full.lora
@@ -70,9 +70,9 @@ def test_every_recipe_can_be_rehearsed_with_its_own_wires(name: str, tmp_path: P
 
 
 @pytest.mark.parametrize("cluster", cluster_names())
-def test_a_rehearsal_fits_every_cluster(cluster: str, tmp_path: Path) -> None:
+def test_a_smoke_test_fits_every_cluster(cluster: str, tmp_path: Path) -> None:
     for name in recipe_names():
-        plan = make_plan([name], cluster=cluster, rehearse=True, runs=tmp_path)
+        plan = make_plan([name], cluster=cluster, smoke_test=True, runs=tmp_path)
         assert preflight.problems(plan)[0] == []  # whatever the model itself would need
 
 
@@ -86,7 +86,7 @@ WHOLE = ("gsm8k", "math_science", "medical", "human_like", "phi3.5")
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name not in WHOLE])
 def test_every_recipe_makes_its_rows_and_its_small_model(name: str, tmp_path: Path) -> None:
-    plan = make_plan([name], rehearse=True, runs=tmp_path)
+    plan = make_plan([name], smoke_test=True, runs=tmp_path)
     step = plan.steps[0]
     step.folder.mkdir(parents=True)
     runtime = Runtime(plan.cluster, ProgressFile(None, step.name), 0, 1, step.folder, None, None)
@@ -101,17 +101,17 @@ def test_every_recipe_makes_its_rows_and_its_small_model(name: str, tmp_path: Pa
 
 
 @pytest.fixture(scope="module")
-def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
+def smoke_tested(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
     """One recipe a task from rows to report, two commands at a time with one process each; one with two, offloading."""
-    runs = tmp_path_factory.mktemp("rehearsals")
+    runs = tmp_path_factory.mktemp("smoke tests")
     layout = {name: ["cluster.processes=1"] for name in WHOLE}
     layout["phi3.5"] = ["cluster.processes=2", *OFFLOAD]
 
-    def rehearse(name: str) -> subprocess.CompletedProcess[str]:
+    def smoke_test(name: str) -> subprocess.CompletedProcess[str]:
         words = ["cluster.threads=1", *layout[name], "--runs", str(runs)]
-        done = run_cli("run", name, "--rehearse", *words, timeout=900)
+        done = run_cli("run", name, "--smoke-test", *words, timeout=900)
         if done.returncode == 0 and recipe_of(name).task.name != "corr2cause":
-            trained = sorted((runs / f"{name}-rehearsal").glob("[gs][rf][pt]*"))[
+            trained = sorted((runs / f"{name}-smoke-test").glob("[gs][rf][pt]*"))[
                 0
             ]  # grpo, where there is one, else sft
             export = ["export", "--ckpt", str(trained), "--format", "merged16", "--out", str(runs / "exports" / name)]
@@ -120,51 +120,51 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.
         return done
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(layout, pool.map(rehearse, layout), strict=True))
+        return dict(zip(layout, pool.map(smoke_test, layout), strict=True))
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_rehearsal_runs_from_rows_to_report_and_says_what_it_is(
-    rehearsed: dict[str, subprocess.CompletedProcess[str]], name: str
+def test_a_smoke_test_runs_from_rows_to_report_and_says_what_it_is(
+    smoke_tested: dict[str, subprocess.CompletedProcess[str]], name: str
 ) -> None:
     """The recipe's own quantization, adapters, ZeRO-2 for SFT and ZeRO-3 for GRPO."""
-    done = rehearsed[name]
+    done = smoke_tested[name]
     assert done.returncode == 0, done.stderr
-    assert "REHEARSAL of a shrunken model" in done.stdout
-    runs = Path(done.args[done.args.index("--runs") + 1]) / f"{name}-rehearsal"
+    assert "SMOKE TEST of a shrunken model" in done.stdout
+    runs = Path(done.args[done.args.index("--runs") + 1]) / f"{name}-smoke-test"
     trained = [stage for stage in ("sft", "grpo") if list(runs.glob(f"{stage}-*"))]
     assert trained
     for stage in trained:
         artifact = open_artifact(only(runs, f"{stage}-*"))
         assert artifact.metrics["steps"] == (STEPS if stage == "sft" else STEPS // 2)
-        assert artifact.provenance["rehearsal"]
+        assert artifact.provenance["smoke_test"]
         weights = "adapter" if recipe_of(name).lora.enabled else "model"
         assert list((artifact.folder / weights).glob("*model.safetensors"))
     config = read_json(only(runs, "preprocess-*") / "model" / "config.json")
     known = model_config(recipe_of(name).model) or {"model_type": "qwen2"}
     assert config["model_type"] == known["model_type"]
-    assert "REHEARSAL" in (only(runs, "report-*") / "report.html").read_text()
+    assert "SMOKE TEST" in (only(runs, "report-*") / "report.html").read_text()
     if recipe_of(name).task.name != "corr2cause":
         exported = runs.parent / "exports" / name
         assert list(exported.glob("model/*.safetensors"))
-        assert "rehearsal" in next(exported.rglob("README.md")).read_text().lower()
+        assert "smoke_test" in next(exported.rglob("README.md")).read_text().lower()
 
 
-def test_what_a_recipe_wants_shown_is_in_its_report(rehearsed: dict[str, subprocess.CompletedProcess[str]]) -> None:
+def test_what_a_recipe_wants_shown_is_in_its_report(smoke_tested: dict[str, subprocess.CompletedProcess[str]]) -> None:
     """Mathematics and science: the seed's questions to each model, and its success indicators; answers: preferences."""
-    words = rehearsed["math_science"].args
+    words = smoke_tested["math_science"].args
     runs = Path(words[words.index("--runs") + 1])
-    report = read_json(only(runs, "math_science-rehearsal/report-*") / "report.json")
+    report = read_json(only(runs, "math_science-smoke-test/report-*") / "report.json")
     assert [len(one["answers"]) for one in report["prompts"]] == [3, 3, 3]
     assert {goal["name"] for goal in report["goals"]} == {"validation_loss", "validation_loss_gap", "thoughts"}
     assert all(goal["met"] is not None for goal in report["goals"])
-    figures = read_json(only(runs, "human_like-rehearsal/evaluate-sft-*") / "metrics.json")["test"]["all"]
+    figures = read_json(only(runs, "human_like-smoke-test/evaluate-sft-*") / "metrics.json")["test"]["all"]
     assert 0 <= figures["preference"]["value"] <= 1
     assert "accuracy" not in figures
 
 
-def test_a_model_that_nobody_knows_cannot_be_rehearsed(tmp_path: Path) -> None:
+def test_a_model_that_nobody_knows_cannot_be_smoke_tested(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("model: {name: someone/unknown}\n")
-    with pytest.raises(RecipeError, match=r"someone/unknown cannot be rehearsed, its config\.json is neither bundled"):
-        make_plan([str(mine)], rehearse=True, runs=tmp_path)
+    with pytest.raises(RecipeError, match=r"someone/unknown cannot be smoke-tested, its config\.json is neither"):
+        make_plan([str(mine)], smoke_test=True, runs=tmp_path)

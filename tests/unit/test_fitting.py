@@ -152,7 +152,7 @@ def test_check_says_that_an_architecture_is_not_known(tmp_path: Path) -> None:
     assert "'gemma3', is not one that is known here, so memory and lora.targets were not checked" in notes
     notes = notes_of(make_plan(["qwen1.5b"], ["model.name=someone/else"], cluster="h100", runs=tmp_path))
     assert "someone/else is neither bundled nor in the local cache" in notes
-    assert "python -m pipeline fetch qwen1.5b brings it" in notes
+    assert "python -m pipeline download qwen1.5b brings it" in notes
     assert "not checked" not in notes_of(make_plan(["qwen1.5b"], cluster="h100", runs=tmp_path))
 
 

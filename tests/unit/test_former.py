@@ -11,12 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import ROOT, run_cli
 
+from pipeline.cli.main import FORMER_COMMANDS, FORMER_OPTIONS, command, parser, present_words
 from pipeline.config import load
 from pipeline.config.cluster import Cluster, read_cluster
 from pipeline.config.former import CLUSTER, MOVED, RENAMED, TASK_PARAMS, VALUES, identity, present_names, recipe_renames
-from pipeline.config.recipe import Recipe, read
+from pipeline.config.recipe import Recipe, TaskChoice, read
 from pipeline.core.hashing import plain
 from pipeline.core.schema import Renames, parse, value_at
+from pipeline.tasks.gsm8k import Gsm8k, Gsm8kParams
+from pipeline.tasks.task import Task
 from pipeline.workflow.plan import make_plan
 from pipeline.workflow.stage import STAGES
 
@@ -242,3 +245,39 @@ def test_the_command_line_generates_rows_by_former_names(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert "task.params.letters is now task.params.variable_names" in done.stderr
     assert "task.params.balance=even is now task.params.balance=balanced" in done.stderr
+
+
+@pytest.mark.parametrize("word", [*FORMER_COMMANDS, *FORMER_OPTIONS])
+def test_every_former_word_of_the_command_line_is_read_and_noticed(
+    word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = parser().format_help()
+    if word in FORMER_COMMANDS:
+        assert present_words([word, word])[:] == [FORMER_COMMANDS[word], word]  # only the command itself
+        assert f"\n    {FORMER_COMMANDS[word]}" in known
+        assert f"\n    {word} " not in known
+    else:
+        assert present_words(["run", word]) == ["run", FORMER_OPTIONS[word]]
+    now = {**FORMER_COMMANDS, **FORMER_OPTIONS}[word]
+    assert capsys.readouterr().err == f"note: {word} is now {now}; the former word is read in this version\n"
+
+
+def test_a_smoke_test_by_its_former_word_is_the_same_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for word in ("--rehearse", "--smoke-test"):
+        assert command(["plan", "tiny", word, "--runs", str(tmp_path)]) == 0
+        shown.append(capsys.readouterr())
+    assert shown[0].out == shown[1].out
+    assert "tiny-smoke-test/grpo" in shown[1].out
+    assert ("--rehearse is now --smoke-test" in shown[0].err, shown[1].err) == (True, "")
+
+
+def test_a_task_that_names_its_small_params_by_the_former_word_is_smoke_tested() -> None:
+    class Mine(Gsm8k):
+        smoke_test_params = Task.smoke_test_params
+
+        def rehearsal(self) -> dict[str, Any]:
+            return {"rows": 7}
+
+    choice = TaskChoice("gsm8k", "sample", None, None, "error", {})
+    assert Mine(choice, Gsm8kParams(), 0).smoke_test_params() == {"rows": 7}

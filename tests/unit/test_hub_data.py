@@ -54,7 +54,7 @@ def test_a_data_set_is_fetched_once_and_read_without_the_hub(tmp_path: Path) -> 
     assert f"dataset {NAME} is not in the local cache (no revision {COMMIT})" in before.stderr
 
     with serve(NAME, tmp_path / "hub", "dataset") as (address, asked):
-        done = run_cli("fetch", *words, env={**home, "HF_ENDPOINT": address})
+        done = run_cli("download", *words, env={**home, "HF_ENDPOINT": address})
         assert done.returncode == 0, done.stderr
         assert f"mine: dataset {NAME} at {COMMIT}" in done.stdout
         assert any(line == f"GET /datasets/{NAME}/resolve/{COMMIT}/main/test-00000-of-00001.parquet" for line in asked)
@@ -72,5 +72,5 @@ def test_a_data_set_is_fetched_once_and_read_without_the_hub(tmp_path: Path) -> 
     done = run_cli("run", *words, "--stages", "preprocess", "seed=1", env=nothing)
     assert done.returncode == 2
     assert f"data set {NAME}: split 'train' cannot be read" in done.stderr
-    assert "python -m pipeline fetch" in done.stderr
+    assert "python -m pipeline download" in done.stderr
     assert "Traceback" not in done.stderr

@@ -112,7 +112,7 @@ LIGHT = [
     ["plan", "tiny"],
     ["plan", "deepseek7b", "--cluster", "a100", "--memory"],
     ["check", "tiny", "--audit"],
-    ["plan", "medical", "--rehearse"],
+    ["plan", "medical", "--smoke-test"],
     ["list"],
     ["status"],
     ["run", "tiny", "--launcher", "slurm", "--dry-run"],

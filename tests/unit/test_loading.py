@@ -333,9 +333,9 @@ def test_two_recipes_of_one_name_are_refused(tmp_path: Path) -> None:
         make_plan(["tiny", f"{tmp_path}/a/tiny.yaml"])
     with pytest.raises(RecipeError, match="both called 'tiny'"):
         make_plan([f"{tmp_path}/a/tiny.yaml", f"{tmp_path}/b/tiny.yaml"])
-    rehearsed = tmp_path / "a" / "tiny-rehearsal.yaml"
-    rehearsed.write_text(text_of())
-    assert make_plan(["tiny", str(rehearsed)]).steps
+    smoke_tested = tmp_path / "a" / "tiny-smoke-test.yaml"
+    smoke_tested.write_text(text_of())
+    assert make_plan(["tiny", str(smoke_tested)]).steps
 
 
 def test_the_report_of_many_recipes_has_a_folder_that_can_be_made(tmp_path: Path) -> None:

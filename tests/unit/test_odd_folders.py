@@ -21,7 +21,7 @@ from pipeline.workflow import status
 from pipeline.workflow.artifact import _checked
 from pipeline.workflow.plan import make_plan
 
-RECIPE = "tiny-rehearsal"
+RECIPE = "tiny-smoke-test"
 STEPS = ("preprocess", "sft", "grpo", "evaluate-base", "evaluate-sft", "evaluate-grpo", "report")
 FILES = ("artifact.json", "progress.json", "owner.json", "job.json", "step.json", "history.json", "log.txt", "stop")
 ENOUGH = 20  # seconds after which a command waits for something that never comes
@@ -32,7 +32,8 @@ def runs(tmp_path: Path) -> Path:
     """A finished run of three stages with its report, as an earlier version left it, and logs."""
     runs = tmp_path / "runs"
     shutil.copytree(ROOT / "tests" / "fixtures" / "records-v1", runs)
-    for step in make_plan(["tiny"], rehearse=True, runs=runs).steps:  # where this version would look for them
+    (runs / "tiny-smoke-test").rename(runs / RECIPE)
+    for step in make_plan(["tiny"], smoke_test=True, runs=runs).steps:  # where this version would look for them
         (folder,) = runs.glob(f"{RECIPE}/{step.name}-*")
         folder.rename(step.folder)
     for folder in (tmp_path / "runs" / RECIPE).iterdir():
@@ -162,9 +163,9 @@ def test_a_damaged_file_costs_its_own_row_at_most(runs: Path, how: str, capsys: 
         if name in ("history.json", "log.txt", "stop"):  # which no plan reads
             restore()
             continue
-        plan = said(capsys, "plan", "tiny", "--rehearse", *where)
+        plan = said(capsys, "plan", "tiny", "--smoke-test", *where)
         assert all(f"{RECIPE}/{step}" in plan for step in STEPS), (name, plan)
-        said(capsys, "run", "tiny", "--rehearse", "--refresh", "changed", "--dry-run", *where)
+        said(capsys, "run", "tiny", "--smoke-test", "--refresh", "changed", "--dry-run", *where)
         restore()
 
 
@@ -199,7 +200,7 @@ def test_what_may_not_be_read_is_a_row_or_a_note(
     open_to_all(runs)
     (folder,) = runs.glob(f"{RECIPE}/grpo-*")
     artifact, where = folder / "artifact.json", ["--runs", str(runs)]
-    said(capsys, "check", "tiny", "--rehearse", "seed=3", *where)  # imports what not everybody may read here
+    said(capsys, "check", "tiny", "--smoke-test", "seed=3", *where)  # imports what not everybody may read here
     _checked.clear()  # of this process; a mode changes neither time nor size
     artifact.chmod(0)
     (runs / "locked").mkdir(mode=0)
@@ -210,9 +211,9 @@ def test_what_may_not_be_read_is_a_row_or_a_note(
     (row,) = [row for row in rows if row.folder == str(folder)]
     assert (row.state, row.reasons) == ("odd", (f"{artifact}: cannot be read (Permission denied)",))
     assert f"cannot run: {artifact}: cannot be read (Permission denied)" in said(
-        capsys, "plan", "tiny", "--rehearse", *where
+        capsys, "plan", "tiny", "--smoke-test", *where
     )
-    refused = said(capsys, "run", "tiny", "--rehearse", *where)
+    refused = said(capsys, "run", "tiny", "--smoke-test", *where)
     assert f"{artifact}: cannot be read (Permission denied), so it is not known whether {RECIPE}/grpo is" in refused
     assert "locked: cannot be listed" in said(capsys, "logs", "locked/sft", *where)
 

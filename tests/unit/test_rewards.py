@@ -100,7 +100,7 @@ class Careless(Gsm8k):
 
 
 def test_the_audit_finds_a_judge_that_takes_two_answers_for_one() -> None:
-    task = task_of(TaskChoice("gsm8k", "sample", None, None, "error", Gsm8k.rehearsal(Gsm8k)), 0)  # type: ignore[arg-type]
+    task = task_of(TaskChoice("gsm8k", "sample", None, None, "error", Gsm8k.smoke_test_params(Gsm8k)), 0)  # type: ignore[arg-type]
     careless = Careless(task.choice, task.params, 0)
     rewards, _ = find_rewards({"correctness": Reward(1.0, {})})
     found = audit(careless, rewards, {"correctness": 1.0}, careless.specimens()[0])

@@ -114,7 +114,7 @@ def test_every_sample_row_is_graded_right_and_its_form_is_paid(name: str, source
     path = tmp_path / "all.jsonl"
     files = [path for path in sorted(SAMPLES.glob("*.jsonl")) if TASKS.get(path.stem, _of(path.stem)) == name]
     path.write_text("".join(file.read_text(encoding="utf-8") for file in files))
-    task = make(name, source, path if source == "path" else None, **cls.rehearsal(cls))
+    task = make(name, source, path if source == "path" else None, **cls.smoke_test_params(cls))
     splits = task.load()
     found = every_row(splits)
     assert [text for text in (breach(task, example) for example in found) if text] == []
@@ -354,7 +354,7 @@ _JUDGED: dict[str, tuple[Task, list[Example]]] = {}
 def _judged(name: str) -> tuple[Task, list[Example]]:
     if name not in _JUDGED:
         cls = importlib.import_module(f"pipeline.tasks.{name}").TASK
-        task = make(name, cls.sources[0] if name == "corr2cause" else "sample", **cls.rehearsal(cls))
+        task = make(name, cls.sources[0] if name == "corr2cause" else "sample", **cls.smoke_test_params(cls))
         _JUDGED[name] = task, every_row(task.load())
     return _JUDGED[name]
 

@@ -37,9 +37,9 @@ READ = ("gsm8k", "math_science", "medical", "human_like")
 
 
 def sample_task(name: str, **params: Any) -> Task:
-    """A task on its own rows, as a rehearsal has it."""
+    """A task on its own rows, as a smoke test has it."""
     cls = importlib.import_module(f"pipeline.tasks.{name}").TASK
-    return task_of(TaskChoice(name, "sample", None, None, "error", {**cls.rehearsal(cls), **params}), 0)
+    return task_of(TaskChoice(name, "sample", None, None, "error", {**cls.smoke_test_params(cls), **params}), 0)
 
 
 def path_task(name: str, path: Path, *, on_bad_row: Any = "error", **params: Any) -> Task:
@@ -440,15 +440,15 @@ def test_what_cannot_be_verified_is_never_called_right() -> None:
 # ---------------------------------------------------------------- recipes that use them
 
 
-def test_a_rehearsal_reads_the_samples_in_the_hubs_place_and_a_file_of_the_users(tmp_path: Path) -> None:
-    from pipeline.sizing.smoke import rehearsal_of
+def test_a_smoke_test_reads_the_samples_in_the_hubs_place_and_a_file_of_the_users(tmp_path: Path) -> None:
+    from pipeline.sizing.smoke import smoke_test_of
 
     recipe, _ = read("gsm8k", ["task.revision=abc"])
     assert recipe is not None
-    assert rehearsal_of(recipe, None).task.source == "sample"
-    assert rehearsal_of(recipe, None).task.revision is None
+    assert smoke_test_of(recipe, None).task.source == "sample"
+    assert smoke_test_of(recipe, None).task.revision is None
     mine = replace(recipe, task=replace(recipe.task, source="path", path="mine.jsonl"))
-    assert rehearsal_of(mine, None).task.source == "path"
+    assert smoke_test_of(mine, None).task.source == "path"
 
 
 def test_every_data_set_of_a_task_is_fetched_at_its_own_commit() -> None:
@@ -474,7 +474,7 @@ def blocks(kind: str) -> list[str]:
 
 
 def test_the_task_of_the_document_is_built_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its three files are written as the page says; preprocess, grading, audit and a rehearsal's plan take them."""
+    """Its three files are written as the page says; preprocess, grading, audit and a smoke test's plan take them."""
     (code,), (rows,), (recipe_text,) = blocks("python"), blocks("json"), blocks("yaml")
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "quiz.py").write_text(code, encoding="utf-8")

@@ -275,7 +275,7 @@ class Corr2Cause(Task):
             found.append("task.params.phases: empty; list at least one, such as {n: [3, 4], rows: 1000}")
         return found
 
-    def rehearsal(self) -> dict[str, Any]:
+    def smoke_test_params(self) -> dict[str, Any]:
         phase = {"n": [3, 4], "rows": 48, "proof_fraction": 1.0, "shuffled": 0.0}
         few = {"grpo_rows": 32, "validation_rows": 0, "test_rows": 12, "perturbed_rows": 6}
         return {"n": [4], "validation_classes": 0.0, "test_classes": 0.4, "phases": [phase], **few}
