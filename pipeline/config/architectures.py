@@ -79,6 +79,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("Llama", GgufLayout("llama", rotary_pairs=True)),
     "phi3": Architecture("Phi-3", GgufLayout("phi3", long_context=True), projections=JOINED),
     "qwen3": Architecture("Qwen3", GgufLayout("qwen3", rope_dimension=False), head_dim=128, head_norms=True),
+    "gemma3_text": Architecture(
+        "Gemma 3 (text)",
+        None,
+        head_dim=256,
+        head_norms=True,
+        layer_norms=4,
+        norms_in_float32=True,
+        tied=True,
+        full_attention_every=6,
+        overflows_float16=True,
+        random={"sliding_window": 64, "sliding_window_pattern": 2},
+    ),
 }
 
 if TYPE_CHECKING:

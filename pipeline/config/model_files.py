@@ -21,7 +21,7 @@ from pipeline.core.files import read_json
 
 BUNDLED = CONFIGS / "models"
 # of these families TRL ships the real templates, and of R1-Distill's one that does not delete thoughts
-FAMILIES = ("deepseek_r1_distill", "llama3", "phi3_5", "qwen2_5", "qwen3")
+FAMILIES = ("deepseek_r1_distill", "llama3", "phi3_5", "qwen2_5", "qwen3", "gemma3")
 OURS = ("think", "chatml", "instruction", "plain")
 HERE = Path(__file__).parent.parent / "chat_templates"
 _TRL = importlib.util.find_spec("trl")  # found, not imported
@@ -30,7 +30,7 @@ TEMPLATES = {
     **{name: HERE / f"{name}.jinja" for name in OURS},
     **{name: TRL / f"{name}_training.jinja" for name in FAMILIES},
 }
-SPECIAL = re.compile(r"<[|｜][^<>{}'\"\s]+[|｜]>")
+SPECIAL = re.compile(r"<[|｜][^<>{}'\"\s]+[|｜]>|<(?:start|end)_of_turn>")
 # what an export is
 FORMATS = {
     "adapter": "A LoRA adapter: what training has added, to be loaded on its base model.",

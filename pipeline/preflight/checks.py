@@ -23,6 +23,7 @@ from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 
+from pipeline.config.architectures import architecture_of
 from pipeline.config.cluster import AMPERE, DEEPSPEED, Cluster, half_precision
 from pipeline.config.model_files import TEMPLATES, gguf_file, model_config, special_in, special_tokens
 from pipeline.config.recipe import Model, Optimizer, Recipe
@@ -53,7 +54,7 @@ def problems(plan: Plan, *, audited: bool = False) -> tuple[list[str], list[str]
     for name, recipe in recipes.items():
         checks = (_names, _chat_format, _file, _attention, _lengths, _adapters)
         found = [text for look in checks for text in look(recipe)]
-        for look_wide in (_hardware, _memory, _host_memory):
+        for look_wide in (_hardware, _precision, _memory, _host_memory):
             found += look_wide(recipe, plan.cluster)
         if name in unread:
             bad, told = task_of(recipe.task, recipe.seed).peek()
@@ -294,6 +295,20 @@ def _file(recipe: Recipe) -> Iterator[str]:
 def _attention(recipe: Recipe) -> Iterator[str]:
     if recipe.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         yield "model.attention: 'flash_attention_2', but the package flash-attn is not installed; use auto"
+
+
+def _precision(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
+    """Yield a problem where the model would compute in float16 and its activations exceed it."""
+    gpu, given = cluster.compute_capability, recipe.model.dtype
+    architecture = architecture_of(model_config(recipe.model) or {})
+    if architecture is None or not architecture.overflows_float16:
+        return  # not known, or a random model, which stays in range
+    if given == "float16" or (given == "auto" and gpu and half_precision(gpu) == "float16"):
+        here = given if given == "float16" or not gpu else f"auto, float16 on compute capability {gpu:g}"
+        yield (
+            f"model.dtype: got {here}; expected bfloat16 or float32, because activations of {architecture.title} "
+            "exceed float16. Fix: model.dtype=float32, or GPUs of compute capability 8.0 or more"
+        )
 
 
 def _hardware(recipe: Recipe, cluster: Cluster) -> Iterator[str]:

@@ -36,7 +36,7 @@ from pipeline.workflow.plan import make_plan
 from pipeline.workflow.progress import ProgressFile
 from pipeline.workflow.runtime import Runtime
 
-RECIPES = ("qwen1.5b", "phi3.5", "llama8b", "qwen3-4b")
+RECIPES = ("qwen1.5b", "phi3.5", "llama8b", "qwen3-4b", "gemma3-1b")
 ONCE = ("fp16", "fp16 lora", "bf16")  # ways that no architecture has a say in: the first recipe's only
 CHECKPOINTING = [f"cluster.{stage}.gradient_checkpointing=true" for stage in ("sft", "grpo")]
 WAYS = {

@@ -2,6 +2,7 @@
 
 PUBLISHED = {
     "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "google/gemma-3-1b-it": 999_885_952,
     "Qwen/Qwen3-4B": 4_022_468_096,
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": 7_615_616_512,

@@ -71,6 +71,14 @@ FORMATS = {
         "<|im_start|>user\nDoes A cause B?<|im_end|>\n<|im_start|>assistant\n",
         "<|im_end|>",
     ),
+    "gemma3": Family(
+        ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
+        "<bos>",
+        "<eos>",
+        "<pad>",
+        "<bos><start_of_turn>user\nDoes A cause B?<end_of_turn>\n<start_of_turn>model\n",
+        "<end_of_turn>",
+    ),
     "llama3": Family(
         ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|finetune_right_pad_id|>"),
         "<|begin_of_text|>",

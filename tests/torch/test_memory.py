@@ -35,7 +35,7 @@ from pipeline.sizing.model_sizes import (
 from pipeline.workflow.plan import make_plan, spec_of
 
 LORA = Lora(True, 8, 16.0, 0.05, ("all-linear",))
-KINDS = {"qwen2": "qwen1.5b", "llama": "llama8b", "phi3": "phi3.5", "qwen3": "qwen3-4b"}
+KINDS = {"qwen2": "qwen1.5b", "llama": "llama8b", "phi3": "phi3.5", "qwen3": "qwen3-4b", "gemma3_text": "gemma3-1b"}
 
 
 def recipe_of(name: str, *words: str) -> Recipe:

@@ -87,6 +87,11 @@ CATALOGUE: list[tuple[list[str], str]] = [
     (["tiny", "sft.max_length=4000"], "sft.max_length: 4000 tokens do not fit model.random_init.context 2048"),
     (["tiny", "--launcher", "local", "--nodes", "2"], "cluster.nodes: 2, but the launcher local starts one"),
     (["tiny", "--launcher", "slurm", "cluster.gpus=auto"], "cluster.gpus: 'auto' counts the GPUs of this machine"),
+    (
+        ["gemma3-1b", "--cluster", "2x2080ti"],
+        "model.dtype: got auto, float16 on compute capability 7.5; expected bfloat16 or float32, because activations",
+    ),
+    (["gemma3-1b", "model.dtype=float16"], "model.dtype: got float16; expected bfloat16 or float32"),
     ([*SEVEN, "model.dtype=bfloat16"], "model.dtype: 'bfloat16', which the GPUs of 2x2080ti (compute capability 7.5)"),
     (
         [*SEVEN, "model.attention=flash_attention_2"],
