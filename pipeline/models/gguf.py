@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pipeline.config.architectures import ARCHITECTURES, GgufLayout
@@ -34,6 +35,9 @@ QWEN2 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPLITS = {QWEN2: "qwen2", QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|"): "llama-bpe"}
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGITS = ("smollm", "starcoder", "refact", "command-r")  # GPT-2's split, of numbers digit by digit before it
+SAME = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2", "default": "gpt-2"}
 PROBE = (
     "Premise: Suppose there is a closed system of 3 variables, A, B and C.\nHypothesis: A directly causes B.\n\n"
     "<think>\nx = 3.14 and 12 345; naïve → 你好!\n</think>\n  Therefore: Yes"
@@ -316,7 +320,7 @@ def split_name(said: dict[str, Any]) -> str:
 
 def check_tokenizer_of(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """ArtifactError where the tokenizer read back from the file splits a prompt otherwise than the model's own."""
-    packed = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, **NO_CODE)
+    packed = read_tokenizer(file)
     turns = [{"role": "user", "content": PROBE}]
     prompt = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
     ours, theirs = (one(prompt, add_special_tokens=False)["input_ids"] for one in (tokenizer, packed))
@@ -327,6 +331,94 @@ def check_tokenizer_of(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
             f"{file.name}: GGUF has no tokenizer like this model's: {tokenizer.decode(ours[at : at + 4])!r} would be "
             f"tokens {theirs[at : at + 4]} instead of {ours[at : at + 4]}; export it as merged16"
         )
+
+
+def read_tokenizer(file: Path) -> PreTrainedTokenizerFast:
+    """Build the tokenizer of a GGUF file as llama.cpp reads it.
+
+    transformers 5.17 has a reader that takes Llama's bos token for its eos token, and Qwen2's special tokens for text.
+    Raises ArtifactError for a kind of tokenizer or a split of text that is not known here.
+    """
+    from gguf import GGUFReader, TokenType
+
+    fields = GGUFReader(file).fields
+
+    def value(key: str, default: Any = None) -> Any:
+        return fields[key].contents() if key in fields else default
+
+    words = value("tokenizer.ggml.tokens", [])
+    kinds = value("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(words))
+    ids = {name: value(f"tokenizer.ggml.{key}_token_id") for name, key in TOKEN_IDS.items()}
+    special = {f"{name}_token": words[index] for name, index in ids.items() if index is not None}
+    model = value("tokenizer.ggml.model")
+    if model == "gpt2":
+        merges = [tuple(merge.split(" ")) for merge in value("tokenizer.ggml.merges", [])]
+        tokenizer = _byte_level(words, merges, value("tokenizer.ggml.pre", "gpt-2"), file)
+    elif model == "llama":
+        prefix = value("tokenizer.ggml.add_space_prefix", True)
+        tokenizer = _sentencepiece(words, value("tokenizer.ggml.scores", []), special.get("unk_token"), prefix)
+    else:
+        raise ArtifactError(
+            f"{file}: got a tokenizer of kind {model!r}; expected gpt2 or llama. Fix: use the model's own folder"
+        )
+    # a name with phi3 in it makes llama.cpp drop the blanks after special tokens (`name_in_file`)
+    swallows = "phi3" in str(value("general.name", "")).lower()
+    added = [
+        AddedToken(
+            word,
+            special=kind != TokenType.USER_DEFINED,
+            normalized=False,
+            rstrip=swallows and word not in ("<unk>", "<s>", "<|endoftext|>"),
+        )
+        for word, kind in zip(words, kinds, strict=True)
+        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+    ]
+    tokenizer.add_tokens(added)
+    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    found.chat_template = value("tokenizer.chat_template")
+    return found
+
+
+TOKEN_IDS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+
+
+def _byte_level(words: list[str], merges: list[Any], split: str, file: Path) -> Tokenizer:
+    """Byte-level BPE whose text is split as llama.cpp splits it by that name."""
+    patterns = {**{name: pattern for pattern, name in SPLITS.items()}, "gpt-2": GPT2, **dict.fromkeys(DIGITS, GPT2)}
+    name = SAME.get(split, split)
+    if name not in patterns:
+        raise ArtifactError(
+            f"{file}: got a tokenizer that splits text as {split!r}; expected {', '.join(sorted(patterns))}. "
+            "Fix: use the model's own folder"
+        )
+    tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, merges))
+    splits = [pre_tokenizers.Digits(individual_digits=True)] if name in DIGITS else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *splits,
+            pre_tokenizers.Split(Regex(patterns[name]), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(words: list[str], scores: list[float], unknown: str | None, prefix: bool) -> Tokenizer:
+    """BPE whose merges are ranked by the scores of what they make; unknown characters are bytes."""
+    vocabulary = {word: index for index, word in enumerate(words)}
+    ranked = sorted(range(len(words)), key=lambda index: scores[index], reverse=True)
+    merges = []
+    for word in (words[index] for index in ranked):
+        parts = ((word[:at], word[at:]) for at in range(1, len(word)))
+        known = [pair for pair in parts if pair[0] in vocabulary and pair[1] in vocabulary]
+        merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    blanks = [normalizers.Prepend("▁")] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*blanks, normalizers.Replace(" ", "▁")])
+    last = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *last])
+    return tokenizer
 
 
 def _quantize(whole: Path, file: Path, quant: str) -> None:

@@ -37,6 +37,7 @@ from pipeline.config.cluster import AMPERE, MaxMemory, half_precision
 from pipeline.config.model_files import TEMPLATES, gguf_file, special_in
 from pipeline.config.recipe import Lora, Model, RandomInit
 from pipeline.core.errors import ArtifactError, RecipeError
+from pipeline.models.gguf import read_tokenizer
 from pipeline.models.template_trial import try_template
 from pipeline.models.weight_checks import (
     NO_CODE,
@@ -437,7 +438,7 @@ def unpack_gguf(model: Model, out: Path) -> int:
         unpacked, info = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True, **NO_CODE
         )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, **NO_CODE)
+        tokenizer = read_tokenizer(path)
     check_keys(unpacked, info, str(path), None)
     config = unpacked.config  # a model that came from a packed file is not saved: its weights move to one that did not
     if hasattr(config, "quantization_config"):

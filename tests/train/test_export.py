@@ -29,7 +29,7 @@ from pipeline.core.hashing import plain
 from pipeline.core.schema import parse
 from pipeline.export import evaluations, lineage
 from pipeline.export import run as export
-from pipeline.models.gguf import interleaved, name_in_file, write_gguf
+from pipeline.models.gguf import interleaved, layout_of, name_in_file, read_tokenizer, write_gguf
 from pipeline.models.loading import (
     add_lora,
     load_model,
@@ -48,7 +48,7 @@ from pipeline.workflow.single_step import evaluation_plan, export_plan
 from pipeline.workflow.stage import Export, StepSpec, read_spec, write_spec
 from pipeline.workflow.weights import find_checkpoint
 
-ARCHITECTURES = ("qwen2", "llama", "phi3")
+ARCHITECTURES = ("qwen2", "llama", "phi3", "qwen3")
 ANSWER = "Pairs: A B linked. Links: A - B. naïve → 你好\n</think>\nTherefore: Yes"
 QUESTION = [{"role": "user", "content": "A correlates with B."}]
 MODEL = Model("m", None, None, None, None, "none", "auto", "float32")
@@ -255,7 +255,8 @@ def test_a_gguf_file_answers_as_its_source(learned: Path, tmp_path: Path, quant:
     file = only(place, "*.gguf")
     source = AutoModelForCausalLM.from_pretrained(learned)
     packed = AutoModelForCausalLM.from_pretrained(place, gguf_file=file.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file.name)
+    tokenizer = read_tokenizer(file)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|end|>", "<|pad|>")
     assert greedy(packed, tokenizer) == greedy(source, AutoTokenizer.from_pretrained(learned)) == f"{ANSWER}<|end|>"
     if importlib.util.find_spec("llama_cpp") is not None:
         assert in_llama_cpp(file, tokenizer) == f"{ANSWER}<|end|>"
@@ -351,7 +352,7 @@ def test_what_families_have_beside_the_plain_layout(tmp_path: Path, kind: str) -
     write_gguf(tmp_path / "model", tmp_path / "gguf" / "x.gguf", "f16", "x")
     tensors = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "gguf" / "x.gguf").tensors}
     if kind == "sentencepiece":
-        packed = AutoTokenizer.from_pretrained(tmp_path / "gguf", gguf_file="x.gguf")
+        packed = read_tokenizer(tmp_path / "gguf" / "x.gguf")
         for text in ("A correlates with B.", "  A", "<|user|>A B<|assistant|><think>\nx", "naïve → 你好, 7€\n"):
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             assert packed(text, add_special_tokens=False)["input_ids"] == ids
@@ -381,7 +382,7 @@ def test_k_quants_are_llama_cpps_own_and_say_so_where_it_is_missing(learned: Pat
     done = run_cli(*words)
     if importlib.util.find_spec("llama_cpp") is None:
         assert done.returncode == 2
-        assert "--quant q4_k_m: its quantizer is llama.cpp's, and the package llama-cpp-python is not" in done.stderr
+        assert "--quant q4_k_m: package llama-cpp-python, whose quantizer it uses, is not installed" in done.stderr
         assert not any(tmp_path.iterdir())
         return
     assert done.returncode == 0, done.stderr
@@ -389,6 +390,11 @@ def test_k_quants_are_llama_cpps_own_and_say_so_where_it_is_missing(learned: Pat
     packed = AutoModelForCausalLM.from_pretrained(place, gguf_file="tiny-q4_k_m.gguf", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(learned)
     assert greedy(packed, tokenizer) == f"{ANSWER}<|end|>" == in_llama_cpp(only(place, "*.gguf"), tokenizer)
+
+
+def test_an_architecture_without_a_layout_is_left_to_llama_cpps_converter() -> None:
+    with pytest.raises(ArtifactError, match=r"of type gemma3_text; .*convert_hf_to_gguf\.py on that folder"):
+        layout_of("gemma3_text", Path("model"))
 
 
 def test_heads_are_turned_as_llama_cpp_turns_them_and_back() -> None:
