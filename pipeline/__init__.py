@@ -29,7 +29,8 @@ import importlib.util
 import sys
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,16 @@ MOVED = {
     for folder, words in _FORMER.items()
     for old, _, new in (word.partition("=") for word in words.split())
     if old not in _FORMER  # training and preflight are folders now
+} | {
+    f"tasks.corr2cause.{old}": f"pipeline.tasks.corr2cause.{new}"
+    for old, new in {
+        "said": "parse_thought",
+        "trace": "proof_writer",
+        "check": "proof_checker",
+        "paper": "published",
+        "text": "wording",
+        "premise": "parse_premise",
+    }.items()
 }
 
 
@@ -61,13 +72,25 @@ class _Former(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        package, _, old = name.rpartition(".")
+        package, _, old = name.partition(".")
         return importlib.util.spec_from_loader(name, self) if package == "pipeline" and old in MOVED else None
 
     def exec_module(self, module: types.ModuleType) -> None:
-        new = MOVED[module.__name__.rpartition(".")[2]]
+        new = MOVED[module.__name__.partition(".")[2]]
         warnings.warn(f"{module.__name__} is now {new}", FutureWarning, stacklevel=2)
         sys.modules[module.__name__] = importlib.import_module(new)
 
 
 sys.meta_path.insert(0, _Former())
+
+
+def former_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A module's `__getattr__` that still finds what it defined under former names, with a FutureWarning."""
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(f"{module}.{name} is now {names[name]}", FutureWarning, stacklevel=2)
+        return getattr(sys.modules[module], names[name])
+
+    return find

@@ -22,10 +22,10 @@ from pipeline.config.cluster import MaxMemory
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import PlanError, printable, run_main
 from pipeline.core.schema import parse
-from pipeline.engines.generation import Completion, Sampling, Stream, generate_batch, seed_of, stop_ids
-from pipeline.models.loading import check_tokenizer, load_to_ask, load_tokenizer, prefills_thought, prompt_ids
+from pipeline.engines.generation import Completion, Sampling, TokenStreamer, generate_batch, seed_of, stop_ids
+from pipeline.models.loading import check_tokenizer, load_for_chat, load_tokenizer, prompt_ids, template_opens_think
 from pipeline.scoring.answers import CLOSE, OPEN, REASONS, split_thought
-from pipeline.tasks.task import Message, Task, Verdict, task_of
+from pipeline.tasks.task import Grade, Message, Task, task_of
 from pipeline.workflow.weights import find_checkpoint
 
 DIM, PLAIN = "\x1b[2m", "\x1b[22m"
@@ -72,14 +72,14 @@ class LoadedModel:
     task: Task
     sampling: Sampling
     seed: int
-    prefilled: bool
+    prompt_opens_think: bool
     turns: list[Message] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Answer:
     completion: Completion
-    verdict: Verdict
+    verdict: Grade
     seconds: float
 
     @property
@@ -142,7 +142,7 @@ def load(asked: CheckpointRequest, options: Options) -> LoadedModel:
     print(f"loading {asked.checkpoint} …", file=sys.stderr, flush=True)
     checkpoint = find_checkpoint(asked.checkpoint)
     tokenizer = load_tokenizer(checkpoint, recipe.model)
-    model = load_to_ask(checkpoint, recipe.model, options.max_memory)
+    model = load_for_chat(checkpoint, recipe.model, options.max_memory)
     check_tokenizer(tokenizer, model, checkpoint)
     model.eval()
     print(f"loaded in {time.time() - started:.1f} s", file=sys.stderr, flush=True)
@@ -153,7 +153,7 @@ def load(asked: CheckpointRequest, options: Options) -> LoadedModel:
         task_of(recipe.task, recipe.seed),
         sampling_of(recipe, options),
         recipe.seed if options.seed is None else options.seed,
-        prefills_thought(tokenizer),
+        template_opens_think(tokenizer),
     )
 
 
@@ -169,7 +169,7 @@ def sampling_of(recipe: Recipe, options: Options) -> Sampling:
 
 def answer_question(loaded: LoadedModel, question: str, out: TextIO) -> Answer:
     """Ask, print the answer as it is written and how it is read, and keep both turns."""
-    example = loaded.task.asked(question)
+    example = loaded.task.example_from_text(question)
     messages = loaded.task.messages(example)
     turns = [*loaded.turns, *(messages[-1:] if loaded.turns else messages)]
     prompt = prompt_ids(loaded.tokenizer, [turns])[0]
@@ -181,16 +181,16 @@ def answer_question(loaded: LoadedModel, question: str, out: TextIO) -> Answer:
         )
     room = min(loaded.sampling.max_new_tokens, context - len(prompt))
     sampling = Sampling(loaded.sampling.temperature, loaded.sampling.top_p, loaded.sampling.top_k, room)
-    screen = Screen(loaded.prefilled, out)
-    stream = Stream(loaded.tokenizer, stop_ids(loaded.model, loaded.tokenizer), screen.show)
+    screen = Screen(loaded.prompt_opens_think, out)
+    stream = TokenStreamer(loaded.tokenizer, stop_ids(loaded.model, loaded.tokenizer), screen.show)
     started = time.time()
     seeds = [seed_of(loaded.seed, prompt)]
     completion = generate_batch(loaded.model, loaded.tokenizer, [prompt], sampling, seeds, stream)[0]
     screen.end(completion.text)
-    verdict = loaded.task.judge(example, completion.text, loaded.prefilled, completion.truncated)
+    verdict = loaded.task.judge(example, completion.text, loaded.prompt_opens_think, completion.truncated)
     answer = Answer(completion, verdict, time.time() - started)
     print(f"\n\nverdict: {answer.read}   ({completion.tokens} tokens, {answer.seconds:.1f} s)", file=out, flush=True)
-    opened = f"{OPEN}\n" if loaded.prefilled else ""
+    opened = f"{OPEN}\n" if loaded.prompt_opens_think else ""
     loaded.turns = [*turns, {"role": "assistant", "content": opened + completion.text}]
     return answer
 
@@ -198,11 +198,11 @@ def answer_question(loaded: LoadedModel, question: str, out: TextIO) -> Answer:
 class Screen:
     """Prints a text that grows, the thought dim where `out` is a terminal; a tag is printed when it is whole."""
 
-    def __init__(self, prefilled: bool, out: TextIO) -> None:
-        self.prefilled, self.out, self.shown = prefilled, out, 0
+    def __init__(self, prompt_opens_think: bool, out: TextIO) -> None:
+        self.prompt_opens_think, self.out, self.shown = prompt_opens_think, out, 0
         self.terminal = out.isatty()
         self.dims = self.terminal and "NO_COLOR" not in os.environ
-        if prefilled:  # the prompt has opened the thought already
+        if prompt_opens_think:  # the prompt has opened the thought already
             self._write(f"{OPEN}\n", dim=True)
 
     def show(self, text: str) -> None:
@@ -214,7 +214,7 @@ class Screen:
         self._advance(text)
 
     def _advance(self, text: str) -> None:
-        answer = split_thought(text, self.prefilled).answer
+        answer = split_thought(text, self.prompt_opens_think).answer
         border = max(self.shown, len(text) - len(answer or ""))
         self._write(text[self.shown : border], dim=True)
         self._write(text[border:], dim=False)

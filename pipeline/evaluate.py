@@ -26,16 +26,16 @@ from pipeline.engines.generation import Sampling, generate, mean_log_likelihood
 from pipeline.models.loading import (
     check_tokenizer,
     encode_rows,
-    first_weights,
-    load_to_ask,
+    initial_checkpoint,
+    load_for_chat,
     load_tokenizer,
-    prefills_thought,
     prompt_ids,
+    template_opens_think,
 )
 from pipeline.scoring.answers import has_thought
 from pipeline.scoring.predictions import PREDICTIONS, Prediction, read_predictions
 from pipeline.scoring.results import to_json
-from pipeline.tasks.rows import left_out
+from pipeline.tasks.rows import skipped_note
 from pipeline.tasks.task import Task, example_of, rows, task_of
 from pipeline.training import distributed
 from pipeline.training.checkpoints import raise_if_stopping
@@ -58,19 +58,19 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     task = task_of(recipe.task, recipe.seed)
     tests, skipped = test_rows(recipe, task, inputs)
     if skipped and runtime.rank == 0:
-        runtime.warn(left_out(skipped))
+        runtime.warn(skipped_note(skipped))
 
     # ---- the model
     runtime.progress.update(note="loading the model")
     given = runtime.options.checkpoint if isinstance(runtime.options, EvaluateCheckpoint) else None
-    checkpoint = find_checkpoint(given) if given else first_weights(recipe.model, inputs)
+    checkpoint = find_checkpoint(given) if given else initial_checkpoint(recipe.model, inputs)
     tokenizer = load_tokenizer(checkpoint, recipe.model)
-    model = load_to_ask(checkpoint, recipe.model, runtime.cluster.max_memory)
+    model = load_for_chat(checkpoint, recipe.model, runtime.cluster.max_memory)
     check_tokenizer(tokenizer, model, checkpoint)
     sampling = Sampling(
         settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens, settings.repetition_penalty
     )
-    prefilled = prefills_thought(tokenizer)
+    prompt_opens_think = template_opens_think(tokenizer)
 
     # ---- ask and grade, one line a row, each line kept as soon as it is there
     asked = [(split, row) for split, split_rows in tests.items() for row in split_rows]
@@ -95,7 +95,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         for index, completion in completions:
             split, row = left[index]
             example = example_of(row)
-            verdict = task.judge(example, completion.text, prefilled, completion.truncated)
+            verdict = task.judge(example, completion.text, prompt_opens_think, completion.truncated)
             prediction = Prediction(
                 split=split,
                 id=row["id"],
@@ -109,7 +109,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
                 answered=verdict.answered,
                 reason=verdict.reason,
                 solved=task.solve(example),
-                thought=has_thought(completion.text, prefilled),
+                thought=has_thought(completion.text, prompt_opens_think),
                 preferred=prefers(model, tokenizer, row),
                 completion=completion.text,
                 tokens=completion.tokens,
@@ -125,7 +125,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
 
     # ---- the questions whose answers are only shown
     if runtime.rank == 0 and settings.prompts:
-        shown = prompt_ids(tokenizer, [task.messages(task.asked(prompt)) for prompt in settings.prompts])
+        shown = prompt_ids(tokenizer, [task.messages(task.example_from_text(prompt)) for prompt in settings.prompts])
         told = dict(generate(model, tokenizer, shown, sampling, 1, recipe.seed))
         answers = [{"prompt": prompt, "answer": told[k].text} for k, prompt in enumerate(settings.prompts)]
         write_json(out / PROMPTS, answers)

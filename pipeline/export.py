@@ -31,10 +31,10 @@ from pipeline.models.loading import (
     choose_dtype,
     input_device,
     load_tokenizer,
-    merged,
+    merge_adapter,
     revision_of,
 )
-from pipeline.models.weight_checks import NO_CODE, NO_PICKLE, check_computes, reading
+from pipeline.models.weight_checks import NO_CODE, NO_PICKLE, check_computes, loading_errors
 from pipeline.scoring.metrics import MAIN_METRICS
 from pipeline.tasks.task import Task, task_of
 from pipeline.training.harness import git_commit, main, versions
@@ -69,7 +69,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         stops = [tokenizer.eos_token_id]
     else:
         runtime.progress.update(note="merging in 16 bit" if checkpoint.adapter else "loading the model")
-        model = merged(checkpoint, recipe.model, sixteen_bit(recipe, checkpoint))
+        model = merge_adapter(checkpoint, recipe.model, sixteen_bit(recipe, checkpoint))
         check_tokenizer(tokenizer, model, checkpoint)
         check_computes(model, str(checkpoint.adapter or checkpoint.base), input_device(model))
         stops = stop_ids(model, tokenizer)
@@ -109,7 +109,7 @@ def sixteen_bit(recipe: Recipe, checkpoint: Checkpoint) -> torch.dtype:
     asked = choose_dtype(recipe.model)
     if asked != torch.float32:
         return asked
-    with reading(f"model {checkpoint.base}"):
+    with loading_errors(f"model {checkpoint.base}"):
         revision = revision_of(checkpoint, recipe.model)
         own = AutoConfig.from_pretrained(checkpoint.base, revision=revision, **NO_CODE).dtype
     return own if own in (torch.bfloat16, torch.float16) else torch.bfloat16
@@ -219,7 +219,7 @@ def evaluations(line: list[Artifact]) -> list[tuple[str, Artifact]]:
 
 def example_prompt(tokenizer: PreTrainedTokenizerBase, task: Task) -> str:
     """What the model is asked, in its chat format."""
-    messages = task.messages(task.asked("…"))
+    messages = task.messages(task.example_from_text("…"))
     return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 

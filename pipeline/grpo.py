@@ -18,22 +18,22 @@ from trl import GRPOConfig, GRPOTrainer
 from pipeline.config.cluster import generation_sizes
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import RecipeError
-from pipeline.engines.generation import cache_for, decode, stop_ids
+from pipeline.engines.generation import decode, kv_cache_type, stop_ids
 from pipeline.models.kernels import choose_head
-from pipeline.models.loading import device, first_weights, load_tokenizer, prefills_thought, prompt_lengths
+from pipeline.models.loading import device, initial_checkpoint, load_tokenizer, prompt_lengths, template_opens_think
 from pipeline.rewards.reward import RewardFunction, find_rewards, make_sample
 from pipeline.tasks.task import Task, example_of, task_of
 from pipeline.training import distributed
 from pipeline.training.harness import main
 from pipeline.training.trainer import (
-    adapters_kept,
-    arguments,
-    layout_of,
+    layout_and_batches,
+    load_for_training,
     load_rows,
     logger_environment,
+    preserve_adapter_dtype,
     require_rows,
     train,
-    trainable,
+    training_arguments,
     warn_of_long_rows,
 )
 from pipeline.workflow.artifact import Artifact
@@ -43,13 +43,13 @@ from pipeline.workflow.weights import Checkpoint
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runtime) -> dict[str, Any]:
     settings = recipe.grpo
-    layout, sizes = layout_of(recipe, runtime, "grpo")
+    layout, sizes = layout_and_batches(recipe, runtime, "grpo")
     distributed.start(deepspeed=layout.deepspeed != "none")
     choose_head()
 
     # ---- prompts; what is too long is dropped and counted
     runtime.progress.update(note="reading prompts")
-    checkpoint = first_weights(recipe.model, inputs)
+    checkpoint = initial_checkpoint(recipe.model, inputs)
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     prompts = load_rows(inputs["data"], "grpo").remove_columns("completion")
     lengths = prompt_lengths(tokenizer, prompts["prompt"])
@@ -68,7 +68,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     at_once = runtime.cluster.generation_batch_size
     if at_once == "auto":
         at_once = generation_sizes(recipe, sizes)[0]
-    shared = arguments(recipe, settings.optimizer, layout, sizes, out, runtime)
+    shared = training_arguments(recipe, settings.optimizer, layout, sizes, out, runtime)
     config = GRPOConfig(
         **{**shared, "logging_steps": 1},  # a step takes seconds or minutes, and there are few
         num_train_epochs=settings.epochs,
@@ -86,19 +86,19 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         loss_type=settings.loss_type,
         scale_rewards=settings.scale_rewards,
         mask_truncated_completions=settings.mask_truncated_completions,
-        cache_implementation=cache_for(device(), mixed=not recipe.lora.enabled and layout.deepspeed == "none"),
+        cache_implementation=kv_cache_type(device(), mixed=not recipe.lora.enabled and layout.deepspeed == "none"),
         # of the reference that TRL loads by itself where all weights are trained: the commit that the policy is of
         model_init_kwargs={"revision": recipe.model.revision} if _has_full_reference(recipe, checkpoint) else None,
         reward_weights=[reward.weight for reward in settings.rewards.values()],
     )
     runtime.progress.update(note="loading the model")
-    model = trainable(
+    model = load_for_training(
         recipe, checkpoint, layout
     )  # after the arguments: under ZeRO-3 they say that it is loaded in parts
     model.generation_config.eos_token_id = stop_ids(model, tokenizer)  # TRL fills its own settings from this config
     stops = {*model.generation_config.eos_token_id, tokenizer.pad_token_id}
     rewards = [as_trl_reward(task, name, f, tokenizer, stops) for name, f in functions.items()]
-    with adapters_kept(model), logger_environment(out, runtime):
+    with preserve_adapter_dtype(model), logger_environment(out, runtime):
         trainer = GRPOTrainer(
             model, reward_funcs=rewards, args=config, train_dataset=prompts.select(kept), processing_class=tokenizer
         )
@@ -120,14 +120,14 @@ def as_trl_reward(
 
     The text is decoded as in an evaluation: TRL's own has lost the tags of a thought where these are special tokens.
     """
-    prefilled = prefills_thought(tokenizer)
+    prompt_opens_think = template_opens_think(tokenizer)
 
     def reward(completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
         samples = []
         for k, ids in enumerate(completion_ids):
             row = {key: columns[key][k] for key in ("id", "question", "gold", "group", "tags")}
             truncated = not ids or ids[-1] not in stop_ids
-            samples.append(make_sample(task, example_of(row), decode(tokenizer, ids), prefilled, truncated))
+            samples.append(make_sample(task, example_of(row), decode(tokenizer, ids), prompt_opens_think, truncated))
         return [function(sample) for sample in samples]
 
     reward.__name__ = name

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config.recipe import Recipe
-from pipeline.core.errors import DataError, some_of
+from pipeline.core.errors import DataError, join_first
 from pipeline.core.files import write_json
 from pipeline.scoring import answers
 from pipeline.tasks.task import Example, Splits, Task, rows, task_of
@@ -57,16 +57,16 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         found = proof.get(name, [])
         metrics[name] = len(found)
         if found:
-            runtime.warn(f"{len(found):,} {told} (splits.json names all): {some_of(found, between='; ')}")
+            runtime.warn(f"{len(found):,} {told} (splits.json names all): {join_first(found, between='; ')}")
 
     # ---- a model from nothing
     if recipe.model.random_init:
-        from pipeline.models.loading import make_scratch
+        from pipeline.models.loading import make_random_model
 
         runtime.progress.update(note="training the tokenizer")
         texts = _texts(task, splits.sft[:: max(1, len(splits.sft) // TOKENIZER_ROWS)] or splits.grpo)
         template = recipe.model.chat_template or "think"
-        metrics["parameters"] = make_scratch(recipe.model.random_init, texts, template, out / "model", recipe.seed)
+        metrics["parameters"] = make_random_model(recipe.model.random_init, texts, template, out / "model", recipe.seed)
     # ---- or one from a file
     if recipe.model.gguf:
         from pipeline.models.loading import unpack_gguf
@@ -106,7 +106,7 @@ def missing_training_rows(recipe: Recipe, task: Task, splits: Splits) -> list[st
     lost = []
     for name, told in {**WARNED_LISTS, "same_question": "rows ask what a held-out row asks"}.items():
         if found := splits.proof.get(name):
-            lost.append(f"{len(found):,} {told}: {some_of(found, between='; ')}")
+            lost.append(f"{len(found):,} {told}: {join_first(found, between='; ')}")
     if without := splits.proof.get("without_solution"):
         lost.append(f"{without:,} rows have no worked solution")
     where = recipe.task.path if task.source == "path" else f"task.source={task.source}"

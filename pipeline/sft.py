@@ -19,18 +19,18 @@ from trl import SFTConfig, SFTTrainer
 
 from pipeline.config.recipe import Recipe
 from pipeline.models.kernels import choose_head
-from pipeline.models.loading import encode_rows, first_weights, load_tokenizer
+from pipeline.models.loading import encode_rows, initial_checkpoint, load_tokenizer
 from pipeline.training import distributed
 from pipeline.training.harness import main
 from pipeline.training.trainer import (
-    adapters_kept,
-    arguments,
-    layout_of,
+    layout_and_batches,
+    load_for_training,
     load_rows,
     logger_environment,
+    preserve_adapter_dtype,
     require_rows,
     train,
-    trainable,
+    training_arguments,
     warn_of_long_rows,
 )
 from pipeline.workflow.artifact import Artifact
@@ -41,13 +41,13 @@ WINDOW = 16  # global batches that are sorted by length together: little padding
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runtime) -> dict[str, Any]:
     settings = recipe.sft
-    layout, sizes = layout_of(recipe, runtime, "sft")
+    layout, sizes = layout_and_batches(recipe, runtime, "sft")
     distributed.start(deepspeed=layout.deepspeed != "none")
     choose_head()
 
     # ---- rows: tokens and labels; what is too long is dropped and counted
     runtime.progress.update(note="tokenizing")
-    checkpoint = first_weights(recipe.model, inputs)
+    checkpoint = initial_checkpoint(recipe.model, inputs)
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     rows = load_rows(inputs["data"], "sft")
     encoded = encode_rows(tokenizer, rows["prompt"], rows["completion"])
@@ -73,7 +73,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         warn_of_long_rows(runtime, held_out["id"], short, "validation rows", limit)
 
     # ---- the trainer
-    shared = arguments(recipe, settings.optimizer, layout, sizes, out, runtime)
+    shared = training_arguments(recipe, settings.optimizer, layout, sizes, out, runtime)
     if settings.early_stopping_patience:
         shared["save_steps"] = settings.eval_steps  # the best weights have to be there to come back to; Watch adds
         # the saves at cluster.save_steps, so that a node that dies costs no more than those
@@ -92,8 +92,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         metric_for_best_model="eval_loss",
     )
     runtime.progress.update(note="loading the model")
-    model = trainable(recipe, checkpoint, layout)
-    with adapters_kept(model), logger_environment(out, runtime):
+    model = load_for_training(recipe, checkpoint, layout)
+    with preserve_adapter_dtype(model), logger_environment(out, runtime):
         trainer = SFTTrainer(model, config, train_dataset=dataset, eval_dataset=validation, processing_class=tokenizer)
     if settings.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))

@@ -78,7 +78,7 @@ def _imported(name: str, about: Callable[[Any], str]) -> str:
 
 
 def audit_command(args: argparse.Namespace) -> int:
-    from pipeline.tasks.corr2cause.audit import audit, show
+    from pipeline.tasks.corr2cause.audit import audit_rows, audit_text
     from pipeline.tasks.corr2cause.graphs import PLUSPLUS, PUBLISHED
     from pipeline.tasks.corr2cause.published_rows import COLUMNS
     from pipeline.tasks.rows import file_problem, file_rows
@@ -86,7 +86,7 @@ def audit_command(args: argparse.Namespace) -> int:
     if problem := file_problem(args.data):
         raise DataError(f"--data: {problem}")
     semantics = {"wording": None, "published": PUBLISHED, "plusplus": PLUSPLUS}[args.semantics]
-    found = audit(file_rows(args.data, COLUMNS), semantics, paper=args.paper)
+    found = audit_rows(file_rows(args.data, COLUMNS), semantics, paper=args.paper)
     if not found.rows:
         raise DataError(f"{args.data}: no rows")
     if len(found.malformed) == found.rows:
@@ -94,7 +94,7 @@ def audit_command(args: argparse.Namespace) -> int:
         raise DataError(
             f"{args.data}: none of its {found.rows} rows can be read; line {first['line']}: {first['problem']}"
         )
-    print(json.dumps(found.record(), indent=1) if args.json else show(found, str(args.data)))
+    print(json.dumps(found.record(), indent=1) if args.json else audit_text(found, str(args.data)))
     return 0 if found.clean else EXIT_FAULT
 
 

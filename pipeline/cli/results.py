@@ -9,7 +9,7 @@ from pipeline.core.errors import (
     printable,
 )
 from pipeline.core.files import read_text
-from pipeline.core.records import LARGEST
+from pipeline.core.records import MAX_BYTES
 from pipeline.workflow.artifact import open_artifact
 from pipeline.workflow.plan import Plan, Step, explain
 from pipeline.workflow.stage import STAGES, Export
@@ -75,7 +75,7 @@ def read_summary(path: Path) -> str:
 def read_small_text(path: Path) -> tuple[str, str]:
     """A small file's text as a terminal may show it and "", or "" and why it cannot be read."""
     try:
-        text, problem = read_text(path, LARGEST)
+        text, problem = read_text(path, MAX_BYTES)
     except OSError as error:
         return "", f"cannot be read ({error.strerror})"
     return printable(text or ""), problem

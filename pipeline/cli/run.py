@@ -59,13 +59,13 @@ def submit_command(args: argparse.Namespace, plan: Plan) -> int:
             show_metrics(plan.steps[0])
         return 0
     if args.dry_run:
-        print(chain.show_dry_run(chain.run_plan(plan, dry_run=True), plan))
+        print(chain.dry_run_text(chain.run_plan(plan, dry_run=True), plan))
         refuse_what_would_fail(plan)  # after the scripts, which are worth reading all the same
         return 0
     refuse_what_would_fail(plan)
     submit = submitit.submit if plan.cluster.launcher == "submitit" else chain.sbatch
     submissions = chain.run_plan(plan, submit, typed=typed_again(args) if hasattr(args, "stages") else None)
-    print(chain.show(submissions))
+    print(chain.submissions_table(submissions))
     new = sum(one.new for one in submissions)
     names = " ".join(dict.fromkeys(step.folder.parent.name for step in plan.to_run))
     runs = f" --runs {shlex.quote(str(args.runs))}" if args.runs not in (RUNS, RUNS.absolute()) else ""

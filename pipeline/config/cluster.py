@@ -146,7 +146,7 @@ def _with_this_machine(cluster: Cluster) -> Cluster:
     """The cluster with memory and capability of this machine's GPUs, where its file leaves them open."""
     if cluster.gpu_memory is not None and cluster.compute_capability is not None:
         return cluster
-    found = nvidia.smallest() if wanted_gpus(cluster) and gpu_count() else None
+    found = nvidia.smallest_gpu() if wanted_gpus(cluster) and gpu_count() else None
     if found is None:
         return cluster
     memory, capability = found

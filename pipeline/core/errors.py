@@ -71,7 +71,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(menu) or 'none'}"
 
 
-def some_of(names: Sequence[str], shown: int = 3, between: str = ", ") -> str:
+def join_first(names: Sequence[str], shown: int = 3, between: str = ", ") -> str:
     """The first few of a list: `a, b, c and 9 more`."""
     more = len(names) - shown
     return between.join(names[:shown]) + (f" and {more} more" if more > 0 else "")
@@ -89,8 +89,8 @@ def printable(text: str) -> str:
     return CONTROL.sub(lambda found: chr(0x2400 + ord(found[0])) if ord(found[0]) < 0x20 else "\ufffd", text)
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NEARLY_FULL = 1 << 20  # bytes
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ALMOST_FULL_BYTES = 1 << 20  # bytes
 
 
 def explain_disk(error: Exception, folder: Path | None = None) -> str | None:
@@ -100,8 +100,12 @@ def explain_disk(error: Exception, folder: Path | None = None) -> str | None:
     """
     number = error.errno if isinstance(error, OSError) else None
     where = (error.filename if isinstance(error, OSError) else None) or folder or "the run's folder"
-    told = any(os.strerror(code) in str(error) for code in FULL)
-    if told or number in FULL or (folder and folder.exists() and shutil.disk_usage(folder).free < NEARLY_FULL):
+    told = any(os.strerror(code) in str(error) for code in DISK_FULL_ERRNOS)
+    if (
+        told
+        or number in DISK_FULL_ERRNOS
+        or (folder and folder.exists() and shutil.disk_usage(folder).free < ALMOST_FULL_BYTES)
+    ):
         return f"no space left to write {where}: free some space or a quota, then run the same command again"
     if isinstance(error, OSError) and number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
         return f"{where} cannot be written ({error.strerror}): choose another place with --runs DIR"

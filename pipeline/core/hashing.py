@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.core.schema import is_neutral
 
-LENGTH = 10  # hexadecimal characters of a fingerprint
+FINGERPRINT_LENGTH = 10  # hexadecimal characters of a fingerprint
 
 
 def plain(value: Any, path: str = "") -> Any:
@@ -55,7 +55,7 @@ def canonical_json(value: Any) -> str:
 
 def fingerprint(value: Any) -> str:
     """The first ten hexadecimal characters of the sha256 of the canonical JSON."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:LENGTH]
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:FINGERPRINT_LENGTH]
 
 
 def file_sha256(path: Path) -> str:
@@ -64,8 +64,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-WHOLE = 64 << 20  # bytes up to which a file's whole content is its identity
-ENDS = 1 << 20
+FULL_HASH_LIMIT = 64 << 20  # bytes up to which a file's whole content is its identity
+EDGE_BYTES = 1 << 20
 
 
 def file_identity(path: Path) -> str:
@@ -74,12 +74,12 @@ def file_identity(path: Path) -> str:
     No more is read than the size on disk: files such as those of /proc have none and may never end.
     """
     size = path.stat().st_size
-    if size <= WHOLE:
+    if size <= FULL_HASH_LIMIT:
         with path.open("rb") if size else contextlib.nullcontext(io.BytesIO()) as file:
             return hashlib.sha256(file.read(size)).hexdigest()
     with path.open("rb") as file:
-        head = file.read(ENDS)
-        file.seek(-ENDS, 2)
+        head = file.read(EDGE_BYTES)
+        file.seek(-EDGE_BYTES, 2)
         return hashlib.sha256(str(size).encode() + head + file.read()).hexdigest()
 
 

@@ -10,17 +10,17 @@ import os
 import shutil
 import subprocess
 
-ASKED = ("nvidia-smi", "--query-gpu=index,uuid,memory.total,compute_cap", "--format=csv,noheader,nounits")
-WAIT = 20.0  # seconds: without persistence mode the driver is loaded first
+QUERY = ("nvidia-smi", "--query-gpu=index,uuid,memory.total,compute_cap", "--format=csv,noheader,nounits")
+QUERY_TIMEOUT = 20.0  # seconds: without persistence mode the driver is loaded first
 
 
 @functools.cache
-def smallest() -> tuple[float, float] | None:
+def smallest_gpu() -> tuple[float, float] | None:
     """GiB and compute capability that each of the usable GPUs has at least."""
-    if shutil.which(ASKED[0]) is None:
+    if shutil.which(QUERY[0]) is None:
         return None
     try:
-        done = subprocess.run(ASKED, capture_output=True, text=True, timeout=WAIT)
+        done = subprocess.run(QUERY, capture_output=True, text=True, timeout=QUERY_TIMEOUT)
     except (OSError, subprocess.TimeoutExpired):
         return None
     found = _visible(done.stdout) if done.returncode == 0 else []

@@ -1,10 +1,10 @@
 """The reader of the small JSON files in a step's folder: artifact, progress, owner, job and step.
 
-    read_record(folder / "owner.json", Owner)      the dataclass; None where the file is missing; OddFile otherwise
+    read_record(folder / "owner.json", Owner)   the dataclass; None where the file is missing; InvalidRecord otherwise
     record_or_none(folder / "progress.json", …)    the same, an odd file counts as missing
 
 Tolerant: fields that this version does not know are ignored, fields that it lacks take their defaults. Strict: a value
-of another type, a number that is not finite, a file that is too large or no regular file is an `OddFile` with one
+of another type, a number that is not finite, a file that is too large or no regular file is an `InvalidRecord` with one
 sentence. Never a traceback, whatever the file holds.
 """
 
@@ -25,21 +25,21 @@ from pipeline.core.errors import ArtifactError
 from pipeline.core.files import read_text
 
 T = TypeVar("T")
-LARGEST = 64 << 20  # bytes: the artifact of a step with many files is the largest, about one
-MOST = 2.0**63  # of a number, so that dates and durations can be computed
-TRIES = 3  # for a file whose handle a network file system calls stale
-PAUSE = 0.1  # seconds between them
+MAX_BYTES = 64 << 20  # bytes: the artifact of a step with many files is the largest, about one
+MAX_NUMBER = 2.0**63  # of a number, so that dates and durations can be computed
+ATTEMPTS = 3  # for a file whose handle a network file system calls stale
+RETRY_DELAY = 0.1  # seconds between them
 
 
-class OddFile(ArtifactError):
+class InvalidRecord(ArtifactError):
     """A file that exists and cannot be used."""
 
     path = Path()
     problem = ""
 
 
-def odd_file(path: Path, problem: str) -> OddFile:
-    error = OddFile(f"{path}: {problem}")
+def invalid_record(path: Path, problem: str) -> InvalidRecord:
+    error = InvalidRecord(f"{path}: {problem}")
     error.path, error.problem = path, problem
     return error
 
@@ -63,7 +63,7 @@ def read_record(
         if field.name in value:
             found[field.name] = _value(hints[field.name], value[field.name], path, field.name)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise odd_file(path, f"{field.name}: missing; expected {_words(hints[field.name])}")
+            raise invalid_record(path, f"{field.name}: missing; expected {_type_name(hints[field.name])}")
     return kind(**found)
 
 
@@ -71,44 +71,44 @@ def record_or_none(path: Path, kind: type[T]) -> T | None:
     """The record in a file; None where there is none that can be used."""
     try:
         return read_record(path, kind)
-    except OddFile:
+    except InvalidRecord:
         return None
 
 
 def read_mapping(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no such file. OddFile for anything else."""
+    """The JSON object in a file; None where there is no such file. InvalidRecord for anything else."""
     text, problem = _text(path)
     if text is None and not problem:
         return None
     if text is None:
-        raise odd_file(path, problem)
+        raise invalid_record(path, problem)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):  # also an integer of more digits than Python reads
         what = "is half-written" if text.strip() else "is empty"
-        raise odd_file(path, f"{what}; expected a JSON object") from None
+        raise invalid_record(path, f"{what}; expected a JSON object") from None
     if not isinstance(value, dict):
-        raise odd_file(path, f"got {_name(value)}; expected a JSON object")
+        raise invalid_record(path, f"got {_name(value)}; expected a JSON object")
     return value
 
 
 def _text(path: Path) -> tuple[str | None, str]:
     """A file's text; None and no problem where it is missing."""
-    for attempt in range(TRIES):
+    for attempt in range(ATTEMPTS):
         try:
-            return read_text(path, LARGEST)
+            return read_text(path, MAX_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             return None, ""
         except OSError as error:
-            if error.errno == errno.ESTALE and attempt + 1 < TRIES:  # replaced on the server: opening it again helps
-                time.sleep(PAUSE)
+            if error.errno == errno.ESTALE and attempt + 1 < ATTEMPTS:  # replaced on the server: opening it again helps
+                time.sleep(RETRY_DELAY)
                 continue
             return None, f"cannot be read ({error.strerror})"
     raise AssertionError("unreachable")
 
 
 def _value(kind: Any, value: Any, path: Path, name: str) -> Any:
-    """The value as a field's type has it; OddFile where it is not of that type."""
+    """The value as a field's type has it; InvalidRecord where it is not of that type."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
@@ -127,21 +127,21 @@ def _value(kind: Any, value: Any, path: Path, name: str) -> Any:
         if all(key in value for key in hints):
             return kind(**{key: _value(hint, value[key], path, f"{name}.{key}") for key, hint in hints.items()})
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if abs(value) < MOST or (isinstance(value, float) and "." in name and not math.isfinite(value)):
+        if abs(value) < MAX_NUMBER or (isinstance(value, float) and "." in name and not math.isfinite(value)):
             return float(value)
     elif kind is int and isinstance(value, int) and not isinstance(value, bool):
-        if abs(value) < MOST:
+        if abs(value) < MAX_NUMBER:
             return value
     elif kind in (str, bool) and isinstance(value, kind):
         return value
-    raise odd_file(path, f"{name}: got {_name(value)}; expected {_words(kind)}")
+    raise invalid_record(path, f"{name}: got {_name(value)}; expected {_type_name(kind)}")
 
 
-def _words(kind: Any) -> str:
+def _type_name(kind: Any) -> str:
     names = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_words(one) for one in typing.get_args(kind) if one is not type(None)) + " or null"
+        return " or ".join(_type_name(one) for one in typing.get_args(kind) if one is not type(None)) + " or null"
     return names.get(kind) or ("a list" if origin is tuple else "a mapping")
 
 
@@ -149,7 +149,7 @@ def _name(value: Any) -> str:
     """A value in a message, short: the type of a container, the beginning of a text."""
     if isinstance(value, dict | list):
         return "a mapping" if isinstance(value, dict) else "a list"
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= MOST:
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= MAX_NUMBER:
         return "a number of too many digits"
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

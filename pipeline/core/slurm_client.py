@@ -23,9 +23,9 @@ from pipeline.core.errors import LaunchError, MissingDependency
 from pipeline.core.files import write_json
 from pipeline.core.records import read_record
 
-JOB = "job.json"
+JOB_FILE = "job.json"
 TIMEOUT = 60  # seconds that a command of Slurm's may take
-ENDED = {
+FINAL_STATES = {
     "BOOT_FAIL",
     "CANCELLED",
     "COMPLETED",
@@ -37,9 +37,9 @@ ENDED = {
     "REVOKED",
     "TIMEOUT",
 }
-FIELDS = ["JobID", "State", "NodeList", "TimeUsed", "TimeLimit", "Reason", "exit_code", "RestartCnt", "Comment"]
-FIELDS += ["UserName", "SubmitTime", "Name", "Dependency"]
-BOOKS = "jobid,state,nodelist,elapsed,timelimit,exitcode,user,submit,jobname"
+SQUEUE_FIELDS = ["JobID", "State", "NodeList", "TimeUsed", "TimeLimit", "Reason", "exit_code", "RestartCnt", "Comment"]
+SQUEUE_FIELDS += ["UserName", "SubmitTime", "Name", "Dependency"]
+SACCT_FIELDS = "jobid,state,nodelist,elapsed,timelimit,exitcode,user,submit,jobname"
 
 
 @dataclass(frozen=True)
@@ -65,38 +65,42 @@ class Job:
     @property
     def live(self) -> bool:
         """Whether it waits, runs or ends: whether it may still do something."""
-        return self.state not in ENDED
+        return self.state not in FINAL_STATES
 
 
-def is_here() -> bool:
+def is_installed() -> bool:
     """Whether this machine can ask a Slurm."""
     return shutil.which("squeue") is not None
 
 
-KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # which Slurm, and who asks
-OTHERS = ("SLURM", "PMI", "PALS_", "OMPI_", "SQUEUE_", "SACCT_", "SCANCEL_", "SCONTROL_", "SRUN_")
+KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # which Slurm, and who asks
+DROPPED_PREFIXES = ("SLURM", "PMI", "PALS_", "OMPI_", "SQUEUE_", "SACCT_", "SCANCEL_", "SCONTROL_", "SRUN_")
 
 
-def own_environment() -> dict[str, str]:
+def client_environment() -> dict[str, str]:
     """The environment without the variables of another job or step, and without what changes Slurm's answers.
 
     What an allocation sets (SLURM_MEM_PER_CPU) would ask for something in a job that is submitted from it;
     SQUEUE_PARTITION would hide jobs. SBATCH_* stays: it holds the user's own wishes for jobs.
     """
-    return {name: value for name, value in os.environ.items() if name in KEPT or not name.startswith(OTHERS)}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in KEPT_VARIABLES or not name.startswith(DROPPED_PREFIXES)
+    }
 
 
-def call(
+def run_slurm(
     *command: str, stdin: str | None = None, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command of Slurm's in `own_environment`; MissingDependency where it is not installed."""
+    """Run a command of Slurm's in `client_environment`; MissingDependency where it is not installed."""
     if shutil.which(command[0]) is None:
         raise MissingDependency(
             f"{command[0]}: no such program on this machine; go to a login node of the cluster "
             "(or load its Slurm module), or run here with --launcher local"
         )
     try:
-        env = own_environment() | (env or {})
+        env = client_environment() | (env or {})
         return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=TIMEOUT, env=env)
     except subprocess.TimeoutExpired as error:
         raise LaunchError(
@@ -104,7 +108,7 @@ def call(
         ) from error
 
 
-def ask(ids: Iterable[str], cluster: str | None = None) -> dict[str, Job]:
+def query_jobs(ids: Iterable[str], cluster: str | None = None) -> dict[str, Job]:
     """The jobs of these ids that Slurm knows: by squeue, and what has ended by sacct too where there is one."""
     wanted = sorted(set(ids))
     if not wanted:
@@ -114,34 +118,34 @@ def ask(ids: Iterable[str], cluster: str | None = None) -> dict[str, Job]:
     return {**found, **_sacct(over, found, cluster)}
 
 
-def find(tokens: Iterable[str], cluster: str | None = None) -> dict[str, Job]:
+def jobs_by_token(tokens: Iterable[str], cluster: str | None = None) -> dict[str, Job]:
     """This user's jobs by the token they were submitted with."""
     wanted = set(tokens)
-    mine = own_jobs(cluster) if wanted else {}
+    mine = jobs_of_user(cluster) if wanted else {}
     return {job.token: job for job in mine.values() if job.token in wanted}
 
 
-def own_jobs(cluster: str | None = None) -> dict[str, Job]:
+def jobs_of_user(cluster: str | None = None) -> dict[str, Job]:
     """All jobs of this user, of whatever project."""
     return _squeue(cluster, "--user", this_user())
 
 
-def preempted(job: str) -> bool:
+def is_preempted(job: str) -> bool:
     """Whether Slurm is ending a job to make way for another one."""
     return (
-        _seconds(call("squeue", "--noheader", f"--jobs={job}", "--Format=PreemptTime:|").stdout.strip(" |\n"))
+        _seconds(run_slurm("squeue", "--noheader", f"--jobs={job}", "--Format=PreemptTime:|").stdout.strip(" |\n"))
         is not None
     )
 
 
-def of_cluster(cluster: str | None) -> list[str]:
+def cluster_option(cluster: str | None) -> list[str]:
     """The option that names another cluster to one of Slurm's commands. For this one it would need accounting."""
     return [f"--clusters={cluster}"] if cluster else []
 
 
 def _squeue(cluster: str | None, *which: str) -> dict[str, Job]:
-    words = [*of_cluster(cluster), *which, "--Format", ",".join(f"{name}:|" for name in FIELDS)]
-    done = call("squeue", "--noheader", "--states=all", *words)
+    words = [*cluster_option(cluster), *which, "--Format", ",".join(f"{name}:|" for name in SQUEUE_FIELDS)]
+    done = run_slurm("squeue", "--noheader", "--states=all", *words)
     if done.returncode and "Invalid job id" not in done.stderr:  # one unknown id is an error, several are not
         where = f" about cluster {cluster}" if cluster else ""
         raise LaunchError(
@@ -164,7 +168,7 @@ def _squeue(cluster: str | None, *which: str) -> dict[str, Job]:
             elapsed,
             limit,
             reason,
-            ended_with(code),
+            exit_code_of(code),
             count,
             token,
             user,
@@ -188,7 +192,7 @@ def _sacct(ids: Sequence[str], known: dict[str, Job], cluster: str | None) -> di
     """What accounting adds about jobs that squeue calls ended or has forgotten; nothing without accounting."""
     if not ids or shutil.which("sacct") is None:
         return {}
-    done = call("sacct", *of_cluster(cluster), "-X", "-n", "-P", "-j", ",".join(ids), "-o", BOOKS)
+    done = run_slurm("sacct", *cluster_option(cluster), "-X", "-n", "-P", "-j", ",".join(ids), "-o", SACCT_FIELDS)
     found = {}
     for line in done.stdout.splitlines() if done.returncode == 0 else ():
         parts = line.split("|")
@@ -201,7 +205,7 @@ def _sacct(ids: Sequence[str], known: dict[str, Job], cluster: str | None) -> di
             found[number] = replace(before, node=node, elapsed=elapsed, limit=limit, exit_code=code)
             continue
         state = state.split()[0]  # "CANCELLED by 0"; it lags behind squeue by seconds
-        if state in ENDED:  # one that squeue has forgotten cannot be running, whatever the books say
+        if state in FINAL_STATES:  # one that squeue has forgotten cannot be running, whatever the books say
             one = Job(number, state, node, elapsed, limit, "", code, 0, "", user, _seconds(submitted), name)
             found[number] = replace(one, cluster=cluster, from_books=True)
     return found
@@ -213,7 +217,7 @@ def first_host(node_list: str) -> str:
     return re.sub(r"\[([^\]\-,]*)[^\]]*\]", r"\1", found.group()) if found else node_list
 
 
-def ended_with(status: str) -> str:
+def exit_code_of(status: str) -> str:
     """squeue's wait status as accounting writes it, exit code and signal: 512 is 2:0, 9 is 0:9."""
     return f"{int(status) >> 8}:{int(status) & 127}" if status.isdigit() else status
 
@@ -222,7 +226,7 @@ def _last_line(text: str) -> str:
     return text.strip().splitlines()[-1] if text.strip() else "no reason given"
 
 
-def reason_of(stderr: str) -> str:
+def error_text(stderr: str) -> str:
     """What sbatch said, without its own name before each line and without saying it twice."""
     lines = [line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in stderr.splitlines()]
     return "; ".join(dict.fromkeys(line for line in lines if line)) or "no reason given"
@@ -232,14 +236,14 @@ def peak_memory(job: Job) -> str | None:
     """The most host memory that one process tree of a job has held, such as 1.9G; None without accounting."""
     if shutil.which("sacct") is None:
         return None
-    done = call("sacct", *of_cluster(job.cluster), "-n", "-P", "-j", job.id, "-o", "maxrss")
+    done = run_slurm("sacct", *cluster_option(job.cluster), "-n", "-P", "-j", job.id, "-o", "maxrss")
     sizes = [line.strip() for line in done.stdout.splitlines()] if done.returncode == 0 else []
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
     found = [(float(size[:-1]) * units[size[-1]], size) for size in sizes if re.fullmatch(r"[\d.]+[KMGT]", size)]
     return f"{max(found)[0] / (1 << 30):.2f} GiB" if found else None
 
 
-def reaches(text: str) -> bool:
+def controller_answered(text: str) -> bool:
     """Whether Slurm's message is an answer of the controller, not the lack of one."""
     away = ("contact slurm controller", "Socket timed out", "Connection refused", "Zero Bytes", "gave no answer")
     return not any(words.lower() in text.lower() for words in away)
@@ -274,10 +278,12 @@ def this_user() -> str:
 def job_end() -> float | None:
     """When this job has to end, in seconds since the epoch; None outside of one or where it has no limit."""
     given, job = os.environ.get("SLURM_JOB_END_TIME", ""), this_job()  # Slurm 23 and later
-    if given.isdigit() or job is None or not is_here():
+    if given.isdigit() or job is None or not is_installed():
         return float(given) if given.isdigit() else None
     try:
-        return _seconds(call("squeue", "--noheader", "--jobs", job, "--Format", "EndTime:|").stdout.strip().rstrip("|"))
+        return _seconds(
+            run_slurm("squeue", "--noheader", "--jobs", job, "--Format", "EndTime:|").stdout.strip().rstrip("|")
+        )
     except LaunchError:
         return None
 
@@ -288,19 +294,19 @@ def is_this_job(number: str, cluster: str | None) -> bool:
 
 
 @lru_cache(maxsize=1)
-def here() -> str | None:
+def current_cluster() -> str | None:
     """The name of the cluster that Slurm's commands reach from here without `--clusters`; None where unknown."""
     if this_job() and this_cluster() and "SLURM_CLUSTERS" not in os.environ:
         return this_cluster()
     if shutil.which("scontrol") is None:
         return None
-    found = re.search(r"^ClusterName\s*=\s*(\S+)", call("scontrol", "show", "config").stdout, re.MULTILINE)
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", run_slurm("scontrol", "show", "config").stdout, re.MULTILINE)
     return found.group(1) if found else None
 
 
-def elsewhere(cluster: str | None) -> str | None:
+def remote_cluster(cluster: str | None) -> str | None:
     """The name to query a cluster by: None for the one that Slurm's commands reach from here anyway."""
-    return cluster if cluster and cluster != here() else None
+    return cluster if cluster and cluster != current_cluster() else None
 
 
 # ---------------------------------------------------------------- the job of a step
@@ -323,15 +329,15 @@ class JobRecord:
 
 
 def read_job(folder: Path) -> JobRecord | None:
-    """The job that the step was given to; OddFile where the file cannot be used."""
-    return read_record(folder / JOB, JobRecord)
+    """The job that the step was given to; InvalidRecord where the file cannot be used."""
+    return read_record(folder / JOB_FILE, JobRecord)
 
 
 def write_job(folder: Path, record: JobRecord) -> None:
-    write_json(folder / JOB, asdict(record))
+    write_json(folder / JOB_FILE, asdict(record))
 
 
-def submitted_as(answer: str) -> tuple[str, str | None]:
+def parse_submission(answer: str) -> tuple[str, str | None]:
     """The job's id and its cluster in what `sbatch --parsable` printed: `41`, or `41;cluster` with `--clusters`.
 
     LaunchError where there is no id: the job's token tells whether Slurm has taken it.

@@ -55,7 +55,7 @@ def batches_of(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-class Draw(LogitsProcessor):
+class GumbelSampler(LogitsProcessor):
     """Sampling as a greedy choice: the largest of log-probability plus Gumbel noise (Gumbel 1954; Maddison 2014).
 
     Each row of the batch has its own generator, which `model.generate`'s sampling cannot have.
@@ -77,7 +77,7 @@ class Draw(LogitsProcessor):
         return scores - torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))
 
 
-class Repetition(LogitsProcessor):
+class RepetitionPenalty(LogitsProcessor):
     """Makes what a row already holds less likely (Keskar et al. 2019); what was padded is no part of a row."""
 
     def __init__(self, penalty: float, pads: Sequence[int]) -> None:
@@ -113,24 +113,24 @@ def generate_batch(
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=stops,
-        cache_implementation=cache_for(device),
+        cache_implementation=kv_cache_type(device),
         disable_compile=True,
     )
     padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(device)
     shaped = LogitsProcessorList()
     if sampling.repetition_penalty != 1:
         longest = padded["input_ids"].shape[1]
-        shaped.append(Repetition(sampling.repetition_penalty, [longest - len(prompt) for prompt in prompts]))
+        shaped.append(RepetitionPenalty(sampling.repetition_penalty, [longest - len(prompt) for prompt in prompts]))
     if sampling.temperature:
-        shaped.append(Draw(sampling, seeds, device))
-    with own_settings_alone(model):
+        shaped.append(GumbelSampler(sampling, seeds, device))
+    with ignore_model_defaults(model):
         output = model.generate(**padded, generation_config=config, logits_processor=shaped, streamer=streamer)
     output = output[:, padded["input_ids"].shape[1] :]
     return [_completion(ids, tokenizer, set(stops)) for ids in output.tolist()]
 
 
 @contextlib.contextmanager
-def own_settings_alone(model: PreTrainedModel) -> Iterator[None]:
+def ignore_model_defaults(model: PreTrainedModel) -> Iterator[None]:
     """While `model.generate` runs: what the call leaves open is transformers' default, not the model's own wish.
 
     transformers fills every open setting from the model's generation config: beams, penalties, time limits, and any
@@ -145,7 +145,7 @@ def own_settings_alone(model: PreTrainedModel) -> Iterator[None]:
         inner.generation_config = kept
 
 
-class Stream(BaseStreamer):
+class TokenStreamer(BaseStreamer):
     """Tells `show` the whole text so far, after every token that makes it longer; a cut character is waited for.
 
     The last text it tells is that of the Completion.
@@ -171,7 +171,7 @@ class Stream(BaseStreamer):
         return _completion(self.ids or [], self.tokenizer, self.stops).text
 
 
-def cache_for(device: torch.device, *, mixed: bool = False) -> str | None:
+def kv_cache_type(device: torch.device, *, mixed: bool = False) -> str | None:
     """On a CPU keys and values are written in place: a cache that grows is copied at every token, most of the time.
 
     `mixed`: float32 weights under autocast, whose keys are not of the precision that such a cache is made in.

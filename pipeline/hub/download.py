@@ -3,7 +3,7 @@
     python -m pipeline download RECIPE…            downloads the pinned model, tokenizer and data
 
 Jobs run with HF_HUB_OFFLINE=1 (configs/clusters/). What a recipe needs and the cache lacks is told before anything
-is queued: `not_fetched`.
+is queued: `not_downloaded`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def download(recipes: Iterable[Recipe], cluster: Cluster) -> Iterator[str]:
             yield f"{name}: {one.kind} {one.name} at {commit}, {_size(Path(folder)) / 1e9:.2f} GB in {folder}{pin}"
 
 
-def not_fetched(recipes: Iterable[Recipe], cluster: Cluster) -> list[str]:
+def not_downloaded(recipes: Iterable[Recipe], cluster: Cluster) -> list[str]:
     """What jobs on nodes without internet would look for in vain, as sentences."""
     if cluster.slurm.environment.get("HF_HUB_OFFLINE") in (None, "0", ""):
         return []

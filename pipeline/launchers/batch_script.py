@@ -21,7 +21,7 @@ from pipeline.workflow.artifact import LOG, SCRIPT
 from pipeline.workflow.plan import Step
 from pipeline.workflow.stage import STAGES, Stage
 
-FOLDER = Path("slurm")
+SCRIPTS = Path("slurm")
 LOGS = Path("logs")
 
 HEAD = """\
@@ -102,8 +102,8 @@ def script(stage: Stage, cluster: Cluster, step: Step | None = None, venv: str |
     """
     slurm, name = cluster.slurm, stage.name
     if step:
-        refuse_odd(step.folder)
-    usage = f"sbatch {FOLDER}/{name}.slurm {USAGE.get(name, 'RECIPE [key=value …]')}"
+        check_path(step.folder)
+    usage = f"sbatch {SCRIPTS}/{name}.slurm {USAGE.get(name, 'RECIPE [key=value …]')}"
     seconds = str(slurm.save_seconds(name))
     head = HEAD.format(
         about=f"{step.label if step else name}: {stage.about}.",
@@ -178,7 +178,7 @@ def _quoted(option: str) -> str:
     return f"{name}={shlex.quote(value)}" if equals else shlex.quote(option)
 
 
-def refuse_odd(folder: Path) -> None:
+def check_path(folder: Path) -> None:
     """PlanError for a folder whose name has no place in a batch script."""
     if not str(folder).isprintable() or "\\" in str(folder):
         raise PlanError(

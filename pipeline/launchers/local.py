@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from pipeline.core import cgroups
 from pipeline.core.errors import LaunchError, PipelineError, PlanError, Stopped, explain_disk, printable
-from pipeline.core.slurm_client import JOB, is_here, job_end, this_job
+from pipeline.core.slurm_client import JOB_FILE, is_installed, job_end, this_job
 from pipeline.launchers import debug
 from pipeline.launchers.torchrun import command, environment
 from pipeline.workflow import faults
@@ -35,9 +35,9 @@ from pipeline.workflow.plan import Plan, Step, spec_of
 from pipeline.workflow.progress import ATTEMPT, Progress, describe, format_duration, read_progress
 from pipeline.workflow.stage import STAGES, write_spec
 
-POLL = 0.2  # seconds
-TAIL = 15  # lines of a failed step's log that are shown
-CAN_STOP = ("sft", "grpo", "evaluate")  # stages that save when they are asked to leave
+POLL_SECONDS = 0.2  # seconds
+TAIL_LINES = 15  # lines of a failed step's log that are shown
+RESUMABLE_STAGES = ("sft", "grpo", "evaluate")  # stages that save when they are asked to leave
 
 
 def run_plan(plan: Plan) -> list[Step]:
@@ -48,7 +48,9 @@ def run_plan(plan: Plan) -> list[Step]:
     todo = plan.to_run
     for step in todo:
         ensure_unlocked(step.folder)
-    queued = live_jobs(step.folder for step in todo) if is_here() else {}  # a folder copied from a cluster has none
+    queued = (
+        live_jobs(step.folder for step in todo) if is_installed() else {}
+    )  # a folder copied from a cluster has none
     if queued:
         told = [describe_job(folder, job) for folder, job in queued.items()]
         raise PlanError(*told, "wait for it (python -m pipeline status), or end it with python -m pipeline cancel")
@@ -84,9 +86,9 @@ def run_step(step: Step, plan: Plan, title: str) -> None:
     if stage.processes == "all":
         check_port()
     write_spec(step.folder, spec_of(step, plan.cluster))
-    (step.folder / JOB).unlink(missing_ok=True)  # of an earlier attempt on Slurm
+    (step.folder / JOB_FILE).unlink(missing_ok=True)  # of an earlier attempt on Slurm
     started, attempt, kills = time.time(), uuid.uuid4().hex, cgroups.memory_kills()
-    limit, asked = _leave_at(step, plan), False
+    limit, asked = _stop_at(step, plan), False
     log = step.folder / "log.txt"
     with log.open("ab") as file:
         process = subprocess.Popen(
@@ -108,7 +110,7 @@ def run_step(step: Step, plan: Plan, title: str) -> None:
                     asked = True
                     (step.folder / STOP).touch()
                     tqdm.write("stopping: this Slurm job ends soon; the step saves and leaves", file=sys.stderr)
-                time.sleep(POLL)
+                time.sleep(POLL_SECONDS)
             seconds = time.time() - started
             mine = _progress(step, attempt)
             if mine is None:
@@ -129,12 +131,12 @@ def _progress(step: Step, attempt: str) -> Progress | None:
     return progress if progress and progress.token == attempt else None
 
 
-def _leave_at(step: Step, plan: Plan) -> float:
+def _stop_at(step: Step, plan: Plan) -> float:
     """When the step has to save and leave, in seconds since the epoch: before the Slurm job ends that this runs in.
 
     Of a job that is shorter than `signal_before_limit` half of what is left is used. Without a limit: never.
     """
-    end = job_end() if this_job() and step.stage in CAN_STOP else None
+    end = job_end() if this_job() and step.stage in RESUMABLE_STAGES else None
     if end is None:
         return math.inf
     now, before = time.time(), plan.cluster.slurm.save_seconds(step.stage)
@@ -165,7 +167,7 @@ def _failure(step: Step, code: int, progress: Progress | None, log: Path, died: 
         return error
     if died:
         return LaunchError(f"{step.label}: {died}", again)
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-TAIL:]
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-TAIL_LINES:]
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
     return LaunchError(f"{step.label} {how}; the end of its log:", *(f"  {line}" for line in lines), again)
 
@@ -187,7 +189,7 @@ def _stopping(process: subprocess.Popen[bytes], step: Step, grace: int, attempt:
         asked += 1
         progress = _progress(step, attempt)
         begun = signum != signal.SIGINT or (progress is not None and progress.state != "starting")
-        if asked == 1 and step.stage in CAN_STOP and begun:
+        if asked == 1 and step.stage in RESUMABLE_STAGES and begun:
             (step.folder / STOP).touch()
             tqdm.write("stopping: it saves at the next step and leaves; Ctrl-C again ends it at once", file=sys.stderr)
         else:

@@ -19,15 +19,15 @@ from pathlib import Path
 
 from pipeline.core.errors import EXIT_FAULT, LaunchError, PlanError, run_main
 from pipeline.core.slurm_client import (
-    ask,
-    call,
-    find,
-    own_jobs,
-    preempted,
-    reaches,
+    controller_answered,
+    error_text,
+    is_preempted,
+    jobs_by_token,
+    jobs_of_user,
+    parse_submission,
+    query_jobs,
     read_job,
-    reason_of,
-    submitted_as,
+    run_slurm,
     this_job,
     write_job,
 )
@@ -36,8 +36,14 @@ from pipeline.workflow.artifact import SCRIPT
 from pipeline.workflow.jobs import add_dependency
 from pipeline.workflow.stage import read_spec
 
-PATIENCE = 600  # seconds to wait for a controller that does not answer; Slurm's time limit may be sooner
-PAUSES = (2.0, 5.0, 10.0, 20.0, 30.0)  # seconds between the tries; the first are short, because a time limit is near
+CONTROLLER_TIMEOUT = 600  # seconds to wait for a controller that does not answer; Slurm's time limit may be sooner
+RETRY_DELAYS = (
+    2.0,
+    5.0,
+    10.0,
+    20.0,
+    30.0,
+)  # seconds between the tries; the first are short, because a time limit is near
 REQUEUED = "pending execution"  # scontrol about a job that Slurm itself is queueing again
 
 
@@ -52,21 +58,21 @@ def requeue(job: str, folder: Path) -> None:
 
 def _same_job(job: str) -> str | None:
     """None where Slurm starts the job again; otherwise why it refuses."""
-    known = ask([job]).get(job)
+    known = query_jobs([job]).get(job)
     if known is None or not known.live:
         raise LaunchError(f"job {job} has ended")
-    if known.state != "RUNNING" and not preempted(job):
+    if known.state != "RUNNING" and not is_preempted(job):
         raise LaunchError(f"job {job} is being cancelled ({known.state}), so it is not queued again")
-    done = call("scontrol", "requeue", job)
-    said = reason_of(done.stderr)
+    done = run_slurm("scontrol", "requeue", job)
+    said = error_text(done.stderr)
     if done.returncode == 0 or REQUEUED in said:
         return None
-    if not reaches(said):
-        raise Away(said)
+    if not controller_answered(said):
+        raise ControllerUnreachable(said)
     return said
 
 
-class Away(LaunchError):
+class ControllerUnreachable(LaunchError):
     """The controller does not answer."""
 
 
@@ -77,31 +83,31 @@ def _successor(job: str, folder: Path, reason: str) -> str:
         raise LaunchError(
             f"{folder}: saved, but Slurm does not queue job {job} again: {reason}. Fix: submit the same again"
         )
-    taken = find([record.token]).get(record.token) if record.id is None else None
+    taken = jobs_by_token([record.token]).get(record.token) if record.id is None else None
     if taken:  # by an earlier try, whose answer was lost
         write_job(folder, replace(record, id=taken.id))
         return taken.id
     new = replace(record, token=uuid.uuid4().hex, submitted=time.time(), id=None)
     write_job(folder, new)  # as with every submission: first the token, then the job, then its id
     env = exported(read_spec(folder).cluster.slurm)
-    done = call(*sbatch_line(script, [job], new.token, "afterany"), env=env)
-    said = reason_of(done.stderr)
-    if done.returncode and not reaches(said):
-        raise Away(said)
+    done = run_slurm(*sbatch_line(script, [job], new.token, "afterany"), env=env)
+    said = error_text(done.stderr)
+    if done.returncode and not controller_answered(said):
+        raise ControllerUnreachable(said)
     if done.returncode:
         write_job(folder, replace(record, id=job))
         raise LaunchError(
             f"{folder}: saved, but Slurm does not queue job {job} again ({reason}), and refused a new one: {said}. "
             f"Fix: {record.command or 'run the same command again'}"
         )
-    number, cluster = submitted_as(done.stdout)
+    number, cluster = parse_submission(done.stdout)
     write_job(folder, replace(new, id=number, cluster=cluster or record.cluster))
     return number
 
 
 def _hand_over(old: str, new: str) -> None:
     """Have this user's jobs that wait for the old job wait for the new one."""
-    for job in own_jobs().values():
+    for job in jobs_of_user().values():
         waits = re.sub(r"\([^)]*\)", "", job.after)  # afterok:41(unfulfilled)
         changed = re.sub(rf"(?<=:){old}\b", new, waits)
         waits_for_it = job.state == "PENDING" and job.id != new and changed != waits
@@ -115,17 +121,19 @@ def main(argv: list[str]) -> int:
     job, folder = this_job(), Path(argv[0])
     if job is None:
         raise PlanError("SLURM_JOB_ID is not set: this queues the Slurm job again that it runs in")
-    until, pauses = time.time() + PATIENCE, iter(PAUSES)
+    until, pauses = time.time() + CONTROLLER_TIMEOUT, iter(RETRY_DELAYS)
     while True:
         try:
             requeue(job, folder)
             return 0
         except LaunchError as error:
-            if (not isinstance(error, Away) and reaches(str(error))) or time.time() > until:
+            if (
+                not isinstance(error, ControllerUnreachable) and controller_answered(str(error))
+            ) or time.time() > until:
                 print("\n".join(error.problems), file=sys.stderr)
                 return EXIT_FAULT
             print(f"{error.problems[0]}; trying again", flush=True)
-        time.sleep(next(pauses, PAUSES[-1]))
+        time.sleep(next(pauses, RETRY_DELAYS[-1]))
 
 
 if __name__ == "__main__":

@@ -29,27 +29,27 @@ from pipeline.core.records import record_or_none
 from pipeline.core.slurm_client import (
     Job,
     JobRecord,
-    ask,
-    call,
-    elsewhere,
-    here,
-    reaches,
+    controller_answered,
+    current_cluster,
+    error_text,
+    parse_submission,
+    query_jobs,
     read_job,
-    reason_of,
-    submitted_as,
+    remote_cluster,
+    run_slurm,
     this_user,
     write_job,
 )
-from pipeline.launchers.batch_script import FOLDER, refuse_odd, render, resources, script
+from pipeline.launchers.batch_script import SCRIPTS, check_path, render, resources, script
 from pipeline.workflow.artifact import LOG, SCRIPT
 from pipeline.workflow.jobs import add_dependency, is_ours, live_jobs, query
 from pipeline.workflow.lock import OWNER, LockHolder, ensure_unlocked
 from pipeline.workflow.plan import Plan, Step, spec_of
 from pipeline.workflow.stage import STAGES, write_spec
 
-ENDING = 60  # seconds to wait for a job that is ending
-ROUNDS = 3  # of submission, where Slurm cancels jobs meanwhile
-SETTLE = 1.5  # seconds in which Slurm cancels what waits for a job that has failed
+ENDING_TIMEOUT = 60  # seconds to wait for a job that is ending
+SUBMISSION_ROUNDS = 3  # of submission, where Slurm cancels jobs meanwhile
+SETTLE_SECONDS = 1.5  # seconds in which Slurm cancels what waits for a job that has failed
 
 # ---------------------------------------------------------------- the chain
 
@@ -77,13 +77,13 @@ def run_plan(
     has to run it again.
     """
     submit = submit or sbatch
-    refuse_odd(plan.runs)
+    check_path(plan.runs)
     if not dry_run:
         _refuse_unset(plan.cluster.slurm)
-        call("sbatch", "--version")  # before anything is written
-    with contextlib.nullcontext() if dry_run else alone(plan.runs):
+        run_slurm("sbatch", "--version")  # before anything is written
+    with contextlib.nullcontext() if dry_run else submission_lock(plan.runs):
         new: set[str] = set()
-        for _ in range(ROUNDS):
+        for _ in range(SUBMISSION_ROUNDS):
             live = _kept(plan, _live(plan))
             _refuse_other_cluster(plan, live)
             found = _submit_missing(plan, live, submit, dry_run=dry_run, typed=typed)
@@ -127,14 +127,16 @@ def _live(plan: Plan) -> dict[Path, Job]:
 
     An end takes seconds, so the first questions come sooner than SLURM_EVERY; there are at most six.
     """
-    until, pause = time.time() + ENDING, 1.0
+    until, pause = time.time() + ENDING_TIMEOUT, 1.0
     while True:
         live = live_jobs([step.folder for step in plan.steps if not step.done])
         ending = [job.id for job in live.values() if job.state == "COMPLETING"]
         if not ending:
             return live
         if time.time() > until:
-            raise LaunchError(f"job {ending[0]} is still ending after {ENDING} s (squeue -j {ending[0]}); try again")
+            raise LaunchError(
+                f"job {ending[0]} is still ending after {ENDING_TIMEOUT} s (squeue -j {ending[0]}); try again"
+            )
         time.sleep(pause)
         pause *= 2
 
@@ -162,19 +164,19 @@ def _waits_for_others(job: Job, after: Sequence[str], found: Sequence[Submission
 
 
 def _is_waiting_or_gone(job: Job) -> bool:
-    now = ask([job.id], job.cluster).get(job.id)
+    now = query_jobs([job.id], job.cluster).get(job.id)
     return now is None or now.token != job.token or now.state == "PENDING" or not now.live
 
 
 def _refuse_other_cluster(plan: Plan, live: dict[Path, Job]) -> None:
     """PlanError where a job of these steps lives on another cluster than the new ones would."""
-    target = elsewhere(plan.cluster.slurm.clusters)
-    others = [(folder, job) for folder, job in live.items() if elsewhere(job.cluster) != target]
+    target = remote_cluster(plan.cluster.slurm.clusters)
+    others = [(folder, job) for folder, job in live.items() if remote_cluster(job.cluster) != target]
     if others:
         raise PlanError(
             *(
-                f"{folder} is with Slurm on cluster {job.cluster or here()}, as job {job.id} ({job.state}); expected "
-                "none on another cluster, because a job cannot wait for another cluster's"
+                f"{folder} is with Slurm on cluster {job.cluster or current_cluster()}, as job {job.id} ({job.state}); "
+                "expected none on another cluster, because a job cannot wait for another cluster's"
                 for folder, job in others
             ),
             "wait for it (python -m pipeline status), or end it with python -m pipeline cancel",
@@ -196,13 +198,13 @@ def _as_submitted(found: Sequence[Submission]) -> bool:
     waits for it within a second. A job without our comment is known by user, name and time from now on.
     """
     if len({one.new for one in found}) > 1:  # new jobs and old ones
-        time.sleep(SETTLE)
+        time.sleep(SETTLE_SECONDS)
     records = {one.step.folder: record for one in found if (record := read_job(one.step.folder))}
     answers = query(records.values())
     if answers.unreached:  # they were submitted a moment ago: the next command looks again
         return True
     for folder, record in records.items():
-        job = answers.jobs.get((elsewhere(record.cluster), record.id or ""))
+        job = answers.jobs.get((remote_cluster(record.cluster), record.id or ""))
         if job and not job.from_books and record.marked and job.token != record.token:
             unmarked = replace(record, marked=False)
             if is_ours(job, unmarked):
@@ -221,7 +223,7 @@ def _submit(
         plan.cluster.launcher,
         time.time(),
         log=str(step.folder / LOG),
-        cluster=plan.cluster.slurm.clusters or here(),
+        cluster=plan.cluster.slurm.clusters or current_cluster(),
         user=this_user(),
         name=step.label,
         command=typed,
@@ -245,10 +247,10 @@ def sbatch(step: Step, plan: Plan, after: Sequence[str], record: JobRecord) -> J
     """Write the step's batch script and submit it. LaunchError with Slurm's reason where it refuses."""
     path = step.folder / SCRIPT
     path.write_text(script(STAGES[step.stage], plan.cluster, step, sys.prefix), encoding="utf-8")
-    done = call(*sbatch_line(path, after, record.token), env=exported(plan.cluster.slurm))
+    done = run_slurm(*sbatch_line(path, after, record.token), env=exported(plan.cluster.slurm))
     if done.returncode:
-        raise refused(step, plan, reason_of(done.stderr))
-    number, cluster = submitted_as(done.stdout)
+        raise submission_error(step, plan, error_text(done.stderr))
+    number, cluster = parse_submission(done.stdout)
     return replace(record, id=number, cluster=cluster)
 
 
@@ -280,9 +282,9 @@ def sbatch_line(path: Path, after: Sequence[str], token: str, kind: str = "after
     return ["sbatch", "--parsable", *waits, f"--comment={token}", str(path)]
 
 
-def refused(step: Step, plan: Plan, reason: str) -> LaunchError:
+def submission_error(step: Step, plan: Plan, reason: str) -> LaunchError:
     """What Slurm said against a job; a user's mistake, unless Slurm itself could not be reached."""
-    if not reaches(reason):
+    if not controller_answered(reason):
         return LaunchError(f"{step.label}: Slurm cannot be reached: {reason}; try again when scontrol ping answers")
     asked = " ".join(resources(STAGES[step.stage], plan.cluster))
     error = LaunchError(
@@ -296,7 +298,7 @@ def refused(step: Step, plan: Plan, reason: str) -> LaunchError:
 
 
 @contextlib.contextmanager
-def alone(runs: Path) -> Iterator[None]:
+def submission_lock(runs: Path) -> Iterator[None]:
     """One submission at a time in a runs folder: a second one waits, and then finds the first one's jobs."""
     runs.mkdir(parents=True, exist_ok=True)
     with (runs / ".submitting").open("w") as file:
@@ -305,7 +307,7 @@ def alone(runs: Path) -> Iterator[None]:
         yield
 
 
-def show(submissions: list[Submission]) -> str:
+def submissions_table(submissions: list[Submission]) -> str:
     """One line a step: its job, and what it waits for."""
     width = max((len(one.step.label) for one in submissions), default=0)
     lines = []
@@ -316,7 +318,7 @@ def show(submissions: list[Submission]) -> str:
     return "\n".join(lines)
 
 
-def show_dry_run(submissions: list[Submission], plan: Plan) -> str:
+def dry_run_text(submissions: list[Submission], plan: Plan) -> str:
     """Every script and the line that would submit it; a job that has no id yet is called by its step."""
     parts = []
     for one in submissions:
@@ -337,7 +339,7 @@ def main(argv: list[str]) -> int:
         raise RecipeError(
             f"cluster {cluster.name}: its launcher is {cluster.launcher}, so it has no batch scripts; name another"
         )
-    print("\n".join(str(path) for path in render(cluster, Path(argv[1]) if argv[1:] else FOLDER)))
+    print("\n".join(str(path) for path in render(cluster, Path(argv[1]) if argv[1:] else SCRIPTS)))
     return 0
 
 

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.site import Slurm, minutes
 from pipeline.core.errors import EXIT_STOPPED
-from pipeline.core.slurm_client import JobRecord, own_environment, reason_of
+from pipeline.core.slurm_client import JobRecord, client_environment, error_text
 from pipeline.launchers.batch_script import resources, setup_lines, shell_value
-from pipeline.launchers.slurm import exported, refused
+from pipeline.launchers.slurm import exported, submission_error
 from pipeline.workflow.artifact import STOP
 from pipeline.workflow.plan import Plan, Step
 from pipeline.workflow.stage import STAGES
@@ -33,11 +33,13 @@ from pipeline.workflow.stage import STAGES
 if TYPE_CHECKING:
     from submitit.core.utils import DelayedSubmission
 
-JOBS = "submitit"  # of a step's folder: its pickles, scripts and logs
-LOGIN = "command -v module >/dev/null || . /etc/profile"  # where sites define it; submitit's shell is no login shell
+JOBS_FOLDER = "submitit"  # of a step's folder: its pickles, scripts and logs
+LOGIN_SETUP = (
+    "command -v module >/dev/null || . /etc/profile"  # where sites define it; submitit's shell is no login shell
+)
 # USR2 would end a Python that does not yet listen to it: until then it is ignored
-LISTENS_LATER = """bash -c 'trap "" USR1 USR2; exec "$@"' bash"""
-FOR_EVER = 1_000_000  # time limits that a job may run into; each has made progress
+DELAYED_SIGNALS = """bash -c 'trap "" USR1 USR2; exec "$@"' bash"""
+MAX_REQUEUES = 1_000_000  # time limits that a job may run into; each has made progress
 
 
 @dataclass
@@ -95,30 +97,30 @@ def submit(step: Step, plan: Plan, after: Sequence[str], record: JobRecord) -> J
     extra: dict[str, str | bool] = {key: value or True for key, value in asked.items() if key not in options}
     extra |= {"requeue": True, "kill-on-invalid-dep": "yes", "comment": record.token}
     extra |= {"dependency": f"afterok:{':'.join(after)}"} if after else {}
-    executor = submitit.SlurmExecutor(step.folder / JOBS, max_num_timeout=FOR_EVER, python=_python(slurm))
+    executor = submitit.SlurmExecutor(step.folder / JOBS_FOLDER, max_num_timeout=MAX_REQUEUES, python=_python(slurm))
     path = f'export PATH={shell_value(slurm.venv or sys.prefix)}/bin:"$PATH"'
-    with warnings.catch_warnings(), _environment(own_environment() | exported(slurm)):
+    with warnings.catch_warnings(), _environment(client_environment() | exported(slurm)):
         warnings.simplefilter("ignore")
         executor.update_parameters(
             job_name=step.label,
             time=minutes(getattr(slurm.time, stage.name)),
             signal_delay_s=slurm.save_seconds(stage.name),
             stderr_to_stdout=True,
-            setup=[*[LOGIN] * bool(slurm.modules or slurm.setup), *setup_lines(slurm), path],
+            setup=[*[LOGIN_SETUP] * bool(slurm.modules or slurm.setup), *setup_lines(slurm), path],
             srun_args=[*([f"--cpus-per-task={slurm.cpus}"] if slurm.cpus else []), "--wait=60"],
             additional_parameters=extra,
         )
         try:
             job = executor.submit(StepCommand(str(step.folder)))
         except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
-            raise refused(step, plan, reason_of(str(error))) from error
+            raise submission_error(step, plan, error_text(str(error))) from error
     return replace(record, id=job.job_id, log=str(job.paths.stdout))
 
 
 def _python(slurm: Slurm) -> str:
     """What submitit puts between srun and its own module: options, wrapper and Python, as words of a shell."""
     options, wrapper = ([shell_value(word) for word in words] for words in (slurm.srun, slurm.wrapper))
-    return " ".join([*options, LISTENS_LATER, *wrapper, "python"])
+    return " ".join([*options, DELAYED_SIGNALS, *wrapper, "python"])
 
 
 @contextlib.contextmanager

@@ -33,12 +33,12 @@ PORTS = range(15_000, 30_000)  # below those that the system hands out itself
 HIDE_GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # the user's own settings of torch's allocator
 LOOPBACK = "127.0.0.1"
-STRIDE = 7919  # between the ports of a job's attempts
-SHUTDOWN = 10  # seconds that torchrun gives the other processes when one has failed
+PORT_STRIDE = 7919  # between the ports of a job's attempts
+SHUTDOWN_SECONDS = 10  # seconds that torchrun gives the other processes when one has failed
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """Where the nodes of a job meet."""
 
     nodes: int
@@ -48,7 +48,7 @@ class Meeting:
     address: str | None = None  # of this node, for the others; None: what its own name resolves to
 
 
-def meeting(suffix: str | None = None) -> Meeting | None:
+def rendezvous(suffix: str | None = None) -> Rendezvous | None:
     """The meeting point of the Slurm job this runs in; None outside of one.
 
     One node needs no name that can be looked up. `suffix` turns a node's name into that of its fast network.
@@ -59,10 +59,10 @@ def meeting(suffix: str | None = None) -> Meeting | None:
     attempt, nodes = this_restart(), int(os.environ["SLURM_JOB_NUM_NODES"])
     name = f"{job}-{attempt}"
     if nodes == 1:
-        return Meeting(1, LOOPBACK, port_of(job, attempt), name, LOOPBACK)
+        return Rendezvous(1, LOOPBACK, port_of(job, attempt), name, LOOPBACK)
     first = fast_name(first_host(os.environ["SLURM_JOB_NODELIST"]), suffix)
     mine = fast_name(os.environ["SLURMD_NODENAME"], suffix) if suffix else None
-    return Meeting(nodes, first, port_of(job, attempt), name, mine)
+    return Rendezvous(nodes, first, port_of(job, attempt), name, mine)
 
 
 def fast_name(host: str, suffix: str | None) -> str:
@@ -76,10 +76,10 @@ def port_of(job: str, attempt: int = 0) -> int:
 
     So do a job's attempts: where only slurmd has died, processes of the one before still hold its port.
     """
-    return PORTS[(int(job) + STRIDE * attempt) % len(PORTS)]
+    return PORTS[(int(job) + PORT_STRIDE * attempt) % len(PORTS)]
 
 
-def command(stage: Stage, folder: Path, cluster: Cluster, at: Meeting | None = None) -> list[str]:
+def command(stage: Stage, folder: Path, cluster: Cluster, at: Rendezvous | None = None) -> list[str]:
     """The argv that runs a stage's processes of this node. Outside of a job the port is torchrun's own choice."""
     work = ["-m", stage.module, "--step", str(folder)]
     if stage.processes == "one":
@@ -123,8 +123,8 @@ def run_on_node(folder: Path) -> int:
         signal.signal(number, lambda *_: (folder / STOP).touch())
     kills = cgroups.memory_kills()
     process = subprocess.Popen(
-        command(stage, folder, order.cluster, meeting(order.cluster.slurm.host_suffix)),
-        env={**environment(stage, order.cluster), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN)},
+        command(stage, folder, order.cluster, rendezvous(order.cluster.slurm.host_suffix)),
+        env={**environment(stage, order.cluster), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS)},
         preexec_fn=ignore_stop_signals,
     )
     code, still = None, faults.StoppedProcesses(process.pid)

@@ -63,7 +63,7 @@ def write_gguf(folder: Path, file: Path, quant: str, name: str, told: Callable[[
     return file.stat().st_size
 
 
-def layout_of(model_type: str, folder: Path) -> GgufLayout:
+def gguf_layout(model_type: str, folder: Path) -> GgufLayout:
     """Return the GGUF layout of a model type. ArtifactError where it has none here."""
     architecture = ARCHITECTURES.get(model_type)
     if architecture is None or architecture.gguf is None:
@@ -79,7 +79,7 @@ def _write(folder: Path, file: Path, quant: str, name: str, told: Callable[[str]
     from gguf import GGUFWriter, LlamaFileType
 
     config = AutoConfig.from_pretrained(folder, **NO_CODE)
-    layout = layout_of(config.model_type, folder)
+    layout = gguf_layout(config.model_type, folder)
     writer = GGUFWriter(file, layout.name)
     tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
     writer.add_name(name_in_file(name, tokenizer))

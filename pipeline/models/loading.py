@@ -1,7 +1,7 @@
 """How a model is loaded, once: tokenizer, chat format, precision, quantization, adapters, checkpoints.
 
 The same code path loads a hub id, a local folder, a step's folder, a Trainer checkpoint and an adapter, for
-training and for evaluation. `make_scratch` makes a small model from nothing, so that the whole pipeline runs
+training and for evaluation. `make_random_model` makes a small model from nothing, so that the whole pipeline runs
 where no hub can be reached.
 """
 
@@ -43,24 +43,30 @@ from pipeline.models.weight_checks import (
     NO_CODE,
     NO_PICKLE,
     as_list,
+    attach_adapter,
     check_adapter_fits,
     check_computes,
     check_finite,
     check_keys,
-    check_reads_back,
+    check_round_trip,
     check_sizes,
     forget_generation_config,
-    put_adapter,
-    reading,
+    loading_errors,
 )
 from pipeline.scoring.answers import OPEN
 from pipeline.workflow.artifact import Artifact
 from pipeline.workflow.weights import Checkpoint, find_checkpoint
 
-PADS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|fim_pad|>", "<|vision_pad|>", "<|endoftext|>")
-SPECIAL = {"pad_token": "<|pad|>", "eos_token": "<|end|>"}
-ROLES = ["<|user|>", "<|assistant|>", "<|system|>"]
-TAGS = ["<think>", "</think>"]
+PAD_TOKENS = (
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_0|>",
+    "<|fim_pad|>",
+    "<|vision_pad|>",
+    "<|endoftext|>",
+)
+SPECIAL_TOKENS = {"pad_token": "<|pad|>", "eos_token": "<|end|>"}
+ROLE_TOKENS = ["<|user|>", "<|assistant|>", "<|system|>"]
+THINK_TAGS = ["<think>", "</think>"]
 
 
 # ---------------------------------------------------------------- tokenizer and chat format
@@ -74,7 +80,7 @@ def load_tokenizer(checkpoint: Checkpoint, model: Model) -> PreTrainedTokenizerB
     """
     where = checkpoint.tokenizer
     check_sizes(checkpoint.base, revision_of(checkpoint, model))  # the tokenizer's class is in the model's config
-    with reading(f"tokenizer {where}"):
+    with loading_errors(f"tokenizer {where}"):
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision_of(checkpoint, model), **NO_CODE)
     if model.chat_template:
         tokenizer.chat_template = read_template(model.chat_template)
@@ -83,17 +89,17 @@ def load_tokenizer(checkpoint: Checkpoint, model: Model) -> PreTrainedTokenizerB
             f"model.chat_template: null, and the tokenizer of {where} has none; "
             f"use one of {', '.join(TEMPLATES)} or the path of a .jinja file"
         )
-    with reading(f"tokenizer {where}"):
+    with loading_errors(f"tokenizer {where}"):
         template = str(tokenizer.get_chat_template())
         if not _is_known(template):
             try_template(template, tokenizer.special_tokens_map, model.chat_template or f"tokenizer {where}")
         tokenizer.eos_token = end_of_turn(tokenizer)
         if tokenizer.pad_token in (None, tokenizer.eos_token):
             known = tokenizer.get_vocab()
-            spare = (pad for pad in PADS if pad in known and pad != tokenizer.eos_token)
+            spare = (pad for pad in PAD_TOKENS if pad in known and pad != tokenizer.eos_token)
             tokenizer.pad_token = next(spare, tokenizer.eos_token)
         tokenizer.padding_side = "left"
-        check_reads_back(tokenizer, _chat_text(tokenizer, add_generation_prompt=True), where)
+        check_round_trip(tokenizer, _chat_text(tokenizer, add_generation_prompt=True), where)
     return tokenizer
 
 
@@ -135,7 +141,7 @@ def read_template(name: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def prefills_thought(tokenizer: PreTrainedTokenizerBase) -> bool:
+def template_opens_think(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the generation prompt already opens `<think>`, so that a completion begins inside the thought."""
     return _chat_text(tokenizer, add_generation_prompt=True).rstrip().endswith(OPEN)
 
@@ -247,7 +253,7 @@ def base_checkpoint(model: Model, data: Path) -> Checkpoint:
     return find_checkpoint(model.name) if Path(model.name).exists() else Checkpoint(model.name, None, model.name)
 
 
-def first_weights(model: Model, inputs: Mapping[str, Artifact]) -> Checkpoint:
+def initial_checkpoint(model: Model, inputs: Mapping[str, Artifact]) -> Checkpoint:
     """Where training or an evaluation starts: the weights of the step before it, else the base model."""
     if "model" in inputs:
         return find_checkpoint(str(inputs["model"].folder))
@@ -276,7 +282,7 @@ def load_model(
     arguments = {"quantization_config": quantization} if quantization else {}  # None would undo the model's own
     name, revision = checkpoint.base, revision_of(checkpoint, model)
     check_sizes(name, revision)
-    with reading(f"model {name}"):
+    with loading_errors(f"model {name}"):
         base, info = AutoModelForCausalLM.from_pretrained(
             name,
             revision=revision,
@@ -305,7 +311,7 @@ def load_model(
             "where an adapter cannot be put on it; allow more (cpu: GiB), or ask what "
             "python -m pipeline export --format merged16 makes of it"
         )
-    return put_adapter(
+    return attach_adapter(
         base,
         checkpoint.adapter,
         is_trainable=train_adapter,
@@ -323,7 +329,7 @@ def is_not_about_casts(record: logging.LogRecord) -> bool:
     return "inputs will be cast from" not in str(record.msg)
 
 
-def load_to_ask(checkpoint: Checkpoint, model: Model, limits: MaxMemory | None) -> PreTrainedModel | PeftModel:
+def load_for_chat(checkpoint: Checkpoint, model: Model, limits: MaxMemory | None) -> PreTrainedModel | PeftModel:
     """The model of a checkpoint, ready to generate: on this process's device or, with limits, spread by accelerate.
 
     What the GPUs may not hold lies on the CPU, and what that may not hold on disk; a quantized model's layers that do
@@ -350,7 +356,7 @@ def load_to_ask(checkpoint: Checkpoint, model: Model, limits: MaxMemory | None) 
     return loaded
 
 
-def merged(checkpoint: Checkpoint, model: Model, dtype: torch.dtype) -> PreTrainedModel:
+def merge_adapter(checkpoint: Checkpoint, model: Model, dtype: torch.dtype) -> PreTrainedModel:
     """A checkpoint's whole model in 16 bit, its adapter merged.
 
     The base is loaded in `dtype` whatever it was trained in; one that is published in fewer bits is unpacked first.
@@ -362,15 +368,15 @@ def merged(checkpoint: Checkpoint, model: Model, dtype: torch.dtype) -> PreTrain
         loaded = loaded.dequantize(dtype=dtype)
     if checkpoint.adapter is None:
         return loaded
-    adapted = put_adapter(loaded, checkpoint.adapter, torch_device=str(loaded.device))
-    with reading(f"adapter {checkpoint.adapter}"):
+    adapted = attach_adapter(loaded, checkpoint.adapter, torch_device=str(loaded.device))
+    with loading_errors(f"adapter {checkpoint.adapter}"):
         return adapted.merge_and_unload(safe_merge=True)
 
 
 def check_adapter_alone(checkpoint: Checkpoint, model: Model) -> None:
     """ArtifactError where an adapter does not fit its base model, whose weights are not loaded for it."""
     assert checkpoint.adapter is not None
-    with reading(f"model {checkpoint.base}"), torch.device("meta"):
+    with loading_errors(f"model {checkpoint.base}"), torch.device("meta"):
         config = AutoConfig.from_pretrained(checkpoint.base, revision=revision_of(checkpoint, model), **NO_CODE)
         skeleton = AutoModelForCausalLM.from_config(config, **NO_CODE)
     check_adapter_fits(skeleton, checkpoint.adapter)
@@ -434,7 +440,7 @@ def unpack_gguf(model: Model, out: Path) -> int:
     path = gguf_file(model)
     if path is None:
         raise ArtifactError(f"model.gguf: {model.gguf} is no file, nor one of an installed package")
-    with reading(f"model.gguf: {path}"):
+    with loading_errors(f"model.gguf: {path}"):
         unpacked, info = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True, **NO_CODE
         )
@@ -454,7 +460,7 @@ def unpack_gguf(model: Model, out: Path) -> int:
 # ---------------------------------------------------------------- a model from nothing
 
 
-def make_scratch(scratch: RandomInit, texts: Iterable[str], template: str, out: Path, seed: int) -> int:
+def make_random_model(scratch: RandomInit, texts: Iterable[str], template: str, out: Path, seed: int) -> int:
     """Train a tokenizer on `texts`, draw random weights, save both as an ordinary model folder.
 
     Returns the number of parameters. Byte-level BPE over words with their leading space, so any text can be
@@ -508,11 +514,11 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, special: Sequence[str
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=list(dict.fromkeys([*SPECIAL.values(), *ROLES, *special])),
+        special_tokens=list(dict.fromkeys([*SPECIAL_TOKENS.values(), *ROLE_TOKENS, *special])),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
-    roles = list(dict.fromkeys([*ROLES, *special]))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL, additional_special_tokens=roles)
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in THINK_TAGS])
+    roles = list(dict.fromkeys([*ROLE_TOKENS, *special]))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS, additional_special_tokens=roles)

@@ -18,9 +18,9 @@ from typing import Any
 
 from pipeline.core.errors import ArtifactError
 
-SECONDS = 2  # of processor time, for all the chats below
-BYTES = 1 << 30  # on top of what the libraries hold
-LONGEST = 1_000_000  # characters of one short chat
+CPU_SECONDS = 2  # of processor time, for all the chats below
+MEMORY_BYTES = 1 << 30  # on top of what the libraries hold
+MAX_CHARACTERS = 1_000_000  # characters of one short chat
 CHATS = [
     [{"role": "user", "content": "Is 2 + 2 = 4?"}],
     [{"role": "user", "content": "Is 2 + 2 = 4?"}, {"role": "assistant", "content": "<think>\nhm\n</think>\nYes"}],
@@ -44,13 +44,15 @@ def try_template(template: str, special: dict[str, Any], where: str) -> None:
     except subprocess.TimeoutExpired:
         raise ArtifactError(f"{where}: the chat template was not tried within 300 s. Fix: run it again") from None
     if done.returncode == -signal.SIGXCPU:
-        problem = f"does not end within {SECONDS} s on a chat of three turns"
+        problem = f"does not end within {CPU_SECONDS} s on a chat of three turns"
     elif done.returncode:
-        problem = f"ended its process with code {done.returncode} (it needs more than {BYTES >> 20} MiB, or crashes)"
+        problem = (
+            f"ended its process with code {done.returncode} (it needs more than {MEMORY_BYTES >> 20} MiB, or crashes)"
+        )
     else:
         found = json.loads(done.stdout.splitlines()[-1])
         problem = found.get("error", "")
-        if not problem and found["length"] > LONGEST:
+        if not problem and found["length"] > MAX_CHARACTERS:
             problem = f"writes {found['length']:,} characters for a chat of three turns"
     if problem:
         raise ArtifactError(
@@ -65,9 +67,9 @@ def main() -> None:
     order = json.load(sys.stdin)
     held = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
     used = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = int(used.ru_utime + used.ru_stime) + 1 + SECONDS
+    seconds = int(used.ru_utime + used.ru_stime) + 1 + CPU_SECONDS
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (held + BYTES, held + BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY_BYTES, held + MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     longest = 0
     try:

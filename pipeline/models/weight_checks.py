@@ -34,12 +34,12 @@ from pipeline.workflow.weights import ADAPTER
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 NO_PICKLE: dict[str, Any] = {**NO_CODE, "weights_only": True}
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-SENTENCE = "Premise: A correlates with B, and 3.14 < 12. Does A cause B? Therefore: no."
-SHOWN = 4  # names in an error
+PROBE_TEXT = "Premise: A correlates with B, and 3.14 < 12. Does A cause B? Therefore: no."
+NAMES_SHOWN = 4  # names in an error
 
 
 @contextlib.contextmanager
-def reading(what: str) -> Iterator[None]:
+def loading_errors(what: str) -> Iterator[None]:
     """Turn any failure of library code on a user's file into one ArtifactError that names `what` was read.
 
     A PipelineError, a full disk or a device without memory passes: those are no faults of the file.
@@ -68,10 +68,12 @@ def _sentence(error: Exception) -> str:
     return told[:400] if told and plain else f"{name}: {told[:400]}".removesuffix(": ")
 
 
-def named(keys: Iterable[str]) -> str:
+def name_list(keys: Iterable[str]) -> str:
     """A few of many names."""
     listed = sorted(keys)
-    return ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "")
+    return ", ".join(listed[:NAMES_SHOWN]) + (
+        f" and {len(listed) - NAMES_SHOWN} more" if len(listed) > NAMES_SHOWN else ""
+    )
 
 
 # ---------------------------------------------------------------- weights
@@ -88,13 +90,13 @@ def check_keys(model: PreTrainedModel, info: dict[str, Any], name: str, revision
         unexpected |= _unexpected(model, weight_files(name, revision))
     problems = []
     if missing := info.get("missing_keys"):
-        problems.append(f"lacks {len(missing)} of the model's tensors ({named(missing)})")
+        problems.append(f"lacks {len(missing)} of the model's tensors ({name_list(missing)})")
     if unexpected:
-        problems.append(f"holds {len(unexpected)} tensors that the model has not ({named(unexpected)})")
+        problems.append(f"holds {len(unexpected)} tensors that the model has not ({name_list(unexpected)})")
     mismatched = {*info.get("mismatched_keys", ()), *_packed_mismatches(model, weight_files(name, revision))}
     if mismatched:
         shapes = [f"{key} {tuple(found)}, expected {tuple(wanted)}" for key, found, wanted in sorted(mismatched)]
-        problems.append(f"has tensors of other shapes ({'; '.join(shapes[:SHOWN])})")
+        problems.append(f"has tensors of other shapes ({'; '.join(shapes[:NAMES_SHOWN])})")
     problems += [str(error).splitlines()[0] for error in info.get("error_msgs") or ()]
     if problems:
         raise ArtifactError(
@@ -136,7 +138,7 @@ def check_sizes(name: str, revision: str | None) -> None:
     if not files or not config:
         return
     shapes: list[tuple[int, ...]] = []
-    with reading(f"model {name}"):
+    with loading_errors(f"model {name}"):
         for weights in files:
             with safe_open(weights, "pt") as opened:
                 shapes += [tuple(opened.get_slice(key).get_shape()) for key in list(opened.keys())]
@@ -202,7 +204,7 @@ def check_finite(model: PreTrainedModel, name: str, revision: str | None, dtype:
 
     The files are read, tensor by tensor: quantization would hide it. Weights of a .bin are looked at in memory.
     """
-    with reading(f"model {name}"):
+    with loading_errors(f"model {name}"):
         files = weight_files(name, revision)
         for file in files:
             with safe_open(file, "pt") as opened:
@@ -235,7 +237,7 @@ def _refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor]], where: str, dt
 @torch.inference_mode()
 def check_computes(model: PreTrainedModel | PeftModel, name: str, where: torch.device) -> None:
     """ArtifactError where the model fails on a few tokens or gives no numbers: a config.json that does not fit."""
-    with reading(f"model {name}"):
+    with loading_errors(f"model {name}"):
         ids = torch.arange(min(8, model.get_input_embeddings().num_embeddings), device=where)[None]
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     if torch.isnan(logits).any():
@@ -280,7 +282,7 @@ def check_adapter_config(folder: Path) -> None:
 
 def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of an adapter's file, by name; a .bin is read without running its pickle."""
-    with reading(f"adapter {folder}"):
+    with loading_errors(f"adapter {folder}"):
         if (folder / ADAPTER_WEIGHTS[0]).is_file():
             with safe_open(folder / ADAPTER_WEIGHTS[0], "pt") as opened:
                 return {key: opened.get_tensor(key) for key in tensor_names(folder / ADAPTER_WEIGHTS[0])}
@@ -290,7 +292,7 @@ def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
         return found
 
 
-def put_adapter(base: PreTrainedModel, folder: Path, **arguments: Any) -> PeftModel:
+def attach_adapter(base: PreTrainedModel, folder: Path, **arguments: Any) -> PeftModel:
     """An adapter on its base model, each tensor of its file used and each of its modules filled.
 
     `arguments` are those of `PeftModel.from_pretrained`. ArtifactError names what does not fit.
@@ -298,7 +300,7 @@ def put_adapter(base: PreTrainedModel, folder: Path, **arguments: Any) -> PeftMo
     check_adapter_config(folder)
     tensors = adapter_tensors(folder)
     _refuse_infinite(tensors.items(), f"adapter {folder}", torch.float32)
-    with reading(f"adapter {folder}"):
+    with loading_errors(f"adapter {folder}"):
         # shapes first: PEFT's own error is about a name that is in no file
         config = PeftConfig.from_pretrained(str(folder))
         if config.peft_type == "LORA":
@@ -311,8 +313,8 @@ def put_adapter(base: PreTrainedModel, folder: Path, **arguments: Any) -> PeftMo
 
 
 def check_adapter_fits(skeleton: PreTrainedModel, folder: Path) -> None:
-    """`put_adapter`'s checks on a base model without weights (on the meta device)."""
-    put_adapter(skeleton, folder, torch_device="cpu", low_cpu_mem_usage=True)
+    """`attach_adapter`'s checks on a base model without weights (on the meta device)."""
+    attach_adapter(skeleton, folder, torch_device="cpu", low_cpu_mem_usage=True)
 
 
 def _check_ranks(tensors: dict[str, torch.Tensor], config: Any, folder: Path) -> None:
@@ -336,11 +338,11 @@ def _compare(tensors: dict[str, torch.Tensor], wanted: dict[str, Any], held: set
     ]
     problems = []
     if unexpected:
-        problems.append(f"{len(unexpected)} of its {len(tensors)} tensors fit no module ({named(unexpected)})")
+        problems.append(f"{len(unexpected)} of its {len(tensors)} tensors fit no module ({name_list(unexpected)})")
     if missing:
-        problems.append(f"{len(missing)} tensors of its modules are missing ({named(missing)})")
+        problems.append(f"{len(missing)} tensors of its modules are missing ({name_list(missing)})")
     if shapes:
-        problems.append(f"shapes differ ({'; '.join(shapes[:SHOWN])})")
+        problems.append(f"shapes differ ({'; '.join(shapes[:NAMES_SHOWN])})")
     if not tensors:
         problems.append("its file holds no tensors")
     if problems:
@@ -352,13 +354,13 @@ def _compare(tensors: dict[str, torch.Tensor], wanted: dict[str, Any], held: set
 # ---------------------------------------------------------------- tokenizer
 
 
-def check_reads_back(tokenizer: PreTrainedTokenizerBase, chat: str, name: str) -> None:
+def check_round_trip(tokenizer: PreTrainedTokenizerBase, chat: str, name: str) -> None:
     """ArtifactError where a plain sentence or a chat does not survive being encoded and decoded.
 
     Blanks and case are left out: some tokenizers change them. A folder without tokenizer.json gives no tokens at all.
     """
-    for what, text in (("a plain sentence", SENTENCE), ("its chat format", chat)):
-        with reading(f"tokenizer {name}"):
+    for what, text in (("a plain sentence", PROBE_TEXT), ("its chat format", chat)):
+        with loading_errors(f"tokenizer {name}"):
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             back = str(tokenizer.decode(ids, skip_special_tokens=False))
         if _bare(back) != _bare(text):

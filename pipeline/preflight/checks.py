@@ -28,10 +28,10 @@ from pipeline.config.cluster import AMPERE, DEEPSPEED, Cluster, half_precision
 from pipeline.config.model_files import TEMPLATES, gguf_file, model_config, special_in, special_tokens
 from pipeline.config.recipe import Model, Optimizer, Recipe
 from pipeline.core.errors import did_you_mean
-from pipeline.core.slurm_client import call, is_here, reason_of
-from pipeline.hub.download import not_fetched
+from pipeline.core.slurm_client import error_text, is_installed, run_slurm
+from pipeline.hub.download import not_downloaded
 from pipeline.preflight import libraries
-from pipeline.rewards.audit import audit, audited
+from pipeline.rewards.audit import audit_rewards, count_exploits
 from pipeline.rewards.reward import find_rewards
 from pipeline.sizing.fitting import host_remedies, is_unknown, needs, resolve_auto, suggest_overrides, unknown_model
 from pipeline.sizing.host_memory import limit, too_large
@@ -73,7 +73,7 @@ def problems(plan: Plan, *, audited: bool = False) -> tuple[list[str], list[str]
     wrong += [*_extras(plan.cluster), *_login(plan.cluster)]
     wrong += _disk(plan, list(recipes.values()))
     if plan.cluster.submits:
-        wrong += not_fetched(list(recipes.values()), plan.cluster)
+        wrong += not_downloaded(list(recipes.values()), plan.cluster)
     return wrong, notes
 
 
@@ -390,14 +390,14 @@ def _rewards(recipe: Recipe) -> tuple[list[str], str]:
     task = task_of(recipe.task, recipe.seed)
     functions, _ = find_rewards(recipe.grpo.rewards)
     weights = {name: reward.weight for name, reward in recipe.grpo.rewards.items()}
-    examples = task.specimens()
+    examples = task.audit_examples()
     found = [
         f"grpo.rewards: an exploit is paid as much as an honest answer: {text} (gold {example.gold})"
         for example in examples
-        for text in audit(task, functions, weights, example)
+        for text in audit_rewards(task, functions, weights, example)
     ]
     texts, mutated = (
-        sum(count) for count in zip((0, 0), *(audited(task, example) for example in examples), strict=True)
+        sum(count) for count in zip((0, 0), *(count_exploits(task, example) for example in examples), strict=True)
     )
     told = (
         f"the audit replayed {texts} texts on {len(examples)} rows, {mutated} of them mutations; {len(found)} are paid"
@@ -443,8 +443,8 @@ def _not_compared(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
 def refused(scripts: dict[str, str]) -> list[str]:
     """What `sbatch --test-only` says against these batch scripts (stage -> text); nothing where there is no sbatch."""
     found: dict[str, list[str]] = {}
-    for stage, text in scripts.items() if is_here() else ():
-        done = call("sbatch", "--test-only", stdin=text)
+    for stage, text in scripts.items() if is_installed() else ():
+        done = run_slurm("sbatch", "--test-only", stdin=text)
         if done.returncode:
-            found.setdefault(reason_of(done.stderr).removeprefix("allocation failure: "), []).append(stage)
+            found.setdefault(error_text(done.stderr).removeprefix("allocation failure: "), []).append(stage)
     return [f"sbatch would refuse the jobs of {', '.join(stages)}: {reason}" for reason, stages in found.items()]

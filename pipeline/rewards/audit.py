@@ -33,7 +33,7 @@ INSTRUCTIONS = {
     "choice": "the answer is A, B, C, D or E",
     "words": 'end with "Final answer:" and the answer in a few words',
 }
-BOMBS = {  # what would cost a careless reader minutes, or fool it
+HOSTILE_TEXTS = {  # what would cost a careless reader minutes, or fool it
     "too large for a float": "1e999",
     "a tower of powers": "9^{9^{9^{9^{9}}}}",
     "a factorial": "99999999!",
@@ -91,7 +91,7 @@ def exploits(kind: str, example: Example) -> dict[str, str]:
         found["a haystack"] = f"x\n{CLOSE}\n{final(f'one of these: {wrong}; {gold}; {wrong}')}"
         found["joined to another"] = f"x\n{CLOSE}\n{final(f'{gold} and {wrong}')}"
     if kind in ("number", "expression"):
-        found |= {name: f"x\n{CLOSE}\n{final(text)}" for name, text in BOMBS.items()}
+        found |= {name: f"x\n{CLOSE}\n{final(text)}" for name, text in HOSTILE_TEXTS.items()}
         arabic = gold.translate(str.maketrans("0123456789", "٠١٢٣٤٥٦٧٨٩"))
         if arabic != gold:
             found["digits of another script"] = f"x\n{CLOSE}\n{final(arabic)}"
@@ -149,11 +149,11 @@ def mutations(kind: str, example: Example) -> Iterator[tuple[str, str]]:
     if (disguised := final(gold).translate(LOOKALIKES)) != final(gold):
         yield "letters of another script", disguised
     yield "a zero-width space inside", final("\u200b".join(gold) if len(gold) > 1 else f"{gold}\u200b{gold}")
-    for name, text in nearly(kind, gold):
+    for name, text in near_misses(kind, gold):
         yield name, final(text)
 
 
-def nearly(kind: str, gold: str) -> Iterator[tuple[str, str]]:
+def near_misses(kind: str, gold: str) -> Iterator[tuple[str, str]]:
     """Answers that differ from the gold one in sign, magnitude, dimension, comparison or letter, by name."""
     if kind in ("number", "expression"):
         yield "another sign", gold[1:] if gold.startswith("-") else f"-{gold}"
@@ -173,7 +173,7 @@ def nearly(kind: str, gold: str) -> Iterator[tuple[str, str]]:
         yield "a letter behind it", f"{gold}E" if gold != "E" else "EA"
 
 
-def texts(kind: str, example: Example) -> dict[str, tuple[str, bool]]:
+def audit_texts(kind: str, example: Example) -> dict[str, tuple[str, bool]]:
     """Every completion of the audit by name, with whether it was cut off: exploits, mutations, cut-off answers."""
     found = {name: (text, False) for name, text in exploits(kind, example).items()}
     made = {f"mutation: {name}": (f"{HONEST}\n{CLOSE}\n{text}", False) for name, text in mutations(kind, example)}
@@ -182,7 +182,7 @@ def texts(kind: str, example: Example) -> dict[str, tuple[str, bool]]:
     return {**found, **made, **cut}
 
 
-def audit(
+def audit_rewards(
     task: Task, rewards: Mapping[str, RewardFunction], weights: Mapping[str, float], example: Example
 ) -> list[str]:
     """Each exploit or mutation that pays, as `both answers: earns 1.2 of 1.2`, and each text paid for two golds."""
@@ -195,7 +195,7 @@ def audit(
     right = f"{HONEST}\n{CLOSE}\n{FINAL[kind].format(example.gold)}"
     honest = total(right)
     found = []
-    for name, (completion, truncated) in texts(kind, example).items():
+    for name, (completion, truncated) in audit_texts(kind, example).items():
         earned = total(completion, truncated)
         verdict = task.judge(example, completion, True, truncated)
         if earned >= honest or verdict.correct or verdict.proxy:
@@ -209,12 +209,12 @@ def audit(
 
 def other_golds(kind: str, gold: str) -> dict[str, str]:
     """Golds that are not the row's own, by name: the honest answer to the row must not be right for any of them."""
-    near = {f"two golds: {name}": text for name, text in nearly(kind, gold)}
+    near = {f"two golds: {name}": text for name, text in near_misses(kind, gold)}
     return {"two golds: another answer": wrong_answer(kind, gold), **near}
 
 
-def audited(task: Task, example: Example) -> tuple[int, int]:
+def count_exploits(task: Task, example: Example) -> tuple[int, int]:
     """(how many texts the audit of a row replays, how many of them are mutations)."""
     kind = task.answer_kind or "words"
-    names = [*texts(kind, example), *other_golds(kind, example.gold)]
+    names = [*audit_texts(kind, example), *other_golds(kind, example.gold)]
     return len(names), sum(name.startswith(("mutation", "two golds")) for name in names)

@@ -6,4 +6,4 @@ from pipeline.rewards.reward import Sample
 
 
 def correctness(sample: Sample) -> float | None:
-    return None if sample.verdict.correct is None else float(sample.verdict.correct)
+    return None if sample.grade.correct is None else float(sample.grade.correct)

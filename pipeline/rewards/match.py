@@ -9,4 +9,4 @@ from pipeline.rewards.reward import Sample
 
 
 def match(sample: Sample) -> float | None:
-    return None if sample.verdict.proxy is None else float(sample.verdict.proxy)
+    return None if sample.grade.proxy is None else float(sample.grade.proxy)

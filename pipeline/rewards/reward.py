@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from functools import partial
 import pipeline.rewards
 from pipeline.config.recipe import Reward
 from pipeline.core.errors import did_you_mean
-from pipeline.tasks.task import Example, Task, Verdict
+from pipeline.tasks.task import Example, Grade, Task
 
 
 @dataclass(frozen=True)
@@ -25,24 +26,36 @@ class Sample:
 
     example: Example
     completion: str  # without its stop token
-    prefilled: bool  # whether the prompt already opened the thought
+    prompt_opens_think: bool  # whether the prompt already opened the thought
     truncated: bool  # whether it ran into the length limit
-    verdict: Verdict
+    grade: Grade
     well_formed: bool
+
+    @property
+    def verdict(self) -> Grade:
+        """The former name of `grade`."""
+        warnings.warn("Sample.verdict is now Sample.grade", FutureWarning, stacklevel=2)
+        return self.grade
+
+    @property
+    def prefilled(self) -> bool:
+        """The former name of `prompt_opens_think`."""
+        warnings.warn("Sample.prefilled is now Sample.prompt_opens_think", FutureWarning, stacklevel=2)
+        return self.prompt_opens_think
 
 
 RewardFunction = Callable[[Sample], float | None]
 
 
-def make_sample(task: Task, example: Example, completion: str, prefilled: bool, truncated: bool) -> Sample:
+def make_sample(task: Task, example: Example, completion: str, prompt_opens_think: bool, truncated: bool) -> Sample:
     """Judge a completion by the task's `judge`, the only one: what was cut off earns nothing, as in evaluation."""
     return Sample(
         example,
         completion,
-        prefilled,
+        prompt_opens_think,
         truncated,
-        task.judge(example, completion, prefilled, truncated),
-        not truncated and task.is_well_formed(completion, prefilled),
+        task.judge(example, completion, prompt_opens_think, truncated),
+        not truncated and task.is_well_formed(completion, prompt_opens_think),
     )
 
 

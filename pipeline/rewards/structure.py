@@ -1,16 +1,16 @@
 """Up to 1 for a thought that finds the graph of its premise: skeleton, separating sets, v-structures, CPDAG, arrows.
 
-Each part is paid by precision and recall (F1), whatever the words (`tasks/corr2cause/said.py` reads them), times its
-share. A thought without a verdict earns nothing and one with a wrong verdict half, so of two equal thoughts the right
-one always earns more; and `find_rewards` refuses weights with which everything else could outweigh correctness. None
-for a question that states no independences.
+Each part is paid by precision and recall (F1), whatever the words (`tasks/corr2cause/parse_thought.py` reads them),
+times its share. A thought without a verdict earns nothing and one with a wrong verdict half, so of two equal thoughts
+the right one always earns more; and `find_rewards` refuses weights with which everything else could outweigh
+correctness. None for a question that states no independences.
 """
 
 from __future__ import annotations
 
 from pipeline.rewards.reward import Sample
 from pipeline.scoring.answers import split_thought
-from pipeline.tasks.corr2cause.said import agreement, asked, said, true_structure
+from pipeline.tasks.corr2cause.parse_thought import agreement, parse_question, read_structure, true_structure
 
 
 def structure(
@@ -21,14 +21,14 @@ def structure(
     cpdag: float = 1.0,
     compelled: float = 1.0,
 ) -> float | None:
-    known = asked(sample.example.question)
+    known = parse_question(sample.example.question)
     if known is None:
         return None
-    thought = split_thought(sample.completion, sample.prefilled).thought
-    if not thought or not sample.verdict.answered:
+    thought = split_thought(sample.completion, sample.prompt_opens_think).thought
+    if not thought or not sample.grade.answered:
         return 0.0
     premise, mec, words = known
-    parts = agreement(said(thought, premise.names, words), true_structure(mec))
+    parts = agreement(read_structure(thought, premise.names, words), true_structure(mec))
     shares = {
         "skeleton": skeleton,
         "separating_sets": separating_sets,
@@ -38,4 +38,4 @@ def structure(
     }
     total = sum(shares.values())
     paid = sum(share * parts[part] for part, share in shares.items()) / total if total else 0.0
-    return paid if sample.verdict.correct else paid / 2
+    return paid if sample.grade.correct else paid / 2

@@ -75,29 +75,29 @@ class Parts:
     well_formed: bool  # one thought, opened and closed once, nothing before it
 
 
-def split_thought(completion: str, prefilled: bool) -> Parts:
-    """The thought and the answer of a completion; `prefilled` says whether the prompt already opened the thought."""
-    text = completion if prefilled else completion.lstrip()
-    if not prefilled and OPEN not in text and CLOSE not in text:
+def split_thought(completion: str, prompt_opens_think: bool) -> Parts:
+    """Split a completion into thought and answer; `prompt_opens_think`: the prompt already opened the thought."""
+    text = completion if prompt_opens_think else completion.lstrip()
+    if not prompt_opens_think and OPEN not in text and CLOSE not in text:
         return Parts(None, text, False)
-    opened = prefilled or text.startswith(OPEN)
+    opened = prompt_opens_think or text.startswith(OPEN)
     before, closed, after = text.partition(CLOSE)
-    thought = before if prefilled else before.partition(OPEN)[2]
+    thought = before if prompt_opens_think else before.partition(OPEN)[2]
     if not closed:
         return Parts(thought, None, False)
-    tags = text.count(OPEN) + text.count(CLOSE) + prefilled
+    tags = text.count(OPEN) + text.count(CLOSE) + prompt_opens_think
     return Parts(thought, after, opened and tags == 2)
 
 
-def answer_text(completion: str, prefilled: bool) -> str | None:
+def answer_text(completion: str, prompt_opens_think: bool) -> str | None:
     """What stands after the thought; None where the thought never ends or a second one begins."""
-    answer = split_thought(completion, prefilled).answer
+    answer = split_thought(completion, prompt_opens_think).answer
     return None if answer is None or OPEN in answer or CLOSE in answer else answer
 
 
-def final_text(completion: str, prefilled: bool) -> Reading[str]:
+def final_text(completion: str, prompt_opens_think: bool) -> Reading[str]:
     """The text that holds the final answer, or why there is none."""
-    answer = split_thought(completion, prefilled).answer
+    answer = split_thought(completion, prompt_opens_think).answer
     if answer is None:
         return unread("unclosed_thought")
     if OPEN in answer or CLOSE in answer:
@@ -113,11 +113,11 @@ def final_text(completion: str, prefilled: bool) -> Reading[str]:
 _STOP_TOKENS = re.compile(r"(?:\s{0,20}(?:<\|[A-Za-z_]{2,20}\|>|</s>|<end_of_turn>|<eos>)){1,8}\s{0,20}\Z")  # left in
 
 
-def read_text(completion: str, prefilled: bool) -> Reading[str]:
+def read_text(completion: str, prompt_opens_think: bool) -> Reading[str]:
     """The answer as prose, for tasks whose answers nothing verifies."""
-    text = answer_text(completion, prefilled)
+    text = answer_text(completion, prompt_opens_think)
     if text is None:
-        return unread(final_text(completion, prefilled).reason or "unread")
+        return unread(final_text(completion, prompt_opens_think).reason or "unread")
     return Reading(text.strip()) if text.strip() else unread("empty")
 
 
@@ -126,21 +126,21 @@ def _has_words(text: str | None) -> bool:
     return re.search(r"[^\W_]", text or "") is not None
 
 
-def has_thought(completion: str, prefilled: bool) -> bool:
+def has_thought(completion: str, prompt_opens_think: bool) -> bool:
     """Whether the completion thinks, in words, and comes to an end of it."""
-    parts = split_thought(completion, prefilled)
+    parts = split_thought(completion, prompt_opens_think)
     return parts.answer is not None and _has_words(parts.thought)
 
 
 def has_empty_thought(completion: str) -> bool:
     """Whether there is nothing at all between the tags of a thought."""
-    thought = split_thought(completion, prefilled=False).thought
+    thought = split_thought(completion, prompt_opens_think=False).thought
     return thought is not None and not thought.strip()
 
 
-def thinks_then_answers(completion: str, prefilled: bool) -> bool:
+def thinks_then_answers(completion: str, prompt_opens_think: bool) -> bool:
     """Whether the completion is one thought that has words, then an answer."""
-    parts = split_thought(completion, prefilled)
+    parts = split_thought(completion, prompt_opens_think)
     return bool(parts.well_formed and _has_words(parts.thought) and parts.answer and parts.answer.strip())
 
 
@@ -152,25 +152,25 @@ def _verdict_alone(words: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(rf"\s*Therefore: (?:{'|'.join(map(re.escape, words))})\s*")
 
 
-def read_verdict(completion: str, prefilled: bool, words: Sequence[str] = YES_NO) -> Reading[str]:
+def read_verdict(completion: str, prompt_opens_think: bool, words: Sequence[str] = YES_NO) -> Reading[str]:
     """`Yes`, `No` (or another of `words`), or why the completion does not commit to one of them."""
-    text = final_text(completion, prefilled)
+    text = final_text(completion, prompt_opens_think)
     return text if text.value is None else verdict_in(text.value, words)
 
 
-def verdict(completion: str, prefilled: bool, words: Sequence[str] = YES_NO) -> str | None:
+def verdict(completion: str, prompt_opens_think: bool, words: Sequence[str] = YES_NO) -> str | None:
     """`Yes`, `No` (or another of `words`), or None where the completion does not commit to one of them."""
-    return read_verdict(completion, prefilled, words).value
+    return read_verdict(completion, prompt_opens_think, words).value
 
 
 def is_well_formed(
-    completion: str, prefilled: bool, words: Sequence[str] = YES_NO, *, empty_thought: bool = False
+    completion: str, prompt_opens_think: bool, words: Sequence[str] = YES_NO, *, empty_thought: bool = False
 ) -> bool:
     """Whether the completion is one thought that has words, then `Therefore: Yes` or `Therefore: No` alone.
 
     `empty_thought`: of a task that teaches no thoughts, nothing at all between the tags will do as well.
     """
-    parts = split_thought(completion, prefilled)
+    parts = split_thought(completion, prompt_opens_think)
     thinks = _has_words(parts.thought) or (empty_thought and parts.thought is not None and not parts.thought.strip())
     return parts.well_formed and thinks and bool(_verdict_alone(tuple(words)).fullmatch(parts.answer or ""))
 
@@ -303,17 +303,17 @@ def _braces(text: str) -> str | None:
     return None
 
 
-def _marked(completion: str, prefilled: bool) -> Reading[list[str]]:
-    text = final_text(completion, prefilled)
+def _marked(completion: str, prompt_opens_think: bool) -> Reading[list[str]]:
+    text = final_text(completion, prompt_opens_think)
     return unread(text.reason or "unread") if text.value is None else _stated(text.value)
 
 
 # ---------------------------------------------------------------- numbers and expressions
 
 
-def read_quantity(completion: str, prefilled: bool) -> Reading[Quantity]:
+def read_quantity(completion: str, prompt_opens_think: bool) -> Reading[Quantity]:
     """The number (with its unit) that the completion states as its final answer, or why there is none."""
-    texts = _marked(completion, prefilled)
+    texts = _marked(completion, prompt_opens_think)
     if texts.value is None:
         return unread(texts.reason or "unread")
     found = [quantity_in(text) for text in texts.value]
@@ -323,29 +323,29 @@ def read_quantity(completion: str, prefilled: bool) -> Reading[Quantity]:
     return Reading(one) if all(same_value(one, other) for other in found if other) else unread("two_numbers")
 
 
-def quantity(completion: str, prefilled: bool) -> Quantity | None:
+def quantity(completion: str, prompt_opens_think: bool) -> Quantity | None:
     """The number (with its unit) that the completion states as its final answer; None where two disagree."""
-    return read_quantity(completion, prefilled).value
+    return read_quantity(completion, prompt_opens_think).value
 
 
-def number(completion: str, prefilled: bool) -> Fraction | None:
+def number(completion: str, prompt_opens_think: bool) -> Fraction | None:
     """The number that the completion states as its final answer."""
-    found = quantity(completion, prefilled)
+    found = quantity(completion, prompt_opens_think)
     return found.value if found else None
 
 
-def read_expression(completion: str, prefilled: bool) -> Reading[str]:
+def read_expression(completion: str, prompt_opens_think: bool) -> Reading[str]:
     """The final answer as written, or why there is none."""
-    texts = _marked(completion, prefilled)
+    texts = _marked(completion, prompt_opens_think)
     if texts.value is None:
         return unread(texts.reason or "unread")
     found = [_formula(text) for text in texts.value]
     return Reading(found[-1]) if all(same_expression(found[-1], one) for one in found[:-1]) else unread("two_answers")
 
 
-def expression(completion: str, prefilled: bool) -> str | None:
+def expression(completion: str, prompt_opens_think: bool) -> str | None:
     """The final answer as written; None where there is none, or two that are not the same."""
-    return read_expression(completion, prefilled).value
+    return read_expression(completion, prompt_opens_think).value
 
 
 def _formula(text: str) -> str:
@@ -365,9 +365,9 @@ _OTHER = re.compile(
 _LISTED = re.compile(r"(?<![A-Za-z])([A-E])\)")  # a choice as it is listed in a question
 
 
-def read_choice(completion: str, prefilled: bool) -> Reading[str]:
+def read_choice(completion: str, prompt_opens_think: bool) -> Reading[str]:
     """The letter A-E that the completion states, marked as its answer or alone, or why there is none."""
-    text = final_text(completion, prefilled)
+    text = final_text(completion, prompt_opens_think)
     if text.value is None:
         return text
     marked = _stated(text.value)
@@ -394,14 +394,14 @@ def read_choice(completion: str, prefilled: bool) -> Reading[str]:
     return Reading(letters.pop())
 
 
-def choice(completion: str, prefilled: bool) -> str | None:
+def choice(completion: str, prompt_opens_think: bool) -> str | None:
     """The letter A-E that the completion states, marked as its answer or alone; None where it names two."""
-    return read_choice(completion, prefilled).value
+    return read_choice(completion, prompt_opens_think).value
 
 
-def read_words(completion: str, prefilled: bool) -> Reading[str]:
+def read_words(completion: str, prompt_opens_think: bool) -> Reading[str]:
     """The final answer in normalised words, or why there is none."""
-    texts = _marked(completion, prefilled)
+    texts = _marked(completion, prompt_opens_think)
     if texts.value is None:
         return unread(texts.reason or "unread")
     found = {normalised(text) for text in texts.value}
@@ -411,6 +411,6 @@ def read_words(completion: str, prefilled: bool) -> Reading[str]:
     return Reading(said) if said else unread("no_words")
 
 
-def words(completion: str, prefilled: bool) -> str | None:
+def words(completion: str, prompt_opens_think: bool) -> str | None:
     """The final answer in normalised words; None where there is none, or two that differ."""
-    return read_words(completion, prefilled).value
+    return read_words(completion, prompt_opens_think).value

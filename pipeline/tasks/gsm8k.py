@@ -19,8 +19,8 @@ from typing import Any, ClassVar, Literal
 
 from pipeline.core.schema import PositiveInt
 from pipeline.scoring import answers
-from pipeline.tasks.rows import Columns, Row, lacks
-from pipeline.tasks.task import Example, Needs, Part, Splits, Task, Verdict, divide, group_of, proof_of
+from pipeline.tasks.rows import Columns, Row, missing_fields
+from pipeline.tasks.task import Example, Grade, Needs, Part, Splits, Task, divide, group_of, split_summary
 
 PROMPTS = {
     "chat": '{}\n\nThink step by step, then end with "####" and the number.',
@@ -75,7 +75,7 @@ class Gsm8k(Task):
         )
         train = done.train[: p.rows]
         held = {"validation": done.validation, "test": done.test}
-        proof = proof_of(train, held, same_question=done.left, skipped=skipped)
+        proof = split_summary(train, held, same_question=done.left, skipped=skipped)
         return Splits(train, train, done.validation, {"test": done.test} if done.test else {}, proof)
 
     def row_problem(self, values: Any) -> str | None:
@@ -93,15 +93,15 @@ class Gsm8k(Task):
             target=solution.target,
         )
 
-    def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
-        reading = answers.read_quantity(completion, prefilled)
+    def grade(self, example: Example, completion: str, prompt_opens_think: bool) -> Grade:
+        reading = answers.read_quantity(completion, prompt_opens_think)
         said, gold = reading.value, answers.quantity_in(example.gold)
         right = said is not None and gold is not None and said.value == gold.value
-        return Verdict(right, said is not None, shown(said), reason=reading.reason)
+        return Grade(right, said is not None, shown(said), reason=reading.reason)
 
-    def is_well_formed(self, completion: str, prefilled: bool) -> bool:
-        said = answers.number(completion, prefilled)
-        return answers.thinks_then_answers(completion, prefilled) and said is not None
+    def is_well_formed(self, completion: str, prompt_opens_think: bool) -> bool:
+        said = answers.number(completion, prompt_opens_think)
+        return answers.thinks_then_answers(completion, prompt_opens_think) and said is not None
 
     def smoke_test_params(self) -> dict[str, Any]:
         return {"validation": 4, "test": 8, "rows": None}
@@ -136,7 +136,7 @@ def _solution(answer: str) -> Solution:
     text = _CALCULATOR.sub("", answer)
     thought, said = "", text
     if answers.OPEN in text or answers.CLOSE in text:
-        parts = answers.split_thought(text, prefilled=False)
+        parts = answers.split_thought(text, prompt_opens_think=False)
         if not parts.well_formed:
             return Solution(problem="answer holds <think> or </think>, and not one thought and then the answer")
         thought, said = parts.thought or "", parts.answer or ""
@@ -148,7 +148,7 @@ def _solution(answer: str) -> Solution:
         said = said[: match.start()] + said[match.end() :]
     steps = f"{thought.strip()}\n{said.strip()}".strip()
     target = f"{answers.OPEN}\n{steps}\n{answers.CLOSE}\n#### {final[1]}"
-    if not answers.thinks_then_answers(target, prefilled=False):
+    if not answers.thinks_then_answers(target, prompt_opens_think=False):
         return Solution(problem="answer has no steps before its number")
     return Solution(steps, final[0], target)
 
@@ -162,17 +162,17 @@ def _states(line: str) -> bool:
 @lru_cache(maxsize=4096)  # rows share their last lines: there are fewer numbers than rows
 def _final(lines: str) -> tuple[str, str] | str:
     """(the number, the row's words for it) that the last lines of an answer state, or what is wrong with them."""
-    found = answers.read_quantity(lines, prefilled=False)
+    found = answers.read_quantity(lines, prompt_opens_think=False)
     gold = shown(found.value)
     if found.value is None or gold is None:
         return " (it has two that differ)" if found.reason == "two_numbers" else ""
     words = answers.stated(lines)[-1].rstrip(" .")
-    again = answers.read_quantity(f"#### {words}", prefilled=False).value
+    again = answers.read_quantity(f"#### {words}", prompt_opens_think=False).value
     return gold, words if again and again.value == found.value.value else gold
 
 
 def _problem(values: Any) -> str | None:
-    return lacks(values, "question", "answer") or _solution(str(values["answer"]).strip()).problem
+    return missing_fields(values, "question", "answer") or _solution(str(values["answer"]).strip()).problem
 
 
 TASK = Gsm8k

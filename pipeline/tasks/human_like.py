@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 from pipeline.core.schema import PositiveInt
 from pipeline.scoring import answers
-from pipeline.tasks.rows import Columns, Row, lacks
-from pipeline.tasks.task import Example, Needs, Part, Splits, Task, Verdict, divide, group_of, proof_of
+from pipeline.tasks.rows import Columns, Row, missing_fields
+from pipeline.tasks.task import Example, Grade, Needs, Part, Splits, Task, divide, group_of, split_summary
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class HumanLike(Task):
         )
         train = done.train[: p.rows]
         held = {"validation": done.validation, "test": done.test}
-        proof = proof_of(train, held, same_question=done.left, skipped=skipped + more)
+        proof = split_summary(train, held, same_question=done.left, skipped=skipped + more)
         return Splits(train, [], done.validation, {"test": done.test} if done.test else {}, proof)
 
     def row_problem(self, values: Any) -> str | None:
@@ -70,23 +70,23 @@ class HumanLike(Task):
             target=row.text("chosen"),
         )
 
-    def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
-        said = answers.read_text(completion, prefilled)
-        return Verdict(None, said.value is not None, said.value, reason=said.reason)
+    def grade(self, example: Example, completion: str, prompt_opens_think: bool) -> Grade:
+        said = answers.read_text(completion, prompt_opens_think)
+        return Grade(None, said.value is not None, said.value, reason=said.reason)
 
-    def is_well_formed(self, completion: str, prefilled: bool) -> bool:
-        return bool((answers.answer_text(completion, prefilled) or "").strip())
+    def is_well_formed(self, completion: str, prompt_opens_think: bool) -> bool:
+        return bool((answers.answer_text(completion, prompt_opens_think) or "").strip())
 
     def smoke_test_params(self) -> dict[str, Any]:
         return {"validation": 4, "test": 8, "rows": None}
 
 
 def _problem(values: Any) -> str | None:
-    if told := lacks(values, "prompt", "chosen", "rejected"):
+    if told := missing_fields(values, "prompt", "chosen", "rejected"):
         return told
     if str(values["chosen"]).strip() == str(values["rejected"]).strip():
         return "chosen and rejected are the same"
-    why = answers.read_text(str(values["chosen"]), prefilled=False).reason
+    why = answers.read_text(str(values["chosen"]), prompt_opens_think=False).reason
     return f"chosen is no answer: {answers.REASONS[why]}" if why else None
 
 

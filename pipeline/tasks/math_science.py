@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 
 from pipeline.core.schema import Fraction, PositiveInt
 from pipeline.scoring import answers
-from pipeline.tasks.rows import Columns, Row, is_missing, lacks, no_text
-from pipeline.tasks.task import Example, Needs, Part, Splits, Task, Verdict, divide, group_of, proof_of
+from pipeline.tasks.rows import Columns, Row, empty_fields, is_missing, missing_fields
+from pipeline.tasks.task import Example, Grade, Needs, Part, Splits, Task, divide, group_of, split_summary
 
 MATHCODE, SCIBENCH = "MathLLMs/MathCodeInstruct", "xw27/scibench"
 MATH_FIELDS = ("messages",)
@@ -74,7 +74,7 @@ class MathScience(Task):
         grpo = [replace(example, target="") for example in done.train if example.gold][: p.grpo_rows]
         held = {"validation": done.validation, "test": done.test}
         read = [*done.train, *done.validation, *done.test]
-        proof = proof_of(
+        proof = split_summary(
             done.train,
             held,
             same_question=done.left,
@@ -125,26 +125,26 @@ class MathScience(Task):
     def _without_gold(self, example: Example, why: str) -> Example:
         """The row as one that nothing verifies; a target that is malformed is not learned from either."""
         self._faults[example.id] = why
-        learned = answers.thinks_then_answers(example.target, prefilled=False)
+        learned = answers.thinks_then_answers(example.target, prompt_opens_think=False)
         return replace(example, gold="", target=example.target if learned else "")
 
-    def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
+    def grade(self, example: Example, completion: str, prompt_opens_think: bool) -> Grade:
         if not example.gold:
-            text = answers.read_text(completion, prefilled)
-            return Verdict(None, text.value is not None, text.value, reason=text.reason)
-        said = answers.read_expression(completion, prefilled)
+            text = answers.read_text(completion, prompt_opens_think)
+            return Grade(None, text.value is not None, text.value, reason=text.reason)
+        said = answers.read_expression(completion, prompt_opens_think)
         if example.tags["set"] == "mathcode":
             right = said.value is not None and answers.same_expression(example.gold, said.value)
-            return Verdict(right, said.value is not None, said.value, reason=said.reason)
-        number, gold = answers.read_quantity(completion, prefilled), answers.quantity_in(example.gold)
+            return Grade(right, said.value is not None, said.value, reason=said.reason)
+        number, gold = answers.read_quantity(completion, prompt_opens_think), answers.quantity_in(example.gold)
         right = False
         if number.value is not None and gold is not None:
             right = answers.same_quantity(gold.value, example.tags["unit"], number.value, self.params.tolerance)
-        return Verdict(right, number.value is not None, said.value, reason=number.reason)
+        return Grade(right, number.value is not None, said.value, reason=number.reason)
 
-    def is_well_formed(self, completion: str, prefilled: bool) -> bool:
-        said = answers.expression(completion, prefilled)
-        return answers.thinks_then_answers(completion, prefilled) and said is not None
+    def is_well_formed(self, completion: str, prompt_opens_think: bool) -> bool:
+        said = answers.expression(completion, prompt_opens_think)
+        return answers.thinks_then_answers(completion, prompt_opens_think) and said is not None
 
     def smoke_test_params(self) -> dict[str, Any]:
         return {"mathcode_rows": None, "scibench_rows": None, "validation": 4, "test": 8, "grpo_rows": None}
@@ -165,7 +165,7 @@ def _parts(content: Any) -> list[tuple[str, str]]:
     if isinstance(content, str | float) or content is None:
         content = [{"type": "text", "content": content}]
     for part in content:
-        if not isinstance(part, dict) or no_text(part, "content"):
+        if not isinstance(part, dict) or empty_fields(part, "content"):
             raise TypeError("a part of a message is not a {type, content} with a text")
     return [(str(p["type"]), "" if is_missing(p["content"]) else str(p["content"]).strip()) for p in content]
 
@@ -182,16 +182,16 @@ def _math(row: Row) -> tuple[Example, str | None]:
     last = parts[-1][1] if parts[-1][0] == "text" else ""
     thought = "\n".join(FENCES.get(kind, "{}").format(text) for kind, text in parts[:-1])
     answer = last
-    if not thought and answers.split_thought(last, prefilled=False).well_formed:
+    if not thought and answers.split_thought(last, prompt_opens_think=False).well_formed:
         thought, _, answer = (part.strip() for part in last.removeprefix(answers.OPEN).partition(answers.CLOSE))
     elif not thought:  # one text: it is worked out and answered in it
-        gold = answers.read_expression(last, prefilled=False).value
+        gold = answers.read_expression(last, prompt_opens_think=False).value
         thought, answer = last, rf"The answer is $\boxed{{{gold}}}$." if gold else last
     target = _target(thought, answer)
-    if not answers.thinks_then_answers(target, prefilled=False):
+    if not answers.thinks_then_answers(target, prompt_opens_think=False):
         why = "holds <think> or </think> out of place" if last else "ends in code, not in a text"
         return _example(f"mathcode-{row.line}", question, "", "mathcode", "", ""), f"its answer {why}"
-    said = answers.read_expression(target, prefilled=False)
+    said = answers.read_expression(target, prompt_opens_think=False)
     example = _example(f"mathcode-{row.line}", question, said.value or "", "mathcode", "", target)
     return example, None if said.value else answers.REASONS[said.reason or "no_answer"]
 
@@ -251,7 +251,7 @@ def _math_problem(values: Any) -> str | None:
 
 
 def _science_problem(values: Any) -> str | None:
-    if told := lacks(values, *SCIENCE_FIELDS) or no_text(values, "unit", "solution"):
+    if told := missing_fields(values, *SCIENCE_FIELDS) or empty_fields(values, "unit", "solution"):
         return told
     number = str(values["answer_number"])
     return None if answers.quantity_in(number) else f"answer_number {number!r} is no number"

@@ -18,8 +18,8 @@ from typing import Any, ClassVar, Literal
 
 from pipeline.core.schema import PositiveInt
 from pipeline.scoring import answers
-from pipeline.tasks.rows import Columns, Row, is_missing, lacks
-from pipeline.tasks.task import Example, Needs, Part, Splits, Task, Verdict, divide, group_of, proof_of
+from pipeline.tasks.rows import Columns, Row, is_missing, missing_fields
+from pipeline.tasks.task import Example, Grade, Needs, Part, Splits, Task, divide, group_of, split_summary
 
 REASONING, VERIFIABLE = (
     "FreedomIntelligence/medical-o1-reasoning-SFT",
@@ -76,7 +76,7 @@ class Medical(Task):
         grpo = [example for example in second.train if example.group not in held][: p.grpo_rows]
         tests = {name: rows for name, rows in (("test", first.test), ("short", second.test)) if rows}
         held_out = {"validation": first.validation, **tests}
-        proof = proof_of(train + grpo, held_out, same_question=left, skipped=skipped + more)
+        proof = split_summary(train + grpo, held_out, same_question=left, skipped=skipped + more)
         return Splits(train, grpo, first.validation, tests, proof)
 
     def row_problem(self, values: Any) -> str | None:
@@ -100,16 +100,16 @@ class Medical(Task):
             skipped + more,
         )
 
-    def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
+    def grade(self, example: Example, completion: str, prompt_opens_think: bool) -> Grade:
         if not example.gold:
-            said = answers.read_text(completion, prefilled)
-            return Verdict(None, said.value is not None, said.value, reason=said.reason)
-        final = answers.read_words(completion, prefilled)
+            said = answers.read_text(completion, prompt_opens_think)
+            return Grade(None, said.value is not None, said.value, reason=said.reason)
+        final = answers.read_words(completion, prompt_opens_think)
         matches = final.value is not None and final.value == answers.normalised(example.gold)
-        return Verdict(None, final.value is not None, final.value, proxy=matches, reason=final.reason)
+        return Grade(None, final.value is not None, final.value, proxy=matches, reason=final.reason)
 
-    def is_well_formed(self, completion: str, prefilled: bool) -> bool:
-        return answers.thinks_then_answers(completion, prefilled)
+    def is_well_formed(self, completion: str, prompt_opens_think: bool) -> bool:
+        return answers.thinks_then_answers(completion, prompt_opens_think)
 
     def split_names(self) -> list[str]:
         return ["test", "short", "validation"]
@@ -152,22 +152,22 @@ def _problem(values: Any) -> str | None:
 
 
 def _open_problem(values: Any) -> str | None:
-    if told := lacks(values, *OPEN_FIELDS):
+    if told := missing_fields(values, *OPEN_FIELDS):
         return told
     thought, answer = str(values["Complex_CoT"]), str(values["Response"])
     if any(tag in text for text in (thought, answer) for tag in (answers.OPEN, answers.CLOSE)):
         return "Complex_CoT or Response holds <think> or </think>"
-    learned = answers.thinks_then_answers(f"{answers.OPEN}{thought}{answers.CLOSE}{answer}", prefilled=False)
+    learned = answers.thinks_then_answers(f"{answers.OPEN}{thought}{answers.CLOSE}{answer}", prompt_opens_think=False)
     return None if learned else f"Complex_CoT {thought!r} has no words"
 
 
 def _short_problem(values: Any) -> str | None:
-    if told := lacks(values, *SHORT_FIELDS):
+    if told := missing_fields(values, *SHORT_FIELDS):
         return told
     gold = " ".join(str(values[SHORT_FIELDS[1]]).split())
     if not answers.normalised(gold):
         return f"{SHORT_FIELDS[1]} {gold!r} has no words"
-    stated = answers.read_words(f"Final answer: {gold}", prefilled=False)
+    stated = answers.read_words(f"Final answer: {gold}", prompt_opens_think=False)
     if stated.value != answers.normalised(gold):
         why = answers.REASONS[stated.reason] if stated.reason else f"read as {stated.value!r}"
         return f"{SHORT_FIELDS[1]} {gold[:80]!r} is no answer that can be stated ({why})"

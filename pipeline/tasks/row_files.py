@@ -4,7 +4,7 @@
 
 Reads .jsonl, .json (a list, JSON lines, or {"data": [rows]}), .csv and .tsv (as spreadsheets write them: a byte-order
 mark, semicolons or tabs, `sep=;`) and .parquet. A row that cannot be read is a row with a fault; a file that cannot be
-read is a DataError. Does not judge rows: what a task needs of them is `rows.sorted_out`'s.
+read is a DataError. Does not judge rows: what a task needs of them is `rows.filter_rows`'s.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pipeline.core.errors import DataError
 from pipeline.core.files import BOMS
 
 KINDS = ".jsonl, .json, .csv or .parquet"
-WRAPPED = ("data", "rows", "examples", "instances", "records", "train", "test", "validation")  # {"data": [rows]}
+WRAPPER_KEYS = ("data", "rows", "examples", "instances", "records", "train", "test", "validation")  # {"data": [rows]}
 DELIMITERS = ",;\t|"
-MISSING = ("nan", "NaN", "NaT", "<NA>")  # what str() and pandas make of a missing number, date or text
+MISSING_WORDS = ("nan", "NaN", "NaT", "<NA>")  # what str() and pandas make of a missing number, date or text
 
 Columns = Mapping[str, tuple[str, ...]]  # the name that a task reads -> other names that a file may have for it
 
@@ -52,7 +52,7 @@ class Row:
 def is_missing(value: Any) -> bool:
     """Whether a cell holds nothing: null, a blank text, NaN, NaT, or the text that libraries write for those."""
     if isinstance(value, str):
-        return not value or value.isspace() or value.strip() in MISSING
+        return not value or value.isspace() or value.strip() in MISSING_WORDS
     if isinstance(value, float):
         return value != value
     return value is None or type(value).__name__ in ("NaTType", "NAType")  # pandas' own
@@ -157,7 +157,7 @@ def _lines(file: Iterator[str] | io.TextIOBase) -> Read:
 def _rows_of(content: Any, path: Path) -> Read:
     """The rows of one JSON value: a list, {"data": a list}, or a single row."""
     if isinstance(content, dict):
-        wrapped = [content[key] for key in WRAPPED if isinstance(content.get(key), list)]
+        wrapped = [content[key] for key in WRAPPER_KEYS if isinstance(content.get(key), list)]
         content = wrapped[0] if len(wrapped) == 1 else [content]
     if not isinstance(content, list):
         raise DataError(f'{path}: not rows; expected a list of rows, {{"data": [rows]}}, or JSON lines')

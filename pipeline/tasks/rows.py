@@ -1,6 +1,6 @@
 """Rows of files and of the hub's data sets, the bad ones named and left out.
 
-    rows, skipped = sorted_out(file_rows(path), problem, str(path), skip_bad=False)
+    rows, skipped = filter_rows(file_rows(path), problem, str(path), skip_bad=False)
 
 A file is read by row_files.py. A data set of the hub is read from the local cache, which `python -m pipeline download`
 fills; where there is a network, it is fetched on the way.
@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import DataError, some_of
+from pipeline import former_names
+from pipeline.core.errors import DataError, join_first
 from pipeline.tasks.row_files import Columns, Row, file_problem, file_rows, is_missing
 
 __all__ = ["Columns", "Row", "file_problem", "file_rows", "is_missing"]  # the other half of what a task reads rows by
 SAMPLES = Path(__file__).parent / "samples"  # small files in the hub's schemas, written for smoke tests
-SHOWN = 20  # bad rows that are named; the others are counted
+BAD_ROWS_SHOWN = 20  # bad rows that are named; the others are counted
 
 
 def hub_rows(name: str, revision: str | None, *, split: str, config: str | None = None) -> Iterator[Row]:
@@ -41,7 +42,7 @@ def hub_rows(name: str, revision: str | None, *, split: str, config: str | None 
         yield Row(f"{name}/{split}", number, values)
 
 
-def sorted_out(
+def filter_rows(
     rows: Iterable[Row], problem: Callable[[Any], str | None], what: str, *, skip_bad: bool
 ) -> tuple[list[Row | None], list[str]]:
     """The rows, None in the place of each that is bad, and a sentence for each bad one.
@@ -57,33 +58,37 @@ def sorted_out(
             bad.append(f"{row.place}: {told}")
         found.append(None if told else row)
     if bad and not skip_bad:
-        shown = bad if len(bad) <= SHOWN else [*bad[:SHOWN], f"… and {len(bad) - SHOWN} more bad rows"]
+        shown = (
+            bad
+            if len(bad) <= BAD_ROWS_SHOWN
+            else [*bad[:BAD_ROWS_SHOWN], f"… and {len(bad) - BAD_ROWS_SHOWN} more bad rows"]
+        )
         raise DataError(*shown, "fix them, or leave them out with task.on_bad_row=skip (they are counted)")
     if len(bad) == len(found):
-        raise DataError(*bad[:SHOWN], f"{what}: no rows are left" if bad else f"{what}: no rows")
+        raise DataError(*bad[:BAD_ROWS_SHOWN], f"{what}: no rows are left" if bad else f"{what}: no rows")
     return found, bad
 
 
-def left_out(skipped: list[str], more: str = "") -> str:
+def skipped_note(skipped: list[str], more: str = "") -> str:
     """What a step says about rows that cannot be read: how many, and the first few. `more` says where all are."""
-    return f"{len(skipped)} rows cannot be read and were left out{more}: {some_of(skipped, between='; ')}"
+    return f"{len(skipped)} rows cannot be read and were left out{more}: {join_first(skipped, between='; ')}"
 
 
-def lacks(values: Any, *names: str) -> str | None:
+def missing_fields(values: Any, *names: str) -> str | None:
     """What a row lacks: each name has to be there, a text or a number, and not missing."""
     if not isinstance(values, dict):
         return f"not a mapping with {' and '.join(names)}"
     found = []
     if absent := [name for name in names if name not in values]:
-        has = some_of([str(key) for key in values], SHOWN) or "nothing"
+        has = join_first([str(key) for key in values], BAD_ROWS_SHOWN) or "nothing"
         found.append(f"no {' and no '.join(absent)} (it has {has})")
     for name in names:
         if name in values and is_missing(values[name]):
             found.append(f"no {name} (it is {str(values[name]).strip() or 'empty'})")
-    return "; ".join(found) or no_text(values, *names)
+    return "; ".join(found) or empty_fields(values, *names)
 
 
-def no_text(values: dict[str, Any], *names: str) -> str | None:
+def empty_fields(values: dict[str, Any], *names: str) -> str | None:
     """What is wrong with cells that may be missing, and have to be texts or numbers where they are not."""
     there = {name: values[name] for name in names if not is_missing(values.get(name))}
     booleans = [name for name, value in there.items() if isinstance(value, bool)]
@@ -93,3 +98,8 @@ def no_text(values: dict[str, Any], *names: str) -> str | None:
     found += [f"{name} is {there[name]}, not a text or a finite number" for name in infinite]
     found += [f"{' and '.join(others)} is no text"] if others else []
     return "; ".join(found) or None
+
+
+__getattr__ = former_names(
+    __name__, {"lacks": "missing_fields", "no_text": "empty_fields", "sorted_out": "filter_rows"}
+)

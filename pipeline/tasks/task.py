@@ -10,6 +10,7 @@ import importlib
 import math
 import pkgutil
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,16 +20,18 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import pipeline.tasks
+from pipeline import former_names
 from pipeline.config.recipe import TaskChoice
-from pipeline.core.errors import DataError, RecipeError, did_you_mean, some_of
+from pipeline.core.errors import DataError, RecipeError, did_you_mean, join_first
 from pipeline.core.schema import Constraint, parse
 from pipeline.scoring.reading import REASONS, plain_characters
-from pipeline.tasks.rows import SAMPLES, Columns, Row, file_problem, file_rows, hub_rows, sorted_out
+from pipeline.tasks.rows import SAMPLES, Columns, Row, file_problem, file_rows, filter_rows, hub_rows
 
 Message = dict[str, str]  # {"role": …, "content": …}
 Needs = Mapping[str, str]
-FRAMEWORK = ("task", "rows", "row_files")  # modules of this folder that are no task
-PEEKED = 1000  # rows of a file that `check` looks at
+FORMER_METHODS = {"asked": "example_from_text", "specimens": "audit_examples"}
+FRAMEWORK_MODULES = ("task", "rows", "row_files")  # modules of this folder that are no task
+PEEKED_ROWS = 1000  # rows of a file that `check` looks at
 Part = Annotated[
     float, Constraint("a share below 1, or a whole number of rows", lambda v: 0 <= v < 1 or v == int(v) >= 1)
 ]
@@ -47,7 +50,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Grade:
     """A judgement. `correct` is None where it cannot be verified; unanswered is never correct.
 
     `proxy` is for answers that cannot be verified: a stand-in for correctness, and shown as one wherever it is shown.
@@ -83,11 +86,18 @@ class Task(ABC):
     columns: ClassVar[Columns] = {}  # what it reads of a row of a file -> other names that a file may have for it
     rewardable: ClassVar[bool] = True  # whether it has rows for GRPO
     answer_kind: ClassVar[str | None] = None  # of its final answers: a key of `rewards.audit.FINAL`; None: any text
-    proxy: ClassVar[str | None] = None  # what `Verdict.proxy` is, in words
+    proxy: ClassVar[str | None] = None  # what `Grade.proxy` is, in words
     positive: ClassVar[str | None]  # the gold that F1 and recall count, None for tasks without one
     needs: ClassVar[Needs] = {}  # what a row has to have for sft and for grpo, in words
     breakdowns: ClassVar[tuple[str, ...]] = ()  # tags by which the report splits its figures
     published: ClassVar[tuple[dict[str, Any], ...]] = ()  # scores to stand beside: name, test, f1, …
+
+    def __init_subclass__(cls) -> None:
+        """Take a method that a task defines under a former name for the one that replaced it."""
+        for old, new in FORMER_METHODS.items():
+            if old in vars(cls):
+                warnings.warn(f"{cls.__name__}.{old} is now {new}", FutureWarning, stacklevel=2)
+                setattr(cls, new, vars(cls)[old])
 
     def __init__(self, choice: TaskChoice, params: Any, seed: int) -> None:
         self.choice, self.params, self.seed = choice, params, seed
@@ -104,16 +114,16 @@ class Task(ABC):
         """Every row. DataError where a file cannot be read, with file and line."""
 
     @abstractmethod
-    def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
+    def grade(self, example: Example, completion: str, prompt_opens_think: bool) -> Grade:
         """Judge a completion (without its stop token). Of a question that someone types (`asked`) gold is ""."""
 
-    def judge(self, example: Example, completion: str, prefilled: bool, truncated: bool) -> Verdict:
+    def judge(self, example: Example, completion: str, prompt_opens_think: bool, truncated: bool) -> Grade:
         """The grade that rewards, evaluation and ask all use: a completion that was cut off is unanswered.
 
         `truncated`: it ran into the length limit, so it has no stop token. What it has committed to so far may be
         taken back in what is missing, and paying for it would reward never ending.
         """
-        verdict = self.grade(example, completion, prefilled)
+        verdict = self.grade(example, completion, prompt_opens_think)
         if truncated:
             wrong, unmatched = None if verdict.correct is None else False, None if verdict.proxy is None else False
             return replace(verdict, correct=wrong, answered=False, proxy=unmatched, reason="truncated")
@@ -122,7 +132,7 @@ class Task(ABC):
         return verdict
 
     @abstractmethod
-    def is_well_formed(self, completion: str, prefilled: bool) -> bool:
+    def is_well_formed(self, completion: str, prompt_opens_think: bool) -> bool:
         """Whether the completion keeps the form the task asks for, whatever it says."""
 
     def target_fault(self, example: Example) -> str | None:
@@ -178,7 +188,7 @@ class Task(ABC):
         else:
             path = SAMPLES / f"{sample or self.name}.jsonl"
             rows, what = file_rows(path), str(path)
-        return sorted_out(rows, problem, what, skip_bad=self.choice.on_bad_row == "skip")
+        return filter_rows(rows, problem, what, skip_bad=self.choice.on_bad_row == "skip")
 
     def read_named(self, problem: Callable[[Any], str | None]) -> tuple[dict[str, list[Row]], list[str]]:
         """Rows of the files that are named for themselves, as `test` and `validation`, and a sentence a skipped one."""
@@ -195,7 +205,7 @@ class Task(ABC):
         if path is None:
             return [], []
         rows = file_rows(Path(path), self.columns)
-        return sorted_out(rows, problem, path, skip_bad=self.choice.on_bad_row == "skip")
+        return filter_rows(rows, problem, path, skip_bad=self.choice.on_bad_row == "skip")
 
     def peek(self) -> tuple[list[str], list[str]]:
         """(what is wrong, what is worth knowing) with the first rows of the files that it would read, as sentences."""
@@ -205,7 +215,7 @@ class Task(ABC):
                 wrong.append(f"{key}: {problem}")
                 continue
             try:
-                rows = list(islice(file_rows(Path(path), self.columns), PEEKED))
+                rows = list(islice(file_rows(Path(path), self.columns), PEEKED_ROWS))
             except DataError as error:
                 wrong += error.problems
                 continue
@@ -213,7 +223,7 @@ class Task(ABC):
             if not rows:
                 wrong.append(f"{key}: {path} has no rows")
             elif bad:
-                many = f"{len(bad)} of its first {len(rows)} rows cannot be read: {some_of(bad, between='; ')}"
+                many = f"{len(bad)} of its first {len(rows)} rows cannot be read: {join_first(bad, between='; ')}"
                 stops = self.choice.on_bad_row == "error" or len(bad) == len(rows)
                 fix = "correct them, or leave them out with task.on_bad_row=skip (they are counted)"
                 (wrong if stops else notes).append(f"{key}: {many}" + (f". Fix: {fix}" if stops else "; left out"))
@@ -229,7 +239,7 @@ class Task(ABC):
         former = getattr(self, "rehearsal", None)  # what a task written for version 0.1 calls it
         return dict(former()) if former else {}
 
-    def specimens(self) -> list[Example]:
+    def audit_examples(self) -> list[Example]:
         """A few rows for the audit of rewards, at no cost: of the project's own, where the task has such."""
         if "sample" not in self.sources:
             return []
@@ -241,7 +251,7 @@ class Task(ABC):
         """The conversation that asks the question."""
         return [{"role": "user", "content": example.question}]
 
-    def asked(self, question: str) -> Example:
+    def example_from_text(self, question: str) -> Example:
         """A question that someone types: no row, and no gold to grade against."""
         return Example("asked", question, "", "asked")
 
@@ -256,7 +266,7 @@ class Task(ABC):
 
 def task_names() -> list[str]:
     """Every module of this folder but those that all tasks stand on."""
-    return sorted(m.name for m in pkgutil.iter_modules(pipeline.tasks.__path__) if m.name not in FRAMEWORK)
+    return sorted(m.name for m in pkgutil.iter_modules(pipeline.tasks.__path__) if m.name not in FRAMEWORK_MODULES)
 
 
 def make_task(choice: TaskChoice, seed: int) -> tuple[Task | None, list[str]]:
@@ -388,7 +398,7 @@ def group_of(question: str) -> str:
     return sha256(" ".join(kept).encode("utf-8", "replace")).hexdigest()[:10]
 
 
-def proof_of(train: Sequence[Example], held: Mapping[str, Sequence[Example]], **more: Any) -> dict[str, Any]:
+def split_summary(train: Sequence[Example], held: Mapping[str, Sequence[Example]], **more: Any) -> dict[str, Any]:
     """What an artifact records of a split: rows, and how many groups are in training and in another split too."""
     trained = {example.group for example in train}
     overlap = sum(len(trained & {example.group for example in rows}) for rows in held.values())
@@ -435,3 +445,6 @@ def rows(task: Task, examples: list[Example]) -> Iterator[dict[str, Any]]:
 def example_of(row: dict[str, Any]) -> Example:
     """The Example of a record."""
     return Example(row["id"], row["question"], row["gold"], row["group"], row["tags"] or {})
+
+
+__getattr__ = former_names(__name__, {"Verdict": "Grade", "proof_of": "split_summary"})

@@ -25,26 +25,33 @@ from pipeline.training import distributed
 from pipeline.workflow.artifact import HISTORY
 from pipeline.workflow.runtime import Runtime
 
-SHOWN = ("loss", "eval_loss", "reward", "completions/mean_length")  # on the progress bar, where they are logged
+PROGRESS_METRICS = (
+    "loss",
+    "eval_loss",
+    "reward",
+    "completions/mean_length",
+)  # on the progress bar, where they are logged
 # Skipped float16 steps in a row that end a run. A scale of 2^16 reaches 1 after 17 of them, where DeepSpeed itself
 # gives up; GradScaler never does.
-MOST_SKIPS = 50
-AT_MINIMUM = "loss scale already at minimum"  # DeepSpeed's message when its scale is 1 and the gradients still overflow
-MANY = 0.9  # share of the steps that is worth a warning
-IDLE_STEPS = 10  # GRPO steps in a row without anything to learn, after which the log and `status` say so
+MAX_SKIPPED_IN_A_ROW = 50
+MINIMUM_SCALE_MESSAGE = (
+    "loss scale already at minimum"  # DeepSpeed's message when its scale is 1 and the gradients still overflow
+)
+IDLE_SHARE_WARNING = 0.9  # share of the steps that is worth a warning
+IDLE_STEPS_WARNING = 10  # GRPO steps in a row without anything to learn, after which the log and `status` say so
 
 
-class NothingLeft(Exception):
+class NoStepsLeft(Exception):
     """The checkpoint that training resumes from is its end: all steps are done, or the patience is used up."""
 
 
-class Watch(TrainerCallback, ExportableState):
+class ProgressCallback(TrainerCallback, ExportableState):
     """Keeps progress.json up to date, counts skipped steps, saves every `cluster.save_steps`, ends a run that diverged.
 
     In float16 the gradients are computed of a scaled loss. Where they overflow, the optimizer's step is skipped and the
     scale is lowered: an ordinary event, which DeepSpeed and accelerate report with an infinite gradient norm. So a
     run has diverged when its loss is not finite, when a step was taken with a gradient norm that is not finite, or
-    when `MOST_SKIPS` steps in a row were skipped.
+    when `MAX_SKIPPED_IN_A_ROW` steps in a row were skipped.
     """
 
     def __init__(self, runtime: Runtime, trainer: Trainer) -> None:
@@ -72,7 +79,7 @@ class Watch(TrainerCallback, ExportableState):
             for callback in self.trainer.callback_handler.callbacks
             if isinstance(callback, EarlyStoppingCallback)
         ):
-            raise NothingLeft  # the trainer would take one more step
+            raise NoStepsLeft  # the trainer would take one more step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.progress.update(done=state.global_step)
@@ -90,7 +97,7 @@ class Watch(TrainerCallback, ExportableState):
                 f"({self.skipped} skipped so far)",
                 flush=True,
             )
-        if self.in_a_row >= MOST_SKIPS:
+        if self.in_a_row >= MAX_SKIPPED_IN_A_ROW:
             self._end(control, f"the gradients of {self.in_a_row} steps in a row overflowed float16")
 
     def on_log(
@@ -102,7 +109,7 @@ class Watch(TrainerCallback, ExportableState):
         **_: object,
     ) -> None:
         logs = logs if logs is not None else {}
-        figures = {name.rpartition("/")[2]: float(value) for name, value in logs.items() if name in SHOWN}
+        figures = {name.rpartition("/")[2]: float(value) for name, value in logs.items() if name in PROGRESS_METRICS}
         self.progress.update(figures=figures)
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(float(logs.get(name, 0.0)))]
         if self.in_a_row and bad == ["grad_norm"]:
@@ -118,7 +125,7 @@ class Watch(TrainerCallback, ExportableState):
         control.should_evaluate = control.should_save = False  # a rerun would resume from the weights that diverged
 
 
-class Signal(TrainerCallback, ExportableState):
+class LearningSignalCallback(TrainerCallback, ExportableState):
     """Counts GRPO steps from which nothing can be learned, warns of them, and ends the run where the cluster says so.
 
     A step teaches nothing when the completions of each group have the same reward (TRL's `frac_reward_zero_std` is 1:
@@ -147,26 +154,28 @@ class Signal(TrainerCallback, ExportableState):
         self.steps, self.flat, self.cut = self.steps + 1, self.flat + flat, self.cut + cut
         before, self.idle = self.idle, self.idle + 1 if flat or cut else 0
         reason = "no group has rewards that differ" if flat else "every completion is cut at its longest"
-        if self.idle == IDLE_STEPS:
+        if self.idle == IDLE_STEPS_WARNING:
             self.runtime.progress.update(note=reason)
             if self.runtime.rank == 0:
-                print(f"warning: {reason}, {IDLE_STEPS} steps in a row up to step {state.global_step}", flush=True)
-        elif before >= IDLE_STEPS and not self.idle:
+                print(
+                    f"warning: {reason}, {IDLE_STEPS_WARNING} steps in a row up to step {state.global_step}", flush=True
+                )
+        elif before >= IDLE_STEPS_WARNING and not self.idle:
             self.runtime.progress.update(note="")
         limit = self.runtime.cluster.max_idle_steps
-        if limit and self.idle >= limit and distributed.agree(True):
+        if limit and self.idle >= limit and distributed.broadcast_flag(True):
             self.broken = f"{reason}, {self.idle} steps in a row up to step {state.global_step}"
             control.should_training_stop = True
 
     def warn(self) -> None:
         """Report at the end of training what most of its steps lacked."""
-        if self.flat and self.flat >= MANY * self.steps:
+        if self.flat and self.flat >= IDLE_SHARE_WARNING * self.steps:
             self.runtime.warn(
                 f"in {self.flat} of {self.steps} steps no group of completions had rewards that differ, so GRPO "
                 "learned nothing from them. Fix: use prompts that the model can solve at times, more "
                 "grpo.num_generations, or a reward that tells the completions apart"
             )
-        if self.cut and self.cut >= MANY * self.steps:
+        if self.cut and self.cut >= IDLE_SHARE_WARNING * self.steps:
             self.runtime.warn(
                 f"in {self.cut} of {self.steps} steps every completion was cut at grpo.max_completion_length tokens. "
                 "Fix: raise it, or start from a model that ends its answers (the SFT step)"

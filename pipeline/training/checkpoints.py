@@ -34,7 +34,7 @@ def write_manifest(folder: Path, layout: Layout | None = None) -> None:
     write_json(folder / MANIFEST, manifest)
 
 
-def damage(folder: Path) -> str | None:
+def validation_error(folder: Path) -> str | None:
     """Why a checkpoint cannot be used, or None."""
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or not all(isinstance(entry, dict) for entry in manifest.values()):
@@ -58,18 +58,18 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
+def latest_valid_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and what was passed over on the way, as sentences."""
     passed: list[str] = []
     for checkpoint in reversed(numbered(folder)):
-        problem = damage(checkpoint)
+        problem = validation_error(checkpoint)
         if problem is None:
             return checkpoint, passed
         passed.append(f"passed over {checkpoint.name}: {problem}")
     return None, passed
 
 
-def resumable(folder: Path, layout: Layout, stage: str, runtime: Runtime) -> tuple[Path | None, list[str]]:
+def checkpoint_to_resume(folder: Path, layout: Layout, stage: str, runtime: Runtime) -> tuple[Path | None, list[str]]:
     """The checkpoint to resume from and what was passed over: rank 0 verifies, every process is given the same.
 
     ArtifactError, in every process, for a checkpoint that this user did not write or that needs another layout: a
@@ -80,7 +80,7 @@ def resumable(folder: Path, layout: Layout, stage: str, runtime: Runtime) -> tup
         for checkpoint in numbered(folder):
             if problem := origin_problem(checkpoint):
                 raise ArtifactError(problem)
-        found, passed = newest_good(folder)
+        found, passed = latest_valid_checkpoint(folder)
         saved = saved_layout(found) if found else None
         if found and saved and (problem := layout_mismatch(saved, layout, found, stage, runtime.cluster)):
             raise ArtifactError(problem)
@@ -106,7 +106,7 @@ def rotate(folder: Path, newest: Path, keep: int, best: str | None = None) -> No
             shutil.rmtree(path, ignore_errors=True)
 
 
-class SaveAndStop(TrainerCallback):
+class CheckpointCallback(TrainerCallback):
     """Writes the manifest after each save and then deletes older ones; turns the stop file into an agreed end."""
 
     def __init__(self, runtime: Runtime, layout: Layout, deadline: Deadline) -> None:
@@ -125,7 +125,7 @@ class SaveAndStop(TrainerCallback):
     ) -> TrainerControl:
         self.runtime.check_lock()  # before anything is written: a zombie of an old attempt ends here
         self.deadline.step()
-        if distributed.agree(self.runtime.stop_requested()) and state.global_step < state.max_steps:
+        if distributed.broadcast_flag(self.runtime.stop_requested()) and state.global_step < state.max_steps:
             self.stopped = True
             control.should_save = True
             control.should_training_stop = True

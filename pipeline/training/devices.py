@@ -24,7 +24,7 @@ from pipeline.sizing.model_sizes import GIB
 from pipeline.workflow.layouts import stage_layout
 
 ALLOW_CPU = "THEREFORE_ALLOW_CPU"  # 1: stages of a cluster with GPUs may run on CPUs, for tests of the cluster's file
-LESS = 0.9  # share of cluster.gpu_memory that a card may fall short by its driver's own use
+MEMORY_TOLERANCE = 0.9  # share of cluster.gpu_memory that a card may fall short by its driver's own use
 
 
 def check_devices(cluster: Cluster, *, smoke_test: bool) -> list[str]:
@@ -35,7 +35,7 @@ def check_devices(cluster: Cluster, *, smoke_test: bool) -> list[str]:
     if not wanted_gpus(cluster):
         return []
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    if why := unusable(local):
+    if why := device_error(local):
         if smoke_test or os.environ.get(ALLOW_CPU) == "1":
             return [f"cluster.gpus: got {cluster.gpus}, but this ran on the CPU: {why}"]
         raise LaunchError(
@@ -50,7 +50,7 @@ def check_devices(cluster: Cluster, *, smoke_test: bool) -> list[str]:
     return _differences(cluster, local)
 
 
-def unusable(index: int = 0) -> str | None:
+def device_error(index: int = 0) -> str | None:
     """Why torch cannot compute on a GPU here, with the remedy; None where it can. Makes GPU `index` the current one."""
     if torch.cuda.is_available():
         try:
@@ -82,7 +82,7 @@ def _differences(cluster: Cluster, index: int) -> list[str]:
     """What the cluster's file says of its GPUs and this one is not."""
     card = torch.cuda.get_device_properties(index)
     found = []
-    if cluster.gpu_memory and card.total_memory < LESS * cluster.gpu_memory * GIB:
+    if cluster.gpu_memory and card.total_memory < MEMORY_TOLERANCE * cluster.gpu_memory * GIB:
         found.append(
             f"cluster.gpu_memory: got {cluster.gpu_memory:g}; expected at most {card.total_memory / GIB:.1f}, which "
             f"{card.name} has. Fix: cluster.gpu_memory={card.total_memory / GIB:.1f}, so that batches are chosen for it"
@@ -96,7 +96,7 @@ def _differences(cluster: Cluster, index: int) -> list[str]:
     return found
 
 
-def describe(recipe: Recipe, cluster: Cluster, stage: str, world: int) -> dict[str, Any]:
+def describe_hardware(recipe: Recipe, cluster: Cluster, stage: str, world: int) -> dict[str, Any]:
     """What a stage runs on and how, as plain values for the artifact's provenance."""
     on_gpu = torch.cuda.is_available()
     found: dict[str, Any] = {
@@ -118,7 +118,7 @@ def describe(recipe: Recipe, cluster: Cluster, stage: str, world: int) -> dict[s
     return found
 
 
-def measured() -> dict[str, float]:
+def measured_usage() -> dict[str, float]:
     """The most GiB that this process has held: allocated and reserved of its GPU, or resident where it has none."""
     if torch.cuda.is_available():
         return {
@@ -138,7 +138,7 @@ def explain_out_of_memory(error: BaseException, stage: str, cluster: Cluster) ->
             f"{stage}: the host's memory ran out ({text.strip().splitlines()[0]}). Fix: raise cluster.slurm.memory, or "
             "lower cluster.processes"
         )
-    held = measured()
+    held = measured_usage()
     reserved = f" with {held['reserved_gib']:.1f} GiB reserved" if "reserved_gib" in held else ""
     return (
         f"{stage}: the GPU's memory ran out{reserved}. Fix: {_remedies(stage, cluster)}; the same command then resumes"

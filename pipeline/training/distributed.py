@@ -32,7 +32,7 @@ from pipeline.workflow import faults
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 POLL = 0.2  # seconds between two looks for what rank 0 has done
-AT_ONCE = 3  # seconds: failures that torchrun saw within these are causes; later ones it caused itself
+CAUSE_WINDOW = 3  # seconds: failures that torchrun saw within these are causes; later ones it caused itself
 _shared = 0  # values that rank 0 has given the others so far
 _given = 0  # values that each has given rank 0 so far
 
@@ -91,7 +91,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def agree(flag: bool) -> bool:
+def broadcast_flag(flag: bool) -> bool:
     """Rank 0's answer, in every process: a decision that all ranks take at the same step."""
     if not dist.is_initialized():
         return flag
@@ -149,7 +149,7 @@ def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
-def leave_together(done: Callable[[], bool]) -> None:
+def exit_together(done: Callable[[], bool]) -> None:
     """The last thing of a stage: no process ends before rank 0 has, so that torchrun and srun see them end together.
 
     Rank 0 calls it after its commit. A store that is gone means that rank 0 has ended: well where `done()` says so.
@@ -204,7 +204,7 @@ def torchrun(argv: list[str]) -> int:
         first = error.get_first_failure()[1]
         sentences = []
         for number, failure in sorted(error.failures.items()):
-            caused = failure.exitcode == -signal.SIGTERM or failure.timestamp - first.timestamp > AT_ONCE
+            caused = failure.exitcode == -signal.SIGTERM or failure.timestamp - first.timestamp > CAUSE_WINDOW
             who = f"rank {number} (process {failure.pid} on {os.uname().nodename})"
             if not caused and (sentence := faults.explain_death(who, failure.exitcode, kills)):
                 sentences.append(sentence)

@@ -33,18 +33,18 @@ from pipeline.workflow.stage import STAGES, StepSpec, read_spec
 from pipeline.workflow.task_code import code_of
 
 
-class Run(Protocol):
+class StageFunction(Protocol):
     def __call__(
         self, recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runtime
     ) -> dict[str, Any]: ...
 
 
-def main(stage: str, run: Run) -> None:
+def main(stage: str, run: StageFunction) -> None:
     """The command line of a stage module."""
     run_main(lambda: _main(stage, run, sys.argv[1:]))
 
 
-def _main(stage: str, run: Run, argv: list[str]) -> int:
+def _main(stage: str, run: StageFunction, argv: list[str]) -> int:
     given = argv[:1] == ["--step"] and len(argv) == 2
     if not given and "RANK" not in os.environ:  # a stage started by hand names the command line and becomes it
         alone = stage == "export" or "--ckpt" in " ".join(argv)
@@ -52,7 +52,7 @@ def _main(stage: str, run: Run, argv: list[str]) -> int:
         os.execv(sys.executable, [sys.executable, "-m", "pipeline", *asked, *argv])
     argv, typed_in = enter_project(argv, STAGES[stage].module)
     if given:
-        return _work((typed_in or Path()) / argv[1], run)
+        return _run_stage((typed_in or Path()) / argv[1], run)
     # torchrun started us: every rank asks for the same plan and finds the same folder
     command = [sys.executable, "-m", "pipeline", "prepare", "--stages", stage, *argv]
     environment = {**os.environ, "THEREFORE_PROCESSES": os.environ["WORLD_SIZE"]}
@@ -60,16 +60,16 @@ def _main(stage: str, run: Run, argv: list[str]) -> int:
     prepared = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
     if prepared.returncode:
         return prepared.returncode
-    return _work(Path(prepared.stdout.splitlines()[-1]), run)
+    return _run_stage(Path(prepared.stdout.splitlines()[-1]), run)
 
 
-def _work(folder: Path, run: Run) -> int:
+def _run_stage(folder: Path, run: StageFunction) -> int:
     """Run a step in this process, which its launcher or torchrun has started."""
     faults.die_with_parent()
     return run_spec(folder, run)
 
 
-def run_spec(folder: Path, run: Run) -> int:
+def run_spec(folder: Path, run: StageFunction) -> int:
     """Run the step whose step.json is in `folder`, from its lock to its artifact; returns 0."""
     spec = read_spec(folder)
     if is_done(folder):
@@ -135,7 +135,7 @@ def _hardware(spec: StepSpec, runtime: Runtime) -> dict[str, Any]:
 
     for sentence in devices.check_devices(spec.cluster, smoke_test=spec.recipe.smoke_test):
         runtime.warn(sentence)
-    found = devices.describe(spec.recipe, spec.cluster, spec.stage, runtime.world)
+    found = devices.describe_hardware(spec.recipe, spec.cluster, spec.stage, runtime.world)
     if runtime.rank == 0:
         print(format_hardware(found), flush=True)
     return found
@@ -150,7 +150,7 @@ def _measured(spec: StepSpec, runtime: Runtime) -> dict[str, Any]:
         return {}
     from pipeline.training import devices, distributed
 
-    mine: dict[str, Any] = {"held": devices.measured(), "warnings": list(runtime.progress.now.warnings)}
+    mine: dict[str, Any] = {"held": devices.measured_usage(), "warnings": list(runtime.progress.now.warnings)}
     told = distributed.to_rank_0(mine)
     for rank, one in enumerate(told):
         for sentence in one["warnings"]:
@@ -169,7 +169,7 @@ def _leave_together(folder: Path, world: int) -> None:
     if world > 1:
         from pipeline.training import distributed
 
-        distributed.leave_together(lambda: is_done(folder))
+        distributed.exit_together(lambda: is_done(folder))
 
 
 def _out_of_memory(error: Exception, spec: StepSpec) -> str | None:

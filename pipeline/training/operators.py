@@ -20,11 +20,25 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-LOCK = "lock"  # torch.utils.file_baton's
-OURS = ".therefore.flock"
-WAIT = 60.0  # seconds
-OLD = 600.0  # seconds after which a lock on a disk that other machines share is no running build's
-NETWORK = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "fuse", "cifs", "smb", "9p", "afs", "panfs", "wekafs", "virtiofs")
+BATON = "lock"  # torch.utils.file_baton's
+OWN_LOCK = ".therefore.flock"
+LOCK_TIMEOUT = 60.0  # seconds
+STALE_AFTER = 600.0  # seconds after which a lock on a disk that other machines share is no running build's
+NETWORK_FILESYSTEMS = (
+    "nfs",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "fuse",
+    "cifs",
+    "smb",
+    "9p",
+    "afs",
+    "panfs",
+    "wekafs",
+    "virtiofs",
+)
 DIRECTORY = "TORCH_EXTENSIONS_DIR"
 
 
@@ -56,7 +70,7 @@ def load() -> str | None:
     builder = ShareMemCommBuilder()
     try:
         folder = Path(_get_build_directory(builder.NAME, False))
-        with held(folder) as ours:
+        with locked(folder) as ours:
             if (busy := clear_stale(folder, ours=ours)) is not None:
                 return busy
             builder.load(verbose=False)
@@ -79,14 +93,14 @@ def switch_off() -> None:
 
 
 @contextlib.contextmanager
-def held(folder: Path, seconds: float = WAIT) -> Iterator[bool]:
+def locked(folder: Path, seconds: float = LOCK_TIMEOUT) -> Iterator[bool]:
     """Hold the folder's flock. Yields whether it is held: some network disks have none.
 
     TimeoutError, naming the file, where another process holds it for longer than `seconds`.
     """
-    descriptor = os.open(folder / OURS, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(folder / OWN_LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        yield _acquired(descriptor, folder / OURS, time.monotonic() + seconds)
+        yield _acquired(descriptor, folder / OWN_LOCK, time.monotonic() + seconds)
     finally:
         os.close(descriptor)
 
@@ -99,16 +113,16 @@ def _acquired(descriptor: int, path: Path, until: float) -> bool:
         except BlockingIOError:
             if time.monotonic() > until:
                 raise TimeoutError(
-                    f"another process has held {path} for {WAIT:.0f} s; end it if it hangs, or delete the folder"
+                    f"another process has held {path} for {LOCK_TIMEOUT:.0f} s. Fix: end it if it hangs, or delete it"
                 ) from None
             time.sleep(0.1)
         except OSError:
             return False
 
 
-def clear_stale(folder: Path, *, ours: bool, seconds: float = WAIT) -> str | None:
+def clear_stale(folder: Path, *, ours: bool, seconds: float = LOCK_TIMEOUT) -> str | None:
     """Remove torch's `lock` where its holder is gone. Returns why it is still there after `seconds`, or None."""
-    lock, until = folder / LOCK, time.monotonic() + seconds
+    lock, until = folder / BATON, time.monotonic() + seconds
     while lock.exists():
         if _is_stale(lock, ours=ours):
             lock.unlink(missing_ok=True)
@@ -133,7 +147,7 @@ def _is_stale(lock: Path, *, ours: bool) -> bool:
         return True  # every build in there holds the flock, which is ours now
     if status.st_uid != os.getuid() and os.getuid() != 0:
         return False  # whether another user's process has it open cannot be seen
-    return not _is_shared(lock) or time.time() - status.st_mtime > OLD
+    return not _is_shared(lock) or time.time() - status.st_mtime > STALE_AFTER
 
 
 def _is_open(status: os.stat_result) -> bool:
@@ -155,7 +169,7 @@ def _is_shared(path: Path) -> bool:
             _, where, what, *_ = line.split()
             if (real == where or real.startswith(where.rstrip("/") + "/")) and len(where) >= len(best):
                 best, kind = where, what
-    return kind == "unknown" or kind.startswith(NETWORK)
+    return kind == "unknown" or kind.startswith(NETWORK_FILESYSTEMS)
 
 
 def main() -> int:
@@ -168,7 +182,7 @@ def main() -> int:
 def explain(why: str) -> str:
     """The sentence for a run that goes without the operator."""
     remedy = "To build it, install g++ and Python's headers (Debian: apt install g++ python3-dev)"
-    waited = OURS in why or f"/{LOCK} has been there" in why  # a compiler is not what it lacks
+    waited = OWN_LOCK in why or f"/{BATON} has been there" in why  # a compiler is not what it lacks
     return (
         f"DeepSpeed's shared-memory operator cannot be built: {why}; gloo is used instead, which is slower. "
         f"{'' if waited else remedy}"

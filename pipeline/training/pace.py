@@ -12,10 +12,10 @@ from pipeline.config.site import minutes
 from pipeline.core.slurm_client import job_end
 from pipeline.workflow.runtime import Runtime
 
-MEASURED = 2  # steps, after the first of an attempt, which also compiles and fills caches
+MEASURED_STEPS = 2  # steps, after the first of an attempt, which also compiles and fills caches
 
 
-class Pace(TrainerCallback):
+class PaceCallback(TrainerCallback):
     """Times the steps after an attempt's first, then reports once what those that are left will take at this rate."""
 
     def __init__(self, runtime: Runtime, stage: str, clock: Callable[[], float] = time.time) -> None:
@@ -23,13 +23,13 @@ class Pace(TrainerCallback):
         self.ends: list[float] = []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        if len(self.ends) > MEASURED:
+        if len(self.ends) > MEASURED_STEPS:
             return
         self.ends.append(self.clock())
         left = state.max_steps - state.global_step
-        if len(self.ends) <= MEASURED or left <= 0:
+        if len(self.ends) <= MEASURED_STEPS or left <= 0:
             return
-        seconds = (self.ends[-1] - self.ends[0]) / MEASURED
+        seconds = (self.ends[-1] - self.ends[0]) / MEASURED_STEPS
         if self.runtime.rank == 0:
             print(
                 f"pace: {seconds:.3g} s a step, {hours(seconds * left)} for the {left} steps that are left", flush=True

@@ -22,12 +22,19 @@ from transformers import PreTrainedModel, Trainer
 
 from pipeline.config.cluster import Batches, TrainingStage, batches, deepspeed_file, zero_stage
 from pipeline.config.recipe import Optimizer, Recipe
-from pipeline.core.errors import DataError, LaunchError, RecipeError, Stopped, some_of
+from pipeline.core.errors import DataError, LaunchError, RecipeError, Stopped, join_first
 from pipeline.models.loading import add_lora, choose_dtype, load_model
 from pipeline.training import distributed
-from pipeline.training.callbacks import AT_MINIMUM, NothingLeft, Signal, Watch, restore_callbacks, write_history
-from pipeline.training.checkpoints import SaveAndStop, resumable
-from pipeline.training.pace import Pace
+from pipeline.training.callbacks import (
+    MINIMUM_SCALE_MESSAGE,
+    LearningSignalCallback,
+    NoStepsLeft,
+    ProgressCallback,
+    restore_callbacks,
+    write_history,
+)
+from pipeline.training.checkpoints import CheckpointCallback, checkpoint_to_resume
+from pipeline.training.pace import PaceCallback
 from pipeline.workflow.artifact import Artifact, read_split
 from pipeline.workflow.layouts import stage_layout
 from pipeline.workflow.runtime import Deadline, Runtime
@@ -35,7 +42,7 @@ from pipeline.workflow.weights import Checkpoint
 
 LOGGER_FOLDERS = {"TENSORBOARD_LOGGING_DIR": "tensorboard", "WANDB_DIR": "", "TRACKIO_DIR": "trackio"}
 PROJECT = "therefore"  # the name under which wandb and trackio keep the runs
-MANY_SKIPS = 0.1  # share of the steps that is worth a warning
+SKIPPED_SHARE_WARNING = 0.1  # share of the steps that is worth a warning
 
 
 def load_rows(data: Artifact, split: str) -> Dataset:
@@ -43,7 +50,7 @@ def load_rows(data: Artifact, split: str) -> Dataset:
     return Dataset(read_split(data, split))
 
 
-def trainable(recipe: Recipe, checkpoint: Checkpoint, layout: TrainingStage) -> PreTrainedModel | PeftModel:
+def load_for_training(recipe: Recipe, checkpoint: Checkpoint, layout: TrainingStage) -> PreTrainedModel | PeftModel:
     """The model to train: an adapter that is there is trained on, LoRA gets a fresh one, else all weights.
 
     Weights that are themselves trained are held in float32 (DeepSpeed and autocast compute in the lower precision).
@@ -69,7 +76,7 @@ def trainable(recipe: Recipe, checkpoint: Checkpoint, layout: TrainingStage) -> 
 
 
 @contextlib.contextmanager
-def adapters_kept(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+def preserve_adapter_dtype(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """While a trainer is made: its adapters on a quantized model stay as they are.
 
     TRL casts them to bfloat16, whose gradients the scaler of float16 cannot take (trl#4901), and which rounds away
@@ -109,7 +116,7 @@ def deepspeed_settings(optimizer: Optimizer, layout: TrainingStage) -> dict[str,
     return settings
 
 
-def layout_of(recipe: Recipe, runtime: Runtime, stage: str) -> tuple[TrainingStage, Batches]:
+def layout_and_batches(recipe: Recipe, runtime: Runtime, stage: str) -> tuple[TrainingStage, Batches]:
     """The stage's layout and batches for the processes that really run."""
     layout = runtime.cluster.layout(stage)
     sizes, problems = batches(runtime.cluster, recipe, "sft" if stage == "sft" else "grpo", runtime.world)
@@ -118,7 +125,7 @@ def layout_of(recipe: Recipe, runtime: Runtime, stage: str) -> tuple[TrainingSta
     return layout, sizes
 
 
-def arguments(
+def training_arguments(
     recipe: Recipe, optimizer: Optimizer, layout: TrainingStage, sizes: Batches, out: Path, runtime: Runtime
 ) -> dict[str, Any]:
     """The arguments that SFTConfig and GRPOConfig share."""
@@ -200,14 +207,14 @@ def train(trainer: Trainer, recipe: Recipe, stage: str, out: Path, runtime: Runt
     """
     precision = str(choose_dtype(recipe.model)).removeprefix("torch.")
     layout = stage_layout(recipe, runtime.cluster, stage, processes=runtime.world, precision=precision)
-    stopper = SaveAndStop(runtime, layout, Deadline(runtime, stage))
-    watch, signal = Watch(runtime, trainer), Signal(runtime)
-    save_without_base(trainer)
+    stopper = CheckpointCallback(runtime, layout, Deadline(runtime, stage))
+    watch, signal = ProgressCallback(runtime, trainer), LearningSignalCallback(runtime)
+    save_adapter_alone(trainer)
     trainer.callback_handler.callbacks.insert(0, watch)  # so that the loggers after it get the figures that it adds
     trainer.add_callback(stopper)
     trainer.add_callback(signal)
-    trainer.add_callback(Pace(runtime, stage))
-    resume, passed = resumable(out / "checkpoints", layout, stage, runtime)
+    trainer.add_callback(PaceCallback(runtime, stage))
+    resume, passed = checkpoint_to_resume(out / "checkpoints", layout, stage, runtime)
     if runtime.rank == 0:
         for sentence in passed:
             print(sentence, flush=True)
@@ -218,7 +225,7 @@ def train(trainer: Trainer, recipe: Recipe, stage: str, out: Path, runtime: Runt
         loss = run_trainer(trainer, watch, resume)
     if runtime.rank == 0:
         write_history(trainer.state.log_history, out)
-    raise_if_useless(trainer, watch, signal, stopped=stopper.stopped, out=out)
+    raise_if_training_failed(trainer, watch, signal, stopped=stopper.stopped, out=out)
     if stopper.stopped:
         raise Stopped(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved")
     signal.warn()
@@ -230,15 +237,15 @@ def train(trainer: Trainer, recipe: Recipe, stage: str, out: Path, runtime: Runt
     return {**steps, **scaled, **signal.metrics(), **found, "passed_over": passed}
 
 
-def run_trainer(trainer: Trainer, watch: Watch, resume: Path | None) -> float | None:
+def run_trainer(trainer: Trainer, watch: ProgressCallback, resume: Path | None) -> float | None:
     """The trainer's loop. Returns the mean loss; None where the checkpoint left no step to take."""
     try:
         return float(trainer.train(resume_from_checkpoint=str(resume) if resume else None).training_loss)
-    except NothingLeft:
+    except NoStepsLeft:
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
             trainer._load_best_model()
     except Exception as error:
-        if AT_MINIMUM not in str(error):
+        if MINIMUM_SCALE_MESSAGE not in str(error):
             raise
         watch.broken = (
             f"the gradients of {watch.in_a_row + 1} steps in a row overflowed float16, down to a loss scale of 1"
@@ -246,7 +253,9 @@ def run_trainer(trainer: Trainer, watch: Watch, resume: Path | None) -> float | 
     return None
 
 
-def raise_if_useless(trainer: Trainer, watch: Watch, signal: Signal, *, stopped: bool, out: Path) -> None:
+def raise_if_training_failed(
+    trainer: Trainer, watch: ProgressCallback, signal: LearningSignalCallback, *, stopped: bool, out: Path
+) -> None:
     """LaunchError where training diverged, had nothing to learn for too long, or took no optimizer step at all."""
     if watch.broken:
         raise LaunchError(
@@ -270,7 +279,7 @@ def raise_if_useless(trainer: Trainer, watch: Watch, signal: Signal, *, stopped:
             "was still too high at the end. Fix: train more steps, lower fp16.initial_scale_power in the stage's file "
             "of deepspeed/, or compute with model.dtype=float32"
         )
-    if watch.skipped >= MANY_SKIPS * max(steps, 1):
+    if watch.skipped >= SKIPPED_SHARE_WARNING * max(steps, 1):
         watch.runtime.warn(f"{watch.skipped} of {steps} steps were skipped: their gradients overflowed float16")
 
 
@@ -298,7 +307,7 @@ def save(trainer: Trainer, out: Path) -> None:
     distributed.barrier()
 
 
-def save_without_base(trainer: Trainer) -> None:
+def save_adapter_alone(trainer: Trainer) -> None:
     """Have the saves of an adapter leave its base alone.
 
     Below ZeRO-3 accelerate clones the whole state to the CPU at each save, in every process: 4 to 5 GiB of a 7B model
@@ -322,7 +331,7 @@ def warn_of_long_rows(runtime: Runtime, ids: Sequence[str], kept: Sequence[int],
     """A warning that names how many rows were longer than the limit, and the first few of them."""
     dropped = sorted(set(range(len(ids))) - set(kept))
     if dropped:
-        first = some_of([ids[k] for k in dropped])
+        first = join_first([ids[k] for k in dropped])
         runtime.warn(f"{len(dropped)} of {len(ids)} {what} are longer than {limit} and were left out: {first}")
 
 

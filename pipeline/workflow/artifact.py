@@ -14,7 +14,7 @@ from pipeline.core import slurm_client as slurm
 from pipeline.core.errors import ArtifactError, DataError
 from pipeline.core.files import read_json, write_json
 from pipeline.core.hashing import file_sha256
-from pipeline.core.records import OddFile, odd_file, read_mapping, read_record
+from pipeline.core.records import InvalidRecord, invalid_record, read_mapping, read_record
 from pipeline.workflow.lock import OWNER
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ ARTIFACT, STEP, PROGRESS, STOP = "artifact.json", "step.json", "progress.json", 
 LOG, SCRIPT = "log.txt", "job.slurm"
 HISTORY = "history.json"  # of a training stage: what its trainer logged, step by step
 PROMPTS = "prompts.json"  # of an evaluation: the questions that are only shown, with their answers
-NOT_PAYLOAD = {ARTIFACT, OWNER, PROGRESS, STOP, LOG, SCRIPT, slurm.JOB}  # of the folder, not of the result
+NOT_PAYLOAD = {ARTIFACT, OWNER, PROGRESS, STOP, LOG, SCRIPT, slurm.JOB_FILE}  # of the folder, not of the result
 TRANSIENT = {
     "checkpoints",
     "tensorboard",
@@ -91,7 +91,7 @@ def finalize(artifact: Artifact) -> Artifact:
 def is_done(folder: Path) -> bool:
     """Whether the step of this folder has ended well: whether it has an artifact that can be read.
 
-    An artifact that is empty, half-written or of another shape is none, so the step runs again. OddFile where the
+    An artifact that is empty, half-written or of another shape is none, so the step runs again. InvalidRecord where the
     file cannot be opened: then nobody knows.
     """
     path = folder / ARTIFACT
@@ -101,7 +101,7 @@ def is_done(folder: Path) -> bool:
         return False
     except OSError as error:  # a stale handle, a folder that may not be searched
         if read_mapping(path) is None:  # which tries again
-            raise odd_file(path, f"cannot be read ({error.strerror})") from error
+            raise invalid_record(path, f"cannot be read ({error.strerror})") from error
         return artifact_problem(folder) is None
     seen = (status.st_mtime_ns, status.st_size, status.st_ino)
     if _checked.get(path, (None, False))[0] != seen:
@@ -113,7 +113,7 @@ _checked: dict[Path, tuple[tuple[int, int, int], bool]] = {}  # artifacts as the
 
 
 def read_artifact(folder: Path) -> Artifact | None:
-    """Read the record of a folder, unverified; None where there is none, OddFile where it cannot be used."""
+    """Read the record of a folder, unverified; None where there is none, InvalidRecord where it cannot be used."""
     return read_record(folder / ARTIFACT, Artifact, _upgrade, folder=folder)
 
 
@@ -132,10 +132,10 @@ def stage_and_role(step: str) -> tuple[str, str | None]:
 
 
 def artifact_problem(folder: Path) -> str | None:
-    """What is wrong with a folder's artifact; None where there is none, or nothing. OddFile as `is_done`."""
+    """What is wrong with a folder's artifact; None where there is none, or nothing. InvalidRecord as `is_done`."""
     try:
         read_artifact(folder)
-    except OddFile as odd:
+    except InvalidRecord as odd:
         if odd.problem.startswith("cannot be read"):
             raise
         return odd.problem
@@ -157,7 +157,7 @@ def open_artifact(folder: Path, *, verify: bool = True, deep: bool = False) -> A
     """
     try:
         artifact = read_artifact(folder)
-    except OddFile as odd:
+    except InvalidRecord as odd:
         raise ArtifactError(f"{odd}. Fix: run the step again; an artifact that cannot be used counts as none") from None
     if artifact is None:
         raise ArtifactError(f"{folder / ARTIFACT} does not exist: that step has not ended; run it again")

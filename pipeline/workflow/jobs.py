@@ -18,17 +18,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.core.errors import LaunchError, MissingDependency, PlanError
-from pipeline.core.records import OddFile
+from pipeline.core.records import InvalidRecord
 from pipeline.core.slurm_client import (
     Job,
     JobRecord,
-    ask,
-    call,
-    elsewhere,
-    find,
-    is_here,
-    of_cluster,
+    cluster_option,
+    is_installed,
+    jobs_by_token,
+    query_jobs,
     read_job,
+    remote_cluster,
+    run_slurm,
     this_cluster,
     this_user,
     write_job,
@@ -79,20 +79,20 @@ class QueueSnapshot:
         """The job of a step; None where Slurm does not know it, or has given its id to another one."""
         if record.id is None:
             return self.by_token.get(record.token)
-        job = self.jobs.get((elsewhere(record.cluster), record.id))
+        job = self.jobs.get((remote_cluster(record.cluster), record.id))
         return job if job and is_ours(job, record) else None
 
     def is_live(self, number: str, cluster: str | None, user: str | None, since: float | None) -> bool | None:
         """As the function of this name."""
-        if elsewhere(cluster) in self.unreached:
+        if remote_cluster(cluster) in self.unreached:
             return None
-        job = self.jobs.get((elsewhere(cluster), number))
+        job = self.jobs.get((remote_cluster(cluster), number))
         if job is None or not job.live or (user and job.user and user != job.user):
             return False
         return since is None or job.submitted is None or job.submitted <= since + CLOCK_SKEW or job.restarts > 0
 
     def reached(self, cluster: str | None) -> bool:
-        return elsewhere(cluster) not in self.unreached
+        return remote_cluster(cluster) not in self.unreached
 
     @property
     def problems(self) -> list[str]:
@@ -105,18 +105,18 @@ def query(records: Iterable[JobRecord], more: Iterable[tuple[str, str | None]] =
     tokens: dict[str | None, set[str]] = {}
     for record in records:
         if record.id:
-            ids.setdefault(elsewhere(record.cluster), set()).add(record.id)
+            ids.setdefault(remote_cluster(record.cluster), set()).add(record.id)
         else:
-            tokens.setdefault(elsewhere(record.cluster), set()).add(record.token)
+            tokens.setdefault(remote_cluster(record.cluster), set()).add(record.token)
     for number, cluster in more:
-        ids.setdefault(elsewhere(cluster), set()).add(number)
+        ids.setdefault(remote_cluster(cluster), set()).add(number)
     jobs: dict[tuple[str | None, str], Job] = {}
     by_token: dict[str, Job] = {}
     unreached: dict[str | None, tuple[str, ...]] = {}
     for cluster in {*ids, *tokens}:
         try:
-            jobs |= {(cluster, number): job for number, job in ask(ids.get(cluster, ()), cluster).items()}
-            by_token |= find(tokens.get(cluster, ()), cluster)
+            jobs |= {(cluster, number): job for number, job in query_jobs(ids.get(cluster, ()), cluster).items()}
+            by_token |= jobs_by_token(tokens.get(cluster, ()), cluster)
         except (LaunchError, MissingDependency) as error:
             unreached[cluster] = error.problems
     return QueueSnapshot(jobs, by_token, unreached, time.time())
@@ -132,7 +132,7 @@ def live_jobs(folders: Iterable[Path]) -> dict[Path, Job]:
     for folder in folders:
         try:
             records[folder] = read_job(folder)
-        except OddFile as error:
+        except InvalidRecord as error:
             odd.append(
                 f"{error}, so it is not known whether a job runs this step. Fix: if squeue --me shows none, "
                 f"delete {error.path}"
@@ -142,7 +142,7 @@ def live_jobs(folders: Iterable[Path]) -> dict[Path, Job]:
     given = {folder: record for folder, record in records.items() if record}
     answers = query(given.values())
     if answers.problems:
-        error_ = MissingDependency if not is_here() else LaunchError
+        error_ = MissingDependency if not is_installed() else LaunchError
         raise error_(*answers.problems)
     found = {}
     for folder, record in given.items():
@@ -162,8 +162,8 @@ def describe_job(folder: Path, job: Job) -> str:
 
 def add_dependency(job: Job, after: str) -> bool:
     """Give a queued job another dependency, such as afterok:43. Whether Slurm accepts it; not for an ended one."""
-    words = ["scontrol", *of_cluster(job.cluster), "update", f"JobId={job.id}", f"Dependency={after}"]
-    return call(*words).returncode == 0
+    words = ["scontrol", *cluster_option(job.cluster), "update", f"JobId={job.id}", f"Dependency={after}"]
+    return run_slurm(*words).returncode == 0
 
 
 def record_job(folders: Iterable[Path], job: str) -> None:
@@ -176,8 +176,8 @@ def record_job(folders: Iterable[Path], job: str) -> None:
     if not folders:
         return
     token = uuid.uuid4().hex
-    call("scontrol", "update", f"JobId={job}", f"Comment={token}")
-    shown = call("scontrol", "show", "job", "--oneliner", job).stdout
+    run_slurm("scontrol", "update", f"JobId={job}", f"Comment={token}")
+    shown = run_slurm("scontrol", "show", "job", "--oneliner", job).stdout
     log = re.search(r"StdOut=(\S+)", shown)
     marked = f"Comment={token}" in shown
     record = JobRecord(token, "slurm", time.time(), job, log.group(1) if log else None, this_cluster(), this_user())

@@ -20,7 +20,7 @@ from pathlib import Path
 from pipeline.core import slurm_client as slurm
 from pipeline.core.errors import ArtifactError
 from pipeline.core.files import write_json
-from pipeline.core.records import OddFile, read_record
+from pipeline.core.records import InvalidRecord, read_record
 from pipeline.workflow.jobs import QueueSnapshot, is_live
 
 OWNER = "owner.json"
@@ -56,7 +56,7 @@ def _process_start(pid: int) -> float:
 
 
 def read_holder(folder: Path) -> LockHolder | None:
-    """Read who writes into the folder: None without an owner file, OddFile where the file cannot be used."""
+    """Read who writes into the folder: None without an owner file, InvalidRecord where the file cannot be used."""
     return read_record(folder / OWNER, LockHolder)
 
 
@@ -86,7 +86,7 @@ def ensure_unlocked(folder: Path, jobs: QueueSnapshot | None = None) -> None:
     """Raise ArtifactError where a live process holds the folder's lock."""
     try:
         holder = read_holder(folder)
-    except OddFile as odd:
+    except InvalidRecord as odd:
         raise ArtifactError(
             f"{odd}, so it is not known who writes there. Fix: if no process does (python -m pipeline status), "
             f"delete {odd.path}"
@@ -140,7 +140,7 @@ def holds_lock(folder: Path, holder: LockHolder) -> bool:
     """Return whether `holder` still holds the lock: a zombie of an earlier attempt does not, and must not write."""
     try:
         current = read_holder(folder)
-    except OddFile as odd:
+    except InvalidRecord as odd:
         if odd.problem.startswith("cannot be read"):
             raise
         return False

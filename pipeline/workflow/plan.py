@@ -22,7 +22,7 @@ from pipeline.config.model_files import gguf_file
 from pipeline.config.recipe import Recipe, local_files, local_problems, read
 from pipeline.core.errors import PlanError, RecipeError, did_you_mean
 from pipeline.core.hashing import describe_drift, file_identity, fingerprint, plain
-from pipeline.core.records import OddFile
+from pipeline.core.records import InvalidRecord
 from pipeline.rewards.reward import find_rewards
 from pipeline.sizing.fitting import resolve_auto
 from pipeline.sizing.smoke import smoke_test_of
@@ -76,7 +76,7 @@ class Step:
         """Why nobody can know whether the step is done: its artifact cannot be opened. None where that is known."""
         try:
             is_done(self.folder)
-        except OddFile as odd:
+        except InvalidRecord as odd:
             return f"{odd}, so it is not known whether {self.label} is done. Fix: make it readable, or delete it"
         return None
 
@@ -330,7 +330,7 @@ def explain(step: Step, cluster: Cluster | None = None) -> list[str]:
     try:
         odd = artifact_problem(step.folder)
         holder = read_holder(step.folder)
-    except OddFile as error:
+    except InvalidRecord as error:
         return [f"cannot run: {error}"]
     if holder and is_alive(holder):
         return [f"running: {holder}"]
@@ -375,7 +375,7 @@ def _latest(step: Step) -> Artifact | None:
         with contextlib.suppress(OSError):
             found.append((path.stat().st_mtime, path))
     for _, path in sorted(found, reverse=True):
-        with contextlib.suppress(OddFile):  # another step's file: `status` shows it
+        with contextlib.suppress(InvalidRecord):  # another step's file: `status` shows it
             if record := read_artifact(path.parent):
                 return record
     return None

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pipeline.core.errors import PlanError, did_you_mean
-from pipeline.core.records import OddFile, read_mapping
-from pipeline.core.slurm_client import is_here
+from pipeline.core.records import InvalidRecord, read_mapping
+from pipeline.core.slurm_client import is_installed
 from pipeline.workflow.artifact import STEP
 from pipeline.workflow.jobs import describe_job, live_jobs
 from pipeline.workflow.lock import ensure_unlocked
@@ -84,7 +84,7 @@ def _inputs(folder: Path) -> set[str]:
     """The fingerprints of the steps that a step was made from."""
     try:
         record = read_mapping(folder / STEP) or {}
-    except OddFile:  # `status` shows it
+    except InvalidRecord:  # `status` shows it
         return set()
     payload = record.get("payload")
     inputs = payload.get("inputs") if isinstance(payload, dict) else None
@@ -98,7 +98,7 @@ def move_aside(folders: Sequence[Path], runs: Path) -> list[str]:
     """
     for folder in folders:
         ensure_unlocked(folder)
-    if is_here() and (queued := live_jobs(folders)):
+    if is_installed() and (queued := live_jobs(folders)):
         told = [describe_job(folder, job) for folder, job in queued.items()]
         raise PlanError(*told, "wait for it (python -m pipeline status), or end it with python -m pipeline cancel")
     stamp, sentences = time.strftime("%Y%m%d-%H%M%S"), list[str]()

@@ -22,8 +22,8 @@ from typing import Any
 
 from pipeline.core import slurm_client as slurm
 from pipeline.core.errors import LaunchError, PlanError, did_you_mean, explain_disk, printable
-from pipeline.core.slurm_client import Job, JobRecord, call, of_cluster, reason_of
-from pipeline.core.slurm_words import end_of, how_it_ended, pending
+from pipeline.core.slurm_client import Job, JobRecord, cluster_option, error_text, run_slurm
+from pipeline.core.slurm_words import end_reason, explain_exit_code, pending_reason
 from pipeline.workflow.artifact import LOG, STEP, STOP
 from pipeline.workflow.jobs import QueueSnapshot, query
 from pipeline.workflow.lock import is_alive
@@ -196,7 +196,7 @@ def _state(folder: Path, files: StepFiles, job: Job | None, answers: QueueSnapsh
     if job and job.live:
         if working and holder and holder.job == job.id and holder.since > answers.at:
             return working, []  # it has started since
-        return ("ending", told) if job.state == "COMPLETING" else ("queued", [pending(job)])
+        return ("ending", told) if job.state == "COMPLETING" else ("queued", [pending_reason(job)])
     if working and holder and is_alive(holder, answers if holder.job else None):
         return working, []
     if files.odd and not job and not ended:
@@ -205,8 +205,9 @@ def _state(folder: Path, files: StepFiles, job: Job | None, answers: QueueSnapsh
         return ended, told
     full = _full_disk(folder)
     if job:
-        code = f"; {how}" if (how := how_it_ended(job.exit_code)) else ""
-        why = f"{full or end_of(job, Path(record.log) if record and record.log else folder / LOG)} ({job.state}{code})"
+        code = f"; {how}" if (how := explain_exit_code(job.exit_code)) else ""
+        log = Path(record.log) if record and record.log else folder / LOG
+        why = f"{full or end_reason(job, log)} ({job.state}{code})"
         return "cancelled" if job.state == "CANCELLED" else "failed", [why, *told]
     if record is None and progress is None:
         return "waiting", []
@@ -349,10 +350,10 @@ def cancel(rows: Iterable[Row]) -> list[str]:
         )
     for cluster in dict.fromkeys(row.cluster for row in jobs):
         ids = [str(row.job) for row in jobs if row.cluster == cluster]
-        done = call("scancel", *of_cluster(slurm.elsewhere(cluster)), *ids)
+        done = run_slurm("scancel", *cluster_option(slurm.remote_cluster(cluster)), *ids)
         wrong = [line for line in done.stderr.splitlines() if not any(text in line for text in ALREADY_OVER)]
         if done.returncode and wrong:
-            raise LaunchError(f"scancel {' '.join(ids)}: {reason_of(chr(10).join(wrong))}")
+            raise LaunchError(f"scancel {' '.join(ids)}: {error_text(chr(10).join(wrong))}")
         told.append(f"cancelled {len(ids)} jobs: {' '.join(ids)}")
     for row in chosen:
         if not row.job:

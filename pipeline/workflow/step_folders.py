@@ -18,15 +18,15 @@ from typing import Any
 
 from pipeline.core import slurm_client as slurm
 from pipeline.core.errors import ArtifactError, PlanError, did_you_mean
-from pipeline.core.hashing import LENGTH
+from pipeline.core.hashing import FINGERPRINT_LENGTH
 from pipeline.core.records import read_record
 from pipeline.core.slurm_client import JobRecord, read_job
 from pipeline.workflow.artifact import ARTIFACT, PROGRESS, STEP, artifact_problem, is_done, open_artifact
 from pipeline.workflow.lock import OWNER, LockHolder, read_holder
 from pipeline.workflow.progress import Progress
 
-RECORDS = {ARTIFACT, PROGRESS, OWNER, slurm.JOB}
-STEP_FOLDER = re.compile(rf".+-[0-9a-f]{{{LENGTH}}}")  # sft-1a2b3c4d5e
+RECORDS = {ARTIFACT, PROGRESS, OWNER, slurm.JOB_FILE}
+STEP_FOLDER = re.compile(rf".+-[0-9a-f]{{{FINGERPRINT_LENGTH}}}")  # sft-1a2b3c4d5e
 
 
 @dataclass(frozen=True)

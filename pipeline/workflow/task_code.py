@@ -17,8 +17,8 @@ from typing import Any
 import pipeline.rewards
 import pipeline.scoring
 import pipeline.tasks
-from pipeline.core.hashing import LENGTH
-from pipeline.core.records import OddFile, read_mapping
+from pipeline.core.hashing import FINGERPRINT_LENGTH
+from pipeline.core.records import InvalidRecord, read_mapping
 from pipeline.workflow.artifact import ARTIFACT, STEP
 
 # the readers of model text, which decide grades
@@ -67,7 +67,7 @@ def code_changes_of(folder: Path) -> list[str]:
         record: Any = read_mapping(folder / STEP)
         recipe = record["recipe"]
         return code_changes(folder, record["stage"], recipe["task"]["name"], list(recipe["grpo"]["rewards"]))
-    except (TypeError, KeyError, OddFile):  # not a step of this version, which is reported elsewhere
+    except (TypeError, KeyError, InvalidRecord):  # not a step of this version, which is reported elsewhere
         return []
 
 
@@ -75,7 +75,7 @@ def recorded_code(folder: Path) -> dict[str, Any] | None:
     """What the artifact of a folder recorded of its code; None where it recorded nothing, or there is no artifact."""
     try:
         record = read_mapping(folder / ARTIFACT) or {}
-    except OddFile:  # which counts as none
+    except InvalidRecord:  # which counts as none
         return None
     provenance = record.get("provenance")
     code = provenance.get("code") if isinstance(provenance, dict) else None
@@ -115,7 +115,7 @@ def _module(path: Path, name: str, changed: int) -> tuple[str, list[str]]:
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     wanted = tuple(f"{folder}." for folder in FOLDERS)
     imported = [other for other in _imports(tree, package) if other.startswith(wanted)]
-    return hashlib.sha256(repr(_plain(tree)).encode()).hexdigest()[:LENGTH], imported
+    return hashlib.sha256(repr(_plain(tree)).encode()).hexdigest()[:FINGERPRINT_LENGTH], imported
 
 
 def _imports(tree: ast.Module, package: str) -> Iterator[str]:

@@ -320,10 +320,10 @@ def step_time(model: Any, place: Place, rows: int, more: dict[str, Any]) -> floa
 @check("the same 16 answers at batch 16 and at batch 4", "16 of 16 on a CPU; on a GPU a figure without a bound")
 def same_answers(place: Place) -> Measured:
     from pipeline.engines.generation import Sampling, generate
-    from pipeline.models.loading import load_to_ask, load_tokenizer
+    from pipeline.models.loading import load_for_chat, load_tokenizer
 
     checkpoint, choice = nf4_seven(place)
-    model, tokenizer = load_to_ask(checkpoint, choice, None), load_tokenizer(checkpoint, choice)
+    model, tokenizer = load_for_chat(checkpoint, choice, None), load_tokenizer(checkpoint, choice)
     prompts = [torch.randint(10, 500, (50 + 7 * k,)).tolist() for k in range(16)]
     sampling = Sampling(0.6, 0.95, 0, 8 if place.small else 48)
     first, second = (dict(generate(model, tokenizer, prompts, sampling, size, 0)) for size in (16, 4))

@@ -12,7 +12,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from pipeline.core.slurm_client import call, read_job
+from pipeline.core.slurm_client import read_job, run_slurm
 
 
 def work(folder: Path) -> tuple[float, float]:
@@ -26,7 +26,7 @@ def jobs(folders: list[Path]) -> dict[Path, tuple[float, float]]:
     ids = {record.id: folder for folder in folders if (record := read_job(folder)) and record.id}
     if not ids:
         return {}
-    told = call("sacct", "-X", "-n", "-P", "-j", ",".join(ids), "-o", "jobid,start,end").stdout.splitlines()
+    told = run_slurm("sacct", "-X", "-n", "-P", "-j", ",".join(ids), "-o", "jobid,start,end").stdout.splitlines()
     spans = (line.split("|") for line in told)
     return {ids[job]: tuple(datetime.fromisoformat(t).timestamp() for t in span) for job, *span in spans}  # type: ignore[misc]
 

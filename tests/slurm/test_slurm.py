@@ -21,7 +21,7 @@ from running import NANO, ROOT, only, run_cli
 from slurm_lab import Lab, copy_steps, is_running, jobs_of, rows, slurm, submit, wait_for_end, wait_until
 
 from pipeline.core.files import read_json
-from pipeline.training.checkpoints import damage
+from pipeline.training.checkpoints import validation_error
 from pipeline.workflow.artifact import open_artifact
 
 ALL = ["preprocess", "sft", "grpo", "evaluate-base", "evaluate-sft", "evaluate-grpo", "report"]
@@ -357,7 +357,7 @@ def test_a_stage_alone_by_its_committed_script(lab: Lab, runs: Path, nano: Path)
 
 def saved(folder: Path) -> list[int]:
     """The steps of the checkpoints that verify."""
-    good = [path for path in folder.glob("checkpoints/checkpoint-*") if damage(path) is None]
+    good = [path for path in folder.glob("checkpoints/checkpoint-*") if validation_error(path) is None]
     return sorted(int(path.name.rpartition("-")[2]) for path in good)
 
 

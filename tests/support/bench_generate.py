@@ -14,18 +14,18 @@ from itertools import chain, combinations, permutations
 
 import networkx as nx
 
-from pipeline.tasks.corr2cause import enumeration, text
+from pipeline.tasks.corr2cause import enumeration, wording
 from pipeline.tasks.corr2cause.graphs import RELATIONS, classes
 
 
 def rows_of_ours(n: int) -> Iterator[tuple[str, bool]]:
     names = "ABCDEF"[:n]
     for mec in classes(n):
-        premise = text.premise(names, *text.relations(mec))
+        premise = wording.premise(names, *wording.relations(mec))
         for i, j in combinations(range(n), 2):
             for relation in RELATIONS:
-                claim = text.hypothesis(relation, names[i], names[j])
-                yield text.question(premise, claim, ""), mec.entails(relation, i, j)
+                claim = wording.hypothesis(relation, names[i], names[j])
+                yield wording.question(premise, claim, ""), mec.entails(relation, i, j)
 
 
 def subsets(nodes: list[int]) -> list[set[int]]:
@@ -86,11 +86,11 @@ def rows_of_networkx(n: int) -> Iterator[tuple[str, bool]]:
             )
         listed = sorted((min(pair), max(pair), tuple(sorted(given))) for pair, given in statements)
         apart = {(i, j) for i, j, given in listed if not given}
-        premise = text.premise(names, [pair for pair in pairs if pair not in apart], listed)
+        premise = wording.premise(names, [pair for pair in pairs if pair not in apart], listed)
         for i, j in pairs:
             for relation in RELATIONS:
-                claim = text.hypothesis(relation, names[i], names[j])
-                yield text.question(premise, claim, ""), all(holds(graph, relation, i, j) for graph in members)
+                claim = wording.hypothesis(relation, names[i], names[j])
+                yield wording.question(premise, claim, ""), all(holds(graph, relation, i, j) for graph in members)
 
 
 def main() -> None:

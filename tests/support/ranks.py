@@ -63,7 +63,7 @@ def share(rank: int, folder: Path) -> None:
     if rank == 0:
         time.sleep(2)
         (folder / "committed").touch()
-    distributed.leave_together((folder / "committed").exists)
+    distributed.exit_together((folder / "committed").exists)
     found["committed"] = (folder / "committed").exists()
     (folder / f"found-{rank}.json").write_text(json.dumps(found))
     distributed.finish()

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config.model_files import FAMILIES, TEMPLATES, TRL
 from pipeline.config.recipe import Model
 from pipeline.core.errors import RecipeError
-from pipeline.models.loading import encode_rows, load_tokenizer, prefills_thought, prompt_ids
+from pipeline.models.loading import encode_rows, load_tokenizer, prompt_ids, template_opens_think
 from pipeline.models.loading import train_tokenizer as train
 from pipeline.workflow.weights import Checkpoint
 
@@ -32,7 +32,7 @@ class Family:
     pad: str | None
     prompt: str  # up to where the model begins to write
     stop: str  # what ends its turn
-    prefilled: bool = False
+    prompt_opens_think: bool = False
     lead: str = ""  # what the model writes before its words
 
 
@@ -44,7 +44,7 @@ FORMATS = {
         "<｜end▁of▁sentence｜>",
         "<｜begin▁of▁sentence｜><｜User｜>Does A cause B?<｜Assistant｜><think>\n",
         "<｜end▁of▁sentence｜>",
-        prefilled=True,
+        prompt_opens_think=True,
     ),
     "phi3_5": Family(
         ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
@@ -136,7 +136,7 @@ def test_the_prompt_is_the_familys_own(case: tuple[PreTrainedTokenizerBase, Fami
     ids = prompt_ids(tokenizer, [PROMPT])[0]
     assert tokenizer.decode(ids) == family.prompt
     assert ids == tokenizer(family.prompt, add_special_tokens=False)["input_ids"]  # no second bos
-    assert prefills_thought(tokenizer) == family.prefilled
+    assert template_opens_think(tokenizer) == family.prompt_opens_think
     for special in family.special:
         if special in family.prompt:
             assert tokenizer.convert_tokens_to_ids(special) in ids
@@ -156,7 +156,7 @@ def test_the_thought_is_kept_and_the_loss_falls_on_it_and_on_the_stop(
     tokenizer, family = case
     row = encode_rows(tokenizer, [PROMPT], [[{"role": "assistant", "content": THOUGHT}]])[0]
     learned = [token for token in row["labels"] if token != -100]
-    written = family.lead + (THOUGHT.removeprefix("<think>\n") if family.prefilled else THOUGHT)
+    written = family.lead + (THOUGHT.removeprefix("<think>\n") if family.prompt_opens_think else THOUGHT)
     assert tokenizer.decode(learned) == written + family.stop
     assert tokenizer.decode(row["input_ids"]) == family.prompt + written + family.stop
     assert row["labels"].index(learned[0]) == len(prompt_ids(tokenizer, [PROMPT])[0])

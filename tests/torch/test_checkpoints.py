@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.training.checkpoints import damage, newest_good, numbered, rotate, write_manifest
+from pipeline.training.checkpoints import latest_valid_checkpoint, numbered, rotate, validation_error, write_manifest
 from pipeline.workflow.signing import MANIFEST
 
 
@@ -21,13 +21,13 @@ def saved(folder: Path, step: int, *, manifest: bool = True) -> Path:
 def test_the_newest_that_verifies_is_taken(tmp_path: Path) -> None:
     saved(tmp_path, 2)
     newest = saved(tmp_path, 10)
-    assert newest_good(tmp_path) == (newest, [])  # 10 comes after 2
+    assert latest_valid_checkpoint(tmp_path) == (newest, [])  # 10 comes after 2
 
 
 def test_a_checkpoint_without_its_manifest_is_passed_over(tmp_path: Path) -> None:
     good = saved(tmp_path, 2)
     saved(tmp_path, 4, manifest=False)
-    assert newest_good(tmp_path) == (good, ["passed over checkpoint-4: it was not written to its end"])
+    assert latest_valid_checkpoint(tmp_path) == (good, ["passed over checkpoint-4: it was not written to its end"])
 
 
 def test_damage_is_found_and_named(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
     (cut / "model.safetensors").write_bytes(b"weig")
     (gone / "global_step" / "shard").unlink()
     (changed / "global_step" / "shard").write_bytes(b"SHARD")
-    found, passed = newest_good(tmp_path)
+    found, passed = latest_valid_checkpoint(tmp_path)
     assert found == good
     assert passed == [
         "passed over checkpoint-8: global_step/shard is not what was written",
@@ -47,12 +47,12 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
 def test_a_half_written_manifest_is_none(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path, 2)
     (checkpoint / MANIFEST).write_text('{"model')
-    assert damage(checkpoint) == "it was not written to its end"
-    assert newest_good(tmp_path)[0] is None
+    assert validation_error(checkpoint) == "it was not written to its end"
+    assert latest_valid_checkpoint(tmp_path)[0] is None
 
 
 def test_no_checkpoints_are_no_checkpoint(tmp_path: Path) -> None:
-    assert newest_good(tmp_path / "none") == (None, [])
+    assert latest_valid_checkpoint(tmp_path / "none") == (None, [])
 
 
 # ---------------------------------------------------------------- rotation
@@ -65,7 +65,7 @@ def names(folder: Path) -> list[str]:
 def test_one_kept_checkpoint_is_deleted_after_the_next_has_its_manifest(tmp_path: Path) -> None:
     saved(tmp_path, 2)
     new = saved(tmp_path, 4, manifest=False)  # written, not yet recorded: a node that dies here loses nothing
-    assert newest_good(tmp_path)[0] == tmp_path / "checkpoint-2"
+    assert latest_valid_checkpoint(tmp_path)[0] == tmp_path / "checkpoint-2"
     write_manifest(new)
     rotate(tmp_path, new, 1)
     assert names(tmp_path) == ["checkpoint-4"]
@@ -99,4 +99,4 @@ def test_an_odd_manifest_is_no_traceback(tmp_path: Path) -> None:
         if not checkpoint.exists():
             saved(tmp_path, 2)
         (checkpoint / MANIFEST).write_text(text)
-        assert damage(checkpoint) is not None
+        assert validation_error(checkpoint) is not None

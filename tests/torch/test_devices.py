@@ -122,14 +122,14 @@ def test_a_card_that_fails_at_its_first_use_is_named(monkeypatch: pytest.MonkeyP
 
 def test_what_a_stage_runs_on_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     with_card(monkeypatch)
-    found = devices.describe(recipe_of("deepseek7b"), cluster_of(), "grpo", 2)
+    found = devices.describe_hardware(recipe_of("deepseek7b"), cluster_of(), "grpo", 2)
     assert found["device"] == "NVIDIA GeForce RTX 2080 Ti"
     assert (found["precision"], found["attention"]) == ("float16", "sdpa")
     assert (found["compute_capability"], found["gpu_memory_gib"], found["runtime"]) == (7.5, 10.75, "CUDA 13.0")
     assert found["layout"].endswith("on 2 processes")
     assert set(found["planned_gib"]) == {"grpo, learning", "grpo, generating"}
-    assert devices.measured() == {"allocated_gib": 8.0, "reserved_gib": 9.0}
-    line = format_hardware({**found, "measured": devices.measured()})
+    assert devices.measured_usage() == {"allocated_gib": 8.0, "reserved_gib": 9.0}
+    line = format_hardware({**found, "measured": devices.measured_usage()})
     assert line.startswith("NVIDIA GeForce RTX 2080 Ti, precision float16, attention sdpa, ")
     assert "planned: grpo, learning " in line
     assert line.endswith("held at most: allocated 8.0 GiB, reserved 9.0 GiB")

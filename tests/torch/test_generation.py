@@ -13,10 +13,10 @@ from pipeline.config.cluster import MaxMemory
 from pipeline.config.recipe import read
 from pipeline.core.errors import RecipeError
 from pipeline.engines.generation import (
-    Draw,
-    Repetition,
+    GumbelSampler,
+    RepetitionPenalty,
     Sampling,
-    Stream,
+    TokenStreamer,
     batches_of,
     decode,
     generate,
@@ -24,7 +24,14 @@ from pipeline.engines.generation import (
     seed_of,
 )
 from pipeline.grpo import as_trl_reward
-from pipeline.models.loading import add_lora, load_model, load_to_ask, load_tokenizer, make_scratch, train_tokenizer
+from pipeline.models.loading import (
+    add_lora,
+    load_for_chat,
+    load_model,
+    load_tokenizer,
+    make_random_model,
+    train_tokenizer,
+)
 from pipeline.rewards.reward import Sample
 from pipeline.tasks.task import task_of
 from pipeline.workflow.weights import find_checkpoint
@@ -34,7 +41,7 @@ SCORES = torch.tensor([[2.0, 1.0, 0.0, -1.0, -3.0]])
 
 
 def drawn(sampling: Sampling, rows: int) -> torch.Tensor:
-    draw = Draw(sampling, [seed_of(0, [k]) for k in range(rows)], torch.device("cpu"))
+    draw = GumbelSampler(sampling, [seed_of(0, [k]) for k in range(rows)], torch.device("cpu"))
     choices = draw(torch.zeros(rows, 1, dtype=torch.long), SCORES.repeat(rows, 1)).argmax(-1)
     return torch.bincount(choices, minlength=5) / rows
 
@@ -65,7 +72,7 @@ def test_the_tags_of_a_thought_are_read_also_where_they_are_special_tokens(speci
     assert (text in tokenizer.decode(ids, skip_special_tokens=True)) == (not special)
     assert decode(tokenizer, ids) == text
     shown: list[str] = []
-    stream = Stream(tokenizer, [tokenizer.eos_token_id], shown.append)
+    stream = TokenStreamer(tokenizer, [tokenizer.eos_token_id], shown.append)
     for part in ([0], *([token] for token in ids)):
         stream.put(torch.tensor(part))
     assert shown[-1] == text
@@ -79,7 +86,7 @@ def test_the_tags_of_a_thought_are_read_also_where_they_are_special_tokens(speci
     reward = as_trl_reward(task, "keep", keep, tokenizer, {tokenizer.eos_token_id})
     columns = {"id": ["a"], "question": ["?"], "gold": ["Yes"], "group": ["a"], "tags": [{}]}
     assert reward(prompts=[""], completions=[[{"content": ""}]], completion_ids=[ids], **columns) == [1.0]
-    assert (samples[0].completion, samples[0].verdict.correct, samples[0].well_formed) == (text, True, True)
+    assert (samples[0].completion, samples[0].grade.correct, samples[0].well_formed) == (text, True, True)
 
 
 def test_batches_hold_every_prompt_once_and_like_lengths() -> None:
@@ -92,7 +99,7 @@ def test_batches_hold_every_prompt_once_and_like_lengths() -> None:
 def test_a_repetition_penalty_falls_on_what_stands_already_and_not_on_padding() -> None:
     ids = torch.tensor([[9, 9, 0], [9, 3, 1]])  # the first row is padded with two 9, the second with one
     scores = torch.tensor([[2.0, 1.0, 0.0, -1.0, 0, 0, 0, 0, 0, 4.0]]).repeat(2, 1)
-    found = Repetition(2.0, [2, 1])(ids, scores)
+    found = RepetitionPenalty(2.0, [2, 1])(ids, scores)
     assert found[0].tolist() == [1.0, 1.0, 0.0, -1.0, 0, 0, 0, 0, 0, 4.0]
     assert found[1].tolist() == [2.0, 0.5, 0.0, -2.0, 0, 0, 0, 0, 0, 4.0]
 
@@ -102,7 +109,7 @@ def test_an_answer_does_not_depend_on_its_batch(tmp_path: Path, temperature: flo
     recipe, _ = read("tiny", ["model.random_init.hidden_size=32", "model.random_init.layers=1", "seed=3"])
     assert recipe is not None
     assert recipe.model.random_init is not None
-    make_scratch(recipe.model.random_init, ["A correlates with B. Therefore: Yes"] * 20, "think", tmp_path, 3)
+    make_random_model(recipe.model.random_init, ["A correlates with B. Therefore: Yes"] * 20, "think", tmp_path, 3)
     checkpoint = find_checkpoint(str(tmp_path))
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     model = load_model(checkpoint, recipe.model, dtype=torch.float32)
@@ -131,7 +138,9 @@ def test_a_model_that_is_larger_than_its_memory_answers_the_same(
     recipe, _ = read("tiny", ["seed=3", "lora.enabled=true", "lora.r=4"])
     assert recipe is not None
     assert recipe.model.random_init is not None
-    make_scratch(recipe.model.random_init, ["A correlates with B. Therefore: Yes"] * 20, "think", tmp_path / "model", 3)
+    make_random_model(
+        recipe.model.random_init, ["A correlates with B. Therefore: Yes"] * 20, "think", tmp_path / "model", 3
+    )
     checkpoint = find_checkpoint(str(tmp_path / "model"))
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     if adapter:
@@ -146,7 +155,7 @@ def test_a_model_that_is_larger_than_its_memory_answers_the_same(
     prompts = [tokenizer(text)["input_ids"] for text in ("A", "B. Therefore: Yes", "with B")]
 
     def answers(limits: MaxMemory | None, *, disk: bool = False) -> list[str]:
-        model = load_to_ask(checkpoint, replace(recipe.model, dtype="float32"), limits)
+        model = load_for_chat(checkpoint, replace(recipe.model, dtype="float32"), limits)
         waiting = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
         assert ("disk" in waiting) is disk
         found = dict(generate(model, tokenizer, prompts, Sampling(0.0, 1.0, 0, 12), 3, 0))
@@ -170,7 +179,7 @@ def test_a_models_own_generation_config_changes_no_answer(tmp_path: Path) -> Non
     recipe, _ = read("tiny")
     assert recipe is not None
     assert recipe.model.random_init is not None
-    make_scratch(recipe.model.random_init, ["A correlates with B."] * 20, "think", tmp_path, 0)
+    make_random_model(recipe.model.random_init, ["A correlates with B."] * 20, "think", tmp_path, 0)
     checkpoint = find_checkpoint(str(tmp_path))
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     found = []
@@ -186,7 +195,7 @@ def test_the_likelihood_of_an_answer_is_that_of_its_own_tokens(tmp_path: Path) -
     recipe, _ = read("tiny")
     assert recipe is not None
     assert recipe.model.random_init is not None
-    make_scratch(recipe.model.random_init, ["A correlates with B."] * 20, "think", tmp_path, 0)
+    make_random_model(recipe.model.random_init, ["A correlates with B."] * 20, "think", tmp_path, 0)
     model = load_model(find_checkpoint(str(tmp_path)), recipe.model, dtype=torch.float32).eval()
     ids, start = [3, 9, 4, 7, 5], 3
     found = mean_log_likelihood(model, ids, [-100] * start + ids[start:])

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.config.model_files import gguf_file
 from pipeline.config.recipe import Model, RandomInit
 from pipeline.core.errors import ArtifactError
-from pipeline.models.loading import base_checkpoint, make_scratch, unpack_gguf
+from pipeline.models.loading import base_checkpoint, make_random_model, unpack_gguf
 from pipeline.workflow.weights import find_checkpoint
 
 MODEL = Model("m", None, None, None, None, "none", "auto", "float32")
@@ -36,7 +36,7 @@ NAMES = {
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Qwen2 of random weights, as a folder, and the same in small.gguf."""
     folder = tmp_path_factory.mktemp("gguf")
-    make_scratch(
+    make_random_model(
         RandomInit("qwen2", 400, 32, 2, 2, 2, 64, 128, 10000.0, 0.5), ["A correlates with B."] * 50, "think", folder, 0
     )
     config = json.loads((folder / "config.json").read_text())

@@ -20,10 +20,10 @@ from pipeline.models.loading import (
     encode_rows,
     load_model,
     load_tokenizer,
-    make_scratch,
-    prefills_thought,
+    make_random_model,
     prompt_ids,
     read_template,
+    template_opens_think,
     train_tokenizer,
 )
 from pipeline.workflow.weights import Checkpoint, find_checkpoint
@@ -38,7 +38,7 @@ MODEL = Model("m", None, SCRATCH, None, None, "none", "auto", "float32")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("scratch")
-    make_scratch(SCRATCH, TEXTS * 50, "think", out, 0)
+    make_random_model(SCRATCH, TEXTS * 50, "think", out, 0)
     return out
 
 
@@ -55,7 +55,7 @@ def test_the_generation_prompt_opens_the_thought_and_begins_every_training_text(
     tokenizer = load_tokenizer(find_checkpoint(str(folder)), MODEL)
     prompt = tokenizer.decode(prompt_ids(tokenizer, [PROMPT])[0])
     assert prompt == "<|user|>A correlates with B.<|assistant|><think>\n"
-    assert prefills_thought(tokenizer)
+    assert template_opens_think(tokenizer)
     row = encode_rows(tokenizer, [PROMPT], [COMPLETION])[0]
     assert tokenizer.decode(row["input_ids"]) == prompt + "A B linked.\n</think>\nTherefore: No<|end|>"
 
@@ -116,7 +116,7 @@ def test_a_model_from_nothing_is_an_ordinary_model_folder(folder: Path) -> None:
 
 def test_the_same_seed_draws_the_same_weights(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        make_scratch(SCRATCH, TEXTS, "think", tmp_path / name, seed)
+        make_random_model(SCRATCH, TEXTS, "think", tmp_path / name, seed)
     one, same, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert one == same != other
 
@@ -199,7 +199,7 @@ def test_a_model_from_nothing_embeds_every_token_of_its_tokenizer_whatever_their
     """Loading adds a token of the family: of sizes rounded up to 16s, one in sixteen would have no room for it."""
     for size in range(268, 284):
         folder = tmp_path / str(size)
-        make_scratch(replace(SCRATCH, vocabulary=size), TEXTS * 50, "think", folder, 0)
+        make_random_model(replace(SCRATCH, vocabulary=size), TEXTS * 50, "think", folder, 0)
         checkpoint = find_checkpoint(str(folder))
         tokenizer = load_tokenizer(checkpoint, MODEL)
         check_tokenizer(tokenizer, load_model(checkpoint, MODEL, dtype=torch.float32), checkpoint)

@@ -22,10 +22,15 @@ from pipeline.config.cluster import read_cluster
 from pipeline.config.recipe import Lora, Model, RandomInit, read
 from pipeline.core.errors import LaunchError, Stopped
 from pipeline.models import kernels
-from pipeline.models.loading import INT8_LOGGER, add_lora, load_model, make_scratch, repeat_keys_before_ampere
-from pipeline.training.callbacks import IDLE_STEPS, MOST_SKIPS, Signal, Watch
-from pipeline.training.checkpoints import SaveAndStop
-from pipeline.training.trainer import raise_if_useless, trainable
+from pipeline.models.loading import INT8_LOGGER, add_lora, load_model, make_random_model, repeat_keys_before_ampere
+from pipeline.training.callbacks import (
+    IDLE_STEPS_WARNING,
+    MAX_SKIPPED_IN_A_ROW,
+    LearningSignalCallback,
+    ProgressCallback,
+)
+from pipeline.training.checkpoints import CheckpointCallback
+from pipeline.training.trainer import load_for_training, raise_if_training_failed
 from pipeline.workflow.artifact import STOP, Artifact
 from pipeline.workflow.plan import make_plan
 from pipeline.workflow.progress import ProgressFile, read_progress
@@ -40,7 +45,9 @@ LORA = Lora(True, 4, 8.0, 0.0, ("q_proj",))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("scratch")
-    make_scratch(SCRATCH, ["Premise: A correlates with B.\nHypothesis: A directly causes B."] * 50, "think", out, 0)
+    make_random_model(
+        SCRATCH, ["Premise: A correlates with B.\nHypothesis: A directly causes B."] * 50, "think", out, 0
+    )
     return out
 
 
@@ -71,7 +78,7 @@ def test_the_seed_alone_decides_a_fresh_adapter(folder: Path) -> None:
     drawn = []
     for before, seed in ((1, 3), (2, 3), (1, 4)):
         torch.manual_seed(before)
-        model = trainable(replace(recipe, seed=seed), find_checkpoint(str(folder)), cluster.sft)
+        model = load_for_training(replace(recipe, seed=seed), find_checkpoint(str(folder)), cluster.sft)
         drawn.append({name: w.detach().clone() for name, w in model.named_parameters() if "lora_A" in name})
     same, other = ([torch.equal(drawn[0][name], d[name]) for name in drawn[0]] for d in drawn[1:])
     assert all(same)
@@ -87,7 +94,7 @@ def test_an_adapter_is_read_on_the_cpu_by_every_rank(adapter: Checkpoint, monkey
     cluster, _ = read_cluster("local", ["grpo.deepspeed=none"])
     assert recipe is not None
     assert cluster is not None
-    model = trainable(recipe, adapter, cluster.grpo)
+    model = load_for_training(recipe, adapter, cluster.grpo)
     model.load_adapter(str(adapter.adapter), "default", is_trainable=True)  # as the trainer does when it resumes
     assert {weights.device.type for weights in model.parameters()} == {"cpu"}
 
@@ -102,7 +109,7 @@ def test_an_adapter_that_is_trained_on_has_the_precision_of_a_fresh_one(
     assert recipe is not None
     assert cluster is not None
     for checkpoint in (adapter, find_checkpoint(str(folder))):
-        model = trainable(recipe, checkpoint, cluster.grpo)
+        model = load_for_training(recipe, checkpoint, cluster.grpo)
         assert {weights.dtype for weights in model.parameters() if weights.requires_grad} == {dtype}
 
 
@@ -231,7 +238,7 @@ class Steps:
             accelerator=accelerator, callback_handler=handler, args=self.args, state=self.state
         )
         runtime = runtime_of(folder, **cluster)
-        self.watch, self.signal = Watch(runtime, self.trainer), Signal(runtime)
+        self.watch, self.signal = ProgressCallback(runtime, self.trainer), LearningSignalCallback(runtime)
 
     def step(self, found: Mapping[str, float] | None = None, *, skipped: bool = False) -> dict[str, Any]:
         self.skipped, logs = skipped, {"loss": 1.0, "grad_norm": 0.5, **(found or {})}
@@ -282,18 +289,18 @@ def test_anything_else_that_is_not_finite_ends_the_run(
     assert steps.control.should_training_stop
     assert not steps.control.should_save  # a rerun would resume from it
     with pytest.raises(LaunchError, match=f"training broke down: {reason}"):
-        raise_if_useless(steps.trainer, steps.watch, steps.signal, stopped=False, out=tmp_path)
+        raise_if_training_failed(steps.trainer, steps.watch, steps.signal, stopped=False, out=tmp_path)
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     steps = Steps(tmp_path)
-    for _ in range(MOST_SKIPS - 1):
+    for _ in range(MAX_SKIPPED_IN_A_ROW - 1):
         steps.step({"grad_norm": INF}, skipped=True)
     steps.step()
-    for number in range(MOST_SKIPS):
+    for number in range(MAX_SKIPPED_IN_A_ROW):
         assert steps.watch.broken is None, number
         steps.step({"grad_norm": INF}, skipped=True)
-    assert steps.watch.broken == f"the gradients of {MOST_SKIPS} steps in a row overflowed float16"
+    assert steps.watch.broken == f"the gradients of {MAX_SKIPPED_IN_A_ROW} steps in a row overflowed float16"
 
 
 # ---------------------------------------------------------------- GRPO that learns nothing
@@ -327,7 +334,10 @@ def test_grpo_without_a_signal_is_reported_where_the_user_looks(
     steps = Steps(tmp_path, fp16=False)
     for _ in range(12):
         steps.step(logs)
-    assert f"warning: {while_it_runs}, {IDLE_STEPS} steps in a row up to step {IDLE_STEPS}" in capsys.readouterr().out
+    assert (
+        f"warning: {while_it_runs}, {IDLE_STEPS_WARNING} steps in a row up to step {IDLE_STEPS_WARNING}"
+        in capsys.readouterr().out
+    )
     steps.watch.progress.update(force=True)
     progress = read_progress(tmp_path)
     assert progress is not None
@@ -359,7 +369,7 @@ def test_the_cluster_may_end_grpo_that_learns_nothing(tmp_path: Path) -> None:
     assert steps.control.should_training_stop
     reason = "GRPO had nothing to learn: no group has rewards that differ, 3 steps in a row up to step 4"
     with pytest.raises(LaunchError, match=reason):
-        raise_if_useless(steps.trainer, steps.watch, steps.signal, stopped=False, out=tmp_path)
+        raise_if_training_failed(steps.trainer, steps.watch, steps.signal, stopped=False, out=tmp_path)
 
 
 # ---------------------------------------------------------------- early stopping over a restart
@@ -395,14 +405,14 @@ class Stop:
     """Asks for a stop when a step is reached, as `cancel` does."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, step: int) -> None:
-        real = SaveAndStop.on_step_end
+        real = CheckpointCallback.on_step_end
 
-        def on_step_end(callback: SaveAndStop, args: Any, state: TrainerState, control: Any, **more: Any) -> Any:
+        def on_step_end(callback: CheckpointCallback, args: Any, state: TrainerState, control: Any, **more: Any) -> Any:
             if state.global_step == step:
                 (folder / STOP).touch()
             return real(callback, args, state, control, **more)
 
-        monkeypatch.setattr(SaveAndStop, "on_step_end", on_step_end)
+        monkeypatch.setattr(CheckpointCallback, "on_step_end", on_step_end)
 
 
 @pytest.mark.filterwarnings("ignore")  # the libraries', in the process of the test

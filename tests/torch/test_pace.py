@@ -9,20 +9,20 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.config.cluster import read_cluster
-from pipeline.training.pace import Pace, too_slow
+from pipeline.training.pace import PaceCallback, too_slow
 from pipeline.workflow.progress import ProgressFile, read_progress
 from pipeline.workflow.runtime import Runtime
 
 
 def run_steps(
     folder: Path, seconds: list[float], *, first: int = 0, total: int = 500, rank: int = 0, **job: Any
-) -> Pace:
+) -> PaceCallback:
     """A trainer's steps, each of which takes so long."""
     cluster, problems = read_cluster("2x2080ti", [f"{key}={value}" for key, value in job.items()])
     assert cluster is not None, problems
     runtime = Runtime(cluster, ProgressFile(folder, "grpo"), rank, 2, folder, None, None)
     now = [1000.0]
-    pace = Pace(runtime, "grpo", clock=lambda: now[0])
+    pace = PaceCallback(runtime, "grpo", clock=lambda: now[0])
     state = TrainerState(max_steps=total, global_step=first)
     arguments, control = TrainingArguments(output_dir=str(folder), use_cpu=True), TrainerControl()
     for step in seconds:

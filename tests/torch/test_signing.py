@@ -11,7 +11,7 @@ import pytest
 from pipeline.core.errors import ArtifactError
 from pipeline.core.files import read_json, write_json
 from pipeline.core.hashing import file_sha256
-from pipeline.training.checkpoints import damage, write_manifest
+from pipeline.training.checkpoints import validation_error, write_manifest
 from pipeline.workflow import signing
 from pipeline.workflow.signing import MANIFEST, SIGNATURE, origin_problem
 
@@ -63,7 +63,7 @@ def test_a_replaced_file_with_a_fresh_manifest_is_refused(home: Path) -> None:
     (checkpoint / "optimizer.pt").write_bytes(b"malice")
     manifest = {"optimizer.pt": {"size": 6, "sha256": file_sha256(checkpoint / "optimizer.pt")}}
     write_json(checkpoint / MANIFEST, manifest)
-    assert damage(checkpoint) is None  # whole it is
+    assert validation_error(checkpoint) is None  # whole it is
     assert origin_problem(checkpoint) is not None
     (checkpoint / SIGNATURE).unlink()
     assert "got no signature" in str(origin_problem(checkpoint))

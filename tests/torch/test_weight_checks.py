@@ -32,11 +32,11 @@ from pipeline.models.loading import (
     add_lora,
     check_adapter_alone,
     check_tokenizer,
+    load_for_chat,
     load_model,
-    load_to_ask,
     load_tokenizer,
-    make_scratch,
-    merged,
+    make_random_model,
+    merge_adapter,
     prompt_ids,
 )
 from pipeline.preflight import checks as preflight
@@ -55,7 +55,7 @@ WEIGHTS = "model.safetensors"
 
 def scratch(architecture: str, folder: Path) -> Path:
     heads = 4 if architecture == "phi3" else 2
-    make_scratch(
+    make_random_model(
         RandomInit(architecture, 400, 16, 2, 4, heads, 32, 128, 10000.0, 0.3),
         TEXTS * 20,
         "think",
@@ -109,7 +109,7 @@ def use(where: Path, model: Model = MODEL) -> list[int]:
     """Everything that asking a checkpoint does with it; the tokens of a short answer."""
     checkpoint = find_checkpoint(str(where))
     tokenizer = load_tokenizer(checkpoint, model)
-    loaded = load_to_ask(checkpoint, model, None)
+    loaded = load_for_chat(checkpoint, model, None)
     check_tokenizer(tokenizer, loaded, checkpoint)
     answer = generate_batch(loaded, tokenizer, prompt_ids(tokenizer, [QUESTION]), Sampling(0.0, 1.0, 0, 6), [0])
     return [*tokenizer(answer[0].text)["input_ids"], answer[0].tokens]
@@ -322,8 +322,8 @@ def test_the_python_of_a_checkpoint_never_runs(
         checkpoint = find_checkpoint(str(where))
         ways: list[Callable[[], object]] = [
             lambda: load_model(checkpoint, MODEL, dtype=torch.float32),  # noqa: B023
-            lambda: load_to_ask(checkpoint, MODEL, None),  # noqa: B023
-            lambda: merged(checkpoint, MODEL, torch.float32),  # noqa: B023
+            lambda: load_for_chat(checkpoint, MODEL, None),  # noqa: B023
+            lambda: merge_adapter(checkpoint, MODEL, torch.float32),  # noqa: B023
         ]
         if checkpoint.adapter:
             ways.append(lambda: check_adapter_alone(checkpoint, MODEL))  # noqa: B023
@@ -431,7 +431,7 @@ def test_sound_models_are_no_false_alarm(architecture: str, tied: bool, tmp_path
         packed = load_model(find_checkpoint(str(folder)), replace(MODEL, quantization=kind), dtype=torch.float32)
         packed.save_pretrained(tmp_path / kind)
         load_model(find_checkpoint(str(tmp_path / kind)), MODEL, dtype=torch.float32)
-    half = merged(find_checkpoint(str(folder)), MODEL, torch.bfloat16)
+    half = merge_adapter(find_checkpoint(str(folder)), MODEL, torch.bfloat16)
     half.save_pretrained(tmp_path / "half")
     load_model(find_checkpoint(str(tmp_path / "half")), MODEL, dtype=torch.bfloat16)
 
@@ -489,7 +489,7 @@ def test_a_model_with_an_adapter_inside_it_is_refused(copy: Path, adapted: Path)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(adapted / name, copy)
     whole = Checkpoint(str(copy), None, str(copy))
-    for way in (load_model, merged):
+    for way in (load_model, merge_adapter):
         with pytest.raises(ArtifactError, match="an adapter; expected a whole model"):
             way(whole, MODEL, dtype=torch.float32)
 
@@ -511,7 +511,7 @@ def test_adapter_tensors_that_do_not_fit_are_named(adapter: Path, adapted: Path,
         shutil.copy(adapted / "adapter_model.safetensors", adapter)
         rewrite(adapter / "adapter_model.safetensors", change)
         checkpoint = find_checkpoint(str(adapter))
-        for way in (load_model, merged):  # to ask, to train, and to export
+        for way in (load_model, merge_adapter):  # to ask, to train, and to export
             with pytest.raises(ArtifactError) as caught:
                 way(checkpoint, MODEL, dtype=torch.float32)
             assert all(words in str(caught.value) for words in (str(adapter), *told)), str(caught.value)
@@ -538,7 +538,7 @@ def test_adapters_of_other_shapes_are_no_false_alarm(sound: Path, tmp_path: Path
         checkpoint = find_checkpoint(str(folder))
         assert isinstance(load_model(checkpoint, MODEL, dtype=torch.float32), PeftModel)
         check_adapter_alone(checkpoint, MODEL)
-        merged(checkpoint, MODEL, torch.float32)
+        merge_adapter(checkpoint, MODEL, torch.float32)
 
 
 # ---------------------------------------------------------------- tokenizer and chat template
@@ -670,7 +670,7 @@ def test_no_setting_of_the_checkpoint_changes_an_answer(copy: Path, sound: Path)
         greedy = generate_batch(model, tokenizer, prompts, Sampling(0.0, 1.0, 0, 8), [0, 1])
         return greedy + generate_batch(model, tokenizer, prompts, Sampling(1.0, 0.9, 20, 8), [0, 1])
 
-    model = load_to_ask(checkpoint, MODEL, None)
+    model = load_for_chat(checkpoint, MODEL, None)
     wanted = answers(model)
     assert len(wanted) == 4
     assert len({one.text for one in wanted}) > 1
@@ -686,7 +686,7 @@ def test_no_setting_of_the_checkpoint_changes_an_answer(copy: Path, sound: Path)
         if answers(model) != wanted:
             changed.append(f"{key} on the model")
         if key in ("everything", "num_beams", "eos_token_id", "watermarking_config", "max_time"):
-            other = load_to_ask(checkpoint, MODEL, None)
+            other = load_for_chat(checkpoint, MODEL, None)
             if answers(other) != wanted:
                 changed.append(f"{key} in the file")
             # GRPO's own settings are filled from this: nothing of the file is left in it
@@ -696,7 +696,7 @@ def test_no_setting_of_the_checkpoint_changes_an_answer(copy: Path, sound: Path)
             }
     assert changed == []
     (copy / "generation_config.json").write_text("[" * 100_000)
-    assert answers(load_to_ask(checkpoint, MODEL, None)) == wanted
+    assert answers(load_for_chat(checkpoint, MODEL, None)) == wanted
 
 
 def rollouts(folder: Path, out: Path) -> list[list[int]]:
@@ -740,5 +740,5 @@ def test_the_special_tokens_that_a_checkpoint_stops_at_are_kept(copy: Path) -> N
     other = tokenizer.convert_tokens_to_ids("<|user|>")
     word = tokenizer("A", add_special_tokens=False)["input_ids"][0]
     edit(copy / "generation_config.json", eos_token_id=[tokenizer.eos_token_id, other, word, 10**9, "x", None])
-    model = load_to_ask(checkpoint, MODEL, None)
+    model = load_for_chat(checkpoint, MODEL, None)
     assert stop_ids(model, tokenizer) == sorted([tokenizer.eos_token_id, other])

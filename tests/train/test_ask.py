@@ -33,8 +33,8 @@ from pipeline.core.errors import PlanError
 from pipeline.core.files import read_lines
 from pipeline.core.hashing import plain
 from pipeline.core.schema import parse
-from pipeline.engines.generation import Sampling, Stream, generate_batch, stop_ids
-from pipeline.models.loading import input_device, load_to_ask, load_tokenizer, make_scratch, prompt_ids
+from pipeline.engines.generation import Sampling, TokenStreamer, generate_batch, stop_ids
+from pipeline.models.loading import input_device, load_for_chat, load_tokenizer, make_random_model, prompt_ids
 from pipeline.scoring.answers import CLOSE, OPEN
 from pipeline.workflow.stage import read_spec
 from pipeline.workflow.weights import find_checkpoint
@@ -55,7 +55,7 @@ def wild(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of random weights so large that every answer is another, in strange characters too."""
     folder = tmp_path_factory.mktemp("wild")
     scratch = RandomInit("qwen2", 500, 32, 2, 2, 2, 64, 128, 10000.0, 0.5)
-    make_scratch(
+    make_random_model(
         scratch, ["naïve → 你好 A correlates with B. <think> hm </think> Therefore: Yes"] * 20, "think", folder, 3
     )
     return folder
@@ -127,11 +127,11 @@ def test_a_mistake_is_told_before_a_model_is_loaded(words: list[str], told: str)
 
 def test_the_stream_ends_with_the_completion_and_only_grows(wild: Path) -> None:
     checkpoint = find_checkpoint(str(wild))
-    tokenizer, model = load_tokenizer(checkpoint, MODEL), load_to_ask(checkpoint, MODEL, None)
+    tokenizer, model = load_tokenizer(checkpoint, MODEL), load_for_chat(checkpoint, MODEL, None)
     for words in ("A correlates with B.", "你好", "naïve →"):
         told: list[str] = []
         prompt = prompt_ids(tokenizer, [[{"role": "user", "content": words}]])[0]
-        stream = Stream(tokenizer, stop_ids(model, tokenizer), told.append)
+        stream = TokenStreamer(tokenizer, stop_ids(model, tokenizer), told.append)
         answer = generate_batch(model, tokenizer, [prompt], Sampling(1.5, 1.0, 0, 40), [1], stream)[0]
         assert told[-1] == answer.text
         assert len(told) > 5
@@ -146,25 +146,25 @@ class Terminal(io.StringIO):
 @given(
     st.lists(st.sampled_from([OPEN, CLOSE, "a", "\n", "<", "Therefore: Yes", " ", "</th"]), max_size=8), st.booleans()
 )
-def test_what_is_shown_is_what_was_written(pieces: list[str], prefilled: bool) -> None:
+def test_what_is_shown_is_what_was_written(pieces: list[str], prompt_opens_think: bool) -> None:
     """However the text is cut into steps, a pipe gets all of it once."""
     text = "".join(pieces)
     out = io.StringIO()
-    screen = Screen(prefilled, out)
+    screen = Screen(prompt_opens_think, out)
     for end in range(len(text) + 1):
         screen.show(text[:end])
     screen.end(text)
-    assert out.getvalue() == (f"{OPEN}\n" if prefilled else "") + text
+    assert out.getvalue() == (f"{OPEN}\n" if prompt_opens_think else "") + text
 
 
-@pytest.mark.parametrize("prefilled", [True, False])
+@pytest.mark.parametrize("prompt_opens_think", [True, False])
 def test_a_terminal_shows_the_thought_dim_and_the_answer_plain(
-    prefilled: bool, monkeypatch: pytest.MonkeyPatch
+    prompt_opens_think: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     out = Terminal()
-    screen = Screen(prefilled, out)
-    text = ("" if prefilled else OPEN) + "hm</think>\nTherefore: Yes"
+    screen = Screen(prompt_opens_think, out)
+    text = ("" if prompt_opens_think else OPEN) + "hm</think>\nTherefore: Yes"
     for end in range(len(text) + 1):
         screen.show(text[:end])
     screen.end(text)
@@ -173,7 +173,7 @@ def test_a_terminal_shows_the_thought_dim_and_the_answer_plain(
     assert out.getvalue().replace(DIM, "").replace(PLAIN, "").endswith(text)
     monkeypatch.setenv("NO_COLOR", "1")
     quiet = Terminal()
-    Screen(prefilled, quiet).end(text)
+    Screen(prompt_opens_think, quiet).end(text)
     assert DIM not in quiet.getvalue()
 
 
@@ -224,8 +224,8 @@ def test_a_model_too_large_for_its_memory_answers_from_the_disk(wild: Path) -> N
     checkpoint = find_checkpoint(str(wild))
     tokenizer = load_tokenizer(checkpoint, MODEL)
     prompt = prompt_ids(tokenizer, [[{"role": "user", "content": QUESTION}]])
-    whole = load_to_ask(checkpoint, MODEL, None)
-    spread = load_to_ask(checkpoint, MODEL, MaxMemory(gpu=None, cpu=1e-6))
+    whole = load_for_chat(checkpoint, MODEL, None)
+    spread = load_for_chat(checkpoint, MODEL, MaxMemory(gpu=None, cpu=1e-6))
     assert "disk" in spread.hf_device_map.values()
     assert input_device(spread) == torch.device("cpu")
     greedy = Sampling(0.0, 1.0, 0, 16)

@@ -29,13 +29,13 @@ from pipeline.core.hashing import plain
 from pipeline.core.schema import parse
 from pipeline.export import evaluations, lineage
 from pipeline.export import run as export
-from pipeline.models.gguf import interleaved, layout_of, name_in_file, read_tokenizer, write_gguf
+from pipeline.models.gguf import gguf_layout, interleaved, name_in_file, read_tokenizer, write_gguf
 from pipeline.models.loading import (
     add_lora,
     load_model,
     load_tokenizer,
-    make_scratch,
-    merged,
+    make_random_model,
+    merge_adapter,
     prompt_ids,
     train_tokenizer,
 )
@@ -84,7 +84,7 @@ def learned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp(request.param)
     heads = 4 if request.param == "phi3" else 2
     scratch = RandomInit(request.param, 600, 64, 2, 4, heads, 128, 256, 50000.0, 0.05)
-    make_scratch(scratch, [f"A correlates with B. <think>\n{ANSWER}"] * 20, "think", folder, 0)
+    make_random_model(scratch, [f"A correlates with B. <think>\n{ANSWER}"] * 20, "think", folder, 0)
     model = AutoModelForCausalLM.from_pretrained(folder)
     if request.param == "qwen2":
         for name, p in model.named_parameters():
@@ -141,7 +141,9 @@ def test_an_order_is_data_and_no_secret_of_the_environment_enters_a_file(
     cluster, _ = read_cluster("local")
     assert cluster is not None
     step = tmp_path / "runs" / "tiny" / "sft-0"
-    make_scratch(RandomInit("qwen2", 400, 16, 1, 2, 2, 32, 128, 10000.0, 0.05), ["A B"] * 9, "think", step / "model", 0)
+    make_random_model(
+        RandomInit("qwen2", 400, 16, 1, 2, 2, 32, 128, 10000.0, 0.05), ["A B"] * 9, "think", step / "model", 0
+    )
     write_spec(step, StepSpec("sft", "sft", "0", {}, recipe, cluster, {}))
     place = str(step / "model")
     for plan in (export_plan(place, format="merged16"), evaluation_plan(place, runs=tmp_path / "runs")):
@@ -193,7 +195,9 @@ def test_a_merged_model_reloads_with_the_logits_of_base_and_adapter(
 def test_merging_is_exact_where_the_precision_allows_it(adapted: tuple[Path, Model]) -> None:
     checkpoint = find_checkpoint(str(adapted[0]))
     tokenizer = load_tokenizer(checkpoint, MODEL)
-    whole = merged(checkpoint, adapted[1], torch.float32)  # trained on 4 bit or not: merged into what was published
+    whole = merge_adapter(
+        checkpoint, adapted[1], torch.float32
+    )  # trained on 4 bit or not: merged into what was published
     separate = logits(load_model(checkpoint, MODEL, dtype=torch.float32), tokenizer)
     assert torch.allclose(logits(whole, tokenizer), separate, atol=1e-4)
 
@@ -211,7 +215,7 @@ def test_four_bits_are_made_of_the_merged_model(learned: Path, tmp_path: Path) -
     assert greedy(four, tokenizer) == greedy(AutoModelForCausalLM.from_pretrained(learned), tokenizer) == expected
     assert not (tmp_path / "out" / ".merged16").exists()
     # a base that is published in 4 bit is unpacked before anything is merged into it
-    unpacked = merged(find_checkpoint(str(place)), replace(MODEL, quantization="nf4"), torch.bfloat16)
+    unpacked = merge_adapter(find_checkpoint(str(place)), replace(MODEL, quantization="nf4"), torch.bfloat16)
     assert {p.dtype for p in unpacked.parameters()} == {torch.bfloat16}
     assert (logits(unpacked, tokenizer) - logits(four, tokenizer)).abs().max() < 0.1
 
@@ -321,7 +325,7 @@ def test_what_families_have_beside_the_plain_layout(tmp_path: Path, kind: str) -
     architecture: Literal["phi3", "llama"] = "phi3" if kind in ("sentencepiece", "longrope") else "llama"
     scratch = RandomInit(architecture, 400, 64, 1, 4, 4, 128, 256, 10000.0, 0.05)
     texts = [f"A correlates with B. <think> {ANSWER}"] * 20
-    make_scratch(scratch, texts, "think", tmp_path / "model", 0)
+    make_random_model(scratch, texts, "think", tmp_path / "model", 0)
     config, tokenizer = (
         AutoConfig.from_pretrained(tmp_path / "model"),
         AutoTokenizer.from_pretrained(tmp_path / "model"),
@@ -394,7 +398,7 @@ def test_k_quants_are_llama_cpps_own_and_say_so_where_it_is_missing(learned: Pat
 
 def test_an_architecture_without_a_layout_is_left_to_llama_cpps_converter() -> None:
     with pytest.raises(ArtifactError, match=r"of type gemma3_text; .*convert_hf_to_gguf\.py on that folder"):
-        layout_of("gemma3_text", Path("model"))
+        gguf_layout("gemma3_text", Path("model"))
 
 
 def test_heads_are_turned_as_llama_cpp_turns_them_and_back() -> None:

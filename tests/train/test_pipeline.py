@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from pipeline.core.errors import ArtifactError
 from pipeline.core.files import read_json, read_lines
 from pipeline.launchers.local import run_step
-from pipeline.training.checkpoints import damage, numbered
+from pipeline.training.checkpoints import numbered, validation_error
 from pipeline.workflow.artifact import open_artifact
 from pipeline.workflow.lock import is_alive, lock, read_holder
 from pipeline.workflow.plan import make_plan
@@ -389,7 +389,7 @@ def test_a_killed_stage_goes_on_from_its_newest_good_checkpoint(tmp_path: Path) 
     saved = sorted(folder.glob("checkpoints/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     newest = [path for path in saved if (path / "manifest.json").exists()][-1]
     next(newest.glob("global_step*/*optim*")).write_bytes(b"cut")
-    assert damage(newest) is not None
+    assert validation_error(newest) is not None
     sub_run(tmp_path, *LONG, "cluster.save_steps=10", stages="sft")
     metrics = open_artifact(folder).metrics
     assert metrics["steps"] == STEPS
@@ -417,7 +417,7 @@ def test_ctrl_c_saves_leaves_nothing_running_and_the_next_command_goes_on(tmp_pa
     assert progress is not None
     assert progress.state == "stopped"
     assert 0 < progress.done < STEPS
-    assert damage(folder / "checkpoints" / f"checkpoint-{progress.done}") is None  # no step was lost
+    assert validation_error(folder / "checkpoints" / f"checkpoint-{progress.done}") is None  # no step was lost
     sub_run(tmp_path, *LONG, "cluster.save_steps=20", stages="sft")
     metrics = open_artifact(folder).metrics
     assert metrics["resumed_from"] == f"checkpoint-{progress.done}"

@@ -20,7 +20,7 @@ from pipeline.core.files import read_json
 from pipeline.models.loading import choose_attention, choose_dtype
 from pipeline.sizing.fitting import needs
 from pipeline.sizing.memory import states_of, zero_of
-from pipeline.training.trainer import adapters_kept
+from pipeline.training.trainer import preserve_adapter_dtype
 
 CELLS = cells()
 
@@ -196,7 +196,7 @@ def test_adapters_are_not_rounded_when_a_trainer_is_made(tmp_path: Path) -> None
             self.lora_A = torch.nn.Parameter(torch.tensor([1.001]))
 
     model = Adapted()
-    with adapters_kept(model):
+    with preserve_adapter_dtype(model):
         model.lora_A.data = model.lora_A.data.to(torch.bfloat16)  # as TRL does
     assert model.lora_A.dtype == torch.float32
     assert model.lora_A.item() == pytest.approx(1.001)

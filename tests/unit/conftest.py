@@ -24,5 +24,5 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}")
     for name in ("SLURM_JOB_ID", "SLURM_CLUSTER_NAME", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
-    slurm.here.cache_clear()
+    slurm.current_cluster.cache_clear()
     return folder

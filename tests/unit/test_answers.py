@@ -64,23 +64,23 @@ UNANSWERED = [
 
 @pytest.mark.parametrize(("completion", "said"), ANSWERED.items())
 def test_a_committed_answer_is_read(completion: str, said: str) -> None:
-    assert verdict(completion, prefilled=True) == said
+    assert verdict(completion, prompt_opens_think=True) == said
 
 
 @pytest.mark.parametrize("completion", UNANSWERED)
 def test_anything_else_is_unanswered(completion: str) -> None:
-    assert verdict(completion, prefilled=True) is None
+    assert verdict(completion, prompt_opens_think=True) is None
 
 
 def test_a_model_that_opens_the_thought_itself() -> None:
-    assert verdict("<think>a</think>Therefore: Yes", prefilled=False) == "Yes"
-    assert verdict("Therefore: Yes", prefilled=False) == "Yes"  # a model that does not think
-    assert verdict("<think>Therefore: Yes", prefilled=False) is None
-    assert split_thought("<think>a</think>b", prefilled=False).thought == "a"
+    assert verdict("<think>a</think>Therefore: Yes", prompt_opens_think=False) == "Yes"
+    assert verdict("Therefore: Yes", prompt_opens_think=False) == "Yes"  # a model that does not think
+    assert verdict("<think>Therefore: Yes", prompt_opens_think=False) is None
+    assert split_thought("<think>a</think>b", prompt_opens_think=False).thought == "a"
 
 
 @pytest.mark.parametrize(
-    ("completion", "prefilled", "good"),
+    ("completion", "prompt_opens_think", "good"),
     [
         ("why\n</think>\nTherefore: Yes", True, True),
         ("<think>\nwhy\n</think>\nTherefore: No\n", False, True),
@@ -94,8 +94,8 @@ def test_a_model_that_opens_the_thought_itself() -> None:
         ("Therefore: Yes", False, False),
     ],
 )
-def test_the_form(completion: str, prefilled: bool, good: bool) -> None:
-    assert is_well_formed(completion, prefilled) is good
+def test_the_form(completion: str, prompt_opens_think: bool, good: bool) -> None:
+    assert is_well_formed(completion, prompt_opens_think) is good
 
 
 pieces = st.lists(
@@ -106,9 +106,9 @@ pieces = st.lists(
 
 
 @given(pieces, st.booleans())
-def test_an_answer_names_one_verdict_after_the_thought(completion: str, prefilled: bool) -> None:
-    said = verdict(completion, prefilled)
-    parts = split_thought(completion, prefilled)
+def test_an_answer_names_one_verdict_after_the_thought(completion: str, prompt_opens_think: bool) -> None:
+    said = verdict(completion, prompt_opens_think)
+    parts = split_thought(completion, prompt_opens_think)
     if said is not None:
         assert parts.answer is not None
         other = "No" if said == "Yes" else "Yes"
@@ -117,19 +117,19 @@ def test_an_answer_names_one_verdict_after_the_thought(completion: str, prefille
             or ":" in parts.answer
         )
         assert f"Therefore: {other}" not in parts.answer
-    if is_well_formed(completion, prefilled):
+    if is_well_formed(completion, prompt_opens_think):
         assert said is not None
 
 
 @given(pieces)
 def test_an_open_thought_is_never_an_answer(completion: str) -> None:
-    assert verdict(completion.replace(CLOSE, ""), prefilled=True) is None
+    assert verdict(completion.replace(CLOSE, ""), prompt_opens_think=True) is None
 
 
 @given(pieces, st.sampled_from(["Yes", "No"]))
 def test_adding_the_other_verdict_takes_an_answer_away(completion: str, said: str) -> None:
     other = "No" if said == "Yes" else "Yes"
-    assert verdict(f"{completion}{CLOSE} Therefore: {said} Therefore: {other}", prefilled=True) is None
+    assert verdict(f"{completion}{CLOSE} Therefore: {said} Therefore: {other}", prompt_opens_think=True) is None
 
 
 # ---------------------------------------------------------------- numbers, boxes, choices, words
@@ -189,14 +189,14 @@ NO_NUMBERS = [
 
 @pytest.mark.parametrize(("answer", "said"), NUMBERS.items())
 def test_a_number_is_read_however_it_is_written(answer: str, said: Fraction) -> None:
-    assert number(f"so</think>{answer}", prefilled=True) == said
-    assert number(f"<think>so</think>{answer}", prefilled=False) == said
-    assert number(f"{answer}</think>I cannot say.", prefilled=True) is None
+    assert number(f"so</think>{answer}", prompt_opens_think=True) == said
+    assert number(f"<think>so</think>{answer}", prompt_opens_think=False) == said
+    assert number(f"{answer}</think>I cannot say.", prompt_opens_think=True) is None
 
 
 @pytest.mark.parametrize("answer", NO_NUMBERS, ids=lambda text: text[:20])
 def test_two_numbers_none_or_one_beyond_measure_are_unanswered(answer: str) -> None:
-    assert number(f"so</think>{answer}", prefilled=True) is None
+    assert number(f"so</think>{answer}", prompt_opens_think=True) is None
 
 
 @given(
@@ -209,7 +209,7 @@ def test_every_way_to_write_a_decimal_is_the_same_number(digits: int, places: in
     sign, plain = "-" * (digits < 0), f"{abs(digits) // 10**places}"
     rest = f".{abs(digits) % 10**places:0{places}d}" if places else ""
     for text in (f"{sign}{plain}{rest}", f"{sign}{int(plain):,}{rest}", f"{sign}{abs(digits)}e-{places}"):
-        assert number(f"x</think>{form.format(text)}", prefilled=True) == value
+        assert number(f"x</think>{form.format(text)}", prompt_opens_think=True) == value
 
 
 @given(st.fractions(-1000, 1000), st.fractions(-1000, 1000))
@@ -217,7 +217,7 @@ def test_two_fractions_are_equal_only_as_numbers(one: Fraction, other: Fraction)
     texts = [f"{'-' * (v < 0)}\\frac{{{abs(v.numerator)}}}{{{v.denominator}}}" for v in (one, other)]
     assert same_expression(*texts) is (one == other)
     both = f"x</think>\\boxed{{{texts[0]}}} \\boxed{{{texts[1]}}}"
-    assert (number(both, prefilled=True) is None) is (one != other)
+    assert (number(both, prompt_opens_think=True) is None) is (one != other)
 
 
 @given(st.text(max_size=200))
@@ -317,7 +317,7 @@ CHOICES = {
 
 @pytest.mark.parametrize(("answer", "letter"), CHOICES.items())
 def test_a_choice_is_one_letter(answer: str, letter: str | None) -> None:
-    assert choice(f"so</think>{answer}", prefilled=True) == letter
+    assert choice(f"so</think>{answer}", prompt_opens_think=True) == letter
 
 
 def test_words_are_compared_without_case_punctuation_and_articles() -> None:
@@ -343,7 +343,7 @@ def test_an_answer_too_long_or_stated_too_often_is_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("completion", "prefilled", "thinks"),
+    ("completion", "prompt_opens_think", "thinks"),
     [
         ("so\n</think>\nYes", True, True),
         ("so it never ends", True, False),
@@ -352,5 +352,5 @@ def test_an_answer_too_long_or_stated_too_often_is_none() -> None:
         ("Yes", False, False),
     ],
 )
-def test_a_thought_counts_when_it_ends(completion: str, prefilled: bool, thinks: bool) -> None:
-    assert has_thought(completion, prefilled) is thinks
+def test_a_thought_counts_when_it_ends(completion: str, prompt_opens_think: bool, thinks: bool) -> None:
+    assert has_thought(completion, prompt_opens_think) is thinks

@@ -23,26 +23,26 @@ from running import ROOT
 from pipeline.config.recipe import TaskChoice
 from pipeline.core.errors import DataError, RecipeError
 from pipeline.scoring.answers import verdict
-from pipeline.tasks.corr2cause import Corr2Cause, enumeration, slots_of, text
+from pipeline.tasks.corr2cause import Corr2Cause, claims_of, enumeration, wording
 from pipeline.tasks.corr2cause.graphs import (
+    CPDAG,
     RELATIONS,
     Dag,
     EquivalenceClass,
-    Pattern,
     Semantics,
     bits,
     classes,
+    consistent_extension,
+    cpdag_of,
     d_separated,
     dag_of,
-    extension_of,
     holds,
     is_acyclic,
-    pattern_of,
     sampled,
     v_structures,
 )
-from pipeline.tasks.corr2cause.paper import published_classes
-from pipeline.tasks.corr2cause.trace import proof
+from pipeline.tasks.corr2cause.proof_writer import write_proof
+from pipeline.tasks.corr2cause.published import published_classes
 from pipeline.tasks.task import Splits, task_of
 
 MEANINGS = (Semantics(), Semantics("strict", "descendant", "ancestor"), Semantics("path", "child", "parent"))
@@ -131,7 +131,7 @@ def test_the_arrays_say_what_the_plain_functions_say(n: int) -> None:
     """Members, independences and every relation in every semantics, of all classes; some with other letters."""
     rng = random.Random(n)
     for mec in classes(n):
-        plain = EquivalenceClass(pattern_of(mec.members[0]))
+        plain = EquivalenceClass(cpdag_of(mec.members[0]))
         assert plain.pattern == mec.pattern
         assert plain.members == mec.members
         assert (
@@ -171,12 +171,12 @@ def test_the_orbits_of_six_variables_add_up_to_the_known_labelled_count() -> Non
 @given(dags(10), st.data())
 @settings(max_examples=150, deadline=None)
 def test_the_identity_of_a_class_does_not_depend_on_names_up_to_ten_variables(dag: Dag, data: st.DataObject) -> None:
-    pattern = pattern_of(dag)
+    pattern = cpdag_of(dag)
     order = tuple(data.draw(st.permutations(range(len(dag)))))
     assert pattern.renamed(order).canonical_code() == pattern.canonical_code()
-    extension = extension_of(pattern)
+    extension = consistent_extension(pattern)
     assert extension is not None
-    assert pattern_of(extension) == pattern
+    assert cpdag_of(extension) == pattern
 
 
 @pytest.mark.parametrize("n", [8, 10])
@@ -185,13 +185,13 @@ def test_the_identity_of_large_classes_tells_different_ones_apart(n: int) -> Non
     one = frozenset((k, k + 1) for k in range(n - 1))
     ring = [(k, (k + 1) % (n // 2)) for k in range(n // 2)]
     two = frozenset((min(e), max(e)) for e in ring) | {(min(a, b) + n // 2, max(a, b) + n // 2) for a, b in ring}
-    codes = {Pattern(n, frozenset(), lines).canonical_code() for lines in (one, two, one | {(0, n - 1)}, frozenset())}
+    codes = {CPDAG(n, frozenset(), lines).canonical_code() for lines in (one, two, one | {(0, n - 1)}, frozenset())}
     assert len(codes) == 4
 
 
 def test_a_pattern_that_no_dag_fits_has_no_extension() -> None:
-    square = Pattern(4, frozenset(), frozenset({(0, 1), (1, 2), (2, 3), (0, 3)}))
-    assert extension_of(square) is None
+    square = CPDAG(4, frozenset(), frozenset({(0, 1), (1, 2), (2, 3), (0, 3)}))
+    assert consistent_extension(square) is None
     with pytest.raises(ValueError, match="no DAG"):
         _ = EquivalenceClass(square).members
 
@@ -203,7 +203,7 @@ def test_drawn_classes_differ_keep_their_bounds_and_depend_on_the_seed_alone() -
     assert all(len(mec.members) <= 40 and len(mec.independences) <= 60 for mec in found)
     assert found == draw(seed="a") != draw(seed="b")
     for mec in found[:5]:
-        assert mec.pattern == pattern_of(mec.members[0])
+        assert mec.pattern == cpdag_of(mec.members[0])
         assert mec.id == f"8-{mec.pattern.canonical_code():x}"
 
 
@@ -224,14 +224,14 @@ def test_d_separation_is_that_of_networkx(dag: Dag, data: st.DataObject) -> None
 @given(dags())
 @settings(max_examples=100)
 def test_a_class_has_exactly_the_dags_with_its_skeleton_and_v_structures(dag: Dag) -> None:
-    mec = EquivalenceClass(pattern_of(dag))
+    mec = EquivalenceClass(cpdag_of(dag))
     assert dag in mec.members
     links = {(min(i, j), max(i, j)) for i in range(len(dag)) for j in bits(dag[i])}
     for member in mec.members:
         assert is_acyclic(member)
         assert v_structures(member) == v_structures(dag)
         assert {(min(i, j), max(i, j)) for i in range(len(dag)) for j in bits(member[i])} == links
-        assert pattern_of(member) == mec.pattern
+        assert cpdag_of(member) == mec.pattern
 
 
 @pytest.mark.parametrize("n", [3, 4, 5])
@@ -244,7 +244,7 @@ def test_the_arrows_of_a_pattern_are_those_all_members_share(n: int) -> None:
 @given(dags(5), st.data())
 @settings(max_examples=100)
 def test_labels_and_independences_do_not_depend_on_names(dag: Dag, data: st.DataObject) -> None:
-    mec = EquivalenceClass(pattern_of(dag))
+    mec = EquivalenceClass(cpdag_of(dag))
     order = tuple(data.draw(st.permutations(range(mec.n))))
     renamed, fresh = mec.renamed(order), EquivalenceClass(mec.pattern.renamed(order))
     assert renamed.independences == fresh.independences
@@ -298,23 +298,27 @@ def test_premises_and_claims_are_worded_as_published(row: dict[str, str]) -> Non
         for order in permutations(range(len(names)))
         if {(min(e), max(e)) for e in mec.pattern.renamed(order).arrows} | mec.pattern.renamed(order).lines == linked
     ]
-    assert premise in {text.premise(names, *text.relations(mec)) for mec in found}
+    assert premise in {wording.premise(names, *wording.relations(mec)) for mec in found}
     wordings = {
-        words.format(i=i, j=j) for options in text.PUBLISHED.values() for words in options for i in names for j in names
+        words.format(i=i, j=j)
+        for options in wording.PUBLISHED.values()
+        for words in options
+        for i in names
+        for j in names
     }
     assert claim in wordings
 
 
 def test_every_type_has_a_paraphrase_in_other_words() -> None:
-    assert set(text.PARAPHRASED) == set(text.PUBLISHED) == set(RELATIONS)
+    assert set(wording.PARAPHRASED) == set(wording.PUBLISHED) == set(RELATIONS)
     for relation in RELATIONS:
-        assert not set(text.PARAPHRASED[relation]) & set(text.PUBLISHED[relation])
+        assert not set(wording.PARAPHRASED[relation]) & set(wording.PUBLISHED[relation])
 
 
 def test_refactored_letters() -> None:
-    assert text.refactored(["A", "B", "E"]) == ["Z", "Y", "V"]
-    assert text.series(["A"]) == "A"
-    assert text.series(["A", "B", "C"]) == "A, B and C"
+    assert wording.refactored(["A", "B", "E"]) == ["Z", "Y", "V"]
+    assert wording.series(["A"]) == "A"
+    assert wording.series(["A", "B", "C"]) == "A, B and C"
 
 
 # ---------------------------------------------------------------- proofs
@@ -328,7 +332,7 @@ def test_every_proof_ends_in_the_label_and_says_only_what_holds(n: int) -> None:
         apart = {(i, j) for i, j, _ in mec.independences}
         for relation in RELATIONS:
             for i, j in permutations(range(n), 2):
-                lines = proof(mec, names, relation, i, j).splitlines()
+                lines = write_proof(mec, names, relation, i, j).splitlines()
                 assert lines[-1].startswith("Holds" if mec.entails(relation, i, j) else "Fails")
                 pairs = lines[1].removeprefix("Pairs: ").rstrip(".").split(". ")
                 assert {(names.index(w[0]), names.index(w[2])) for w in pairs if " apart" in w} == apart
@@ -362,7 +366,7 @@ def test_cases_cover_every_member(n: int) -> None:
     for mec in classes(n):
         for relation in ("ancestor", "collider", "confounder"):
             for i, j in permutations(range(n), 2):
-                cases = [w for w in proof(mec, names, relation, i, j).splitlines() if w.startswith("Case:")]
+                cases = [w for w in write_proof(mec, names, relation, i, j).splitlines() if w.startswith("Case:")]
                 if cases:
                     covered = set()
                     for words in cases:
@@ -382,8 +386,8 @@ def test_cases_cover_every_member(n: int) -> None:
 def test_a_proof_in_full(fixture: str, arrows: list[tuple[int, int]], claim: tuple[str, int, int]) -> None:
     """A chain, a collider and a claim that only one member of a class refutes, as a model reads them."""
     n = 1 + max(max(arrow) for arrow in arrows)
-    mec = EquivalenceClass(pattern_of(dag_of(n, arrows)))
-    assert proof(mec, "ABCDE"[:n], *claim) + "\n" == (FIXTURES / f"{fixture}.txt").read_text(encoding="utf-8")
+    mec = EquivalenceClass(cpdag_of(dag_of(n, arrows)))
+    assert write_proof(mec, "ABCDE"[:n], *claim) + "\n" == (FIXTURES / f"{fixture}.txt").read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------- rows and splits
@@ -457,7 +461,7 @@ def test_type_and_letter_order_predict_no_better_than_type_alone_after_renaming(
     ours = make_task(n=[5], test_rows=6000, perturbed_rows=0, test_classes=0.8).load().tests["test"]
     seen = [(turned.get(r := e.tags["relation"], r), r not in turned, e.gold) for e in ours]
     assert abs(gain(seen)) < 0.03
-    theirs = [slot for one in published_classes(5) for slot in slots_of(one)]
+    theirs = [slot for one in published_classes(5) for slot in claims_of(one)]
     assert gain([(turned.get(s.relation, s.relation), s.relation not in turned, s.gold) for s in theirs]) > 0.1
 
 
@@ -510,7 +514,7 @@ def test_every_label_is_the_solvers(splits: Splits) -> None:
         matches = [
             renamed
             for order in permutations(range(mec.n))
-            if text.premise(names, *text.relations(renamed := mec.renamed(order))) == premise
+            if wording.premise(names, *wording.relations(renamed := mec.renamed(order))) == premise
         ]
         assert matches
         entailed = matches[0].entails(example.tags["relation"], example.tags["i"], example.tags["j"])
@@ -535,7 +539,7 @@ def test_targets_are_graded_correct(splits: Splits) -> None:
     task = make_task()
     for example in splits.sft:
         completion = example.target.removeprefix("<think>")
-        assert verdict(completion, prefilled=True) == example.gold
+        assert verdict(completion, prompt_opens_think=True) == example.gold
         assert task.grade(example, completion, True).correct
 
 

@@ -19,11 +19,11 @@ from pipeline.cli.main import command
 from pipeline.config.recipe import Report, TaskChoice
 from pipeline.core.errors import DataError
 from pipeline.scoring.predictions import Prediction
-from pipeline.tasks.corr2cause import text
-from pipeline.tasks.corr2cause.audit import audit
+from pipeline.tasks.corr2cause import wording
+from pipeline.tasks.corr2cause.audit import audit_rows
 from pipeline.tasks.corr2cause.graphs import RELATIONS, classes, sampled
-from pipeline.tasks.corr2cause.paper import published_classes, wrong_labels
-from pipeline.tasks.corr2cause.premise import class_of, read_claim, read_premise
+from pipeline.tasks.corr2cause.parse_premise import class_of, read_claim, read_premise
+from pipeline.tasks.corr2cause.published import published_classes, wrong_labels
 from pipeline.tasks.rows import Row, file_rows
 from pipeline.tasks.task import Example, task_of
 from pipeline.workflow.figures import count
@@ -62,14 +62,14 @@ def test_the_wrong_labels_of_the_published_set() -> None:
 
 
 def test_released_rows_are_reproduced_premise_and_label() -> None:
-    found = audit(file_rows(RELEASED), paper=True)
+    found = audit_rows(file_rows(RELEASED), paper=True)
     assert (found.rows, found.reproduced) == (23, 23)
     # one other label, one other statement, other letters: no row of the published set any more
     rows = [row.values for row in file_rows(RELEASED)]
     first = dict(rows[0])
     turned = {**first, "label": str(1 - int(first["label"]))}
     renamed = {**first, "input": first["input"].replace("A", "Q")}
-    assert audit([Row("x", 1, turned), Row("x", 2, renamed)], paper=True).reproduced == 0
+    assert audit_rows([Row("x", 1, turned), Row("x", 2, renamed)], paper=True).reproduced == 0
 
 
 # ---------------------------------------------------------------- reading premises
@@ -79,7 +79,7 @@ def test_released_rows_are_reproduced_premise_and_label() -> None:
 def test_every_premise_is_read_back_to_its_class(n: int) -> None:
     for mec in classes(n):
         names = ["rain", "ice cream sales", "B", "mood", "age"][:n]
-        read = read_premise(text.premise(names, *text.relations(mec)))
+        read = read_premise(wording.premise(names, *wording.relations(mec)))
         assert read.names == tuple(names)
         assert read.independences == mec.independences
         found = class_of(n, read.independences)
@@ -106,14 +106,14 @@ def test_one_statement_less_is_another_premise(k: int, data: st.DataObject) -> N
 def test_large_premises_are_read_back_too() -> None:
     for mec in sampled(9, 5, edge_probability=0.6, seed="read", most_independences=400):
         names = [f"variable {k}" for k in range(9)]
-        found = class_of(9, read_premise(text.premise(names, *text.relations(mec))).independences)
+        found = class_of(9, read_premise(wording.premise(names, *wording.relations(mec))).independences)
         assert found is not None
         assert found.pattern == mec.pattern
 
 
 def test_every_wording_of_every_claim_is_read() -> None:
     names = ("A", "rainy days", "C")
-    for wordings in (text.PUBLISHED, text.PARAPHRASED):
+    for wordings in (wording.PUBLISHED, wording.PARAPHRASED):
         for relation, options in wordings.items():
             for words in options:
                 for i, j in permutations(range(3), 2):
@@ -147,7 +147,7 @@ COLLIDER = " There exists at least one collider (i.e., a common child) of X and 
     ],
 )
 def test_the_indep_wording_is_solved_in_its_own_semantics(row: dict[str, Any], wrong: tuple[Any, Any] | None) -> None:
-    found = audit([Row("x", 1, row)])
+    found = audit_rows([Row("x", 1, row)])
     assert not found.malformed
     assert [(one["said"], one["right"]) for one in found.wrong] == ([wrong] if wrong else [])
 
@@ -157,7 +157,7 @@ def test_a_premise_that_no_dag_is_faithful_to() -> None:
     ring = "Premise: Suppose there is a closed system of 4 variables, A, B, C and D, whose causal structure forms a "
     ring += "directed acyclic graph and satisfies faithfulness. All the conditional independence relations are: "
     ring += "A indep C | B, D; B indep D | A, C.\nHypothesis: A directly affects B."
-    found = audit([Row("x", 7, {"query": ring, "label": 0})])
+    found = audit_rows([Row("x", 7, {"query": ring, "label": 0})])
     assert found.unfaithful == [{"line": 7, "n": 4, "said": 0}]
     assert not found.clean
 

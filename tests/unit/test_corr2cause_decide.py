@@ -12,7 +12,7 @@ import pytest
 from pipeline.cli.main import command
 from pipeline.core.errors import DataError, PlanError, RecipeError
 from pipeline.tasks.corr2cause import decide as deciding
-from pipeline.tasks.corr2cause.audit import Solver, audit
+from pipeline.tasks.corr2cause.audit import Solver, audit_rows
 from pipeline.tasks.corr2cause.decide import decide
 from pipeline.tasks.corr2cause.generate import MOST_ROWS
 from pipeline.tasks.corr2cause.graphs import (
@@ -24,12 +24,12 @@ from pipeline.tasks.corr2cause.graphs import (
     Semantics,
     bits,
     classes,
+    cpdag_of,
     dag_of,
+    equivalent_dags,
     holds,
-    members_of,
-    pattern_of,
 )
-from pipeline.tasks.corr2cause.said import asked
+from pipeline.tasks.corr2cause.parse_thought import parse_question
 
 MEANINGS = [PUBLISHED, PLUSPLUS, Semantics("strict", "descendant", "ancestor")]
 CLAIMS = {
@@ -66,10 +66,10 @@ def test_claims_about_drawn_classes_are_decided_as_their_members_say() -> None:
         dag = dag_of(n, [pair for pair in combinations(range(n), 2) if rng.random() < edge_probability])
         if rng.random() < 0.5:
             dag = moral(dag)
-        members = members_of(dag, 1000)
+        members = equivalent_dags(dag, 1000)
         if members is None:
             continue
-        pattern = pattern_of(dag)
+        pattern = cpdag_of(dag)
         for _ in range(12):
             (i, j), relation, meaning = rng.sample(range(n), 2), rng.choice(RELATIONS), rng.choice(MEANINGS)
             expected = by_members(members, relation, i, j, meaning)
@@ -115,7 +115,7 @@ def test_no_claim_about_ten_variables_comes_near_to_the_limit(monkeypatch: pytes
         assert sum(len(bits(children)) for children in dag) > 20
         for relation in RELATIONS:
             i, j = rng.sample(range(MAX_N), 2)
-            assert decide(pattern_of(dag), relation, i, j) in ("entailed", "contradicted", "undetermined")
+            assert decide(cpdag_of(dag), relation, i, j) in ("entailed", "contradicted", "undetermined")
 
 
 def test_a_claim_beyond_the_limit_is_a_row_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_a_claim_beyond_the_limit_is_a_row_that_cannot_be_read(tmp_path: Path, m
     path = tmp_path / "rows.jsonl"
     row = {"input": f"{complete(6)}\nHypothesis: A causes something else which causes B.", "label": 0}
     path.write_text(json.dumps(row) + "\n")
-    (found,) = audit(file_rows(path)).malformed
+    (found,) = audit_rows(file_rows(path)).malformed
     assert found["problem"] == "the claim is not decided after 3 graphs of its class, which is the limit"
 
 
@@ -135,7 +135,7 @@ def test_more_variables_than_can_be_decided_are_told_before_anything_is_made(n: 
     words = complete(11).replace("system of 11", f"system of {n}")
     with pytest.raises(ValueError, match=r"variables are announced; at most 10 can be decided"):
         Solver().solve(f"{words}\nHypothesis: A directly causes B.")
-    assert asked(words) is None
+    assert parse_question(words) is None
 
 
 # ---------------------------------------------------------------- sets that would never end

@@ -14,10 +14,10 @@ import pytest
 from pipeline.cli.main import command
 from pipeline.core.errors import DataError, PlanError, RecipeError
 from pipeline.scoring.answers import split_thought
-from pipeline.tasks.corr2cause.audit import audit
-from pipeline.tasks.corr2cause.check import check
+from pipeline.tasks.corr2cause.audit import audit_rows
 from pipeline.tasks.corr2cause.generate import generate
 from pipeline.tasks.corr2cause.graphs import PLUSPLUS, classes
+from pipeline.tasks.corr2cause.proof_checker import check_proof
 from pipeline.tasks.rows import Row, file_rows
 
 
@@ -43,7 +43,7 @@ def test_every_claim_about_every_class_is_there_once_and_right(natural: Path) ->
     assert {row["class"] for row in rows} == {mec.id for n in (2, 3, 4, 5) for mec in classes(n)}
     assert len({row["id"] for row in rows}) == len(rows)
     for name in rows_of(natural):
-        found = audit(file_rows(natural / f"{name}.parquet"))
+        found = audit_rows(file_rows(natural / f"{name}.parquet"))
         assert found.clean
         assert found.solver()["f1"] == 1
 
@@ -86,7 +86,7 @@ def test_the_bytes_depend_on_the_seed_and_not_on_the_processes(tmp_path: Path) -
     for row in rows[::40]:
         thought = split_thought(row["completion"], False).thought
         assert thought
-        assert check(row["input"], thought).verdict == ("Yes" if row["label"] else "No")
+        assert check_proof(row["input"], thought).verdict == ("Yes" if row["label"] else "No")
 
 
 def test_even_sets_tell_nothing_by_class_and_type(tmp_path: Path) -> None:
@@ -109,14 +109,16 @@ def test_plusplus_rows_have_its_fields_and_the_edges_that_all_members_share(tmp_
                 assert f"{tail} has a direct causal effect on {head}." in row["completion"]
             thought = split_thought(row["completion"], False).thought
             assert thought is not None
-            assert check(row["input"], thought, PLUSPLUS).valid
-        assert audit(Row("x", k, {"query": row["query"], "label": row["label"]}) for k, row in enumerate(mine)).clean
+            assert check_proof(row["input"], thought, PLUSPLUS).valid
+        assert audit_rows(
+            Row("x", k, {"query": row["query"], "label": row["label"]}) for k, row in enumerate(mine)
+        ).clean
 
 
 def test_paper_mode_makes_the_published_rows(tmp_path: Path) -> None:
     out = make(tmp_path / "set", "--n", "3,4", "mode=paper")
     rows = [row for mine in rows_of(out).values() for row in mine]
-    found = audit((Row("x", k, row) for k, row in enumerate(rows)), paper=True)
+    found = audit_rows((Row("x", k, row) for k, row in enumerate(rows)), paper=True)
     assert (found.rows, found.reproduced, len(found.wrong)) == (810, 810, 7)
     assert all(row["names"] == sorted(row["names"]) for row in rows)
     assert all(row["label"] == 0 for row in rows if row["relation_type"] == "child")  # the short cut is there too
@@ -126,7 +128,9 @@ def test_three_answers(tmp_path: Path) -> None:
     out = make(tmp_path / "set", "--n", "4", "labels=three", "style=story")
     rows = [row for mine in rows_of(out).values() for row in mine]
     assert {row["status"] for row in rows} == {"entailed", "contradicted", "undetermined"}
-    assert audit(Row("x", k, {"input": row["input"], "relation": row["status"]}) for k, row in enumerate(rows)).clean
+    assert audit_rows(
+        Row("x", k, {"input": row["input"], "relation": row["status"]}) for k, row in enumerate(rows)
+    ).clean
     assert all(len(row["names"]) == 4 for row in rows)
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from pipeline.config.recipe import TaskChoice
 from pipeline.scoring.answers import split_thought
-from pipeline.tasks.corr2cause import Corr2Cause, text
-from pipeline.tasks.corr2cause.check import check
+from pipeline.tasks.corr2cause import Corr2Cause, wording
 from pipeline.tasks.corr2cause.graphs import RELATIONS, EquivalenceClass, Semantics, classes, sampled
-from pipeline.tasks.corr2cause.trace import proof
+from pipeline.tasks.corr2cause.proof_checker import check_proof
+from pipeline.tasks.corr2cause.proof_writer import write_proof
 from pipeline.tasks.task import Example, task_of
 
 MEANINGS = (Semantics(), Semantics("strict", "descendant", "ancestor"), Semantics("strict", "child", "parent"))
@@ -23,8 +23,8 @@ MEANINGS = (Semantics(), Semantics("strict", "descendant", "ancestor"), Semantic
 
 def question(mec: EquivalenceClass, relation: str, i: int, j: int) -> str:
     names = "ABCDEFGHIJ"[: mec.n]
-    premise = text.premise(names, *text.relations(mec))
-    return f"Premise: {premise}\nHypothesis: {text.hypothesis(relation, names[i], names[j])}"
+    premise = wording.premise(names, *wording.relations(mec))
+    return f"Premise: {premise}\nHypothesis: {wording.hypothesis(relation, names[i], names[j])}"
 
 
 def gold(mec: EquivalenceClass, relation: str, i: int, j: int, semantics: Semantics, three: bool) -> str:
@@ -39,7 +39,7 @@ def told(mec: EquivalenceClass, *asked: object, short: bool = False, three: bool
     assert isinstance(i, int)
     assert isinstance(j, int)
     assert isinstance(semantics, Semantics)
-    return proof(mec, "ABCDEFGHIJ"[: mec.n], relation, i, j, None, semantics, short=short, three=three)
+    return write_proof(mec, "ABCDEFGHIJ"[: mec.n], relation, i, j, None, semantics, short=short, three=three)
 
 
 @pytest.mark.parametrize("three", [False, True])
@@ -51,7 +51,7 @@ def test_every_proof_of_every_length_in_every_semantics_is_valid(n: int, three: 
                 for semantics in MEANINGS:
                     for short in (False, True):
                         asked = (relation, i, j, semantics)
-                        found = check(
+                        found = check_proof(
                             question(mec, relation, i, j),
                             told(mec, *asked, short=short, three=three),
                             semantics,
@@ -70,7 +70,9 @@ def test_proofs_of_larger_classes_are_valid(n: int, count: int) -> None:
         i, j = rng.sample(range(n), 2)
         if mec.entails(relation, i, j) or rng.random() < 0.3:
             count -= 1
-            found = check(question(mec, relation, i, j), told(mec, relation, i, j, Semantics(), short=count % 2 == 0))
+            found = check_proof(
+                question(mec, relation, i, j), told(mec, relation, i, j, Semantics(), short=count % 2 == 0)
+            )
             assert found.problems == []
             assert found.verdict == ("Yes" if mec.entails(relation, i, j) else "No")
 
@@ -91,11 +93,11 @@ def test_a_yes_about_a_large_class_argues_by_cases_that_cover_it() -> None:
                     found += 1
                     assert lines.count("Case:") <= 4
                     words = question(mec, relation, i, j)
-                    assert check(words, lines).valid
+                    assert check_proof(words, lines).valid
                     # the same argument with a case left out is none
                     parts = lines.split("\nCase:")
                     fewer = "\nCase:".join([parts[0], *parts[2:]])
-                    assert not check(words, fewer).valid
+                    assert not check_proof(words, fewer).valid
     assert found > 20
 
 
@@ -113,7 +115,7 @@ def test_no_change_of_a_word_makes_a_wrong_verdict_pass(seed: int) -> None:
     like = [{"->", "<-", "--"}, set(names), {"Holds", "Fails"}, {"passes", "collides"}, {"linked", "apart", "open"}]
     others = next((sorted(kind - {word[0]}) for kind in like if word[0] in kind), ["nothing"])
     changed = lines[: word.start()] + rng.choice(others) + lines[word.end() :]
-    found = check(question(mec, relation, i, j), changed)
+    found = check_proof(question(mec, relation, i, j), changed)
     assert not found.valid or found.verdict == ("Yes" if mec.entails(relation, i, j) else "No")
 
 
@@ -138,9 +140,9 @@ def test_each_kind_of_wrong_step_is_named(old: str, new: str, told_: str) -> Non
     chain = next(mec for mec in classes(3) if len(mec.pattern.lines) == 2).renamed((1, 0, 2))
     chain = next(chain.renamed(o) for o in permutations(range(3)) if chain.renamed(o).independences == ((0, 2, (1,)),))
     lines = told(chain, "parent", 0, 1, Semantics())
-    assert check(question(chain, "parent", 0, 1), lines).valid
+    assert check_proof(question(chain, "parent", 0, 1), lines).valid
     assert old in lines
-    problems = check(question(chain, "parent", 0, 1), lines.replace(old, new)).problems
+    problems = check_proof(question(chain, "parent", 0, 1), lines.replace(old, new)).problems
     assert len(problems) == 1
     assert told_ in problems[0]
 
@@ -165,7 +167,7 @@ def test_every_target_in_every_style_is_a_valid_proof_of_its_gold(style: str, la
     for example in sft:
         thought = split_thought(example.target, False).thought
         assert thought is not None
-        found = check(example.question, thought, task.semantics, three=labels == "three")
+        found = check_proof(example.question, thought, task.semantics, three=labels == "three")
         assert found.problems == []
         assert found.verdict == example.gold
         assert task.grade(example, example.target, False).correct
@@ -180,5 +182,5 @@ def test_drawn_classes_of_many_variables_have_valid_proofs() -> None:
     for example in sft:
         thought = split_thought(example.target, False).thought
         assert thought is not None
-        assert check(example.question, thought, task.semantics).valid
+        assert check_proof(example.question, thought, task.semantics).valid
         assert example.tags["premise_tokens"] < 1000

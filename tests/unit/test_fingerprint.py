@@ -83,8 +83,8 @@ def test_drift_is_empty_exactly_for_equal_values(one: Any, other: Any) -> None:
 
 
 def test_a_large_file_is_known_by_its_size_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.core.hashing.WHOLE", 10)
-    monkeypatch.setattr("pipeline.core.hashing.ENDS", 4)
+    monkeypatch.setattr("pipeline.core.hashing.FULL_HASH_LIMIT", 10)
+    monkeypatch.setattr("pipeline.core.hashing.EDGE_BYTES", 4)
     file = tmp_path / "weights"
     seen = set()
     for content in (b"0123456789abcdef", b"X123456789abcdef", b"0123456789abcdeX", b"0123456789abcdef0"):

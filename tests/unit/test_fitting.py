@@ -50,13 +50,13 @@ def cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for module in ("pipeline.config.cluster", "pipeline.launchers.torchrun"):
         monkeypatch.setattr(f"{module}.driver_devices", lambda: ["nvidia0", "nvidia1"])
-    nvidia.smallest.cache_clear()
+    nvidia.smallest_gpu.cache_clear()
     return table
 
 
 @pytest.fixture(autouse=True)
 def not_remembered() -> None:
-    nvidia.smallest.cache_clear()
+    nvidia.smallest_gpu.cache_clear()
 
 
 # ---------------------------------------------------------------- this machine's cards

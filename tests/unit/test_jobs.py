@@ -20,7 +20,7 @@ from running import ROOT, run_cli
 from pipeline.core import slurm_client as slurm
 from pipeline.core.errors import ArtifactError, LaunchError, PlanError, Stopped
 from pipeline.launchers import local
-from pipeline.launchers.slurm import run_plan, show
+from pipeline.launchers.slurm import run_plan, submissions_table
 from pipeline.workflow import status
 from pipeline.workflow.lock import lock
 from pipeline.workflow.plan import make_plan, spec_of
@@ -100,7 +100,7 @@ def test_a_run_of_another_members_steps_says_whose_they_are(
     """Before: "submitted before", "is with Slurm", and for a step that runs without Slurm the error of a file."""
     first = run_plan(plan_of(tmp_path, stages=("preprocess",)))
     change(fake, first[0].job, user="anna")
-    assert show(run_plan(plan_of(tmp_path, stages=("preprocess",)))).endswith("submitted before by anna")
+    assert submissions_table(run_plan(plan_of(tmp_path, stages=("preprocess",)))).endswith("submitted before by anna")
     with pytest.raises(PlanError, match=r"is with Slurm, as job 41 of anna \(PENDING\)"):
         local.run_plan(make_plan(["tiny"], stages=("preprocess",), runs=tmp_path / "runs"))
     folder = first[0].step.folder
@@ -127,7 +127,7 @@ def test_a_job_that_has_ended_meanwhile_is_no_error_of_cancel(
     run_plan(plan_of(tmp_path, stages=("preprocess",)))
     row = row_of(tmp_path / "runs", "preprocess")
     said = "scancel: error: Kill job error on job id 41: Job/step already completing or completed\n"
-    monkeypatch.setattr(status, "call", lambda *words: subprocess.CompletedProcess(words, 1, "", said))
+    monkeypatch.setattr(status, "run_slurm", lambda *words: subprocess.CompletedProcess(words, 1, "", said))
     assert status.cancel([row]) == ["cancelled 1 jobs: 41"]
     said = "scancel: error: Kill job error on job id 41: Access/permission denied\n"
     with pytest.raises(LaunchError, match="Access/permission denied"):
@@ -185,7 +185,7 @@ def test_a_step_of_one_cluster_is_not_started_on_another(
     assert record is not None
     assert record.cluster == "east"
     monkeypatch.setenv("CLUSTER", "west")  # the login node of west
-    slurm.here.cache_clear()
+    slurm.current_cluster.cache_clear()
     with pytest.raises(PlanError, match=r"is with Slurm on cluster east, as job 41 \(PENDING\)"):
         run_plan(plan_of(tmp_path))
     assert set(states(tmp_path / "runs").values()) == {"queued"}
@@ -403,17 +403,17 @@ def test_a_local_run_saves_before_its_job_ends(tmp_path: Path, fake: Path, monke
     step = plan_of(tmp_path).steps[1]
     plan = make_plan(["tiny"], runs=tmp_path / "runs")
     now = time.time()
-    assert local._leave_at(step, plan) == float("inf")
+    assert local._stop_at(step, plan) == float("inf")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     ends = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(now + 3600))
     (fake / "jobs.json").write_text(json.dumps({"7": {"state": "RUNNING", "reason": "", "end": ends}}))
-    signal_before_limit = 3600 - (local._leave_at(step, plan) - now)
+    signal_before_limit = 3600 - (local._stop_at(step, plan) - now)
     assert 60 <= signal_before_limit <= 1800
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(now) + 60))  # later versions of Slurm
-    assert 25 <= local._leave_at(step, plan) - now <= 31  # a short job: half of what is left
+    assert 25 <= local._stop_at(step, plan) - now <= 31  # a short job: half of what is left
     change(fake, "7", end="Unknown")
     monkeypatch.delenv("SLURM_JOB_END_TIME")
-    assert local._leave_at(step, plan) == float("inf")
+    assert local._stop_at(step, plan) == float("inf")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -14,7 +14,7 @@ import pytest
 from running import ROOT
 
 from pipeline.training import operators
-from pipeline.training.operators import LOCK, clear_stale, held
+from pipeline.training.operators import BATON, clear_stale, locked
 
 BUILD = """\
 import sys, time
@@ -29,7 +29,7 @@ time.sleep(60)
 def building(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A build by torch's own code, in the middle of its work."""
     process = subprocess.Popen(
-        [sys.executable, "-c", BUILD, str(tmp_path / LOCK)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-c", BUILD, str(tmp_path / BATON)], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "building\n"
@@ -43,18 +43,18 @@ def test_a_killed_builds_lock_is_removed(
 ) -> None:
     building.kill()
     building.wait()
-    assert (tmp_path / LOCK).exists()  # what stopped every later run
+    assert (tmp_path / BATON).exists()  # what stopped every later run
     began = time.monotonic()
     assert clear_stale(tmp_path, ours=True) is None
     assert time.monotonic() - began < 5
-    assert not (tmp_path / LOCK).exists()
-    assert str(tmp_path / LOCK) in capsys.readouterr().out
+    assert not (tmp_path / BATON).exists()
+    assert str(tmp_path / BATON) in capsys.readouterr().out
 
 
 def test_a_running_builds_lock_is_waited_for_and_then_named(tmp_path: Path, building: subprocess.Popen[str]) -> None:
     why = clear_stale(tmp_path, ours=True, seconds=1)
-    assert why == f"{tmp_path / LOCK} has been there for 1 s; if no other build runs, delete it"
-    assert (tmp_path / LOCK).exists()
+    assert why == f"{tmp_path / BATON} has been there for 1 s; if no other build runs, delete it"
+    assert (tmp_path / BATON).exists()
     building.send_signal(signal.SIGKILL)
     building.wait()
     assert clear_stale(tmp_path, ours=True, seconds=1) is None
@@ -64,36 +64,38 @@ def test_a_lock_that_another_machine_may_hold_is_removed_only_when_it_is_old(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(operators, "_is_shared", lambda path: True)
-    (tmp_path / LOCK).touch()
+    (tmp_path / BATON).touch()
     assert clear_stale(tmp_path, ours=True, seconds=0.3) is not None
     monkeypatch.setattr(operators, "extensions_folder", lambda: tmp_path)  # where every build holds the flock
     assert clear_stale(tmp_path, ours=True, seconds=0.3) is None
     monkeypatch.setattr(operators, "extensions_folder", lambda: None)
-    (tmp_path / LOCK).touch()
-    os.utime(tmp_path / LOCK, (time.time() - 3600,) * 2)
+    (tmp_path / BATON).touch()
+    os.utime(tmp_path / BATON, (time.time() - 3600,) * 2)
     assert clear_stale(tmp_path, ours=False, seconds=0.3) is None
 
 
 def test_the_flock_ends_with_its_process_and_is_named_while_it_is_held(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from pipeline.training.operators import held\n"
-        "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from pipeline.training.operators import locked\n"
+        "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
-    with pytest.raises(TimeoutError, match=operators.OURS), held(tmp_path, seconds=0.3):
+    with pytest.raises(TimeoutError, match=operators.OWN_LOCK), locked(tmp_path, seconds=0.3):
         raise AssertionError("held twice")
     process.kill()
     process.communicate()
-    with held(tmp_path, seconds=5) as ours:
+    with locked(tmp_path, seconds=5) as ours:
         assert ours
 
 
 def test_file_systems_of_this_machine_alone_are_told_from_a_networks(tmp_path: Path) -> None:
     assert not operators._is_shared(Path("/dev/shm"))
-    assert "nfs4".startswith(operators.NETWORK)
-    assert not any(kind.startswith(operators.NETWORK) for kind in ("ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs"))
+    assert "nfs4".startswith(operators.NETWORK_FILESYSTEMS)
+    assert not any(
+        kind.startswith(operators.NETWORK_FILESYSTEMS) for kind in ("ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs")
+    )
 
 
 def test_operators_lie_in_the_environment_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,10 +111,10 @@ def test_setup_builds_the_operator_beside_a_stale_lock(tmp_path: Path) -> None:
     """The command of scripts/setup, where a compiler is; without one it says what the runs go without."""
     folder = tmp_path / "deepspeed_shm_comm"
     folder.mkdir()
-    (folder / LOCK).touch()
+    (folder / BATON).touch()
     env = {**os.environ, operators.DIRECTORY: str(tmp_path), "DS_ACCELERATOR": "cpu", "CXX": "no-such-compiler"}
     command = [sys.executable, "-m", "pipeline.training.operators"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert f"removed {folder / LOCK}" in done.stdout
+    assert f"removed {folder / BATON}" in done.stdout
     assert "cannot be built: no C++ compiler (no-such-compiler); gloo is used instead" in done.stdout

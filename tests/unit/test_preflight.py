@@ -134,7 +134,7 @@ CATALOGUE: list[tuple[list[str], str]] = [
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing has been fetched, and no Slurm is asked."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(preflight, "is_here", lambda: False)
+    monkeypatch.setattr(preflight, "is_installed", lambda: False)
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))

@@ -16,7 +16,7 @@ from running import run_cli
 from pipeline.core import slurm_client as slurm
 from pipeline.core.errors import ArtifactError, PlanError
 from pipeline.core.files import read_json, write_json
-from pipeline.core.records import OddFile, read_record, record_or_none
+from pipeline.core.records import InvalidRecord, read_record, record_or_none
 from pipeline.workflow import status
 from pipeline.workflow.artifact import ARTIFACT, PROGRESS, STEP, Artifact, is_done
 from pipeline.workflow.jobs import live_jobs
@@ -25,11 +25,11 @@ from pipeline.workflow.plan import explain, make_plan, spec_of
 from pipeline.workflow.progress import Progress, ProgressFile, read_progress
 from pipeline.workflow.stage import read_spec, write_spec
 
-KINDS = {PROGRESS: Progress, OWNER: LockHolder, slurm.JOB: slurm.JobRecord, ARTIFACT: Artifact}
+KINDS = {PROGRESS: Progress, OWNER: LockHolder, slurm.JOB_FILE: slurm.JobRecord, ARTIFACT: Artifact}
 RECORDS: dict[str, dict[str, Any]] = {
     PROGRESS: {"stage": "sft", "state": "running", "done": 3, "total": 9, "started": 1.0, "updated": 7.0, "first": 1},
     OWNER: {"token": "t", "host": "elsewhere", "pid": 1, "started": 1.0, "since": 1.0, "job": None},
-    slurm.JOB: {"token": "t", "launcher": "slurm", "submitted": 1.0, "id": "41", "log": None},
+    slurm.JOB_FILE: {"token": "t", "launcher": "slurm", "submitted": 1.0, "id": "41", "log": None},
     ARTIFACT: {
         "step": "sft", "stage": "sft", "recipe": "tiny", "fingerprint": "x", "payload": {}, "inputs": {}, "metrics": {},
         "files": {"a": {"size": 1, "sha256": "x"}}, "provenance": {},
@@ -81,7 +81,7 @@ def test_whatever_a_file_holds_it_is_a_record_or_odd(
     path.write_text(json.dumps(record))
     found = record_or_none(path, KINDS[name])
     if found is None:
-        with pytest.raises(OddFile, match=f"fuzz-{name}: ") as caught:
+        with pytest.raises(InvalidRecord, match=f"fuzz-{name}: ") as caught:
             read_record(path, KINDS[name])
         assert len(str(caught.value)) < 400 + len(str(path))
     str(found)
@@ -113,7 +113,7 @@ def test_any_bytes_are_a_record_or_odd(tmp_path_factory: pytest.TempPathFactory,
 )
 def test_what_is_wrong_is_told_in_a_sentence(tmp_path: Path, text: str, told: str) -> None:
     (tmp_path / PROGRESS).write_text(text)
-    with pytest.raises(OddFile) as caught:
+    with pytest.raises(InvalidRecord) as caught:
         read_record(tmp_path / PROGRESS, Progress)
     assert told in str(caught.value)
     assert read_progress(tmp_path) is None
@@ -124,7 +124,7 @@ def test_a_pipe_and_a_huge_file_are_not_read(tmp_path: Path) -> None:
     with (tmp_path / "huge").open("wb") as file:
         file.truncate(1 << 40)
     for name in ("pipe", "huge"):
-        with pytest.raises(OddFile):
+        with pytest.raises(InvalidRecord):
             read_record(tmp_path / name, Progress)
 
 
@@ -169,7 +169,7 @@ def test_who_runs_a_step_is_never_guessed(tmp_path: Path) -> None:
     (tmp_path / OWNER).write_text("")
     with pytest.raises(ArtifactError, match=r"owner.json: is empty.*delete"), lock(tmp_path):
         pass
-    (tmp_path / slurm.JOB).write_text("{}")
+    (tmp_path / slurm.JOB_FILE).write_text("{}")
     with pytest.raises(PlanError, match=r"job.json: token: missing.*squeue --me.*delete"):
         live_jobs([tmp_path])
 

@@ -9,11 +9,11 @@ import time
 import pytest
 
 from pipeline.config.recipe import Reward, TaskChoice, read, recipe_names
-from pipeline.rewards.audit import FINAL, audit, audited, exploits
+from pipeline.rewards.audit import FINAL, audit_rewards, count_exploits, exploits
 from pipeline.rewards.reward import Sample, find_rewards, make_sample, reward_names
-from pipeline.tasks.corr2cause.said import said
+from pipeline.tasks.corr2cause.parse_thought import read_structure
 from pipeline.tasks.gsm8k import Gsm8k
-from pipeline.tasks.task import Example, Task, Verdict, task_of
+from pipeline.tasks.task import Example, Grade, Task, task_of
 
 EXAMPLE = Example("1", "Premise: A correlates with B.\nHypothesis: A directly causes B.", "Yes", "g")
 
@@ -45,19 +45,19 @@ def test_correctness_is_the_tasks_verdict(task: Task) -> None:
     assert pay("correctness", sample(task, "x</think>Therefore: Yes")) == 1
     assert pay("correctness", sample(task, "x</think>Therefore: No")) == 0
     assert pay("correctness", sample(task, "Therefore: Yes")) == 0
-    unverifiable = Sample(EXAMPLE, "", True, False, Verdict(None, True, None), True)
+    unverifiable = Sample(EXAMPLE, "", True, False, Grade(None, True, None), True)
     assert pay("correctness", unverifiable) is None
 
 
 def test_match_is_the_declared_proxy_and_no_correctness(task: Task) -> None:
-    def judged(verdict: Verdict) -> Sample:
+    def judged(verdict: Grade) -> Sample:
         return Sample(EXAMPLE, "", True, False, verdict, True)
 
-    assert pay("match", judged(Verdict(None, True, "iron", proxy=True))) == 1
-    assert pay("match", judged(Verdict(None, True, "rest", proxy=False))) == 0
-    assert pay("match", judged(Verdict(None, True, "prose"))) is None
-    assert pay("match", judged(Verdict(True, True, "Yes"))) is None  # where it verifies, correctness is what is paid
-    assert pay("correctness", judged(Verdict(None, True, "iron", proxy=True))) is None
+    assert pay("match", judged(Grade(None, True, "iron", proxy=True))) == 1
+    assert pay("match", judged(Grade(None, True, "rest", proxy=False))) == 0
+    assert pay("match", judged(Grade(None, True, "prose"))) is None
+    assert pay("match", judged(Grade(True, True, "Yes"))) is None  # where it verifies, correctness is what is paid
+    assert pay("correctness", judged(Grade(None, True, "iron", proxy=True))) is None
 
 
 def test_format_is_the_tasks_form(task: Task) -> None:
@@ -73,10 +73,10 @@ def test_no_known_exploit_pays_under_any_recipe(name: str) -> None:
     task = task_of(recipe.task, recipe.seed)
     rewards, _ = find_rewards(recipe.grpo.rewards)
     weights = {key: reward.weight for key, reward in recipe.grpo.rewards.items()}
-    examples = task.specimens()
+    examples = task.audit_examples()
     assert examples or "grpo" not in recipe.stages
     for example in examples:
-        assert audit(task, rewards, weights, example) == []
+        assert audit_rewards(task, rewards, weights, example) == []
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -84,8 +84,8 @@ def test_the_mutations_are_many_and_check_counts_them(name: str) -> None:
     recipe, _ = read(name)
     assert recipe is not None
     task = task_of(recipe.task, recipe.seed)
-    for example in task.specimens() if "grpo" in recipe.stages else ():
-        replayed, mutated = audited(task, example)
+    for example in task.audit_examples() if "grpo" in recipe.stages else ():
+        replayed, mutated = count_exploits(task, example)
         assert mutated >= 25
         assert replayed > mutated
 
@@ -93,17 +93,17 @@ def test_the_mutations_are_many_and_check_counts_them(name: str) -> None:
 class Careless(Gsm8k):
     """Reads the first number there is, without its sign: the mistake of others."""
 
-    def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
+    def grade(self, example: Example, completion: str, prompt_opens_think: bool) -> Grade:
         found = re.search(r"[0-9]+", completion.partition("</think>")[2])
         said = found[0] if found else None
-        return Verdict(said is not None and said == re.sub(r"[^0-9]", "", example.gold)[: len(said)], bool(said), said)
+        return Grade(said is not None and said == re.sub(r"[^0-9]", "", example.gold)[: len(said)], bool(said), said)
 
 
 def test_the_audit_finds_a_judge_that_takes_two_answers_for_one() -> None:
     task = task_of(TaskChoice("gsm8k", "sample", None, None, "error", Gsm8k.smoke_test_params(Gsm8k)), 0)  # type: ignore[arg-type]
     careless = Careless(task.choice, task.params, 0)
     rewards, _ = find_rewards({"correctness": Reward(1.0, {})})
-    found = audit(careless, rewards, {"correctness": 1.0}, careless.specimens()[0])
+    found = audit_rewards(careless, rewards, {"correctness": 1.0}, careless.audit_examples()[0])
     for name in (
         "mutation: denied",
         "mutation: another sign",
@@ -118,15 +118,15 @@ def test_the_audit_finds_a_judge_that_takes_two_answers_for_one() -> None:
 def test_what_was_cut_off_is_unanswered_for_rewards_as_for_evaluation(name: str) -> None:
     cls = importlib.import_module(f"pipeline.tasks.{name}").TASK
     task = task_of(TaskChoice(name, cls.sources[-1] if name != "corr2cause" else "auto", None, None, "error", {}), 0)
-    example = task.specimens()[0]
+    example = task.audit_examples()[0]
     right = f"so it is\n</think>\n{FINAL[task.answer_kind or ''].format(example.gold)}"
     whole, cut = (make_sample(task, example, right, True, truncated) for truncated in (False, True))
-    assert whole.verdict == task.grade(example, right, True)
-    assert (whole.verdict.answered, whole.verdict.reason, whole.well_formed) == (True, None, True)
-    assert cut.verdict == task.judge(example, right, True, True)
-    assert (cut.verdict.answered, cut.verdict.reason, cut.well_formed) == (False, "truncated", False)
-    assert not cut.verdict.correct
-    assert not cut.verdict.proxy
+    assert whole.grade == task.grade(example, right, True)
+    assert (whole.grade.answered, whole.grade.reason, whole.well_formed) == (True, None, True)
+    assert cut.grade == task.judge(example, right, True, True)
+    assert (cut.grade.answered, cut.grade.reason, cut.well_formed) == (False, "truncated", False)
+    assert not cut.grade.correct
+    assert not cut.grade.proxy
     for reward in ("correctness", "format", "match", "structure"):
         assert not pay(reward, cut)
 
@@ -189,7 +189,7 @@ def test_structure_is_read_in_other_words() -> None:
         "and B indep D | C.",
     ]
     for words in ways:
-        found = said(words, names)
+        found = read_structure(words, names)
         assert found.skeleton == {(0, 2), (1, 2), (2, 3)}, words
         assert found.v_structures == {(0, 2, 1)}, words
         assert found.compelled == {(0, 2), (1, 2), (2, 3)}, words
@@ -199,7 +199,7 @@ def test_structure_is_read_in_other_words() -> None:
 
 def test_dependence_in_latex_is_no_independence() -> None:
     for words in (r"$A \not\perp B \mid C$", r"A \not\!\perp B", r"\(A \not\perp\!\!\!\perp B\)", r"$A \nperp B$"):
-        assert said(words, "ABC").separating_sets == set(), words
+        assert read_structure(words, "ABC").separating_sets == set(), words
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_dependence_in_latex_is_no_independence() -> None:
 )
 def test_a_megabyte_of_thought_costs_little(piece: str) -> None:
     started = time.process_time()
-    said(f"A{piece * (2**20 // len(piece))}B", "ABCD")
+    read_structure(f"A{piece * (2**20 // len(piece))}B", "ABCD")
     assert time.process_time() - started < 1
 
 
@@ -232,12 +232,12 @@ def test_structure_is_no_matter_of_other_questions(task: Task) -> None:
 
 
 def test_the_row_that_check_audits_is_judged_by_every_reward(task: Task) -> None:
-    row = task.specimens()[0]
+    row = task.audit_examples()[0]
     judged = make_sample(task, row, row.target.removeprefix("<think>"), True, False)
     assert pay("structure", judged) == 1
     outweighed = {"correctness": 0.1, "structure": 9.0}
     found, _ = find_rewards({"correctness": Reward(2.0, {}), "structure": Reward(1.0, {})})
-    assert any("a right proof" in one for one in audit(task, found, outweighed, row))
+    assert any("a right proof" in one for one in audit_rewards(task, found, outweighed, row))
 
 
 def test_no_exploit_pays_with_the_structure_reward_and_weights_that_let_it_are_refused(
@@ -249,9 +249,11 @@ def test_no_exploit_pays_with_the_structure_reward_and_weights_that_let_it_are_r
     assert problems == []
     weights = {name: reward.weight for name, reward in wanted.items()}
     for example in examples[:10]:
-        assert audit(task, rewards, weights, example) == []
+        assert audit_rewards(task, rewards, weights, example) == []
     # the audit itself would see it: a proof with the wrong verdict pays where structure outweighs correctness
-    assert any("a right proof" in one for one in audit(task, rewards, {**weights, "structure": 9.0}, examples[0]))
+    assert any(
+        "a right proof" in one for one in audit_rewards(task, rewards, {**weights, "structure": 9.0}, examples[0])
+    )
     _, problems = find_rewards({**wanted, "structure": Reward(0.8, {})})
     assert "keep their sum below it" in problems[0]
 
@@ -274,7 +276,7 @@ def test_each_kind_of_answer_has_a_catalogue_that_a_careless_reader_fails(kind: 
 def test_the_audit_finds_a_reward_that_can_be_hacked(task: Task) -> None:
     """First-substring matching is the mistake of others: the audit has to see it."""
     hackable = {"substring": lambda s: float(f"Therefore: {s.example.gold}" in s.completion)}
-    found = audit(task, hackable, {"substring": 1.0}, EXAMPLE)
+    found = audit_rewards(task, hackable, {"substring": 1.0}, EXAMPLE)
     assert any(text.startswith("both answers") for text in found)
     assert any(text.startswith("answer in the thought") for text in found)
     assert len(exploits("verdict", EXAMPLE)) >= 16

@@ -22,11 +22,11 @@ from pipeline.config.site import is_secret
 from pipeline.core import slurm_client as slurm
 from pipeline.core.errors import PlanError
 from pipeline.core.schema import parse
-from pipeline.core.slurm_words import how_it_ended
+from pipeline.core.slurm_words import explain_exit_code
 from pipeline.launchers import submitit
 from pipeline.launchers.batch_script import script, shell_value
 from pipeline.launchers.slurm import run_plan
-from pipeline.launchers.torchrun import Meeting, command, meeting
+from pipeline.launchers.torchrun import Rendezvous, command, rendezvous
 from pipeline.preflight import checks as preflight
 from pipeline.workflow import status
 from pipeline.workflow.plan import Plan, make_plan
@@ -237,13 +237,13 @@ def test_nodes_meet_where_their_fast_network_is_and_one_node_by_itself(monkeypat
     for name, value in found.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    assert meeting() == Meeting(2, "n3.site", 15_041, "41-0", None)
-    fast = meeting("-ib")
-    assert fast == Meeting(2, "n3-ib.site", 15_041, "41-0", "n4-ib.site")
+    assert rendezvous() == Rendezvous(2, "n3.site", 15_041, "41-0", None)
+    fast = rendezvous("-ib")
+    assert fast == Rendezvous(2, "n3-ib.site", 15_041, "41-0", "n4-ib.site")
     words = command(STAGES["sft"], Path("x"), cluster_of("gpus=4"), fast)
     assert {"--rdzv-endpoint=n3-ib.site:15041", "--local-addr=n4-ib.site"} <= set(words)
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
-    assert meeting("-ib") == Meeting(1, "127.0.0.1", 15_041, "41-0", "127.0.0.1")
+    assert rendezvous("-ib") == Rendezvous(1, "127.0.0.1", 15_041, "41-0", "127.0.0.1")
 
 
 # ---------------------------------------------------------------- an early signal
@@ -505,7 +505,7 @@ def test_a_stage_of_quick_steps_is_left_to_slurms_own_signal(tmp_path: Path, mon
     [("512", "exit code 2"), ("9", "signal 9"), ("137", "signal 9"), ("0", ""), ("2:0", "exit code 2")],
 )
 def test_what_squeue_calls_an_exit_code_is_decoded(waited: str, told: str) -> None:
-    assert how_it_ended(slurm.ended_with(waited)) == told
+    assert explain_exit_code(slurm.exit_code_of(waited)) == told
 
 
 def test_the_words_of_a_dry_run_can_be_typed(tmp_path: Path, fake: Path) -> None:

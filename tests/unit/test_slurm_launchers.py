@@ -26,7 +26,7 @@ from pipeline.core import slurm_client as slurm
 from pipeline.core.errors import ArtifactError, LaunchError, PlanError
 from pipeline.launchers.batch_script import render, script
 from pipeline.launchers.slurm import run_plan
-from pipeline.launchers.torchrun import PORTS, Meeting, command, exit_code, meeting, port_of
+from pipeline.launchers.torchrun import PORTS, Rendezvous, command, exit_code, port_of, rendezvous
 from pipeline.workflow import status
 from pipeline.workflow.lock import LockHolder, is_alive, lock, read_holder
 from pipeline.workflow.plan import make_plan, spec_of
@@ -153,7 +153,7 @@ def test_without_a_recipe_a_script_says_what_it_needs() -> None:
 
 def test_the_processes_of_a_job_meet_at_its_first_host() -> None:
     cluster = cluster_of("nodes=2", "gpus=4")
-    words = command(STAGES["sft"], Path("runs/x"), cluster, Meeting(2, "node3", 15_041, "41"))
+    words = command(STAGES["sft"], Path("runs/x"), cluster, Rendezvous(2, "node3", 15_041, "41"))
     for word in ("--nnodes=2", "--nproc-per-node=4", "--rdzv-endpoint=node3:15041", "--rdzv-id=41"):
         assert word in words
     assert words[-4:] == ["-m", "pipeline.sft", "--step", "runs/x"]
@@ -176,9 +176,9 @@ def test_attempts_of_a_job_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "41")
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "node1")
-    first = meeting()
+    first = rendezvous()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    second = meeting()
+    second = rendezvous()
     assert first is not None
     assert second is not None
     assert first.id != second.id
@@ -323,12 +323,12 @@ def test_the_id_is_found_by_the_token_when_it_could_not_be_written(tmp_path: Pat
     [("41\n", "41", None), ("41;west\n", "41", "west"), ("sbatch: lua: welcome\n41;west\n", "41", "west")],
 )
 def test_the_cluster_that_took_a_job_is_written_down(answer: str, job: str, cluster: str | None) -> None:
-    assert slurm.submitted_as(answer) == (job, cluster)
+    assert slurm.parse_submission(answer) == (job, cluster)
 
 
 def test_an_answer_without_an_id_is_an_error() -> None:
     with pytest.raises(LaunchError, match="expected the id of a job"):
-        slurm.submitted_as("Submitted\n")
+        slurm.parse_submission("Submitted\n")
 
 
 def test_a_job_record_from_before_clusters_is_read(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def breach(task: Task, example: Example) -> str | None:
     if not example.gold or not example.target:
         return None
     sample = make_sample(task, example, example.target, False, False)
-    verdict = sample.verdict
+    verdict = sample.grade
     if not (verdict.answered and (verdict.correct or verdict.proxy) and sample.well_formed):
         return f"{example.id}: {example.target[-200:]!r} for {example.gold!r}: {verdict}, form {sample.well_formed}"
     return None
@@ -316,12 +316,12 @@ ENDS = [
     end=st.sampled_from(ENDS),
     wrong=st.booleans(),
     cut=st.integers(0, 40),
-    prefilled=st.booleans(),
+    prompt_opens_think=st.booleans(),
     truncated=st.booleans(),
     which=st.integers(0, 30),
 )
 def test_rewards_and_evaluation_never_disagree(
-    name: str, thought: str, end: str, wrong: bool, cut: int, prefilled: bool, truncated: bool, which: int
+    name: str, thought: str, end: str, wrong: bool, cut: int, prompt_opens_think: bool, truncated: bool, which: int
 ) -> None:
     """Correctness (or the proxy) pays exactly what evaluation counts as right, of whole and of cut-off answers."""
     from pipeline.rewards.correctness import correctness
@@ -332,9 +332,9 @@ def test_rewards_and_evaluation_never_disagree(
     example = rows[which % len(rows)]
     text = f"{thought}\n{end.format('987654' if wrong else example.gold)}"
     text = text[: len(text) - cut] if cut < len(text) else text
-    sample = make_sample(task, example, text, prefilled, truncated)
-    counted = task.judge(example, text, prefilled, truncated)
-    assert sample.verdict == counted
+    sample = make_sample(task, example, text, prompt_opens_think, truncated)
+    counted = task.judge(example, text, prompt_opens_think, truncated)
+    assert sample.grade == counted
     assert correctness(sample) == (None if counted.correct is None else float(counted.correct))
     assert match(sample) == (None if counted.proxy is None else float(counted.proxy))
     if truncated:

@@ -90,7 +90,7 @@ def test_each_stage_records_the_modules_that_decide_it() -> None:
     assert list(code_of("evaluate", "medical", ["match"])) == sorted([*READERS, "pipeline/tasks/medical.py"])
     folder = code_of("grpo", "corr2cause", ["structure"])
     assert {"pipeline/tasks/corr2cause/__init__.py", "pipeline/tasks/corr2cause/graphs.py"} <= set(folder)
-    assert "pipeline/tasks/corr2cause/said.py" in folder  # only the reward imports it
+    assert "pipeline/tasks/corr2cause/parse_thought.py" in folder  # only the reward imports it
     assert "pipeline/tasks/corr2cause/generate.py" not in folder  # a command of its own
     assert code_of("sft", "gsm8k", ["correctness"]) == code_of("report", "gsm8k", []) == {}
 

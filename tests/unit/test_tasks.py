@@ -25,7 +25,7 @@ from pipeline.config.cluster import read_cluster
 from pipeline.config.recipe import TaskChoice, read
 from pipeline.core.errors import DataError, RecipeError
 from pipeline.hub.download import Repository, repositories
-from pipeline.rewards.audit import FINAL, audit
+from pipeline.rewards.audit import FINAL, audit_rewards
 from pipeline.rewards.reward import find_rewards
 from pipeline.tasks.rows import SAMPLES, file_rows
 from pipeline.tasks.task import Example, Task, example_of, hold_out, make_task, task_names, task_of
@@ -497,7 +497,7 @@ def test_the_task_of_the_document_is_built_from_it(tmp_path: Path, monkeypatch: 
         assert task.grade(example, completion, False).correct
         assert not task.grade(example, f"{completion} Or the answer is E.", False).answered
         rewards, _ = find_rewards(recipe.grpo.rewards)
-        assert audit(task, rewards, dict.fromkeys(rewards, 1.0), example) == []
+        assert audit_rewards(task, rewards, dict.fromkeys(rewards, 1.0), example) == []
     broken = rows.replace('"answer": "D"', '"answer": "F"', 1)
     (tmp_path / "quiz.jsonl").write_text(broken, encoding="utf-8")
     with pytest.raises(DataError, match=r"quiz\.jsonl:3: answer 'F' is none of A, B, C, D"):

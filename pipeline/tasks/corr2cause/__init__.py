@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 from pipeline.core.errors import DataError
 from pipeline.core.schema import Constraint, Fraction, PositiveInt
 from pipeline.scoring import answers
-from pipeline.tasks.corr2cause import text
+from pipeline.tasks.corr2cause import wording
 from pipeline.tasks.corr2cause.graphs import (
     ENUMERATED_N,
     MAX_N,
@@ -38,17 +38,17 @@ from pipeline.tasks.corr2cause.graphs import (
     classes,
     sampled,
 )
+from pipeline.tasks.corr2cause.proof_writer import write_proof
 from pipeline.tasks.corr2cause.published_rows import COLUMNS, gold_of, label_of, question_of, words_of
-from pipeline.tasks.corr2cause.trace import proof
 from pipeline.tasks.rows import Columns, Row
-from pipeline.tasks.task import Example, Needs, Splits, Task, Verdict
+from pipeline.tasks.task import Example, Grade, Needs, Splits, Task
 
 if TYPE_CHECKING:
     from pipeline.tasks.corr2cause.audit import Solver
 
-MOST = 10_000_000  # rows of one set: more would take days, and memory
-Rows = Annotated[int, Constraint(f"a whole number from 0 to {MOST:,}", lambda v: 0 <= v <= MOST)]
-SomeRows = Annotated[int, Constraint(f"a whole number from 1 to {MOST:,}", lambda v: 1 <= v <= MOST)]
+MAX_ROWS = 10_000_000  # rows of one set: more would take days, and memory
+Rows = Annotated[int, Constraint(f"a whole number from 0 to {MAX_ROWS:,}", lambda v: 0 <= v <= MAX_ROWS)]
+SomeRows = Annotated[int, Constraint(f"a whole number from 1 to {MAX_ROWS:,}", lambda v: 1 <= v <= MAX_ROWS)]
 Drawn = Annotated[int, Constraint("a whole number from 1 to 100,000", lambda v: 1 <= v <= 100_000)]
 Members = Annotated[int, Constraint("a whole number from 1 to 10,000", lambda v: 1 <= v <= 10_000)]
 Size = Annotated[int, Constraint(f"a whole number from 2 to {MAX_N}", lambda v: 2 <= v <= MAX_N)]
@@ -85,7 +85,7 @@ class Corr2CauseParams:
     test_classes: Fraction = 0.2
     grpo_only_classes: Fraction = 0.0  # share of the training classes that SFT does not see
     phases: tuple[Phase, ...] = (Phase((3, 4, 5), 1000),)  # SFT rows in the order of a curriculum
-    instruction: str = text.INSTRUCTION  # the last line of the question; "" for none
+    instruction: str = wording.INSTRUCTION  # the last line of the question; "" for none
     grpo_rows: Rows = 1000
     validation_rows: Rows = 200
     test_rows: Rows = 1000
@@ -106,7 +106,7 @@ class Class(Protocol):
 
 
 @dataclass(frozen=True)
-class Slot:
+class ClassClaim:
     """A claim about a class, before renaming."""
 
     mec: Class
@@ -117,7 +117,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Draw:
+class RowSpec:
     """A row before it is put into words: a renamed class, a claim about it, and the names."""
 
     mec: Class
@@ -194,15 +194,15 @@ class Corr2Cause(Task):
             [self.example(draw, f"grpo-{k}") for k, draw in enumerate(grpo)],
             [self.example(draw, f"validation-{k}") for k, draw in enumerate(validation)],
             tests,
-            _proof_of_split(parts, sft, tests),
+            _split_summary(parts, sft, tests),
         )
 
-    def grade(self, example: Example, completion: str, prefilled: bool) -> Verdict:
-        said = answers.read_verdict(completion, prefilled, self.golds)
-        return Verdict(said.value == example.gold, said.value is not None, said.value, reason=said.reason)
+    def grade(self, example: Example, completion: str, prompt_opens_think: bool) -> Grade:
+        said = answers.read_verdict(completion, prompt_opens_think, self.golds)
+        return Grade(said.value == example.gold, said.value is not None, said.value, reason=said.reason)
 
-    def is_well_formed(self, completion: str, prefilled: bool) -> bool:
-        return answers.is_well_formed(completion, prefilled, self.golds, empty_thought=not self.proves)
+    def is_well_formed(self, completion: str, prompt_opens_think: bool) -> bool:
+        return answers.is_well_formed(completion, prompt_opens_think, self.golds, empty_thought=not self.proves)
 
     @property
     def proves(self) -> bool:
@@ -236,16 +236,16 @@ class Corr2Cause(Task):
     def instruction(self) -> str:
         """The last line of the question: the recipe's, or the one that fits labels and style."""
         p = self.params
-        if p.instruction != text.INSTRUCTION:
+        if p.instruction != wording.INSTRUCTION:
             return p.instruction
-        asked = text.INSTRUCTION_THREE if p.labels == "three" else text.INSTRUCTION
-        return f"{asked} {text.EDGES}" if p.style == "plusplus" else asked
+        asked = wording.INSTRUCTION_THREE if p.labels == "three" else wording.INSTRUCTION
+        return f"{asked} {wording.EDGES}" if p.style == "plusplus" else asked
 
-    def asked(self, question: str) -> Example:
+    def example_from_text(self, question: str) -> Example:
         """A premise and a hypothesis ask for a verdict as every row does, also where the last line is left out."""
         instruction = self.params.instruction
         whole = question if not instruction or question.endswith(instruction) else f"{question}\n{instruction}"
-        return super().asked(whole)
+        return super().example_from_text(whole)
 
     def problems(self) -> list[str]:
         p, found = self.params, []
@@ -280,7 +280,7 @@ class Corr2Cause(Task):
         few = {"grpo_rows": 32, "validation_rows": 0, "test_rows": 12, "perturbed_rows": 6}
         return {"n": [4], "validation_classes": 0.0, "test_classes": 0.4, "phases": [phase], **few}
 
-    def specimens(self) -> list[Example]:
+    def audit_examples(self) -> list[Example]:
         """A collider, its question and its proof: a row that every reward can judge, its graph too."""
         premise = (
             "Suppose there is a closed system of 3 variables, A, B and C. All the statistical relations among these 3 "
@@ -305,7 +305,7 @@ class Corr2Cause(Task):
         shuffled: float = 0.0,
         distinct: bool = False,
         proof: str = "full",
-    ) -> list[Draw]:
+    ) -> list[RowSpec]:
         """`count` rows, half Yes within each (N, type); classes are drawn evenly, variables renamed in each row."""
         rng = random.Random(f"{self.seed}/{use}")  # a text, so that the stream is the same on every machine
         even = self.params.balance == "balanced"
@@ -321,7 +321,7 @@ class Corr2Cause(Task):
         keys = sorted(cells)
         weights = [len({slot.mec.id for slots in cells[key].values() for slot in slots}) for key in keys]
         everything = [] if even else [slot for mec in part if mec.n in set(sizes) for slot in self.claims(mec)]
-        found: dict[object, Draw] = {}
+        found: dict[object, RowSpec] = {}
         for _ in range(100 * count):
             if even:
                 key = rng.choices(keys, weights)[0]
@@ -339,14 +339,14 @@ class Corr2Cause(Task):
             f"{count} were asked for; ask for fewer rows or for larger n"
         )
 
-    def claims(self, mec: Class) -> Iterator[Slot]:
+    def claims(self, mec: Class) -> Iterator[ClassClaim]:
         """Every claim about a class with its answer, in the task's semantics and answers."""
-        return slots_of(mec, self.semantics, three=self.params.labels == "three")
+        return claims_of(mec, self.semantics, three=self.params.labels == "three")
 
-    def _cells(self, part: Iterable[Class], sizes: Iterable[int]) -> dict[tuple[int, str], dict[str, list[Slot]]]:
+    def _cells(self, part: Iterable[Class], sizes: Iterable[int]) -> dict[tuple[int, str], dict[str, list[ClassClaim]]]:
         """Claims by (N, type) and answer; where they are to be even, only cells that have every answer."""
         wanted = set(sizes)
-        cells: dict[tuple[int, str], dict[str, list[Slot]]] = {}
+        cells: dict[tuple[int, str], dict[str, list[ClassClaim]]] = {}
         for mec in part:
             if mec.n in wanted:
                 for slot in self.claims(mec):
@@ -356,7 +356,7 @@ class Corr2Cause(Task):
             return cells
         return {key: cell for key, cell in cells.items() if all(cell.values())}
 
-    def rename(self, rng: random.Random, slot: Slot, *, with_trace: bool, shuffle: bool) -> Draw:
+    def rename(self, rng: random.Random, slot: ClassClaim, *, with_trace: bool, shuffle: bool) -> RowSpec:
         """A claim under letters and in a wording drawn from `rng`."""
         n, relation = slot.mec.n, slot.relation
         if isinstance(slot.mec, EquivalenceClass):
@@ -371,40 +371,42 @@ class Corr2Cause(Task):
             i, j = j, i  # the symmetric types name either first
         who = ""
         if self.params.style == "story":
-            who, measured = rng.choice(text.STUDIES)
+            who, measured = rng.choice(wording.STUDIES)
             names = rng.sample(measured.split(), n)
         else:
             names = list(ascii_uppercase[:n])
             if self.params.variable_names == "alphabet":
                 names = sorted(rng.sample(ascii_uppercase, n))
         seed = rng.random() if shuffle else None
-        return Draw(mec, relation, i, j, slot.gold, tuple(names), rng.randrange(2), with_trace, seed, who)
+        return RowSpec(mec, relation, i, j, slot.gold, tuple(names), rng.randrange(2), with_trace, seed, who)
 
-    def example(self, draw: Draw, id: str, *, style: str | None = None) -> Example:
+    def example(self, draw: RowSpec, id: str, *, style: str | None = None) -> Example:
         """A draw in words: of the task's style, or of another."""
         mec, params = draw.mec, self.params
         style, names = style or params.style, list(draw.names)
         if style != "story" and draw.who:
             names = list(ascii_uppercase[: mec.n])
         if style == "refactored":
-            names = text.refactored(names)
+            names = wording.refactored(names)
         minimal = params.premise == "minimal"
-        dependent, independent = text.relations(mec)
+        dependent, independent = wording.relations(mec)
         if minimal:
-            independent = text.smallest(independent)
+            independent = wording.smallest(independent)
         elif style == "plusplus":
             independent.sort(key=lambda one: (one[:2], len(one[2])))
         if draw.shuffle is not None:
             rng = random.Random(draw.shuffle)
             rng.shuffle(dependent)
             rng.shuffle(independent)
-        premise = text.premise(names, dependent, independent, style, minimal=minimal, who=draw.who)
-        claim = text.hypothesis(draw.relation, names[draw.i], names[draw.j], wording=draw.wording, style=style)
+        premise = wording.premise(names, dependent, independent, style, minimal=minimal, who=draw.who)
+        claim = wording.hypothesis(draw.relation, names[draw.i], names[draw.j], wording=draw.wording, style=style)
         thought = ""
         if draw.with_trace and isinstance(mec, EquivalenceClass):
             asked = (draw.relation, draw.i, draw.j)
             three = params.labels == "three"
-            thought = proof(mec, names, *asked, independent, self.semantics, short=draw.proof == "short", three=three)
+            thought = write_proof(
+                mec, names, *asked, independent, self.semantics, short=draw.proof == "short", three=three
+            )
             thought += "\n"
             if style == "plusplus":
                 edges = sorted(mec.pattern.arrows)
@@ -412,7 +414,7 @@ class Corr2Cause(Task):
                 thought += "\n" if edges else "No edge is shared.\n"
         return Example(
             id=id,
-            question=text.question(premise, claim, self.instruction),
+            question=wording.question(premise, claim, self.instruction),
             gold=draw.gold,
             group=mec.id,
             tags={
@@ -479,7 +481,7 @@ class Corr2Cause(Task):
         variables = _VARIABLES.search(premise)
         tags = {"n": int(variables["n"])} if variables else {}
         target = f"{answers.OPEN}\n{answers.CLOSE}\nTherefore: {gold}"
-        question = text.question(premise, claim, self.instruction)
+        question = wording.question(premise, claim, self.instruction)
         return Example(f"{Path(row.source).stem}-{row.line}", question, gold, group, tags, target)
 
 
@@ -493,7 +495,7 @@ def known_classes(params: Corr2CauseParams, n: int, seed: int) -> list[Class]:
     """All classes of n variables that rows may come from, in a fixed order."""
     bound = params.max_independences or 1 << 30
     if params.mode == "paper":
-        from pipeline.tasks.corr2cause.paper import published_classes
+        from pipeline.tasks.corr2cause.published import published_classes
 
         return [one for one in published_classes(n) if len(one.independences) <= bound]
     minimal = params.premise == "minimal"
@@ -509,7 +511,7 @@ def known_classes(params: Corr2CauseParams, n: int, seed: int) -> list[Class]:
             most_independences=None if minimal else params.max_independences,
         )
     )
-    return [mec for mec in found if len(text.smallest(mec.independences) if minimal else mec.independences) <= bound]
+    return [mec for mec in found if len(wording.smallest(mec.independences) if minimal else mec.independences) <= bound]
 
 
 def split_classes(params: Corr2CauseParams, seed: int) -> dict[str, list[Class]]:
@@ -525,7 +527,7 @@ def split_classes(params: Corr2CauseParams, seed: int) -> dict[str, list[Class]]
             same.setdefault(mec.id, []).append(mec)  # the published set tells six classes twice
         known = list(same.values())
         random.Random(f"{seed}/classes/{n}").shuffle(known)
-        fruitful = [unit for unit in known if any(slot.gold == "Yes" for mec in unit for slot in slots_of(mec))]
+        fruitful = [unit for unit in known if any(slot.gold == "Yes" for mec in unit for slot in claims_of(mec))]
         if len(fruitful) == 1:
             known.remove(fruitful[0])
             known.append(fruitful[0])
@@ -543,7 +545,7 @@ def split_classes(params: Corr2CauseParams, seed: int) -> dict[str, list[Class]]
     return parts
 
 
-def slots_of(mec: Class, semantics: Semantics = PUBLISHED, *, three: bool = False) -> Iterator[Slot]:
+def claims_of(mec: Class, semantics: Semantics = PUBLISHED, *, three: bool = False) -> Iterator[ClassClaim]:
     """Every claim about a class: unordered for the symmetric types, one direction for the others' inverses.
 
     Of a published class all six types of every pair i < j, with the published labels.
@@ -551,7 +553,7 @@ def slots_of(mec: Class, semantics: Semantics = PUBLISHED, *, three: bool = Fals
     if not isinstance(mec, EquivalenceClass):
         for i, j in combinations(range(mec.n), 2):
             for relation in RELATIONS:
-                yield Slot(mec, relation, i, j, "Yes" if mec.entails(relation, i, j) else "No")  # type: ignore[attr-defined]
+                yield ClassClaim(mec, relation, i, j, "Yes" if mec.entails(relation, i, j) else "No")  # type: ignore[attr-defined]
         return
     for i, j in permutations(range(mec.n), 2):
         for relation in RELATIONS:
@@ -561,10 +563,10 @@ def slots_of(mec: Class, semantics: Semantics = PUBLISHED, *, three: bool = Fals
                 gold = "Yes"
             else:
                 gold = "Unknown" if three and mec.allows(relation, i, j, semantics) else "No"
-            yield Slot(mec, relation, i, j, gold)
+            yield ClassClaim(mec, relation, i, j, gold)
 
 
-def _proof_of_split(
+def _split_summary(
     parts: dict[str, list[Class]], sft: list[Example], tests: dict[str, list[Example]]
 ) -> dict[str, Any]:
     """Which canonical classes are where, and that no two parts share one."""

@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.scoring.metrics import Outcome, compute_metrics, count_groups
 from pipeline.tasks.corr2cause.decide import decide
 from pipeline.tasks.corr2cause.graphs import PLUSPLUS, PUBLISHED, EquivalenceClass, Semantics
-from pipeline.tasks.corr2cause.premise import Claim, Premise, class_of, read_claim, read_premise
+from pipeline.tasks.corr2cause.parse_premise import Claim, Premise, class_of, read_claim, read_premise
 from pipeline.tasks.corr2cause.published_rows import label_of, question_of, words_of
 from pipeline.tasks.rows import Row
 
@@ -99,7 +99,7 @@ class Solver:
         return Solved(premise, claim, decide(mec.pattern, claim.relation, claim.i, claim.j, semantics))
 
 
-def audit(rows: Iterable[Row], semantics: Semantics | None = None, *, paper: bool = False) -> Audit:
+def audit_rows(rows: Iterable[Row], semantics: Semantics | None = None, *, paper: bool = False) -> Audit:
     """Audit rows of a file, as `rows.file_rows` reads them."""
     solver, found = Solver(semantics), Audit(reproduced=0 if paper else None)
     for row in rows:
@@ -146,7 +146,7 @@ def _is_published(solved: Solved, yes: bool) -> bool:
     """Whether the published program makes this row: its premise in these letters, and this label."""
     from string import ascii_uppercase
 
-    from pipeline.tasks.corr2cause.paper import published_index
+    from pipeline.tasks.corr2cause.published import published_index
 
     premise, claim = solved.premise, solved.claim
     if premise.n > 6 or premise.names != tuple(ascii_uppercase[: premise.n]):
@@ -156,7 +156,7 @@ def _is_published(solved: Solved, yes: bool) -> bool:
     return one is not None and one.entails(claim.relation, i, j) == yes
 
 
-def show(found: Audit, name: str, most: int = 20) -> str:
+def audit_text(found: Audit, name: str, most: int = 20) -> str:
     """The audit as text: what was found, by n and by type, and the first rows of each kind."""
     lines = [
         f"{name}: {found.rows} rows, {len(found.wrong)} wrong labels, {len(found.unfaithful)} rows whose premise no "

@@ -15,13 +15,13 @@ graphs and 0.2 s. `graphs.holds` over all members says the same, and the tests h
 from __future__ import annotations
 
 from pipeline.tasks.corr2cause.graphs import (
+    CPDAG,
     PUBLISHED,
     Dag,
-    Pattern,
     Semantics,
     bits,
+    common_effects,
     dag_of,
-    meetings,
     reachable,
     transpose,
 )
@@ -30,7 +30,7 @@ LIMIT = 20_000  # partly directed graphs that one claim may cost: a minute
 Graph = tuple[list[int], list[int]]  # for each node its children, and what an undirected edge joins it to
 
 
-def decide(pattern: Pattern, relation: str, i: int, j: int, semantics: Semantics = PUBLISHED) -> str:
+def decide(pattern: CPDAG, relation: str, i: int, j: int, semantics: Semantics = PUBLISHED) -> str:
     """`entailed`, `contradicted` or `undetermined`; ValueError where the limit is reached."""
     key, i, j = semantics.key(relation, i, j)
     kind = key.partition("/")[2]
@@ -86,7 +86,7 @@ class _Search:
             return bool(dag[i] >> j & 1)
         if self.key == "path":
             return any(reachable(dag, 1 << k) >> j & 1 for k in bits(dag[i] & ~(1 << j)))
-        return bool(meetings(dag, i, j, self.kind))
+        return bool(common_effects(dag, i, j, self.kind))
 
     def may_hold(self, upper: Dag) -> bool:
         """Of all arrows that could be, lines both ways: False only where it holds in no member."""

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config.recipe import TaskChoice
 from pipeline.core.errors import DataError
-from pipeline.tasks.corr2cause import Class, Corr2Cause, Corr2CauseParams, Slot, split_classes
+from pipeline.tasks.corr2cause import Class, ClassClaim, Corr2Cause, Corr2CauseParams, split_classes
 from pipeline.tasks.corr2cause.graphs import EquivalenceClass
 from pipeline.tasks.task import task_of
 
@@ -44,7 +44,7 @@ def most_rows(params: Corr2CauseParams, copies: int) -> int:
 
 
 @dataclass(frozen=True)
-class Order:
+class GenerationSpec:
     """What is to be made: everything the bytes depend on."""
 
     params: str  # the task's params as canonical JSON: it travels to the processes
@@ -61,7 +61,7 @@ class Order:
 
 
 @cache
-def _parts(order: Order) -> dict[str, list[list[Class]]]:
+def _parts(order: GenerationSpec) -> dict[str, list[list[Class]]]:
     """The groups of classes of each split, by N."""
     task = order.task
     found = split_classes(task.params, order.seed)
@@ -75,7 +75,7 @@ def _parts(order: Order) -> dict[str, list[list[Class]]]:
     return parts
 
 
-Job = tuple[Order, str, int, int]  # and split, group, copy
+Job = tuple[GenerationSpec, str, int, int]  # and split, group, copy
 
 
 def _group(job: Job) -> list[dict[str, Any]]:
@@ -89,14 +89,14 @@ def _group(job: Job) -> list[dict[str, Any]]:
     return rows
 
 
-def _chosen(task: Corr2Cause, rng: random.Random, mec: Class) -> list[Slot]:
+def _chosen(task: Corr2Cause, rng: random.Random, mec: Class) -> list[ClassClaim]:
     """All claims about a class; of even sets, as many with each answer within each type."""
     slots = list(task.claims(mec))
     if task.params.balance == "natural":
         return slots
     kept = []
     for relation in dict.fromkeys(slot.relation for slot in slots):
-        by_gold: dict[str, list[Slot]] = {gold: [] for gold in task.golds}
+        by_gold: dict[str, list[ClassClaim]] = {gold: [] for gold in task.golds}
         for slot in slots:
             if slot.relation == relation:
                 by_gold[slot.gold].append(slot)
@@ -105,7 +105,7 @@ def _chosen(task: Corr2Cause, rng: random.Random, mec: Class) -> list[Slot]:
     return kept
 
 
-def _row(task: Corr2Cause, rng: random.Random, slot: Slot, id: str, order: Order) -> dict[str, Any]:
+def _row(task: Corr2Cause, rng: random.Random, slot: ClassClaim, id: str, order: GenerationSpec) -> dict[str, Any]:
     draw = task.rename(rng, slot, with_trace=order.proof != "none", shuffle=False)
     example = task.example(replace(draw, proof=order.proof), id)
     tags, mec = example.tags, draw.mec
@@ -173,7 +173,7 @@ def generate(
     settled = {"instruction": "", **params}
     if settled.get("mode") == "paper":
         settled.setdefault("phases", [{"n": list(settled.get("n", (3, 4, 5))), "rows": 1, "proof_fraction": 0.0}])
-    order = Order(json.dumps(settled, sort_keys=True), seed, copies, proof)
+    order = GenerationSpec(json.dumps(settled, sort_keys=True), seed, copies, proof)
     task = order.task  # says what is wrong with the params before anything is written
     if (most := most_rows(task.params, copies)) > MOST_ROWS:
         fits = max(1, copies * MOST_ROWS // most)
@@ -236,7 +236,7 @@ def _sha256(path: Path) -> str:
     return found.hexdigest()
 
 
-def _card(order: Order, record: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
+def _card(order: GenerationSpec, record: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
     """The data card: what the rows are, how they were made, how many there are, and that no class is in two splits."""
     task = order.task
     p = task.params

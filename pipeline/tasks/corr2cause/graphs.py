@@ -124,7 +124,7 @@ def holds(dag: Dag, relation: str, i: int, j: int, semantics: Semantics = PUBLIS
         return any(reachable(dag, 1 << k) >> j & 1 for k in bits(dag[i] & ~(1 << j)))
     if key == "strict":
         return not dag[i] >> j & 1 and bool(reachable(dag, 1 << i) >> j & 1)
-    return bool(meetings(dag if relation == "collider" else transpose(dag), i, j, key.partition("/")[2]))
+    return bool(common_effects(dag if relation == "collider" else transpose(dag), i, j, key.partition("/")[2]))
 
 
 def _paths(dag: Dag, start: int, end: int, avoid: int) -> Iterator[int]:
@@ -138,7 +138,7 @@ def _paths(dag: Dag, start: int, end: int, avoid: int) -> Iterator[int]:
                 yield here | rest
 
 
-def meetings(dag: Dag, i: int, j: int, kind: str = "paths") -> list[int]:
+def common_effects(dag: Dag, i: int, j: int, kind: str = "paths") -> list[int]:
     """The nodes where i and j meet going forward: by `paths` that share nothing else, as any descendant, as a child."""
     others = [k for k in range(len(dag)) if k not in (i, j)]
     if kind in ("child", "parent"):
@@ -152,7 +152,7 @@ def meetings(dag: Dag, i: int, j: int, kind: str = "paths") -> list[int]:
 
 
 @dataclass(frozen=True)
-class Pattern:
+class CPDAG:
     """A partially directed graph: `arrows` are the compelled edges, `lines` the undirected ones (i < j)."""
 
     n: int
@@ -162,9 +162,9 @@ class Pattern:
     def adjacent(self, i: int, j: int) -> bool:
         return bool({(i, j), (j, i)} & self.arrows) or (min(i, j), max(i, j)) in self.lines
 
-    def renamed(self, new: tuple[int, ...]) -> Pattern:
+    def renamed(self, new: tuple[int, ...]) -> CPDAG:
         """The same graph with node i called new[i]."""
-        return Pattern(
+        return CPDAG(
             self.n,
             frozenset((new[i], new[j]) for i, j in self.arrows),
             frozenset((min(new[i], new[j]), max(new[i], new[j])) for i, j in self.lines),
@@ -209,7 +209,7 @@ class Pattern:
         return min(self.renamed(order).code for order in _refined_orders(self))
 
 
-def _refined_orders(graph: Pattern) -> Iterator[tuple[int, ...]]:
+def _refined_orders(graph: CPDAG) -> Iterator[tuple[int, ...]]:
     """Renamings enough for a canonical form: nodes are told apart by their neighbours' colours, ties by trying each.
 
     Of nodes with the same neighbours (twins) only one is tried: swapping them changes nothing.
@@ -263,12 +263,12 @@ def v_structures(dag: Dag) -> frozenset[tuple[int, int, int]]:
     return frozenset(found)
 
 
-def meek_step(pattern: Pattern) -> tuple[Edge, str, int] | None:
+def meek_step(pattern: CPDAG) -> tuple[Edge, str, int] | None:
     """The first arrow that Meek's rules R1–R3 force next, with the rule and the node it argues from."""
     return next((found for line in sorted(pattern.lines) if (found := meek(pattern, line))), None)
 
 
-def meek(pattern: Pattern, line: Edge) -> tuple[Edge, str, int] | None:
+def meek(pattern: CPDAG, line: Edge) -> tuple[Edge, str, int] | None:
     """The arrow that Meek's rules R1–R3 make of this line, with the rule and the node it argues from."""
     arrows, lines, n = pattern.arrows, pattern.lines, pattern.n
     for tail, head in (line, line[::-1]):
@@ -286,30 +286,30 @@ def meek(pattern: Pattern, line: Edge) -> tuple[Edge, str, int] | None:
     return None
 
 
-def oriented(pattern: Pattern, edge: Edge) -> Pattern:
+def oriented(pattern: CPDAG, edge: Edge) -> CPDAG:
     """The pattern with one of its lines made the arrow `edge`."""
     line = (min(edge), max(edge))
-    return Pattern(pattern.n, pattern.arrows | {edge}, pattern.lines - {line})
+    return CPDAG(pattern.n, pattern.arrows | {edge}, pattern.lines - {line})
 
 
-def completed(n: int, skeleton: frozenset[Edge], vees: frozenset[tuple[int, int, int]]) -> Pattern:
+def completed(n: int, skeleton: frozenset[Edge], vees: frozenset[tuple[int, int, int]]) -> CPDAG:
     """The CPDAG of the class with this skeleton and these v-structures, by Meek's rules."""
     arrows = frozenset(arrow for a, c, b in vees for arrow in ((a, c), (b, c)))
     lines = frozenset(e for e in skeleton if e not in arrows and e[::-1] not in arrows)
-    pattern = Pattern(n, arrows, lines)
+    pattern = CPDAG(n, arrows, lines)
     while found := meek_step(pattern):
         pattern = oriented(pattern, found[0])
     return pattern
 
 
-def pattern_of(dag: Dag) -> Pattern:
+def cpdag_of(dag: Dag) -> CPDAG:
     """The CPDAG of the class of one DAG."""
     n = len(dag)
     skeleton = frozenset((min(i, j), max(i, j)) for i in range(n) for j in bits(dag[i]))
     return completed(n, skeleton, v_structures(dag))
 
 
-def extension_of(pattern: Pattern) -> Dag | None:
+def consistent_extension(pattern: CPDAG) -> Dag | None:
     """A DAG with the pattern's arrows and skeleton and no other v-structure; None where there is none.
 
     A node is taken away when it can be the last: no arrow leaves it, and each line's other end is adjacent to all its
@@ -336,7 +336,7 @@ def extension_of(pattern: Pattern) -> Dag | None:
     return tuple(dag)
 
 
-def members_of(dag: Dag, most: int | None = None) -> tuple[Dag, ...] | None:
+def equivalent_dags(dag: Dag, most: int | None = None) -> tuple[Dag, ...] | None:
     """Every DAG of the class of this one, sorted, by turning covered arrows; None for more than `most`."""
     seen, queue = {dag}, [dag]
     for one in queue:  # the list grows while it is walked
@@ -369,7 +369,7 @@ class EquivalenceClass:
     `origin` is a class of which this one is a renaming: what is known of it is renamed, not found again.
     """
 
-    pattern: Pattern
+    pattern: CPDAG
     origin: tuple[EquivalenceClass, tuple[int, ...]] | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -385,10 +385,10 @@ class EquivalenceClass:
     def members(self) -> tuple[Dag, ...]:
         if self.origin:
             return tuple(sorted(_renamed_dag(dag, self.origin[1]) for dag in self.origin[0].members))
-        dag = extension_of(self.pattern)
+        dag = consistent_extension(self.pattern)
         if dag is None:
             raise ValueError("no DAG has this skeleton and these v-structures")
-        return members_of(dag) or ()
+        return equivalent_dags(dag) or ()
 
     @property
     def size(self) -> int:
@@ -410,7 +410,7 @@ class EquivalenceClass:
 
         from pipeline.tasks.corr2cause.enumeration import independent
 
-        member = extension_of(self.pattern)  # any: they have the same
+        member = consistent_extension(self.pattern)  # any: they have the same
         if member is None:
             raise ValueError("no DAG has this skeleton and these v-structures")
         return independences_of(self.n, independent(np.array([member], dtype=np.uint16)))[0]
@@ -491,7 +491,7 @@ def classes_of(children: Any, members: Any = None, owner: Any = None) -> list[Eq
         edges = list(zip(*(axis.tolist() for axis in some[k].nonzero()), strict=True))
         lines = frozenset((i, j) for i, j in edges if i < j and some[k, j, i])
         arrows = frozenset((i, j) for i, j in edges if not some[k, j, i])
-        mec = EquivalenceClass(Pattern(n, arrows, lines))
+        mec = EquivalenceClass(CPDAG(n, arrows, lines))
         mec.__dict__.update(members=tuple(sorted(listed[k])), independences=independences[k], tables=tables[k])
         found.append(mec)
     if n <= 7:
@@ -540,7 +540,7 @@ def sampled(
         kept: list[tuple[Dag, tuple[Dag, ...]]] = []
         for _ in range(count):
             dag = dag_of(n, [pair for pair in pairs if rng.random() < edge_probability])
-            members = members_of(dag, most_members) if any(dag) else None
+            members = equivalent_dags(dag, most_members) if any(dag) else None
             if members:
                 kept.append((dag, members))
         if most_independences is not None and kept:

@@ -25,7 +25,7 @@ import numpy as np
 from pipeline.tasks.corr2cause import enumeration
 from pipeline.tasks.corr2cause.enumeration import Bools, Ints
 from pipeline.tasks.corr2cause.graphs import Dag, Independence, bits, classes_of, independences_of
-from pipeline.tasks.corr2cause.premise import class_of
+from pipeline.tasks.corr2cause.parse_premise import class_of
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def series(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-class Told(Protocol):
+class HasIndependences(Protocol):
     """What has a premise: any class."""
 
     @property
@@ -97,7 +97,7 @@ class Told(Protocol):
     def independences(self) -> tuple[Independence, ...]: ...
 
 
-def relations(mec: Told) -> tuple[list[tuple[int, int]], list[Independence]]:
+def relations(mec: HasIndependences) -> tuple[list[tuple[int, int]], list[Independence]]:
     """The dependent pairs and the independences of a class, in the published order."""
     independences = list(mec.independences)
     apart = {(i, j) for i, j, given in independences if not given}

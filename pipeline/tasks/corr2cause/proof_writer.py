@@ -37,17 +37,17 @@ from itertools import combinations
 from operator import and_, or_
 
 from pipeline.tasks.corr2cause.graphs import (
+    CPDAG,
     PUBLISHED,
     Dag,
     EquivalenceClass,
     Independence,
-    Pattern,
     Semantics,
     bits,
+    common_effects,
     dag_of,
     holds,
     meek,
-    meetings,
     oriented,
     reachable,
     transpose,
@@ -57,7 +57,7 @@ from pipeline.tasks.corr2cause.graphs import (
 _TURNED = {"child": "parent", "descendant": "ancestor"}
 
 
-def proof(
+def write_proof(
     mec: EquivalenceClass,
     names: Sequence[str],
     relation: str,
@@ -118,7 +118,7 @@ def _steps(mec: EquivalenceClass, names: Sequence[str], told: Sequence[Independe
     ]
 
 
-def _forced(current: Pattern, names: Sequence[str]) -> list[str]:
+def _forced(current: CPDAG, names: Sequence[str]) -> list[str]:
     """Rounds through the open links, in order, until a round changes nothing or no link is open.
 
     Before its mark each link names every variable that has an arrow at one of its ends, and what it is to both: the
@@ -139,7 +139,7 @@ def _forced(current: Pattern, names: Sequence[str]) -> list[str]:
     return rounds or [_line("Forced:", [])]
 
 
-def _seen(graph: Pattern, k: int, end: int) -> str:
+def _seen(graph: CPDAG, k: int, end: int) -> str:
     """What a variable is to one end of a link: an arrow into it, an arrow from it, an open link, or apart."""
     if (k, end) in graph.arrows:
         return "into"
@@ -157,7 +157,7 @@ def _arrow(names: Sequence[str], tail: int, head: int) -> str:
     return f"{names[min(tail, head)]} {names[max(tail, head)]} {_mark(tail, head)}"
 
 
-def _edges(graph: Pattern, names: Sequence[str]) -> list[str]:
+def _edges(graph: CPDAG, names: Sequence[str]) -> list[str]:
     lines = [(edge, f"{names[edge[0]]} {names[edge[1]]} --") for edge in graph.lines]
     arrows = [((min(edge), max(edge)), _arrow(names, *edge)) for edge in graph.arrows]
     return [words for _, words in sorted(lines + arrows)]
@@ -167,11 +167,11 @@ def _line(title: str, items: list[str]) -> str:
     return " ".join([title, *(f"{item}." for item in items or ["none"])])
 
 
-def _with_colliders(graph: Pattern) -> Pattern:
+def _with_colliders(graph: CPDAG) -> CPDAG:
     """The skeleton with only its v-structures oriented."""
     arrows = frozenset(arrow for a, c, b in graph.v_structures for arrow in ((a, c), (b, c)))
     edges = {(min(e), max(e)) for e in graph.arrows} | graph.lines
-    return Pattern(graph.n, arrows, frozenset(e for e in edges if e not in arrows and e[::-1] not in arrows))
+    return CPDAG(graph.n, arrows, frozenset(e for e in edges if e not in arrows and e[::-1] not in arrows))
 
 
 def _claim(names: Sequence[str], relation: str, i: int, j: int) -> str:
@@ -254,16 +254,16 @@ class _Decision:
                     return " -> ".join(names[k] for k in (*path, j))
                 paths.extend((*path, k) for k in bits(dag[path[-1]]) if k not in path)
         kind = self.semantics.key(self.relation, i, j)[0].partition("/")[2]
-        return names[meetings(_step(dag, self.relation), i, j, kind)[0]]
+        return names[common_effects(_step(dag, self.relation), i, j, kind)[0]]
 
 
-def _turned(names: Sequence[str], graph: Pattern, dag: Dag) -> list[str]:
+def _turned(names: Sequence[str], graph: CPDAG, dag: Dag) -> list[str]:
     """The arrows of a DAG that are lines of the graph, in the order of their links."""
     arrows = [(a, b) for a in range(len(dag)) for b in bits(dag[a]) if (a, b) not in graph.arrows]
     return [_arrow(names, *arrow) for arrow in sorted(arrows, key=sorted)]
 
 
-def _turning(graph: Pattern) -> Dag:
+def _turning(graph: CPDAG) -> Dag:
     """Every arrow, and every line both ways: what no member can go beyond."""
     both = list(dag_of(graph.n, tuple(graph.arrows)))
     for a, b in graph.lines:
@@ -283,7 +283,7 @@ def _either(members: Sequence[Dag], n: int) -> Dag:
 
 
 def _cases(
-    graph: Pattern, members: tuple[Dag, ...], decided: Callable[[tuple[Dag, ...]], bool]
+    graph: CPDAG, members: tuple[Dag, ...], decided: Callable[[tuple[Dag, ...]], bool]
 ) -> tuple[tuple[Dag, ...], ...]:
     """The fewest sets of members, split line by line, in each of which the claim is decided."""
     lines = sorted(graph.lines)

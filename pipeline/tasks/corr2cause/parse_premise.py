@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
 
-from pipeline.tasks.corr2cause.graphs import MAX_N, EquivalenceClass, Independence, completed, extension_of
+from pipeline.tasks.corr2cause.graphs import MAX_N, EquivalenceClass, Independence, completed, consistent_extension
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def class_of(n: int, independences: Iterable[Independence], *, minimal: bool = F
     if any((b, a) in arrows for a, b in arrows):
         return None
     pattern = completed(n, skeleton, vees)
-    if extension_of(pattern) is None:
+    if consistent_extension(pattern) is None:
         return None
     found = EquivalenceClass(pattern)
     if not minimal:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import combinations
 
 from pipeline.tasks.corr2cause.graphs import EquivalenceClass
-from pipeline.tasks.corr2cause.premise import Premise, class_of, read_premise
+from pipeline.tasks.corr2cause.parse_premise import Premise, class_of, read_premise
 
 Pair = tuple[int, int]
 
@@ -32,7 +32,7 @@ class Structure:
 
 
 @lru_cache(maxsize=4096)
-def asked(question: str) -> tuple[Premise, EquivalenceClass, str] | None:
+def parse_question(question: str) -> tuple[Premise, EquivalenceClass, str] | None:
     """The premise of a question, its class and its words; None where there is none that can be read."""
     words = question.split("\nHypothesis:")[0].removeprefix("Premise:").strip()
     try:
@@ -55,7 +55,7 @@ _RIGHT, _LEFT, _LINE = r"-{1,2}>|→|⟶|⇒", r"<-{1,2}|←|⟵|⇐", r"--|—|
 _SUPPOSED = re.compile(r"^\s*(?:case|member|holds|fails|never|there|open|from|to|suppose|assume|if)\b.*$", re.I | re.M)
 
 
-MOST = 60_000  # characters of a thought that are read, its last ones: the later statement about a pair counts
+MAX_CHARACTERS = 60_000  # characters of a thought that are read, its last ones: the later statement about a pair counts
 _LATEX = {  # what a command says
     **dict.fromkeys(
         ("to", "rightarrow", "longrightarrow", "Rightarrow", "Longrightarrow", "implies", "mapsto"), " -> "
@@ -82,7 +82,7 @@ def plain(thought: str) -> str:
 
     Dependence (`A \not\perp B`) must not become independence.
     """
-    text = _one_blank(thought)[-MOST:].replace("*", "").replace("`", "")
+    text = _one_blank(thought)[-MAX_CHARACTERS:].replace("*", "").replace("`", "")
     if re.search(r"[\\$̸̷]", text):
         text = _FONTS.sub(r"\1", _NOT_APART.sub(" depends on ", text.replace(r"\!", "")))
         text = re.sub(r"(?:\$|\\\)) ?(?:\$|\\\()", " , ", text)  # one formula ends, another begins
@@ -101,7 +101,7 @@ def _one_blank(text: str) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def said(thought: str, names: Sequence[str], copied: str = "") -> Structure:
+def read_structure(thought: str, names: Sequence[str], copied: str = "") -> Structure:
     """What the thought says of these variables; sentences of `copied` (the premise) are left out."""
     thought = plain(thought)
     for sentence in re.split(r"(?<=\.)\s+", copied):

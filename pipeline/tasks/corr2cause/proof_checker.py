@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 
 from pipeline.tasks.corr2cause.graphs import PUBLISHED, Semantics
-from pipeline.tasks.corr2cause.premise import Claim, Premise, read_claim, read_premise
+from pipeline.tasks.corr2cause.parse_premise import Claim, Premise, read_claim, read_premise
 
 Arrow = tuple[int, int]
 Arrows = frozenset[Arrow]
 
 
 @dataclass
-class Checked:
+class ProofResult:
     """The verdict that the proof arrives at (None where it arrives at none), and each step that does not follow."""
 
     verdict: str | None = None
@@ -36,12 +36,12 @@ class _Wrong(Exception):
     """A step that does not follow."""
 
 
-def check(question: str, thought: str, semantics: Semantics = PUBLISHED, *, three: bool = False) -> Checked:
+def check_proof(question: str, thought: str, semantics: Semantics = PUBLISHED, *, three: bool = False) -> ProofResult:
     """Check a thought (without its tags) against its question; ValueError where the question cannot be read."""
     words = question.removeprefix("Premise: ").split("\nHypothesis: ")
     premise = read_premise(words[0])
     reader = _Reader(premise, read_claim(words[1].split("\n")[0], premise.names), semantics, three)
-    found = Checked()
+    found = ProofResult()
     lines = [line for line in thought.strip().splitlines() if line.strip()]
     for number, line in enumerate(lines, 1):
         try:
