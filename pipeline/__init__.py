@@ -46,7 +46,7 @@ _FORMER = {  # folder -> modules that were `pipeline.NAME` before they moved int
     "models": "modeling=loading weight_checks template_trial to_gguf=gguf kernels",
     "engines": "generation",
     "training": "training=trainer monitor=callbacks checkpoints distributed devices operators",
-    "preflight": "preflight=checks libraries",
+    "preflight": "preflight=checks",
 }
 MOVED = {
     old: f"pipeline.{folder}.{new or old}"

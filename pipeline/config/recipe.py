@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from pipeline.config.architectures import ModelType
 from pipeline.config.former import recipe_renames, task_name
 from pipeline.config.load import read_typed
+from pipeline.config.trainer_names import LossName, OptimizerName, RewardScale, SchedulerName, scheduler_problems
 from pipeline.core.errors import RecipeError, did_you_mean
 from pipeline.core.hashing import file_identity
 from pipeline.core.schema import (
@@ -127,10 +128,10 @@ class TaskChoice:
 class Optimizer:
     """How weights move: shared by SFT and GRPO."""
 
-    name: str  # one of transformers' `optim` names, or muon (Jordan et al. 2024) by DeepSpeed
+    name: OptimizerName  # an `optim` of transformers, or muon (Jordan et al. 2024) by DeepSpeed
     learning_rate: PositiveFloat
     muon_learning_rate: PositiveFloat  # muon: of the hidden matrices; everything else moves by AdamW at learning_rate
-    lr_scheduler_type: str  # one of transformers' `lr_scheduler_type` names
+    lr_scheduler_type: SchedulerName
     lr_scheduler_kwargs: dict[str, Any] | None
     warmup: NonNegativeFloat  # a share of the steps when < 1, else steps
     weight_decay: NonNegativeFloat
@@ -182,8 +183,8 @@ class Grpo:
     beta: NonNegativeFloat  # weight of the KL term; 0 keeps no reference model
     epsilon: PositiveFloat
     epsilon_high: PositiveFloat
-    loss_type: str
-    scale_rewards: Literal["group", "batch", "none"]
+    loss_type: LossName
+    scale_rewards: RewardScale
     mask_truncated_completions: bool
 
 
@@ -261,6 +262,8 @@ class Recipe:
                 f"use {' or '.join(str(n) for n in below + above)}"
             )
         for stage, optimizer in (("sft", self.sft.optimizer), ("grpo", self.grpo.optimizer)):
+            key, kwargs = f"{stage}.optimizer.lr_scheduler_kwargs", optimizer.lr_scheduler_kwargs or {}
+            found += scheduler_problems(key, optimizer.lr_scheduler_type, kwargs)
             if optimizer.name == "muon" and optimizer.max_grad_norm:
                 found.append(
                     f"{stage}.optimizer.max_grad_norm: {optimizer.max_grad_norm:g} would shrink every step of muon, "

@@ -2,8 +2,8 @@
 
     python -m pipeline check deepseek7b --cluster 2x2080ti    also at the start of every `run`, but for audit and sbatch
 
-Needs no GPU and no network, and imports neither torch nor transformers: the names that the installed libraries know are
-read from their source. What the recipe's and the cluster's own types refuse never comes this far.
+Needs no GPU and no network, and imports neither torch nor transformers. What the recipe's and the cluster's own types
+refuse never comes this far.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
@@ -26,11 +26,10 @@ from packaging.requirements import InvalidRequirement, Requirement
 from pipeline.config.architectures import architecture_of
 from pipeline.config.cluster import AMPERE, DEEPSPEED, Cluster, half_precision
 from pipeline.config.model_files import TEMPLATES, gguf_file, model_config, special_in, special_tokens
-from pipeline.config.recipe import Model, Optimizer, Recipe
+from pipeline.config.recipe import Model, Recipe
 from pipeline.core.errors import did_you_mean
 from pipeline.core.slurm_client import error_text, is_installed, run_slurm
 from pipeline.hub.download import not_downloaded
-from pipeline.preflight import libraries
 from pipeline.rewards.audit import audit_rewards, count_exploits
 from pipeline.rewards.reward import find_rewards
 from pipeline.sizing.fitting import host_remedies, is_unknown, needs, resolve_auto, suggest_overrides, unknown_model
@@ -48,11 +47,11 @@ QUANTIZED_SINCE = {"nf4": 6.0, "int8": 7.5}  # the compute capability that bitsa
 
 def problems(plan: Plan, *, audited: bool = False) -> tuple[list[str], list[str]]:
     """What would fail, and what is worth knowing, as sentences."""
-    wrong, notes = [*_packages(), *_arguments(), *_deepspeed(plan.cluster)], list[str]()
+    wrong, notes = [*_packages(), *_deepspeed(plan.cluster)], list[str]()
     recipes = {step.recipe.name: step.recipe for step in plan.to_run}
     unread = {step.recipe.name for step in plan.to_run if step.stage == "preprocess"}
     for name, recipe in recipes.items():
-        checks = (_names, _chat_format, _file, _attention, _lengths, _adapters)
+        checks = (_chat_format, _file, _attention, _lengths, _adapters)
         found = [text for look in checks for text in look(recipe)]
         for look_wide in (_hardware, _precision, _memory, _host_memory):
             found += look_wide(recipe, plan.cluster)
@@ -106,21 +105,6 @@ def install_command(*words: str) -> str:
     pinned = Path("constraints.txt").absolute()
     versions = ["-c", str(pinned)] if pinned.is_file() else []
     return shlex.join([sys.executable, "-m", "pip", "install", *words, *versions])
-
-
-def _arguments() -> Iterator[str]:
-    """Arguments that the stages pass and the installed trl and transformers do not know: they rename them often."""
-    shared = libraries.fields("transformers", "training_args.py") | libraries.fields("trl", "trainer/base_config.py")
-    for stage, config in (("sft", "SFTConfig"), ("grpo", "GRPOConfig")):
-        known = shared | libraries.fields("trl", f"trainer/{stage}_config.py")
-        passed = libraries.passed("pipeline", "training/trainer.py", "arguments")
-        unknown = sorted((passed | libraries.passed("pipeline", f"{stage}.py", config)) - known)
-        if shared and unknown:
-            version = importlib.metadata.version("trl")
-            yield (
-                f"package trl {version}: its {config} has no argument {', '.join(unknown)}, which pipeline/{stage}.py "
-                "passes: install the versions of constraints.txt with scripts/setup"
-            )
 
 
 def _extras(cluster: Cluster) -> Iterator[str]:
@@ -217,41 +201,6 @@ def _quotas(place: Path) -> Iterator[int]:
 
 
 # ---------------------------------------------------------------- the recipe
-
-
-def _names(recipe: Recipe) -> Iterator[str]:
-    """Names that the installed libraries do not know."""
-    optimizers = [*libraries.values("transformers", "training_args.py", "OptimizerNames"), "muon"]
-    schedules = libraries.values("transformers", "trainer_utils.py", "SchedulerType")
-    losses = libraries.compared("trl", "trainer/grpo_trainer.py", "loss_type")
-    for stage, optimizer in (("sft", recipe.sft.optimizer), ("grpo", recipe.grpo.optimizer)):
-        yield from _known(f"{stage}.optimizer.name", optimizer.name, optimizers, "transformers")
-        kind = optimizer.lr_scheduler_type
-        yield from _known(f"{stage}.optimizer.lr_scheduler_type", kind, schedules, "transformers")
-        yield from _schedule(stage, optimizer)
-    yield from _known("grpo.loss_type", recipe.grpo.loss_type, losses, "trl")
-
-
-def _known(key: str, name: str, names: Sequence[str], package: str) -> Iterator[str]:
-    if len(names) > 1 and name not in names:
-        yield f"{key}: {name!r} is none that {package} knows; {did_you_mean(name, names)}"
-
-
-def _schedule(stage: str, optimizer: Optimizer) -> Iterator[str]:
-    """`lr_scheduler_kwargs` that the schedule does not take, or lacks."""
-    takes, given = libraries.schedule_arguments(optimizer.lr_scheduler_type), optimizer.lr_scheduler_kwargs or {}
-    where = f"{stage}.optimizer.lr_scheduler_kwargs"
-    if takes is None:
-        return
-    for name in given:
-        if name not in takes:
-            close = did_you_mean(name, list(takes)) if takes else "it takes none; use null"
-            yield f"{where}.{name}: nothing that {optimizer.lr_scheduler_type} takes; {close}"
-    lacks = [name for name, needed in takes.items() if needed and name not in given]
-    if {"min_lr", "min_lr_rate"} <= takes.keys() and not {"min_lr", "min_lr_rate"} & given.keys():
-        lacks.append("min_lr_rate")
-    if lacks:
-        yield f"{where}: {optimizer.lr_scheduler_type} needs {', '.join(lacks)}; such as {where}.{lacks[0]}=0.1"
 
 
 def _chat_format(recipe: Recipe) -> Iterator[str]:
