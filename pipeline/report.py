@@ -254,6 +254,7 @@ def _prompts(models: Sequence[ModelResult], inputs: Mapping[str, Artifact]) -> l
 def _step_record(artifact: Artifact) -> StepRecord:
     made = artifact.provenance
     return StepRecord(
+        stage=artifact.stage,
         fingerprint=artifact.fingerprint,
         folder=str(artifact.folder),
         seconds=made["seconds"],

@@ -33,7 +33,7 @@ def status_command(args: argparse.Namespace) -> int:
             print(text, flush=True)
     else:
         print(status.show(rows, troubles))
-    reports = [row for row in rows if row.state == "done" and row.step.partition("/")[2].startswith("report-")]
+    reports = [row for row in rows if row.state == "done" and row.stage == "report"]
     if not args.json and reports and not any(row.live for row in rows):
         print("\n" + "\n".join(f"report: {row.folder}/report.html" for row in reports))
     return 0
@@ -59,8 +59,8 @@ def logs_command(args: argparse.Namespace) -> int:
 
 def cancel_command(args: argparse.Namespace) -> int:
     rows, troubles = status.table(args.runs)
-    recipes = {row.step.partition("/")[0] for row in rows}
-    chosen = [row for row in rows if not args.names or row.step.partition("/")[0] in args.names]
+    recipes = {row.recipe for row in rows}
+    chosen = [row for row in rows if not args.names or row.recipe in args.names]
     chosen += [status.find_step(rows, name) for name in args.names if name not in recipes]
     going = {row.step: row for row in chosen if row.live}
     if troubles and (not rows or any(row.state == "unknown" for row in chosen)):

@@ -51,7 +51,7 @@ def draw(report: Report) -> Charts:
         differences=_differences(report, changed),
         splits=_splits(report, metric),
         by_tag={tag: _by_tag(report, tag, metric) for tag in report.breakdowns},
-        curves={label: _curves(label.partition("/")[2], logged) for label, logged in report.curves.items()},
+        curves={label: _curves(report.steps[label].stage, logged) for label, logged in report.curves.items()},
     )
 
 

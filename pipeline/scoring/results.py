@@ -173,6 +173,7 @@ class Sample:
 class StepRecord:
     """How a step of a report was made."""
 
+    stage: str
     fingerprint: str
     folder: str
     seconds: float

@@ -26,6 +26,7 @@ from pipeline.core.errors import EXIT_FAULT
 from pipeline.core.files import write_json
 from pipeline.workflow.artifact import PROGRESS, is_done
 from pipeline.workflow.progress import ATTEMPT, Progress, read_progress
+from pipeline.workflow.step_folders import read_summary, short_name
 
 PARENT = "THEREFORE_PARENT"  # the pid of the process that starts this one, in its environment
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -124,7 +125,8 @@ def record_failure(folder: Path, problems: Sequence[str], since: float, state: s
     if progress is None or progress.started < since:  # rank 0 has not begun to keep this attempt's
         attempt = progress.attempt + 1 if progress and progress.state != "done" else 1
         token, host = os.environ.get(ATTEMPT, ""), os.uname().nodename  # the launcher knows its own start by the token
-        name = folder.name.rpartition("-")[0]
+        spec = read_summary(folder)
+        name = spec.name if spec else short_name(folder, None)
         progress = Progress(name, state, started=since, attempt=attempt, host=host, token=token)
     code = EXIT_FAULT if state == "failed" else None
     ended = replace(progress, state=state, note="", problems=tuple(problems), exit_code=code, updated=time.time())

@@ -42,12 +42,12 @@ def outdated_folders(plan: Plan, names: Sequence[str]) -> tuple[list[Path], list
     known = {CHANGED, *(step.name for step in steps), *(step.stage for step in steps)}
     if unknown := [name for name in names if name not in known]:
         raise PlanError(*(f"--refresh: got {name!r}; {did_you_mean(name, known)}" for name in unknown))
-    first, notes = list[Path](), list[str]()
+    first, notes = list[Step](), list[str]()
     for step in steps:
         named = step.name in names or step.stage in names
         unknown_code = step.done and recorded_code(step.folder) is None  # an earlier version made it
         if (step.outdated and (named or CHANGED in names)) or (named and unknown_code):
-            first.append(step.folder)
+            first.append(step)
         elif named:
             notes.append(_why_kept(step))
     found = _with_dependents(plan.runs, first)
@@ -69,26 +69,29 @@ def _why_kept(step: Step) -> str:
     return f"{step.label} stays: its code has not changed since. To make it again all the same, delete {step.folder}"
 
 
-def _with_dependents(runs: Path, first: Iterable[Path]) -> list[Path]:
-    """These steps and all that were made from them, in every recipe's folder; each comes after its inputs."""
-    folders = [path.parent for path in sorted(runs.glob(f"*/*/{STEP}"))]
-    inputs = {folder: _inputs(folder) for folder in folders}
-    found = list(dict.fromkeys(first))
-    for made in found:  # grows while it is walked
-        fingerprint = made.name.rpartition("-")[2]
-        found += [folder for folder in folders if fingerprint in inputs[folder] and folder not in found]
-    return found
+def _with_dependents(runs: Path, first: Iterable[Step]) -> list[Path]:
+    """The folders of these steps and of all that were made from them, of every recipe; each after its inputs."""
+    steps = {path.parent: _fingerprints(path.parent) for path in sorted(runs.glob(f"*/*/{STEP}"))}
+    found = {step.folder: step.fingerprint for step in first}
+    queue = list(found)
+    for made in queue:  # grows while it is walked
+        for folder, (fingerprint, inputs) in steps.items():
+            if found[made] in inputs and folder not in found:
+                found[folder] = fingerprint
+                queue.append(folder)
+    return queue
 
 
-def _inputs(folder: Path) -> set[str]:
-    """The fingerprints of the steps that a step was made from."""
+def _fingerprints(folder: Path) -> tuple[str, set[str]]:
+    """A step's fingerprint, and those of the steps that it was made from."""
     try:
         record = read_mapping(folder / STEP) or {}
     except InvalidRecord:  # `status` shows it
-        return set()
+        record = {}
     payload = record.get("payload")
     inputs = payload.get("inputs") if isinstance(payload, dict) else None
-    return {str(value) for value in inputs.values()} if isinstance(inputs, dict) else set()
+    made_from = {str(value) for value in inputs.values()} if isinstance(inputs, dict) else set()
+    return str(record.get("fingerprint")), made_from
 
 
 def move_aside(folders: Sequence[Path], runs: Path) -> list[str]:

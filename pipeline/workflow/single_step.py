@@ -111,7 +111,8 @@ def export_plan(
     identity = checkpoint_identity(checkpoint)
     payload = step_payload("export", recipe, inputs={"source": source}, files=identity, settings=settings)
     ending = "-".join([format, *([quant] if quant else []), fingerprint(payload)])
-    folder = out or runs / "exports" / f"{recipe.name}-{source.rpartition('-')[0] or source}-{ending}"
+    step_name = source.removesuffix(f"-{made_by[1].get('fingerprint')}") if made_by else source.rpartition("-")[0]
+    folder = out or runs / "exports" / f"{recipe.name}-{step_name or source}-{ending}"
     if out and out.exists() and any(out.iterdir()):
         there = read_json(out / STEP) or {}
         if there.get("fingerprint") != fingerprint(payload):

@@ -24,12 +24,12 @@ from pipeline.core import slurm_client as slurm
 from pipeline.core.errors import LaunchError, PlanError, did_you_mean, explain_disk, printable
 from pipeline.core.slurm_client import Job, JobRecord, cluster_option, error_text, run_slurm
 from pipeline.core.slurm_words import end_reason, explain_exit_code, pending_reason
-from pipeline.workflow.artifact import LOG, STEP, STOP
+from pipeline.workflow.artifact import LOG, STEP, STOP, stage_and_role
 from pipeline.workflow.jobs import QueueSnapshot, query
 from pipeline.workflow.lock import is_alive
 from pipeline.workflow.progress import describe, format_duration, too_many_restarts
 from pipeline.workflow.stage import STAGES
-from pipeline.workflow.step_folders import StepFiles, read_files, step_folders
+from pipeline.workflow.step_folders import SpecSummary, StepFiles, read_files, read_summary, short_name, step_folders
 from pipeline.workflow.task_code import code_changes_of
 
 CHUNK = 1 << 20  # bytes of a log that are read at once
@@ -48,6 +48,9 @@ class Row:
     (gone without a word), unknown (Slurm cannot be asked), odd (a file of its folder cannot be used)."""
 
     step: str  # tiny/grpo-1a2b3c4d5e
+    recipe: str  # the folder of runs/ that it lies in: tiny, tiny+qwen1.5b, evaluations, exports
+    name: str  # its folder's name without the fingerprint: grpo
+    stage: str | None  # None: not known, because its step.json cannot be used
     state: str
     folder: str
     job: str | None
@@ -68,6 +71,11 @@ class Row:
     updated: float | None
     cluster: str | None = None  # of the job, where it is not the one that is reached from here
     user: str | None = None  # of the job
+
+    @property
+    def label(self) -> str:
+        """`tiny/grpo`"""
+        return f"{self.recipe}/{self.name}"
 
     @property
     def live(self) -> bool:
@@ -97,9 +105,11 @@ def table(
 ) -> tuple[list[Row], list[str]]:
     """The newest step of each name (`everything`: all of them), and what kept Slurm from being asked."""
     folders, unlisted = step_folders(runs, recipes)
-    folders.sort(key=_place)
+    specs = {folder: read_summary(folder) for folder in folders}
+    folders.sort(key=lambda folder: _place(folder, specs[folder]))
     if not everything:  # a step's folders differ in their fingerprints; sorted by time, so the newest wins
-        folders = list({(folder.parent, folder.name.rpartition("-")[0]): folder for folder in folders}.values())
+        newest = {(folder.parent, short_name(folder, specs[folder])): folder for folder in folders}
+        folders = list(newest.values())
     files = {folder: read_files(folder) for folder in folders}
     records = [one.record for one in files.values() if one.record and not one.done]
     live_holders = [one.holder for one in files.values() if one.holder and not one.done]
@@ -107,36 +117,39 @@ def table(
     answers = ask(records, holders) if records or holders else QueueSnapshot()
     rows: dict[Path, Row] = {}
     for folder in folders:
-        rows[folder] = _row(folder, files[folder], answers, rows)
+        rows[folder] = _row(folder, specs[folder], files[folder], answers, rows)
     problems = answers.problems if records or holders else []
     alone = ["what follows is from the files of the steps alone"] if problems else []
     return list(rows.values()), [*unlisted, *problems, *alone]
 
 
-def _place(folder: Path) -> tuple[str, int, str, float]:
+def _place(folder: Path, spec: SpecSummary | None) -> tuple[str, int, str, float]:
     """Recipes by name, steps in the order of the pipeline, the newest last."""
-    stage = folder.name.rpartition("-")[0]
-    place = list(STAGES).index(stage.partition("-")[0]) if stage.partition("-")[0] in STAGES else len(STAGES)
+    name = short_name(folder, spec)
+    stage = spec.stage if spec else stage_and_role(name)[0]  # the name is all that is left where step.json is damaged
+    place = list(STAGES).index(stage) if stage in STAGES else len(STAGES)
     try:
         written = (folder / STEP).stat().st_mtime
     except OSError:  # gone since, or a stale handle: `read_files` tells
         written = 0.0
-    return str(folder.parent), place, stage, written
+    return str(folder.parent), place, name, written
 
 
-def _row(folder: Path, files: StepFiles, answers: QueueSnapshot, before: dict[Path, Row]) -> Row:
+def _row(
+    folder: Path, spec: SpecSummary | None, files: StepFiles, answers: QueueSnapshot, before: dict[Path, Row]
+) -> Row:
     progress, holder, record = files.progress, files.holder, files.record
     job = answers.job_of(record) if record and not files.done else None
     state, reasons = _state(folder, files, job, answers)
     wanted = {place.absolute() for place in files.inputs}
     inputs = [row for place, row in before.items() if place.absolute() in wanted]
     if state == "queued" and job and job.reason == "Dependency":
-        waiting = [_label(row) for row in inputs if row.state != "done"]
+        waiting = [row.label for row in inputs if row.state != "done"]
         reasons = [f"waits for {', '.join(waiting)}"] if waiting else []
     broken = [row for row in inputs if row.state in ("failed", "cancelled", "lost", "stopped", "odd")]
     if state in ("cancelled", "lost") and broken and not progress:
         state = "cancelled"  # Slurm does that to what can never start
-        reasons = [f"never started: {_label(row)} {row.state}" for row in broken]
+        reasons = [f"never started: {row.label} {row.state}" for row in broken]
     if job and job.live and job.user and job.user != slurm.this_user():
         reasons = [*reasons, f"a job of {job.user}"]
     if progress and state in (*ACTIVE, "queued") and (sentence := too_many_restarts(progress)):
@@ -150,6 +163,9 @@ def _row(folder: Path, files: StepFiles, answers: QueueSnapshot, before: dict[Pa
         reasons = [*reasons, f"no word for {format_duration(silent)}: {why}"]
     return Row(
         step=f"{folder.parent.name}/{folder.name}",
+        recipe=folder.parent.name,
+        name=short_name(folder, spec),
+        stage=spec.stage if spec else None,
         state=state,
         folder=str(folder),
         job=job.id if job else record.id if record else None,
@@ -224,10 +240,6 @@ def _full_disk(folder: Path) -> str | None:
         return None
 
 
-def _label(row: Row) -> str:
-    return row.step.rpartition("-")[0]
-
-
 # ---------------------------------------------------------------- shown
 
 HEADINGS = ("state", "step", "job", "node", "time", "limit", "progress", "restarts", "")
@@ -289,12 +301,12 @@ def find_step(rows: Sequence[Row], name: str) -> Row:
     wanted = name.rstrip("/")
     folder = str(Path(wanted).absolute())
     full = [row for row in rows if wanted in (row.step, row.job) or folder == str(Path(row.folder).absolute())]
-    label = [row for row in rows if _label(row) == wanted]
-    short = [row for row in rows if row.step.partition("/")[2].rpartition("-")[0] == wanted]
+    label = [row for row in rows if row.label == wanted]
+    short = [row for row in rows if row.name == wanted]
     found = full or label or short
     if not found:
-        known = {_label(row) for row in rows}
-        close = did_you_mean(name, known if "/" in name else {label.partition("/")[2] for label in known})
+        known = {row.label if "/" in name else row.name for row in rows}
+        close = did_you_mean(name, known)
         raise PlanError(f"{name!r}: no such step; {close}")
     if len(found) > 1:
         raise PlanError(f"{name!r}: which one? {', '.join(row.step for row in found)}")

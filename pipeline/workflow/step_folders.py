@@ -19,7 +19,7 @@ from typing import Any
 from pipeline.core import slurm_client as slurm
 from pipeline.core.errors import ArtifactError, PlanError, did_you_mean
 from pipeline.core.hashing import FINGERPRINT_LENGTH
-from pipeline.core.records import read_record
+from pipeline.core.records import read_record, record_or_none
 from pipeline.core.slurm_client import JobRecord, read_job
 from pipeline.workflow.artifact import ARTIFACT, PROGRESS, STEP, artifact_problem, is_done, open_artifact
 from pipeline.workflow.lock import OWNER, LockHolder, read_holder
@@ -31,9 +31,11 @@ STEP_FOLDER = re.compile(rf".+-[0-9a-f]{{{FINGERPRINT_LENGTH}}}")  # sft-1a2b3c4
 
 @dataclass(frozen=True)
 class SpecSummary:
-    """What the table shows of a step's spec."""
+    """The part of a step's spec that tables and messages need; read without the recipe's checks."""
 
+    name: str
     stage: str
+    fingerprint: str
     inputs: dict[str, str]  # role -> folder
 
 
@@ -70,6 +72,17 @@ def _is_step(folder: Path) -> bool:
     except OSError:
         return True  # `read_files` tells
     return STEP in names or bool(names & RECORDS and STEP_FOLDER.fullmatch(folder.name))
+
+
+def read_summary(folder: Path) -> SpecSummary | None:
+    """Read which step a folder is of; None where its step.json cannot be used, which `read_files` reports."""
+    return record_or_none(folder / STEP, SpecSummary)
+
+
+def short_name(folder: Path, spec: SpecSummary | None) -> str:
+    """The folder's name without the fingerprint at its end: `grpo`."""
+    name = folder.name.removesuffix(f"-{spec.fingerprint}") if spec else folder.name
+    return name[: -FINGERPRINT_LENGTH - 1] if name == folder.name and STEP_FOLDER.fullmatch(name) else name
 
 
 def _listed(folder: Path, problems: list[str]) -> list[Path]:

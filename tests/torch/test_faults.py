@@ -243,7 +243,7 @@ def stop_rank_1(process: subprocess.Popen[str], folder: Path) -> int:
 
 def test_a_stopped_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before: the other ranks waited for it, and nobody said so."""
-    monkeypatch.setattr(faults, "LOOK", 0.0)
+    monkeypatch.setattr(faults, "POLL_SECONDS", 0.0)
     process = start_ranks("asleep", tmp_path)
     try:
         still = faults.StoppedProcesses(process.pid)
@@ -268,7 +268,7 @@ def test_a_stopped_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_both_launchers_say_that_a_process_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(faults, "LOOK", 0.1)
+    monkeypatch.setattr(faults, "POLL_SECONDS", 0.1)
     plan = make_plan(["tiny"], stages=["preprocess"], runs=tmp_path)
     (step,) = plan.to_run
     wait = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP); raise SystemExit(1)"

@@ -22,6 +22,7 @@ from pipeline.scoring.results import (
     Report,
     ShownPrompt,
     SplitMetrics,
+    StepRecord,
     Unanswered,
     to_json,
 )
@@ -67,7 +68,7 @@ def report() -> Report:
         warnings=["tiny/sft: 5 of 96 SFT rows are longer than sft.max_length 64 tokens and were left out"],
         published=[{"name": "GPT-4", "f1": 0.291}],
         breakdowns=[],
-        curves={"tiny/sft": {"loss": [[1, 2.0], [2, 1.5]]}},
+        curves={},
         training={},
         data={},
         goals=[
@@ -80,6 +81,9 @@ def report() -> Report:
         steps={},
         settings={"tiny": "seed: 0"},
     )
+
+
+SFT = StepRecord("sft", "1a2b3c4d5e", "runs/tiny/sft-1a2b3c4d5e", 60, 1, "local", {"torch": "2"}, "3.12", "x", None, "")
 
 
 def model(name: str, role: str, split: str, metrics: SplitMetrics) -> ModelResult:
@@ -119,6 +123,7 @@ def test_what_a_model_or_a_file_says_cannot_leave_its_place(report: Report) -> N
 
 
 def test_the_page_shows_every_chart_and_the_best_model(report: Report) -> None:
+    report = replace(report, steps={"tiny/sft": SFT}, curves={"tiny/sft": {"loss": [[1, 2.0], [2, 1.5]]}})
     page = render("report.html", report, draw(report))
     assert page.count("<svg") == 5  # F1, balanced accuracy, differences, splits, the loss of SFT
     assert '<b class="best">0.900</b>' in page
