@@ -66,7 +66,7 @@ class Model:
     revision: str | None
     random_init: RandomInit | None
     gguf: str | None  # a .gguf file, or package/file of an installed Python package: unpacked once, by preprocess
-    chat_template: str | None  # None: the tokenizer's own; a name of `architectures.TEMPLATES`; or a .jinja file
+    chat_template: str | None  # None: the tokenizer's own; a name of `model_files.TEMPLATES`; or a .jinja file
     quantization: Literal["none", "nf4", "int8"]
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
