@@ -1,10 +1,13 @@
-"""Ask a model every test row, grade the answers, count.
+"""Generate an answer to every test row, grade it, and compute metrics.
 
     python -m pipeline.evaluate tiny                             the recipe's models: base, SFT, GRPO
     python -m pipeline.evaluate --ckpt DIR [--task corr2cause] [--split test] [--limit N]    any checkpoint
 
-Leaves `predictions.jsonl` (one line a row: what was asked, said and judged) and `metrics.json`. An evaluation
-that was interrupted goes on with the rows that have no answer yet.
+Each row gets one completion, drawn as `recipe.evaluate` says (greedy at temperature 0) with a seed of its own, whatever
+the batch size and the number of processes. `Task.grade` grades it, as it does for GRPO's rewards.
+
+Leaves `predictions.jsonl` (one line a row: prompt's hash, completion, grade) and `metrics.json`. An evaluation that
+was interrupted resumes with the rows that have no answer yet.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""A checkpoint for others: the adapter alone, merged in 16 bit, merged and then quantized, or one GGUF file.
+"""Export a checkpoint: the adapter alone, merged in 16 bit, merged and then quantized to 4 bit, or one GGUF file.
 
     python -m pipeline export --ckpt runs/tiny/grpo-… --format merged16
     python -m pipeline export --ckpt runs/tiny/grpo-… --format gguf --quant q4_0 --push OWNER/NAME
 
 An adapter is merged into the base model's 16-bit weights, whatever it was trained on, never into 4-bit ones; merged4
 is that model, quantized afterwards. Leaves `model/`, `adapter/` or `gguf/` with tokenizer, chat template, generation
-config and a model card: the files that are pushed. What was merged from what is in the artifact's identity.
+config and a model card: the files that are pushed. The artifact's identity names what was merged into what.
 """
 
 from __future__ import annotations

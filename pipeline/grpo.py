@@ -1,9 +1,22 @@
 """Reinforcement learning from the task's rewards: group relative policy optimization (Shao et al. 2024).
 
-    python -m pipeline.grpo tiny                    one recipe's GRPO step, under torchrun
+    python -m pipeline.grpo tiny                        one recipe's GRPO step, under torchrun
     python -m pipeline.grpo tiny grpo.init_from=base    from the base model, without SFT ("direct GRPO")
 
-Every reward is computed from one judgement of each completion by the task's `grade`. Leaves the same files as SFT.
+What is computed, with the settings of configs/base.yaml in brackets; TRL's GRPOTrainer computes it:
+
+    reward      weighted sum of the recipe's rewards, all from one grade of each completion by `Task.grade`
+    advantage   reward − mean of the prompt's `num_generations` completions, divided by their standard deviation
+                (scale_rewards: group; batch divides by that of the batch, none does not divide). No value model
+    ratio       by token, new policy / policy that generated, clipped to 1 − epsilon … 1 + epsilon_high
+                (0.2, 0.28: DAPO's clip-higher, Yu et al. 2025). It is 1 in the first pass over a generation
+    loss        −min(ratio × advantage, clipped ratio × advantage), summed over the tokens of all completions and
+                divided by their number (loss_type: dapo; grpo averages each completion first, dr_grpo divides by
+                the length limit). Truncated completions count, unless mask_truncated_completions is set
+    reference   with beta > 0: + beta × KL to the first policy of this stage, the estimator e^d − d − 1, where d is
+                the difference of log-probabilities (beta: 0, so no reference model is kept)
+
+Every optimizer step takes `global_batch_size` completions. Leaves the same files as SFT.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Rows, splits and their proof; for a model from scratch also its tokenizer and first weights.
+"""Read or generate the task's rows, split them, and write them; initialise a random model where the recipe has one.
 
     python -m pipeline.preprocess tiny
 
 Leaves `data/<split>.parquet` (conversational prompt/completion records with metadata, readable by `datasets`),
-`splits.json` (which groups are in which split, overlap 0) and, from scratch, `model/`.
+`splits.json` (which groups are in which split, overlap 0) and, for a randomly initialised model, `model/` with a
+tokenizer trained on the rows. A GGUF file is unpacked to `model/`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,11 @@
 """Supervised fine-tuning on the task's targets.
 
-    python -m pipeline.sft tiny                     one recipe's SFT step, under torchrun
+    python -m pipeline.sft tiny                          one recipe's SFT step, under torchrun
     torchrun --nproc_per_node=2 -m pipeline.sft tiny     the same, processes started by hand
+
+The loss is the cross-entropy of the target's tokens given the prompt, averaged over the tokens of a global batch;
+prompt tokens have no loss, but for the first `full_loss_fraction` of the rows. Rows that are longer than `max_length`
+are dropped and counted, never cut. With `early_stopping_patience` the weights of the lowest validation loss are kept.
 
 Leaves `model/` (all weights) or `adapter/` (LoRA), `history.json`, `tensorboard/` and `checkpoints/`.
 """

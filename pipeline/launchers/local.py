@@ -37,7 +37,6 @@ from pipeline.workflow.stage import STAGES, write_spec
 
 POLL_SECONDS = 0.2  # seconds
 TAIL_LINES = 15  # lines of a failed step's log that are shown
-RESUMABLE_STAGES = ("sft", "grpo", "evaluate")  # stages that save when they are asked to leave
 
 
 def run_plan(plan: Plan) -> list[Step]:
@@ -136,7 +135,7 @@ def _stop_at(step: Step, plan: Plan) -> float:
 
     Of a job that is shorter than `signal_before_limit` half of what is left is used. Without a limit: never.
     """
-    end = job_end() if this_job() and step.stage in RESUMABLE_STAGES else None
+    end = job_end() if this_job() and STAGES[step.stage].resumable else None
     if end is None:
         return math.inf
     now, before = time.time(), plan.cluster.slurm.save_seconds(step.stage)
@@ -189,7 +188,7 @@ def _stopping(process: subprocess.Popen[bytes], step: Step, grace: int, attempt:
         asked += 1
         progress = _progress(step, attempt)
         begun = signum != signal.SIGINT or (progress is not None and progress.state != "starting")
-        if asked == 1 and step.stage in RESUMABLE_STAGES and begun:
+        if asked == 1 and STAGES[step.stage].resumable and begun:
             (step.folder / STOP).touch()
             tqdm.write("stopping: it saves at the next step and leaves; Ctrl-C again ends it at once", file=sys.stderr)
         else:

@@ -218,7 +218,7 @@ def train(trainer: Trainer, recipe: Recipe, stage: str, out: Path, runtime: Runt
     if runtime.rank == 0:
         for sentence in passed:
             print(sentence, flush=True)
-        print(f"goes on from {resume.name}" if resume else "begins at step 0", flush=True)
+        print(f"resumes from {resume.name}" if resume else "begins at step 0", flush=True)
     if resume:
         restore_callbacks(trainer, resume)
     with logger_environment(out, runtime):

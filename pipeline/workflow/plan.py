@@ -335,14 +335,14 @@ def explain(step: Step, cluster: Cluster | None = None) -> list[str]:
     if holder and is_alive(holder):
         return [f"running: {holder}"]
     if odd:
-        return [f"begins again: its {ARTIFACT} {odd}"]
+        return [f"restart: its {ARTIFACT} {odd}"]
     saved = [path for path in step.folder.glob("checkpoints/checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     if saved:
         newest = max(saved, key=lambda path: int(path.name.rpartition("-")[2]))
         refused = resume_problems_of(step, cluster) if cluster else []
-        return [f"cannot resume: {text}" for text in refused] or [f"goes on from {newest.name}"]
+        return [f"cannot resume: {text}" for text in refused] or [f"resumes from {newest.name}"]
     if (step.folder / STEP).exists():
-        return ["begins again: it did not end"]
+        return ["restart: the previous attempt saved no checkpoint"]
     before = _latest(step)
     if before is None:
         return ["new"]

@@ -33,9 +33,7 @@ from pipeline.workflow.step_folders import SpecSummary, StepFiles, read_files, r
 from pipeline.workflow.task_code import code_changes_of
 
 CHUNK = 1 << 20  # bytes of a log that are read at once
-SILENT_SECONDS = (
-    900.0  # seconds without a word of a running step that are worth one: a long step of GRPO takes 8 minutes
-)
+SILENT_SECONDS = 900.0  # without progress, after which a step may hang: a long step of GRPO takes 8 minutes
 QUERY_INTERVAL = 30.0  # seconds between two questions to Slurm of a command that repeats; sites forbid more
 
 ACTIVE = ("starting", "running", "saving")
@@ -45,7 +43,7 @@ ALREADY_OVER = ("already completing or completed", "Invalid job id")  # scancel 
 @dataclass(frozen=True)
 class Row:
     """A step. `state`: waiting, queued, starting, running, saving, ending, done, stopped, failed, cancelled, lost
-    (gone without a word), unknown (Slurm cannot be asked), odd (a file of its folder cannot be used)."""
+    (exited without a final status), unknown (Slurm cannot be queried), odd (a file of its folder cannot be used)."""
 
     step: str  # tiny/grpo-1a2b3c4d5e
     recipe: str  # the folder of runs/ that it lies in: tiny, tiny+qwen1.5b, evaluations, exports
@@ -160,7 +158,7 @@ def _row(
     running = state in ACTIVE and progress is not None
     if running and progress and (silent := time.time() - progress.updated) > SILENT_SECONDS:
         why = "a long step, or a process that hangs or was stopped; see its log"
-        reasons = [*reasons, f"no word for {format_duration(silent)}: {why}"]
+        reasons = [*reasons, f"no progress written for {format_duration(silent)}: {why}"]
     return Row(
         step=f"{folder.parent.name}/{folder.name}",
         recipe=folder.parent.name,
@@ -228,8 +226,8 @@ def _state(folder: Path, files: StepFiles, job: Job | None, answers: QueueSnapsh
     if record is None and progress is None:
         return "waiting", []
     who = f"Slurm job {record.id or '(not taken)'}" if record else str(holder) if holder else "its process"
-    gone = "without a word: killed, out of memory, or its node is off" if progress else "and it never started"
-    return "lost", [full] if full else [f"{who} is gone {gone}; the same run command goes on"]
+    outcome = "exited without a final status (killed, out of memory or node failure)" if progress else "never started"
+    return "lost", [full] if full else [f"{who} {outcome}. Fix: rerun the same command to resume"]
 
 
 def _full_disk(folder: Path) -> str | None:

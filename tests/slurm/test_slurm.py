@@ -153,7 +153,7 @@ def test_submitit_runs_the_same_chain_and_requeues_in_its_own_way(lab: Lab, runs
     one = "evaluate-base-*/predictions.jsonl"
     assert only(runs, f"tiny/{one}").read_bytes() == only(nano, f"tiny/{one}").read_bytes()
     log = Path(found["tiny/sft"]["log"])
-    assert "goes on from checkpoint-" in log.read_text()
+    assert "resumes from checkpoint-" in log.read_text()
     pickled = pickle.loads(next(only(runs, "tiny/sft-*").glob("submitit/*_submitted.pkl")).read_bytes())
     assert vars(pickled.function) == {"folder": str(only(runs, "tiny/sft-*"))}  # a name, and no closure
 

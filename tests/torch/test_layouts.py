@@ -144,7 +144,7 @@ def test_another_layout_is_refused_by_plan_check_and_run(half_done: Path) -> Non
         assert fix in done.stderr
     shown = run_cli("plan", "tiny", *other).stdout
     assert f"cannot resume: {told}" in shown
-    assert "goes on from checkpoint-6" in run_cli("plan", "tiny", *words).stdout
+    assert "resumes from checkpoint-6" in run_cli("plan", "tiny", *words).stdout
 
 
 def test_another_users_checkpoint_is_refused_before_anything_runs(half_done: Path) -> None:

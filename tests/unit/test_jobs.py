@@ -502,7 +502,7 @@ def test_a_silent_step_is_told(tmp_path: Path, fake: Path, monkeypatch: pytest.M
         record = json.loads((step.folder / "progress.json").read_text())
         (step.folder / "progress.json").write_text(json.dumps({**record, "updated": record["updated"] - 3600}))
         (reason,) = row_of(tmp_path / "runs", "preprocess").reasons
-    assert reason.startswith("no word for 1:00:0")
+    assert reason.startswith("no progress written for 1:00:0")
 
 
 def test_warnings_of_a_finished_step_are_shown_whatever_became_of_its_progress(tmp_path: Path) -> None:

@@ -112,9 +112,9 @@ def test_what_a_step_is_in_the_middle_of_is_told(tmp_path: Path) -> None:
     sft = step(plan, "sft")
     assert explain(sft) == ["new"]
     write_spec(sft.folder, spec_of(sft, plan.cluster))
-    assert explain(sft) == ["begins again: it did not end"]
+    assert explain(sft) == ["restart: the previous attempt saved no checkpoint"]
     (sft.folder / "checkpoints" / "checkpoint-200").mkdir(parents=True)
-    assert explain(sft) == ["goes on from checkpoint-200"]
+    assert explain(sft) == ["resumes from checkpoint-200"]
     with lock(sft.folder) as owner:
         assert explain(sft) == [f"running: {owner}"]
 
