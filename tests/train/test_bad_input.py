@@ -7,18 +7,19 @@ import os
 import re
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from running import NANO, ROOT, only, run_cli
+from running import NANO, ROOT, only, run_cli, run_here
 
-from pipeline.core.errors import LaunchError, explain_disk
+from pipeline.core.errors import LaunchError, PipelineError, explain_disk
 from pipeline.launchers.local import check_port
 from pipeline.workflow.artifact import is_done
 from pipeline.workflow.progress import read_progress
+
+ONE = ["cluster.processes=1"]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,13 @@ def test_a_bad_checkpoint_is_named(nano: Path, tmp_path: Path, what: str) -> Non
         text = (folder / "tokenizer_config.json").read_text()
         (folder / "tokenizer_config.json").write_text(text.replace("<|end|>", "<|user|>"))
         expected = "the tokenizer in"
-    done = run_cli("evaluate", "tiny", *NANO, "--ckpt", str(folder), "--limit", "2", "--runs", str(tmp_path / "runs"))
+    words = ["evaluate", "tiny", *NANO, *ONE, "--ckpt", str(folder), "--limit", "2", "--runs", str(tmp_path / "runs")]
+    if what == "of another tokenizer":
+        with pytest.raises(PipelineError, match=expected) as caught:
+            run_here(*words)
+        assert caught.value.exit_code == 2
+        return
+    done = run_cli(*words)
     assert done.returncode == 2, done.stderr
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
@@ -133,9 +140,9 @@ def test_a_full_disk_loses_nothing(nano: Path, tmp_path: Path) -> None:
     """Files may not grow beyond 40 kB, as on a full quota: SFT says so, and goes on once there is room."""
     data = only(nano, "tiny/preprocess-*")
     shutil.copytree(data, tmp_path / "tiny" / data.name)
-    words = [sys.executable, "-m", "pipeline", "run", "tiny", *NANO, "--stages", "sft", "--runs", str(tmp_path)]
+    words = ["run", "tiny", *NANO, *ONE, "--stages", "sft", "--runs", str(tmp_path)]
     done = subprocess.run(
-        words,
+        [sys.executable, "-m", "pipeline", *words],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -150,8 +157,7 @@ def test_a_full_disk_loses_nothing(nano: Path, tmp_path: Path) -> None:
     progress = read_progress(folder)
     assert progress is not None
     assert progress.state == "failed"
-    again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0, again.stderr
+    run_here(*words)
     assert is_done(folder)
 
 
@@ -160,18 +166,6 @@ def test_no_free_port() -> None:
     check_port()
     with pytest.raises(LaunchError, match=r"no TCP port of 192\.0\.2\.1 is free for torchrun .*loopback"):
         check_port("192.0.2.1")
-
-
-def test_two_runs_on_one_machine_do_not_meet_at_a_port(nano: Path, tmp_path: Path) -> None:
-    """torchrun's usual port is taken: it is not what the processes use."""
-    data = only(nano, "tiny/preprocess-*")
-    shutil.copytree(data, tmp_path / "tiny" / data.name)
-    with socket.socket() as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(("127.0.0.1", 29500))
-        taken.listen()
-        done = run_cli("run", "tiny", *NANO, "sft.max_steps=1", "--stages", "sft", "--runs", str(tmp_path))
-    assert done.returncode == 0, done.stderr
 
 
 def test_without_a_compiler_training_still_works(nano: Path, tmp_path: Path) -> None:
@@ -185,7 +179,7 @@ def test_without_a_compiler_training_still_works(nano: Path, tmp_path: Path) -> 
             (programs / name).symlink_to(found)
     env = {"PATH": str(programs), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
     assert not any(shutil.which(name, path=str(programs)) for name in ("c++", "g++", "gcc", "clang++"))
-    done = run_cli("run", "tiny", *NANO, "--stages", "sft", "--runs", str(tmp_path), env=env)
+    done = run_cli("run", "tiny", *NANO, "sft.max_steps=1", "--stages", "sft", "--runs", str(tmp_path), env=env)
     assert done.returncode == 0, done.stderr
     assert "no C++ compiler" in (only(tmp_path, "tiny/sft-*") / "log.txt").read_text()
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from published import PUBLISHED
-from running import only, run_cli
+from running import only, run_cli, run_here
 
 from pipeline import preprocess
 from pipeline.config.cluster import cluster_names
@@ -81,7 +79,8 @@ OFFLOAD = ["cluster.sft.deepspeed=zero2_offload", "cluster.grpo.deepspeed=zero3_
 
 # one recipe of each task runs whole; what the others differ in (architecture, quantization, chat format) is trained in
 # tests/support/every_way.py and read in tests/torch/test_chat_formats.py
-WHOLE = ("gsm8k", "math_science", "medical", "human_like", "phi3.5")
+OFFLOADED = "phi3.5"
+WHOLE = ("gsm8k", "math_science", "medical", "human_like", OFFLOADED)
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name not in WHOLE])
@@ -101,37 +100,28 @@ def test_every_recipe_makes_its_rows_and_its_small_model(name: str, tmp_path: Pa
 
 
 @pytest.fixture(scope="module")
-def smoke_tested(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
-    """One recipe a task from rows to report, two commands at a time with one process each; one with two, offloading."""
-    runs = tmp_path_factory.mktemp("smoke tests")
-    layout = {name: ["cluster.processes=1"] for name in WHOLE}
-    layout["phi3.5"] = ["cluster.processes=2", *OFFLOAD]
-
-    def smoke_test(name: str) -> subprocess.CompletedProcess[str]:
-        words = ["cluster.threads=1", *layout[name], "--runs", str(runs)]
-        done = run_cli("run", name, "--smoke-test", *words, timeout=900)
-        if done.returncode == 0 and recipe_of(name).task.name != "corr2cause":
-            trained = sorted((runs / f"{name}-smoke-test").glob("[gs][rf][pt]*"))[
-                0
-            ]  # grpo, where there is one, else sft
-            export = ["export", "--ckpt", str(trained), "--format", "merged16", "--out", str(runs / "exports" / name)]
-            exported = run_cli(*export, "--runs", str(runs), timeout=300)
-            assert exported.returncode == 0, exported.stderr
-        return done
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(layout, pool.map(smoke_test, layout), strict=True))
+def smoke_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs folder that the recipes share."""
+    return tmp_path_factory.mktemp("smoke")
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_smoke_test_runs_from_rows_to_report_and_says_what_it_is(
-    smoke_tested: dict[str, subprocess.CompletedProcess[str]], name: str
+    smoke_tests: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """The recipe's own quantization, adapters, ZeRO-2 for SFT and ZeRO-3 for GRPO."""
-    done = smoke_tested[name]
-    assert done.returncode == 0, done.stderr
-    assert "SMOKE TEST of a shrunken model" in done.stdout
-    runs = Path(done.args[done.args.index("--runs") + 1]) / f"{name}-smoke-test"
+    """The recipe's own quantization, adapters, ZeRO-2 for SFT and ZeRO-3 for GRPO; then its export.
+
+    In this process, but for the one that two processes train with offload.
+    """
+    words = ["run", name, "--smoke-test", "cluster.threads=1", "--runs", str(smoke_tests)]
+    if name == OFFLOADED:
+        run_here(*words, "--stages", "preprocess")
+        done = run_cli(*words, "cluster.processes=2", *OFFLOAD, "--stages", "sft,grpo", timeout=900)
+        assert done.returncode == 0, done.stderr
+    run_here(*words)
+    told = capsys.readouterr().out
+    assert "SMOKE TEST of a shrunken model" in told
+    runs = smoke_tests / f"{name}-smoke-test"
     trained = [stage for stage in ("sft", "grpo") if list(runs.glob(f"{stage}-*"))]
     assert trained
     for stage in trained:
@@ -144,23 +134,22 @@ def test_a_smoke_test_runs_from_rows_to_report_and_says_what_it_is(
     known = model_config(recipe_of(name).model) or {"model_type": "qwen2"}
     assert config["model_type"] == known["model_type"]
     assert "SMOKE TEST" in (only(runs, "report-*") / "report.html").read_text()
-    if recipe_of(name).task.name != "corr2cause":
-        exported = runs.parent / "exports" / name
-        assert list(exported.glob("model/*.safetensors"))
-        assert "smoke_test" in next(exported.rglob("README.md")).read_text().lower()
-
-
-def test_what_a_recipe_wants_shown_is_in_its_report(smoke_tested: dict[str, subprocess.CompletedProcess[str]]) -> None:
-    """Mathematics and science: the seed's questions to each model, and its success indicators; answers: preferences."""
-    words = smoke_tested["math_science"].args
-    runs = Path(words[words.index("--runs") + 1])
-    report = read_json(only(runs, "math_science-smoke-test/report-*") / "report.json")
-    assert [len(one["answers"]) for one in report["prompts"]] == [3, 3, 3]
-    assert {goal["name"] for goal in report["goals"]} == {"validation_loss", "validation_loss_gap", "thoughts"}
-    assert all(goal["met"] is not None for goal in report["goals"])
-    figures = read_json(only(runs, "human_like-smoke-test/evaluate-sft-*") / "metrics.json")["test"]["all"]
-    assert 0 <= figures["preference"]["value"] <= 1
-    assert "accuracy" not in figures
+    if name == OFFLOADED:
+        return
+    exported = smoke_tests / "exports" / name
+    ckpt = str(only(runs, f"{trained[-1]}-*"))
+    run_here("export", "--ckpt", ckpt, "--format", "merged16", "--out", str(exported), "--runs", str(smoke_tests))
+    assert list(exported.glob("model/*.safetensors"))
+    assert "smoke_test" in next(exported.rglob("README.md")).read_text().lower()
+    if name == "math_science":  # the seed's questions to each model, and its success indicators
+        report = read_json(only(runs, "report-*") / "report.json")
+        assert [len(one["answers"]) for one in report["prompts"]] == [3, 3, 3]
+        assert {goal["name"] for goal in report["goals"]} == {"validation_loss", "validation_loss_gap", "thoughts"}
+        assert all(goal["met"] is not None for goal in report["goals"])
+    if name == "human_like":  # answers: preferences
+        figures = read_json(only(runs, "evaluate-sft-*") / "metrics.json")["test"]["all"]
+        assert 0 <= figures["preference"]["value"] <= 1
+        assert "accuracy" not in figures
 
 
 def test_a_model_that_nobody_knows_cannot_be_smoke_tested(tmp_path: Path) -> None:
