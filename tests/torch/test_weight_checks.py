@@ -9,7 +9,6 @@ import json
 import pickle
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -571,9 +570,7 @@ ENDLESS = {
 @pytest.mark.parametrize("name", ENDLESS)
 def test_an_endless_template_is_refused_in_bounded_time(name: str, copy: Path) -> None:
     (copy / "chat_template.jinja").write_text(ENDLESS[name])
-    started = time.monotonic()
     refused(copy, f"tokenizer {copy}: the chat template ")
-    assert time.monotonic() - started < 60  # of processor time it gets 2 s
     mine = copy.parent / "mine.jinja"
     mine.write_text(ENDLESS["text"])
     if name == "text":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
 import pytest
 from answer_cases import BEGIN, CASES, DOCS, END, PAIRS, Case, Pair, table
+from bounded import is_linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -374,32 +374,27 @@ AROUND = [
 ]
 
 
-def seconds(read: Callable[[str], object], text: str, limit: float) -> float:
-    """The processor time of one reading; the least of three where the first took longer than `limit`."""
-    found = float("inf")
-    for _ in range(3):
-        started = time.process_time()
-        read(text)
-        found = min(found, time.process_time() - started)
-        if found < limit:
-            break
-    return found
+def repeated(read: Callable[[str], object], before: str, separator: str, after: str) -> Callable[[int], Any]:
+    """Read a text of a length, most of it a repeated separator."""
+
+    def work(size: int) -> Callable[[], object]:
+        text = f"x</think>{before}{separator * (size // len(separator))}{after}"
+        return lambda: read(text)
+
+    return work
 
 
 @pytest.mark.parametrize("separator", SEPARATORS, ids=repr)
 def test_a_megabyte_of_any_separator_costs_little(separator: str) -> None:
-    """Quadratic reading of a megabyte takes hours; the bound leaves room for a slow machine."""
+    """Quadratic reading of a megabyte takes hours."""
     for before, after in AROUND[:3]:
-        text = f"x</think>{before}{separator * (2**20 // len(separator))}{after}"
         for reader in (*READERS.values(), lambda text: answers.is_well_formed(text, True)):
-            assert seconds(reader, text, 0.1) < 0.3
+            assert is_linear(repeated(reader, before, separator, after), 2**16)
 
 
 @pytest.mark.parametrize("kind", sorted(READERS))
 def test_the_time_of_reading_grows_as_the_text(kind: str) -> None:
-    """Below the length that is refused, where everything is read: four times the text is no sixteen times the time."""
+    """Below the length that is refused, where everything is read."""
     for separator in SEPARATORS[::2]:
         for before, after in AROUND[1:]:
-            texts = [f"x</think>{before}{separator * (size // len(separator))}{after}" for size in (24_000, 96_000)]
-            if seconds(READERS[kind], texts[1], 0.05) > 0.05:  # else it is neither here nor there
-                assert seconds(READERS[kind], texts[1], 0.05) < 9 * seconds(READERS[kind], texts[0], 0.0)
+            assert is_linear(repeated(READERS[kind], before, separator, after), 3_000)

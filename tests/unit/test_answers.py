@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-import time
 from fractions import Fraction
 
 import pytest
+from bounded import ends
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -274,21 +274,19 @@ def test_what_would_take_long_is_refused_at_once(bomb: str) -> None:
         found.append(same_expression("4\\sqrt{3}", bomb))
         found.append(number(f"x</think>\\boxed{{{bomb}}}", True))
 
-    started = time.perf_counter()
     thread = threading.Thread(target=ask)
-    thread.start()
-    thread.join()
-    ask()
+    with ends():
+        thread.start()
+        thread.join()
+        ask()
     assert found == [False, None] * 2
-    assert time.perf_counter() - started < 5  # seconds for four readings, the import of sympy among them
 
 
 def test_reading_grows_with_the_text_only() -> None:
-    started = time.perf_counter()
     for text in ("#### " * 100_000, "\\boxed{" * 50_000, "answer is " * 50_000, "1," * 200_000, "Therefore: " * 50_000):
-        assert number(f"x</think>{text}", True) is None
-        assert verdict(f"x</think>{text}", True) is None
-    assert time.perf_counter() - started < 10
+        with ends():
+            assert number(f"x</think>{text}", True) is None
+            assert verdict(f"x</think>{text}", True) is None
 
 
 CHOICES = {

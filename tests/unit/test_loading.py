@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from bounded import ends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,8 +24,6 @@ from pipeline.workflow.artifact import STEP, open_artifact
 from pipeline.workflow.plan import make_plan
 from pipeline.workflow.single_step import checkpoint_identity, recipe_of
 
-QUICK = 5.0  # seconds within which every answer comes; what these tests are about took minutes, or never ended
-
 
 def text_of(name: str = "tiny") -> str:
     return Path(f"configs/{name}.yaml").read_text(encoding="utf-8")
@@ -33,11 +31,9 @@ def text_of(name: str = "tiny") -> str:
 
 def problems_of(name: str, *overrides: str) -> str:
     """Everything that planning this recipe reports."""
-    started = time.perf_counter()
-    with pytest.raises(PipelineError) as caught:
+    with ends(), pytest.raises(PipelineError) as caught:  # what these tests are about took minutes, or never ended
         make_plan([name], overrides)
     assert caught.value.exit_code == 2
-    assert time.perf_counter() - started < QUICK
     return str(caught.value)
 
 
@@ -260,17 +256,16 @@ def test_a_number_beyond_all_bounds_is_named_at_once(override: str) -> None:
 
 
 @pytest.mark.parametrize("size", [2**32 - 1, 2**32 - 5, 2**31, 4_294_705_156])
-def test_the_largest_batches_are_divided_in_no_time(size: int) -> None:
-    started = time.perf_counter()
-    assert divisors(size)[-1] == size
-    recipe, _ = read("deepseek7b", [f"sft.global_batch_size={size}", f"grpo.global_batch_size={size}"])
-    cluster, _ = read_cluster("h100", ["gpus=1"])
-    assert cluster is not None
-    if recipe is not None:
-        for stage in ("sft", "grpo"):
-            assert batches(cluster, recipe, "sft" if stage == "sft" else "grpo")[0] is not None
-        assert generation_sizes(recipe, Batches(1, 1, size))
-    assert time.perf_counter() - started < 1
+def test_the_largest_batches_are_divided(size: int) -> None:
+    with ends():
+        assert divisors(size)[-1] == size
+        recipe, _ = read("deepseek7b", [f"sft.global_batch_size={size}", f"grpo.global_batch_size={size}"])
+        cluster, _ = read_cluster("h100", ["gpus=1"])
+        assert cluster is not None
+        if recipe is not None:
+            for stage in ("sft", "grpo"):
+                assert batches(cluster, recipe, "sft" if stage == "sft" else "grpo")[0] is not None
+            assert generation_sizes(recipe, Batches(1, 1, size))
 
 
 @given(st.integers(1, 5000))

@@ -44,9 +44,7 @@ def test_a_killed_builds_lock_is_removed(
     building.kill()
     building.wait()
     assert (tmp_path / BATON).exists()  # what stopped every later run
-    began = time.monotonic()
     assert clear_stale(tmp_path, ours=True) is None
-    assert time.monotonic() - began < 5
     assert not (tmp_path / BATON).exists()
     assert str(tmp_path / BATON) in capsys.readouterr().out
 

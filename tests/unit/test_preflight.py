@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -288,13 +287,6 @@ def test_a_reward_that_can_be_hacked_is_told(tmp_path: Path) -> None:
     plan = make_plan(["tiny"], ["grpo.rewards.correctness.weight=0"], runs=tmp_path)
     found, _ = preflight.problems(plan, audited=True)
     assert any("an exploit is paid as much as an honest answer" in text for text in found)
-
-
-def test_check_is_quick(tmp_path: Path) -> None:
-    """Less than 5 s is what is promised without the audit."""
-    started = time.perf_counter()
-    run_cli("check", "deepseek7b", "--cluster", "2x2080ti", "--runs", str(tmp_path))
-    assert time.perf_counter() - started < 5
 
 
 def test_one_kept_checkpoint_is_worth_a_note(tmp_path: Path) -> None:

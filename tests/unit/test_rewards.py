@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
-import time
 
 import pytest
+from bounded import ends
 
 from pipeline.config.recipe import Reward, TaskChoice, read, recipe_names
 from pipeline.rewards.audit import FINAL, audit_rewards, count_exploits, exploits
@@ -206,9 +206,8 @@ def test_dependence_in_latex_is_no_independence() -> None:
     "piece", [" ", "\n", "A ", "A -> ", r"A \to B ", "⊥ ", "{", "}", "\\", "$", "A, ", "if\n", "A\n", r"\{ "]
 )
 def test_a_megabyte_of_thought_costs_little(piece: str) -> None:
-    started = time.process_time()
-    read_structure(f"A{piece * (2**20 // len(piece))}B", "ABCD")
-    assert time.process_time() - started < 1
+    with ends():
+        read_structure(f"A{piece * (2**20 // len(piece))}B", "ABCD")
 
 
 def test_what_is_wrong_or_said_of_everything_earns_less(proved: tuple[Task, list[Example]]) -> None:
