@@ -34,7 +34,9 @@ RELEASED = Path(__file__).parents[1] / "fixtures" / "corr2cause_released.csv"  #
 # ---------------------------------------------------------------- the published set
 
 
-@pytest.mark.parametrize(("n", "count"), [(2, 2), (3, 5), (4, 20), (5, 142), (6, 2207)])
+@pytest.mark.parametrize(
+    ("n", "count"), [(2, 2), (3, 5), (4, 20), (5, 142), pytest.param(6, 2207, marks=pytest.mark.slow)]
+)
 def test_the_published_counts_of_classes(n: int, count: int) -> None:
     found = published_classes(n)
     assert len(found) == len({one.independences for one in found}) == count

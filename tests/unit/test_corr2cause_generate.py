@@ -35,6 +35,7 @@ def natural(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("made") / "set", "--n", "2-5", "--seed", "3")
 
 
+@pytest.mark.slow
 def test_every_claim_about_every_class_is_there_once_and_right(natural: Path) -> None:
     """The counts are those of the table: 12 + 90 + 720 + 8,520 rows, 0 + 3 + 57 + 1,248 of them Yes."""
     rows = [row for mine in rows_of(natural).values() for row in mine]

@@ -93,10 +93,16 @@ def test_every_dependency_is_pinned_to_a_version_that_is_allowed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "user", "announced"), [([], "0", True), ([], "1000", False), (["--no-slurm"], "0", False)]
+    ("words", "user", "announced", "passed"),
+    [
+        ([], "0", True, ""),
+        ([], "1000", False, ""),
+        (["--no-slurm"], "0", False, "--ignore=tests/slurm "),
+        (["--fast"], "0", False, "tests/unit -m not slow "),
+    ],
 )
 def test_the_tests_say_first_that_they_install_slurm(
-    words: list[str], user: str, announced: bool, tmp_path: Path
+    words: list[str], user: str, announced: bool, passed: str, tmp_path: Path
 ) -> None:
     """With programs in the place of `python3`, which prints what it is called with, and of `id`."""
     for name, text in {"python3": 'echo "$*"', "id": f"echo {user}"}.items():
@@ -108,8 +114,7 @@ def test_the_tests_say_first_that_they_install_slurm(
     *before, pytest_line = done.stdout.splitlines()
     absent = shutil.which("slurmctld", path=f"{path}:/usr/sbin") is None
     assert ("will install Slurm with apt-get" in before[0]) is (announced and absent)
-    assert pytest_line.endswith("-k report")
-    assert ("--ignore=tests/slurm" in pytest_line) is bool(words)
+    assert pytest_line.endswith(f"--no-loadscope-reorder {passed}-k report")
 
 
 def test_the_python_that_is_needed_is_the_same_everywhere() -> None:
