@@ -69,7 +69,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         stops = [tokenizer.eos_token_id]
     else:
         runtime.progress.update(note="merging in 16 bit" if checkpoint.adapter else "loading the model")
-        model = merge_adapter(checkpoint, recipe.model, sixteen_bit(recipe, checkpoint))
+        model = merge_adapter(checkpoint, recipe.model, merge_dtype(recipe, checkpoint))
         check_tokenizer(tokenizer, model, checkpoint)
         check_computes(model, str(checkpoint.adapter or checkpoint.base), input_device(model))
         stops = stop_ids(model, tokenizer)
@@ -81,7 +81,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         runtime.progress.update(done=1, note=f"writing {quant or kind}")
         try:
             if kind == "merged4":
-                four_bit(whole).save_pretrained(place)
+                quantize_nf4(whole).save_pretrained(place)
             if kind == "gguf":
                 tokenizer.save_pretrained(whole)
                 file = place / f"{recipe.name}-{quant}.gguf"
@@ -104,7 +104,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     return metrics
 
 
-def sixteen_bit(recipe: Recipe, checkpoint: Checkpoint) -> torch.dtype:
+def merge_dtype(recipe: Recipe, checkpoint: Checkpoint) -> torch.dtype:
     """The precision of a merged model: the recipe's where that has 16 bit, else the base model's own, else bfloat16."""
     asked = choose_dtype(recipe.model)
     if asked != torch.float32:
@@ -115,7 +115,7 @@ def sixteen_bit(recipe: Recipe, checkpoint: Checkpoint) -> torch.dtype:
     return own if own in (torch.bfloat16, torch.float16) else torch.bfloat16
 
 
-def four_bit(folder: Path) -> Any:
+def quantize_nf4(folder: Path) -> Any:
     """A model folder of 16 bit in bitsandbytes' nf4, as its own serialization has it."""
     dtype = AutoConfig.from_pretrained(folder, **NO_CODE).dtype
     quantization = BitsAndBytesConfig(

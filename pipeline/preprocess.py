@@ -26,7 +26,7 @@ from pipeline.training.harness import main
 from pipeline.workflow.artifact import Artifact
 from pipeline.workflow.runtime import Runtime
 
-WARNED_LISTS = {  # lists of a split's proof that the user has to know of
+WARNED_LISTS = {  # lists of the split summary that the user has to know of
     "skipped": "rows cannot be read and were left out",
     "without_gold": "rows have no gold answer, so they are not rewarded and nothing verifies them",
     "unpaid_targets": "targets would not be paid in full by the task's own judge",
@@ -60,12 +60,12 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         if found:
             runtime.warn(f"{len(found):,} {told} (splits.json names all): {join_first(found, between='; ')}")
 
-    # ---- a model from nothing
+    # ---- a randomly initialised model
     if recipe.model.random_init:
         from pipeline.models.loading import make_random_model
 
         runtime.progress.update(note="training the tokenizer")
-        texts = _texts(task, splits.sft[:: max(1, len(splits.sft) // TOKENIZER_ROWS)] or splits.grpo)
+        texts = tokenizer_texts(task, splits.sft[:: max(1, len(splits.sft) // TOKENIZER_ROWS)] or splits.grpo)
         template = recipe.model.chat_template or "think"
         metrics["parameters"] = make_random_model(recipe.model.random_init, texts, template, out / "model", recipe.seed)
     # ---- or one from a file
@@ -80,7 +80,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
 
 
 def target_problems(task: Task, examples: Iterable[Example]) -> tuple[list[str], list[str]]:
-    """(the rows whose target the task's own judge would not pay in full, each with why; those whose thought is empty).
+    """Return the rows whose target the task's own grading would not reward in full, and those with an empty thought.
 
     An empty thought is what some recipes teach on purpose (`proof_fraction: 0.75`), so it is counted by itself.
     """
@@ -98,7 +98,7 @@ def target_problems(task: Task, examples: Iterable[Example]) -> tuple[list[str],
 
 
 def missing_training_rows(recipe: Recipe, task: Task, splits: Splits) -> list[str]:
-    """A sentence for each stage that will train and has no rows: what was read, and why rows fell out."""
+    """Return a sentence for each training stage without rows: what was read, and why rows were left out."""
     rows = {"sft": splits.sft, "grpo": splits.grpo}
     read = ", ".join(
         f"{name} {len(examples):,}"
@@ -130,7 +130,7 @@ def write_rows(task: Task, examples: Iterable[Example], path: Path) -> None:
     pq.write_table(table, path, compression="zstd")
 
 
-def _texts(task: Task, examples: list[Example]) -> Iterator[str]:
+def tokenizer_texts(task: Task, examples: list[Example]) -> Iterator[str]:
     for example in examples:
         for message in task.messages(example):
             yield message["content"]

@@ -109,7 +109,7 @@ def gather(
         warnings=[f"{label}: {text}" for label, artifact in inputs.items() for text in artifact.warnings],
         published=list(task.published),
         breakdowns=list(task.breakdowns),
-        curves={label: _history(artifact) for label, artifact in trained.items()},
+        curves={label: _logged_curves(artifact) for label, artifact in trained.items()},
         training={label: artifact.metrics for label, artifact in trained.items()},
         data={label: artifact.metrics for label, artifact in data.items()},
         goals=_criteria(models, trained, main_split, criteria),
@@ -190,7 +190,7 @@ def claim(difference: Difference, split: str) -> str:
     return f"no difference shown between {after} and {before}: {listed}"
 
 
-def _history(artifact: Artifact) -> dict[str, list[list[float]]]:
+def _logged_curves(artifact: Artifact) -> dict[str, list[list[float]]]:
     """Curves of a training step: name -> [[step, value], …]."""
     history = read_json(artifact.folder / HISTORY) or []
     found = {}

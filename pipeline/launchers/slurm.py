@@ -201,7 +201,7 @@ def _as_submitted(found: Sequence[Submission]) -> bool:
         time.sleep(SETTLE_SECONDS)
     records = {one.step.folder: record for one in found if (record := read_job(one.step.folder))}
     answers = query(records.values())
-    if answers.unreached:  # they were submitted a moment ago: the next command looks again
+    if answers.unreachable:  # they were submitted a moment ago: the next command looks again
         return True
     for folder, record in records.items():
         job = answers.jobs.get((remote_cluster(record.cluster), record.id or ""))

@@ -2,7 +2,7 @@
 
     answers = query(records)          one call of squeue and one of sacct for each cluster
     answers.job_of(record)            the job of a step, if it is ours: an id that Slurm gave again is not
-    live_jobs(folders)                raises where Slurm cannot be queried: then nobody knows what is gone
+    live_jobs(folders)                raises where Slurm cannot be queried
     make_wait(job, "afterok:43")      a queued job waits for other jobs from now on
 
 Nothing here submits anything; that is launchers/slurm.py.
@@ -40,7 +40,7 @@ CLOCK_SKEW = 300  # seconds by which the clocks of two machines may differ
 def is_live(
     number: str, cluster: str | None = None, user: str | None = None, since: float | None = None
 ) -> bool | None:
-    """Whether a job may still do something; None where no Slurm can be asked.
+    """Return whether a job may still do something; None where Slurm cannot be queried.
 
     `user` and `since` (when it was seen to run) tell it from a later job that was given the same id.
     """
@@ -48,7 +48,7 @@ def is_live(
 
 
 def is_ours(job: Job, record: JobRecord) -> bool:
-    """Whether this is the job of that record, and not a later one that Slurm gave the same id.
+    """Return whether this is the job of that record, and not a later one with the same id.
 
     The token in its comment decides. Without one (a site that replaces comments, accounting that keeps none) user,
     name and time of submission have to fit. A requeued job's time is that of its last requeue.
@@ -68,11 +68,11 @@ def is_ours(job: Job, record: JobRecord) -> bool:
 
 @dataclass(frozen=True)
 class QueueSnapshot:
-    """What Slurm answered at one moment, and which clusters could not be queried."""
+    """Slurm's queue at one moment, and the clusters that could not be queried."""
 
     jobs: Mapping[tuple[str | None, str], Job] = field(default_factory=dict)  # by cluster and id
     by_token: Mapping[str, Job] = field(default_factory=dict)
-    unreached: Mapping[str | None, tuple[str, ...]] = field(default_factory=dict)  # cluster -> why
+    unreachable: Mapping[str | None, tuple[str, ...]] = field(default_factory=dict)  # cluster -> why
     at: float = 0.0  # seconds since the epoch
 
     def job_of(self, record: JobRecord) -> Job | None:
@@ -84,23 +84,23 @@ class QueueSnapshot:
 
     def is_live(self, number: str, cluster: str | None, user: str | None, since: float | None) -> bool | None:
         """As the function of this name."""
-        if remote_cluster(cluster) in self.unreached:
+        if remote_cluster(cluster) in self.unreachable:
             return None
         job = self.jobs.get((remote_cluster(cluster), number))
         if job is None or not job.live or (user and job.user and user != job.user):
             return False
         return since is None or job.submitted is None or job.submitted <= since + CLOCK_SKEW or job.restarts > 0
 
-    def reached(self, cluster: str | None) -> bool:
-        return remote_cluster(cluster) not in self.unreached
+    def is_reachable(self, cluster: str | None) -> bool:
+        return remote_cluster(cluster) not in self.unreachable
 
     @property
     def problems(self) -> list[str]:
-        return [problem for why in self.unreached.values() for problem in why]
+        return [problem for why in self.unreachable.values() for problem in why]
 
 
 def query(records: Iterable[JobRecord], more: Iterable[tuple[str, str | None]] = ()) -> QueueSnapshot:
-    """Query Slurm about these jobs at once, `more` by id and cluster. Never raises: see `QueueSnapshot.unreached`."""
+    """Query Slurm about these jobs at once, `more` by id and cluster. Never raises: see `QueueSnapshot.unreachable`."""
     ids: dict[str | None, set[str]] = {}
     tokens: dict[str | None, set[str]] = {}
     for record in records:
@@ -112,21 +112,21 @@ def query(records: Iterable[JobRecord], more: Iterable[tuple[str, str | None]] =
         ids.setdefault(remote_cluster(cluster), set()).add(number)
     jobs: dict[tuple[str | None, str], Job] = {}
     by_token: dict[str, Job] = {}
-    unreached: dict[str | None, tuple[str, ...]] = {}
+    unreachable: dict[str | None, tuple[str, ...]] = {}
     for cluster in {*ids, *tokens}:
         try:
             jobs |= {(cluster, number): job for number, job in query_jobs(ids.get(cluster, ()), cluster).items()}
             by_token |= jobs_by_token(tokens.get(cluster, ()), cluster)
         except (LaunchError, MissingDependency) as error:
-            unreached[cluster] = error.problems
-    return QueueSnapshot(jobs, by_token, unreached, time.time())
+            unreachable[cluster] = error.problems
+    return QueueSnapshot(jobs, by_token, unreachable, time.time())
 
 
 def live_jobs(folders: Iterable[Path]) -> dict[Path, Job]:
-    """The jobs that these steps were given to and that may still do something; each really queried.
+    """Return the live jobs of these steps, each really queried.
 
     A job that Slurm took while its submission was cut off is found by its token, and its id is written down.
-    LaunchError where one cannot be queried: nobody knows whether it is gone.
+    LaunchError where one cannot be queried, because it may still run.
     """
     records, odd = {}, []
     for folder in folders:
@@ -167,7 +167,7 @@ def add_dependency(job: Job, after: str) -> bool:
 
 
 def record_job(folders: Iterable[Path], job: str) -> None:
-    """Write down that this job runs these steps; PlanError where another one is to run one of them."""
+    """Record that this job runs these steps; PlanError where another job is to run one of them."""
     folders = list(folders)
     others = [(folder, other) for folder, other in live_jobs(folders).items() if other.id != job]
     if others:

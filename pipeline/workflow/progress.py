@@ -1,4 +1,4 @@
-"""How far a running step is: `progress.json` in its folder, written by rank 0, read by anyone.
+"""The progress of a running step: `progress.json` in its folder, written by rank 0, read by anyone.
 
 The launcher draws its bar from it, `python -m pipeline status` its table, also on another machine or the day
 after. States: starting, running, saving, done, stopped, failed.
@@ -58,7 +58,7 @@ class Progress:
 
 
 def read_progress(folder: Path) -> Progress | None:
-    """How far the step was when it wrote last; None where there is no file, or one that cannot be used."""
+    """Read the step's last progress; None where there is no file, or one that cannot be used."""
     return record_or_none(folder / PROGRESS, Progress)
 
 

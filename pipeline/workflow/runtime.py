@@ -1,4 +1,4 @@
-"""Where a stage runs: what the harness gives it beside its recipe and its inputs."""
+"""What the harness gives a stage next to its recipe and inputs: processes, folder, progress, deadline."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Runtime:
     options: Options | None  # of the step's spec
 
     def stop_requested(self) -> bool:
-        """Whether someone asked this step to save and leave (rank 0 looks, all ranks agree elsewhere)."""
+        """Return whether this step shall save and stop. Rank 0 looks; `raise_if_stopping` has all ranks agree."""
         return (self.folder / STOP).exists()
 
     def warn(self, sentence: str) -> None:
-        """Report something that the user should read before they trust the result: rows left out, nothing learned.
+        """Warn of what the user should know before they trust the result: rows left out, nothing learned.
 
         The sentence goes to the log, to progress.json and, when the step is done, to `metrics["warnings"]` of its
         artifact; `run`, `status` and the report show it. Every rank may call this; what rank 0 reports is kept.
@@ -45,7 +45,7 @@ class Runtime:
         self.progress.warn(sentence)
 
     def check_lock(self) -> None:
-        """ArtifactError when another attempt has taken the folder over: this one must not write any more."""
+        """Raise ArtifactError where another attempt holds the folder's lock: this one must not write any more."""
         if self.holder and not holds_lock(self.folder, self.holder):
             raise ArtifactError(f"{self.folder} now belongs to another attempt; this one ({self.holder}) ends here")
 
@@ -64,7 +64,7 @@ class Deadline:
         self.before = runtime.cluster.slurm.save_seconds(stage)
         self.end = job_end() if runtime.rank == 0 else None  # of the Slurm job, where there is one with a limit
         self.longest = 0.0
-        self.told = False
+        self.warned = False
         self.begin()
 
     def begin(self) -> None:
@@ -77,8 +77,8 @@ class Deadline:
         self.longest, self.last = max(self.longest, now - self.last), now
         if self.end is None or self.longest <= self.before:
             return
-        if not self.told:
-            self.told = True
+        if not self.warned:
+            self.warned = True
             self.runtime.warn(
                 f"one step or batch took {format_duration(self.longest)}, more than "
                 f"cluster.slurm.signal_before_limit.{self.stage} ({format_duration(self.before)}), so this step "

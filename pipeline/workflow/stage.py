@@ -1,7 +1,9 @@
-"""The table of stages, and the order that a stage process is given: `step.json` of its folder.
+"""The table of stages, and the spec that a stage process is started with: `step.json` of its folder.
 
-STAGES["sft"].reads     the parts of a recipe that decide the stage's result
-read_spec(folder)      what the process in this folder has to do
+    STAGES["sft"].reads    the parts of a recipe that decide the stage's result
+    read_spec(folder)      what the process in this folder has to do, typed
+
+A new stage is a row of STAGES and a module with `run`.
 """
 
 from __future__ import annotations

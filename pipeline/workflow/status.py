@@ -1,12 +1,12 @@
-"""How far every step is, wherever it runs: the table of `status`, the logs, and the end of what still runs.
+"""The state of every step, wherever it runs: the table of `status`, the logs, and cancelling.
 
     rows = table(Path("runs"), ["tiny"])        python -m pipeline status [--watch] [--json]
     follow(log_of(find_step(runs, "grpo")))     python -m pipeline logs grpo -f
     cancel(rows)                                python -m pipeline cancel tiny
 
-What is true is put together from what the step has written (order, progress, artifact, owner) and what Slurm says,
-while it runs and the day after, with accounting or without. A folder with a file that cannot be used is a row that
-says so. What repeats reads the files as often as it likes and queries Slurm at most every 30 s (`ThrottledQuery`).
+A state follows from the step's own files (spec, progress, artifact, lock) and from Slurm, with accounting or without.
+A folder with a file that cannot be used is a row that says so. A command that repeats reads the files each time and
+queries Slurm at most every 30 s (`ThrottledQuery`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,14 @@ from pipeline.workflow.jobs import QueueSnapshot, query
 from pipeline.workflow.lock import is_alive
 from pipeline.workflow.progress import describe, format_duration, too_many_restarts
 from pipeline.workflow.stage import STAGES
-from pipeline.workflow.step_folders import SpecSummary, StepFiles, read_files, read_summary, short_name, step_folders
+from pipeline.workflow.step_folders import (
+    SpecSummary,
+    StepFiles,
+    read_step_files,
+    read_summary,
+    short_name,
+    step_folders,
+)
 from pipeline.workflow.task_code import code_changes_of
 
 CHUNK = 1 << 20  # bytes of a log that are read at once
@@ -108,7 +115,7 @@ def table(
     if not everything:  # a step's folders differ in their fingerprints; sorted by time, so the newest wins
         newest = {(folder.parent, short_name(folder, specs[folder])): folder for folder in folders}
         folders = list(newest.values())
-    files = {folder: read_files(folder) for folder in folders}
+    files = {folder: read_step_files(folder) for folder in folders}
     records = [one.record for one in files.values() if one.record and not one.done]
     live_holders = [one.holder for one in files.values() if one.holder and not one.done]
     holders = [(holder.job, holder.cluster) for holder in live_holders if holder.job]
@@ -117,7 +124,7 @@ def table(
     for folder in folders:
         rows[folder] = _row(folder, specs[folder], files[folder], answers, rows)
     problems = answers.problems if records or holders else []
-    alone = ["what follows is from the files of the steps alone"] if problems else []
+    alone = ["the states below are from the steps' files alone"] if problems else []
     return list(rows.values()), [*unlisted, *problems, *alone]
 
 
@@ -128,7 +135,7 @@ def _place(folder: Path, spec: SpecSummary | None) -> tuple[str, int, str, float
     place = list(STAGES).index(stage) if stage in STAGES else len(STAGES)
     try:
         written = (folder / STEP).stat().st_mtime
-    except OSError:  # gone since, or a stale handle: `read_files` tells
+    except OSError:  # gone since, or a stale handle: `read_step_files` tells
         written = 0.0
     return str(folder.parent), place, name, written
 
@@ -201,7 +208,7 @@ def _state(folder: Path, files: StepFiles, job: Job | None, answers: QueueSnapsh
     ended = progress.state if progress and progress.state in ("failed", "stopped") else None
     told = list(progress.problems) if progress and ended else []
     where = record.cluster if record else holder.cluster if holder and holder.job else None
-    if (record or (holder and holder.job and not ended)) and not answers.reached(where):
+    if (record or (holder and holder.job and not ended)) and not answers.is_reachable(where):
         return "unknown", [f"its last word: {progress.state}" if progress else "given to Slurm"]
     if ended and progress and progress.updated > answers.at and not (job and job.restarts >= progress.attempt):
         return ended, told  # since Slurm was queried

@@ -1,7 +1,7 @@
 """The steps of a runs folder as they lie on the disk: which folders are steps, and every record that one holds.
 
     folders, unlisted = step_folders(Path("runs"), ["tiny"])
-    files = read_files(folder)       progress, holder, job and inputs; `odd`: a sentence for each file that is of no use
+    files = read_step_files(folder)  progress, holder, job and inputs; `odd`: a sentence for each file that is of no use
 
 A file that cannot be used costs only itself, a folder that cannot be searched is still a step. What the records mean
 together is status.py; how one is read records.py.
@@ -70,12 +70,12 @@ def _is_step(folder: Path) -> bool:
     try:
         names = {path.name for path in folder.iterdir()}
     except OSError:
-        return True  # `read_files` tells
+        return True  # `read_step_files` tells
     return STEP in names or bool(names & RECORDS and STEP_FOLDER.fullmatch(folder.name))
 
 
 def read_summary(folder: Path) -> SpecSummary | None:
-    """Read which step a folder is of; None where its step.json cannot be used, which `read_files` reports."""
+    """Read which step a folder is of; None where its step.json cannot be used, which `read_step_files` reports."""
     return record_or_none(folder / STEP, SpecSummary)
 
 
@@ -96,7 +96,7 @@ def _listed(folder: Path, problems: list[str]) -> list[Path]:
         return []
 
 
-def read_files(folder: Path) -> StepFiles:
+def read_step_files(folder: Path) -> StepFiles:
     """Every record of a folder. A file that cannot be used costs only itself."""
     try:
         next(folder.iterdir(), None)
@@ -121,7 +121,7 @@ def read_files(folder: Path) -> StepFiles:
         tried(lambda place: read_record(place / STEP, SpecSummary)),
     )
     if spec is None and not odd:
-        odd.append(f"{folder / STEP}: missing; it is the order that the step runs by")
+        odd.append(f"{folder / STEP}: missing; expected the spec that the step runs by")
     inputs = tuple(Path(place) for place in spec.inputs.values()) if spec else ()
     warnings = progress.warnings if progress else tried(_recorded_warnings) if done else ()
     return StepFiles(bool(done), progress, holder, record, inputs, tuple(dict.fromkeys(odd)), warnings or ())
