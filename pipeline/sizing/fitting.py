@@ -1,9 +1,9 @@
-"""What of a cluster's `auto` becomes for a recipe, what makes it fit where it does not, and the table that shows both.
+"""Resolve a cluster's `auto` for a recipe, suggest overrides that make it fit, and print the memory table.
 
     python -m pipeline plan deepseek7b --cluster 2x2080ti --memory
 
-Memory decides where the GPU and the model are known (memory.py). Where they are not, the smallest is chosen for any
-model that is not drawn from nothing, and check says that nothing was compared.
+Memory decides where the GPU and the model are known (memory.py). Where they are not, the smallest values are chosen for
+any model that is not randomly initialised, and check reports that nothing was compared.
 """
 
 from __future__ import annotations
@@ -44,28 +44,28 @@ ENOUGH = (("fits",), ("fits", "tight"))
 
 
 def resolve_auto(recipe: Recipe, cluster: Cluster) -> Cluster:
-    """The cluster with everything that is `auto` decided for this recipe; the global batch stays the recipe's.
+    """Return the cluster with every `auto` resolved for this recipe; the global batch stays the recipe's.
 
     The first ZeRO stage under which a batch fits, the cheapest first, and under it the largest batch per device; then
     the most completions at once that are expected to fit, because a token takes as long for one row as for many.
     """
-    cluster = replace(cluster, sft=_decided(recipe, cluster, "sft"), grpo=_decided(recipe, cluster, "grpo"))
-    return _generating(recipe, cluster)
+    cluster = replace(cluster, sft=_resolve_stage(recipe, cluster, "sft"), grpo=_resolve_stage(recipe, cluster, "grpo"))
+    return _resolve_generation(recipe, cluster)
 
 
 def needs(recipe: Recipe, cluster: Cluster) -> list[MemoryEstimate] | None:
-    """What every phase of the recipe's stages needs, `auto` decided; None where the model is not known."""
+    """Estimate every phase of the recipe's stages, `auto` resolved; None where the model is not known."""
     return phases(recipe, resolve_auto(recipe, cluster))
 
 
 def is_unknown(recipe: Recipe, cluster: Cluster) -> bool:
-    """Whether a recipe runs on GPUs of which nobody can say beforehand whether it fits: then everything is small."""
+    """Return whether the GPUs' memory or the model is not known: `auto` is as small as it can be then."""
     if recipe.model.random_init or not wanted_gpus(cluster):
         return False
     return not usable(cluster) or known_dims(recipe.model) is None
 
 
-def _decided(recipe: Recipe, cluster: Cluster, stage: Stage) -> TrainingStage:
+def _resolve_stage(recipe: Recipe, cluster: Cluster, stage: Stage) -> TrainingStage:
     layout = cluster.layout(stage)
     if layout.gradient_checkpointing == "auto":  # it saves memory of GPUs, and costs a third more computing
         needed = not recipe.model.random_init and wanted_gpus(cluster) > 0
@@ -90,15 +90,15 @@ def _decided(recipe: Recipe, cluster: Cluster, stage: Stage) -> TrainingStage:
             held = all(need.fit(usable(cluster)) in enough for need in found)
             if held and stage not in {need.stage for need in too_large(recipe, tried)}:
                 return choice
-    return choices[-1]  # the smallest; that it does not fit is told by check
+    return choices[-1]  # the smallest; check reports that it does not fit
 
 
 def _with(cluster: Cluster, stage: str, layout: TrainingStage) -> Cluster:
     return replace(cluster, sft=layout) if stage == "sft" else replace(cluster, grpo=layout)
 
 
-def _generating(recipe: Recipe, cluster: Cluster) -> Cluster:
-    """The cluster with the most that can be generated at once, in GRPO and in evaluation."""
+def _resolve_generation(recipe: Recipe, cluster: Cluster) -> Cluster:
+    """Return the cluster with the largest batches for generation, in GRPO and in evaluation."""
     dims = known_dims(recipe.model) if usable(cluster) else None
     sizes, _ = batches(cluster, recipe, "grpo")
     if cluster.generation_batch_size == "auto" and sizes:
@@ -114,7 +114,7 @@ def _generating(recipe: Recipe, cluster: Cluster) -> Cluster:
 
 
 def _first_that_fits(recipe: Recipe, choices: list[Cluster], needed: list[MemoryEstimate], name: str) -> Cluster:
-    """The first of the choices, the largest first, that is expected to fit, else the last.
+    """Return the first of the choices, the largest first, that is expected to fit, else the last.
 
     Without needs to go by it is the first, on GPUs that are not known the first of at most `UNKNOWN_AT_ONCE`.
     """
@@ -129,7 +129,7 @@ def _first_that_fits(recipe: Recipe, choices: list[Cluster], needed: list[Memory
 
 
 def suggest_overrides(recipe: Recipe, cluster: Cluster) -> list[str]:
-    """The smallest change that makes every phase fit, as overrides: one alone, else two, the mildest first."""
+    """Return the smallest change that makes every phase fit, as overrides: one alone, else two, the mildest first."""
     changes = _changes(recipe, cluster)
     for words, changed in changes:
         if _all_fit(*changed):
@@ -143,14 +143,14 @@ def suggest_overrides(recipe: Recipe, cluster: Cluster) -> list[str]:
 
 
 def _all_fit(recipe: Recipe, cluster: Cluster) -> bool:
-    """Whether the GPUs hold every phase, as far as their memory is known, and the nodes what is kept there."""
+    """Return whether the GPUs hold every phase, as far as their memory is known, and the nodes their share."""
     decided = resolve_auto(recipe, cluster)
     found = phases(recipe, decided) or [] if usable(cluster) else []
     return all(need.fit(usable(cluster)) != "does not fit" for need in found) and not too_large(recipe, decided)
 
 
 def host_remedies(recipe: Recipe, cluster: Cluster, over: list[HostMemoryEstimate]) -> list[str]:
-    """Overrides, each of which alone makes what a node holds fit, and what the GPUs hold too where that is known."""
+    """Return overrides, each of which alone makes the nodes' memory suffice, and the GPUs' where it is known."""
     found = []
     if any(need.stage == "preprocess" for need in over):  # a model from nothing, of any size
         return ["a smaller model.random_init"]
@@ -177,7 +177,7 @@ Change = tuple[list[str], tuple[Recipe, Cluster]]
 
 
 def _changes(recipe: Recipe, cluster: Cluster) -> list[Change]:
-    """What may be changed, the mildest first: where it runs before what it is."""
+    """Return the changes to try, the mildest first: where it runs before what it is."""
     found: list[Change] = []
     if cluster.evaluate_batch_size != "auto" or cluster.generation_batch_size != "auto":
         names = ("generation_batch_size", "evaluate_batch_size")
@@ -215,12 +215,12 @@ def _stages(recipe: Recipe) -> dict[str, Any]:
 
 
 def show(recipe: Recipe, cluster: Cluster) -> str:
-    """Every phase with its terms, the verdict, and what would make it fit."""
+    """Return the table of `plan --memory`: every phase with its terms, its fit, and the overrides that make it fit."""
     decided = resolve_auto(recipe, cluster)
     found = phases(recipe, decided)
     if found is None:
         return f"{recipe.name}: {unknown_model(recipe)}, so its memory cannot be told"
-    gpu, lines = usable(cluster), _told(cluster, decided)
+    gpu, lines = usable(cluster), _resolved_overrides(cluster, decided)
     for need in found:
         verdict = f"{need.fit(gpu)} in {cluster.gpu_memory:g}" if gpu else "cluster.gpu_memory names no GPU"
         lines.append(f"{recipe.name}/{need.phase}: {need.total / GIB:.1f} GiB, {verdict}")
@@ -237,17 +237,17 @@ def show(recipe: Recipe, cluster: Cluster) -> str:
 
 
 def unknown_model(recipe: Recipe) -> str:
-    """Why the sizes of a recipe's model are not known, as the beginning of a sentence."""
+    """Say why the sizes of a recipe's model are not known, as the beginning of a sentence."""
     config = model_config(recipe.model)
     if recipe.model.random_init:
-        return "its model is made from nothing"
+        return "its model is randomly initialised"
     if config is None:
         return f"the config.json of {recipe.model.name} is neither bundled nor in the local cache"
     return f"the architecture of {recipe.model.name}, {config.get('model_type')!r}, is not one that is known here"
 
 
-def _told(asked: Cluster, decided: Cluster) -> list[str]:
-    """What auto has become."""
+def _resolved_overrides(asked: Cluster, decided: Cluster) -> list[str]:
+    """Return the overrides that `auto` stands for."""
     words = []
     for stage in ("sft", "grpo"):
         old, new = getattr(asked, stage), getattr(decided, stage)

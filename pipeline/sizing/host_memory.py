@@ -1,4 +1,4 @@
-"""What a stage needs of a node's own memory: what is offloaded to it, and what is loaded there before it is on a GPU.
+"""Estimate the memory a stage needs of a node: what is offloaded there, and what is loaded there before a GPU has it.
 
     too_large(recipe, cluster)      [(stage, bytes, what)] of stages that need more than a node has
     limit(cluster)                  bytes of a node; None where nobody knows
@@ -25,7 +25,7 @@ UNITS = {"K": 2**10, "": 2**20, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclass(frozen=True)
 class HostMemoryEstimate:
-    """What a stage needs of each node."""
+    """The memory that a stage needs of each node."""
 
     stage: str
     bytes: float
@@ -33,7 +33,7 @@ class HostMemoryEstimate:
 
 
 def limit(cluster: Cluster) -> float | None:
-    """Bytes that a stage may take of a node: what a job asks Slurm for, or what this machine has."""
+    """Return the bytes that a stage may take of a node: the job's request to Slurm, or this machine's memory."""
     if cluster.submits:
         return slurm_bytes(cluster.slurm.memory or "")
     mine = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -48,10 +48,12 @@ def slurm_bytes(text: str) -> float | None:
 
 
 def host_estimates(recipe: Recipe, cluster: Cluster) -> list[HostMemoryEstimate]:
-    """Of each stage, on a cluster whose `auto` is decided; nothing where model or layout are not known."""
+    """Estimate each stage on a cluster without `auto`; nothing where model or layout are not known."""
     if recipe.model.random_init:
         drawn = BYTES_32 * random_dims(recipe.model.random_init).parameters
-        return [HostMemoryEstimate("preprocess", drawn, f"{drawn / GIB:.0f} of the weights that it draws in 32 bit")]
+        return [
+            HostMemoryEstimate("preprocess", drawn, f"{drawn / GIB:.0f} of the weights that it initialises in 32 bit")
+        ]
     dims = known_dims(recipe.model)
     if dims is None or not wanted_gpus(cluster):
         return []
@@ -80,6 +82,6 @@ def host_estimates(recipe: Recipe, cluster: Cluster) -> list[HostMemoryEstimate]
 
 
 def too_large(recipe: Recipe, cluster: Cluster) -> list[HostMemoryEstimate]:
-    """The stages that need more of a node than it has, on a cluster whose `auto` is decided."""
+    """Return the stages that need more of a node than it has, on a cluster without `auto`."""
     most = limit(cluster)
     return [need for need in host_estimates(recipe, cluster) if most is not None and need.bytes > most]

@@ -1,9 +1,10 @@
-"""What a stage needs of each GPU, term by term, from the model's configuration alone: no weights, no GPU, no torch.
+"""Estimate the memory a stage needs of each GPU, term by term, from the model's configuration alone.
 
     phases(recipe, cluster)     of every stage, on a cluster whose `auto` is decided; None where the model is not known
 
-Weights and states are exact; what a layer keeps or needs of a token is counted in model_sizes.py. What is not counted
-is estimated, and says so: the CUDA context, fragmentation, the kernels' work spaces. fitting.py decides `auto` by it.
+Weights and states are exact; model_sizes.py counts what a layer keeps or needs of a token. The rest is
+estimated, and marked so: CUDA context, fragmentation, the kernels' work spaces. fitting.py resolves `auto` by it.
+Needs no weights, no GPU and no torch.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Term:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What one phase of a stage needs of each GPU."""
+    """The memory that one phase of a stage needs of each GPU."""
 
     phase: str  # sft; grpo, learning; grpo, generating; evaluate
     terms: tuple[Term, ...]
@@ -58,17 +59,17 @@ class MemoryEstimate:
         return self.known * (1 + FRAGMENTATION) + CONTEXT
 
     def fit(self, gpu: float) -> Literal["fits", "tight", "does not fit"]:
-        """`gpu`: the bytes that can be used, as `usable` gives them."""
+        """Compare with the bytes of a GPU that can be used, as `usable` returns them."""
         return "fits" if self.total <= TIGHT * gpu else "tight" if self.total <= gpu else "does not fit"
 
 
 def usable(cluster: Cluster) -> float:
-    """Bytes of each GPU that torch can use; 0 where the cluster's file names no memory."""
+    """Return the bytes of each GPU that torch can use; 0 where the cluster's file names no memory."""
     return (cluster.gpu_memory or 0) * GIB * USABLE
 
 
 def phases(recipe: Recipe, cluster: Cluster) -> list[MemoryEstimate] | None:
-    """Every phase of the recipe's stages on a cluster whose `auto` is decided; None where the model is not known."""
+    """Estimate every phase of the recipe's stages on a cluster without `auto`; None where the model is not known."""
     dims = known_dims(recipe.model)
     if dims is None:
         return None
@@ -106,7 +107,7 @@ def weights_of(model: Model, dims: ModelDims) -> Weights:
 
 
 def _unpacked(recipe: Recipe, dims: ModelDims) -> list[Term]:
-    """A quantized matrix is unpacked before it multiplies."""
+    """Count the quantized matrix that is unpacked before it multiplies."""
     if recipe.model.quantization == "none":
         return []
     return [Term("one matrix unpacked", BYTES_16 * max(wide * high for wide, high in dims.linears.values()))]
@@ -132,7 +133,7 @@ def zero_of(deepspeed: str) -> Zero:
 
 
 def states_of(trained: int, optimizer: Optimizer, zero: Zero, world: int, lora: bool) -> list[Term]:
-    """Weights that are trained, their gradients, and what the optimizer keeps of them."""
+    """Count the weights that are trained, their gradients, and their optimizer states."""
     name = "adapters" if lora else "weights"
     moments = trained * (2 if "8bit" in optimizer.name else 8)
     if zero.stage == 0:
@@ -156,7 +157,7 @@ def states_of(trained: int, optimizer: Optimizer, zero: Zero, world: int, lora: 
 
 
 def _reference(dims: ModelDims, trained: int, zero: Zero, world: int, lora: bool) -> Term:
-    """What `grpo.beta` measures the distance from: a copy of the adapter, or of the model."""
+    """Count the reference that `grpo.beta` measures the distance from: a copy of the adapter, or of the model."""
     wide = BYTES_16 if zero.stage else BYTES_32
     share = 0.0 if zero.weights_on_cpu else 1 / world if zero.stage == 3 else 1.0
     what, weights = ("reference adapter", trained) if lora else ("reference model", dims.parameters)
@@ -168,7 +169,7 @@ def _reference(dims: ModelDims, trained: int, zero: Zero, world: int, lora: bool
 
 @dataclass(frozen=True)
 class _Layout:
-    """What the phases of a training stage are counted from."""
+    """The inputs of a training stage's estimates."""
 
     recipe: Recipe
     dims: ModelDims
@@ -191,7 +192,7 @@ class _Layout:
 
 
 def training_estimates(recipe: Recipe, cluster: Cluster, dims: ModelDims, stage: Stage) -> list[MemoryEstimate]:
-    """The phases of a training stage: of GRPO learning and generating."""
+    """Estimate the phases of a training stage: one of SFT; of GRPO, learning and generating."""
     settings, given = recipe.training(stage), cluster.layout(stage)
     sizes, _ = batches(cluster, recipe, stage)
     layout = _Layout(
@@ -209,20 +210,20 @@ def training_estimates(recipe: Recipe, cluster: Cluster, dims: ModelDims, stage:
     if stage == "grpo" and recipe.grpo.beta:
         held.append(_reference(dims, layout.trained, layout.zero, layout.world, layout.lora))
     if stage == "sft":
-        return [_learning("sft", layout, held, recipe.sft.max_length, recipe.sft.max_length)]
+        return [_training_estimate("sft", layout, held, recipe.sft.max_length, recipe.sft.max_length)]
     tokens = recipe.grpo.max_prompt_length + recipe.grpo.max_completion_length
     together = cluster.generation_batch_size
     if together == "auto":  # not decided yet: the least there is
         together = generation_sizes(recipe, sizes)[-1] if sizes else layout.rows
     low = BYTES_16 if layout.zero.stage else BYTES_32
-    asking = _asking(recipe, dims, together, recipe.grpo.max_prompt_length, tokens, low)
+    generation = _generation_term(recipe, dims, together, recipe.grpo.max_prompt_length, tokens, low)
     return [
-        _learning("grpo, learning", layout, held, tokens, recipe.grpo.max_completion_length),
-        MemoryEstimate("grpo, generating", (*held, *_whole_model(layout), *_unpacked(recipe, dims), asking)),
+        _training_estimate("grpo, learning", layout, held, tokens, recipe.grpo.max_completion_length),
+        MemoryEstimate("grpo, generating", (*held, *_whole_model(layout), *_unpacked(recipe, dims), generation)),
     ]
 
 
-def _learning(phase: str, layout: _Layout, held: list[Term], tokens: int, scored: int) -> MemoryEstimate:
+def _training_estimate(phase: str, layout: _Layout, held: list[Term], tokens: int, scored: int) -> MemoryEstimate:
     recipe, dims, rows = layout.recipe, layout.dims, layout.rows
     flash = recipe.model.attention == "flash_attention_2"
     whole, only_input = activation_bytes_per_token(dims, recipe.lora if layout.lora else None, repeated=not flash)
@@ -276,8 +277,8 @@ def _whole_model(layout: _Layout) -> list[Term]:
 # ---------------------------------------------------------------- generating
 
 
-def _asking(recipe: Recipe, dims: ModelDims, rows: int, prompt: int, tokens: int, low: int) -> Term:
-    """The larger of two moments: when the prompts of a batch are read, and when its last token is drawn.
+def _generation_term(recipe: Recipe, dims: ModelDims, rows: int, prompt: int, tokens: int, low: int) -> Term:
+    """Return the larger of two moments: when a batch's prompts are read, and when its last token is sampled.
 
     At the end the keys and values of one layer are there twice more: copied to be longer by a token, and repeated for
     the heads that share them.
@@ -293,10 +294,10 @@ def _asking(recipe: Recipe, dims: ModelDims, rows: int, prompt: int, tokens: int
 
 
 def evaluation_estimate(recipe: Recipe, cluster: Cluster, dims: ModelDims) -> MemoryEstimate:
-    """An evaluation's; its adapters are held and computed in 32 bit, as PEFT loads them."""
+    """Estimate an evaluation; its adapters are held and computed in 32 bit, as PEFT loads them."""
     rows = AUTO_EVALUATE if cluster.evaluate_batch_size == "auto" else cluster.evaluate_batch_size
     prompt = recipe.grpo.max_prompt_length
-    asking = _asking(recipe, dims, rows, prompt, prompt + recipe.evaluate.max_new_tokens, BYTES_32)
+    generation = _generation_term(recipe, dims, rows, prompt, prompt + recipe.evaluate.max_new_tokens, BYTES_32)
     weights = weights_of(recipe.model, dims)
     terms = [Term(weights.what, weights.total)]
     if recipe.lora.enabled:
@@ -304,4 +305,4 @@ def evaluation_estimate(recipe: Recipe, cluster: Cluster, dims: ModelDims) -> Me
     most = cluster.max_memory.gpu * GIB if cluster.max_memory and cluster.max_memory.gpu else None
     if most and most < sum(term.bytes for term in terms):
         terms = [Term(f"{weights.what}, the others on the CPU", most)]
-    return MemoryEstimate("evaluate", (*terms, *_unpacked(recipe, dims), asking))
+    return MemoryEstimate("evaluate", (*terms, *_unpacked(recipe, dims), generation))

@@ -64,7 +64,7 @@ def _task(choice: TaskChoice, task: Task) -> TaskChoice:
 
 
 def _scratch(recipe: Recipe) -> RandomInit:
-    """Two narrow layers of the model's architecture, with its ratio of key/value heads."""
+    """Return two narrow layers of the model's architecture, with its ratio of key/value heads."""
     if recipe.model.random_init:
         given = recipe.model.random_init
         return replace(given, hidden_size=32, layers=1, heads=2, key_value_heads=2, intermediate_size=64)
