@@ -179,6 +179,18 @@ def test_a_layer_holds_what_the_models_code_holds_while_a_prompt_is_read(kind: s
     assert (peaks[1] - peaks[0]) / 512 - cache - positions == pytest.approx(held, rel=0.002)
 
 
+def test_a_sliding_layer_keeps_the_keys_of_its_window() -> None:
+    config = config_of("gemma3_text", num_hidden_layers=6)
+    model = empty(config, lora=None, checkpointing=False).eval()
+    cache, dims = DynamicCache(config=model.config), dims_of(config)
+    with torch.no_grad():
+        model(input_ids=torch.ones((1, 1024), dtype=torch.long, device="meta"), past_key_values=cache, use_cache=True)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert (dims.sliding_layers, dims.layers) == (5, 6)
+    assert held == pytest.approx(dims.cache_bytes(1024), rel=0.01)  # transformers keeps a token less than the window
+    assert held < 0.6 * 2 * 2 * dims.key * dims.layers * 1024
+
+
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 @pytest.mark.parametrize("tokens", [512, 6000])
 def test_the_head_holds_a_tile_of_logits_and_never_all(
