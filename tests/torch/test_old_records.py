@@ -86,7 +86,7 @@ def test_the_report_is_made_again_from_old_metrics_and_predictions(project: Path
     task = task_of(spec.recipe.task, spec.recipe.seed)
     again = to_json(gather(inputs, task, spec.recipe, {}))
     before = read_json(folder / "report.json")
-    for name in ("models", "baselines", "differences", "claims", "headline", "curves", "goals", "splits", "main_split"):
+    for name in ("models", "baselines", "differences", "headline", "curves", "goals", "splits", "main_split"):
         assert again[name] == before[name], name
     assert [one["id"] for one in again["samples"]] == [one["id"] for one in before["samples"]]
     recount = replace(spec.recipe.report, bootstrap_samples=spec.recipe.report.bootstrap_samples + 10)

@@ -32,7 +32,7 @@ def runs(tmp_path: Path) -> Path:
     """A finished run of three stages with its report, as an earlier version left it, and logs."""
     runs = tmp_path / "runs"
     shutil.copytree(ROOT / "tests" / "fixtures" / "records-v1", runs)
-    (runs / "tiny-smoke-test").rename(runs / RECIPE)
+    (runs / "tiny-rehearsal").rename(runs / RECIPE)
     for step in make_plan(["tiny"], smoke_test=True, runs=runs).steps:  # where this version would look for them
         (folder,) = runs.glob(f"{RECIPE}/{step.name}-*")
         folder.rename(step.folder)
