@@ -47,7 +47,7 @@ def chat_command(args: argparse.Namespace) -> int:
     limits |= {"--max-new-tokens": (args.max_new_tokens, 1, 1e9), "--seed": (args.seed, 0, 2**63 - 1)}
     for name, (value, least, most) in limits.items():
         if value is not None and not least <= value <= most:
-            problems.append(f"{name}: {value} is not a number from {least:g} to {most:g}")
+            problems.append(f"{name}: got {value}; expected a number from {least:g} to {most:g}")
     asked, memory = [], None
     for checkpoint in args.ckpt:
         try:

@@ -106,7 +106,7 @@ def generate_command(args: argparse.Namespace) -> int:
 
     sizes, problems = _sizes(args.n)
     most = 4 * (os.cpu_count() or 1)
-    problems += [f"--copies: {args.copies} is not a whole number ≥ 1"] if args.copies < 1 else []
+    problems += [f"--copies: got {args.copies}; expected a whole number ≥ 1"] if args.copies < 1 else []
     problems += [f"--seed: got {args.seed}; expected 0 to {2**31 - 1}"] if not 0 <= args.seed < 2**31 else []
     if not 1 <= args.processes <= most:
         problems.append(f"--processes: got {args.processes}; expected 1 to {most}, four for each core here")
@@ -135,11 +135,13 @@ def _sizes(text: str) -> tuple[list[int], list[str]]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", part)
         if match is None:
-            return [], [f"--n: {text[:40]!r} is no list of numbers; write 6, or 3,5 or 2-6"]
+            return [], [f"--n: got {text[:40]!r}; expected numbers of variables. Fix: --n 6, or --n 3,5 or --n 2-6"]
         low, high = int(match[1]), int(match[2] or match[1])
         if low > high:
-            return [], [f"--n: {part.strip()!r} runs backwards and names no number. Fix: --n {high}-{low}"]
+            return [], [f"--n: got {part.strip()!r}; expected the smaller number first. Fix: --n {high}-{low}"]
         if high - low > 20:
-            return [], [f"--n: {part.strip()!r} are {high - low + 1:,} numbers of variables; write 6, or 3,5 or 2-6"]
+            return [], [
+                f"--n: got {part.strip()!r}, {high - low + 1:,} numbers; expected at most 20. Fix: --n 6, or --n 2-6"
+            ]
         sizes |= set(range(low, high + 1))
     return sorted(sizes), []

@@ -87,7 +87,7 @@ class Cluster:
         found = []
         if not self.submits and self.nodes > 1:
             found.append(
-                f"cluster.nodes: {self.nodes}, but the launcher {self.launcher} starts one; use --launcher slurm, or 1"
+                f"cluster.nodes: got {self.nodes}; expected 1 with the launcher {self.launcher}. Fix: --launcher slurm"
             )
         if self.launcher == "debug" and self.processes not in (1, "auto"):
             found.append(
@@ -96,17 +96,21 @@ class Cluster:
             )
         if self.submits and self.gpus == "auto":
             found.append(
-                "cluster.gpus: 'auto' counts the GPUs of this machine, but jobs run on others; give the number per node"
+                "cluster.gpus: got 'auto', which counts the GPUs of this machine; expected a number, because jobs run "
+                "on others. Fix: cluster.gpus=N of each node"
             )
         if self.slurm.gpu_type and self.gpus == 0:
-            found.append(f"cluster.slurm.gpu_type: {self.slurm.gpu_type!r}, but cluster.gpus is 0; give a number")
+            found.append(
+                f"cluster.slurm.gpu_type: got {self.slurm.gpu_type!r} with cluster.gpus 0; expected GPUs. "
+                "Fix: cluster.gpus=N, or cluster.slurm.gpu_type=null"
+            )
         found += site_problems(self.slurm, submits=self.submits)
         known = deepspeed_names()
         for name, stage in (("sft", self.sft), ("grpo", self.grpo)):
             if stage.deepspeed not in (*known, "auto"):
                 found.append(
-                    f"cluster.{name}.deepspeed: {stage.deepspeed!r} is no file of {DEEPSPEED}/; "
-                    f"use {' or '.join([*known, 'auto'])}"
+                    f"cluster.{name}.deepspeed: got {stage.deepspeed!r}; expected a file of {DEEPSPEED}/. "
+                    f"Fix: {' or '.join([*known, 'auto'])}"
                 )
         return found
 
@@ -236,8 +240,8 @@ def batches(
     wanted = settings.global_batch_size
     if settings.optimizer.name == "muon" and layout.deepspeed == "none":
         return None, [
-            f"{stage}.optimizer.name: 'muon' is DeepSpeed's, but cluster.{stage}.deepspeed is 'none'; "
-            "use zero2, or an optimizer such as adamw_torch"
+            f"{stage}.optimizer.name: got 'muon', which is DeepSpeed's, with cluster.{stage}.deepspeed 'none'. "
+            f"Fix: cluster.{stage}.deepspeed=zero2, or {stage}.optimizer.name=adamw_torch"
         ]
     if settings.optimizer.name == "muon" and zero_stage(layout.deepspeed) == 3:
         return None, [
@@ -248,8 +252,8 @@ def batches(
     if wanted % processes:
         lower, upper = wanted // processes * processes, -(-wanted // processes) * processes
         return None, [
-            f"{stage}.global_batch_size: {wanted} cannot be shared by {processes} processes; "
-            f"use {' or '.join(str(n) for n in (lower, upper) if n)}, or other numbers of cluster.nodes and processes"
+            f"{stage}.global_batch_size: got {wanted}; expected a multiple of the {processes} processes. "
+            f"Fix: {' or '.join(str(n) for n in (lower, upper) if n)}, or other numbers of cluster.nodes and processes"
         ]
     share = wanted // processes
     shares = divisors(share)
@@ -260,15 +264,15 @@ def batches(
     if share % per_device:
         near = [n for n in shares if n < per_device][-1:] + [n for n in shares if n > per_device][:1]
         return None, [
-            f"cluster.{stage}.per_device_batch_size: {per_device} does not divide the {share} rows "
-            f"that each of {processes} processes has of {stage}.global_batch_size {wanted}; "
-            f"use {' or '.join(str(n) for n in near)}"
+            f"cluster.{stage}.per_device_batch_size: got {per_device}; expected a divisor of the {share} rows "
+            f"that each of {processes} processes has of {stage}.global_batch_size {wanted}. "
+            f"Fix: {' or '.join(str(n) for n in near)}"
         ]
     made = Batches(processes, per_device, share // per_device)
     if stage == "grpo" and cluster.generation_batch_size not in ("auto", *(known := generation_sizes(recipe, made))):
         return None, [
-            f"cluster.generation_batch_size: {cluster.generation_batch_size} is no whole share of the {share} "
-            f"completions of each process with whole groups of {recipe.grpo.num_generations}; use "
+            f"cluster.generation_batch_size: got {cluster.generation_batch_size}; expected a divisor of the {share} "
+            f"completions of each process that holds whole groups of {recipe.grpo.num_generations}. Fix: "
             f"{' or '.join(str(n) for n in known[:8])}, or auto"
         ]
     return made, []

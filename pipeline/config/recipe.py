@@ -111,9 +111,11 @@ class TaskChoice:
                 f"Fix: task.source=path, or {key}=null"
             )
         if self.source == "path" and not self.files:
-            found.append(f"task.path: null, but task.source is 'path'; {wanted}")
+            found.append(f"task.path: got null with task.source 'path'; expected a file. Fix: {wanted}")
         elif self.source in ("auto", "path") and self.files and not (self.path or self.test_path):
-            found.append(f"task.path: null, but task.validation_path is set; {wanted}")
+            found.append(
+                f"task.path: got null with task.validation_path set; expected a file of training rows. Fix: {wanted}"
+            )
         seen: dict[str, str] = {}
         for key, path in self.files.items():
             if is_path(path) and (before := seen.setdefault(os.path.realpath(path), key)) != key:
@@ -258,33 +260,38 @@ class Recipe:
             below = [n for n in near if n < group][-1:]
             above = [n for n in near if n > group][:1]
             found.append(
-                f"grpo.num_generations: {group} does not divide grpo.global_batch_size {batch}; "
-                f"use {' or '.join(str(n) for n in below + above)}"
+                f"grpo.num_generations: got {group}; expected a divisor of grpo.global_batch_size {batch}. "
+                f"Fix: {' or '.join(str(n) for n in below + above)}"
             )
         for stage, optimizer in (("sft", self.sft.optimizer), ("grpo", self.grpo.optimizer)):
             key, kwargs = f"{stage}.optimizer.lr_scheduler_kwargs", optimizer.lr_scheduler_kwargs or {}
             found += scheduler_problems(key, optimizer.lr_scheduler_type, kwargs)
             if optimizer.name == "muon" and optimizer.max_grad_norm:
                 found.append(
-                    f"{stage}.optimizer.max_grad_norm: {optimizer.max_grad_norm:g} would shrink every step of muon, "
-                    "whose gradients are orthogonal matrices of a far larger norm; use 0"
+                    f"{stage}.optimizer.max_grad_norm: got {optimizer.max_grad_norm:g}; expected 0 with muon, whose "
+                    "gradients are orthogonal matrices of a far larger norm: clipping would shrink every step. "
+                    f"Fix: {stage}.optimizer.max_grad_norm=0"
                 )
         if self.sft.early_stopping_patience and not self.sft.eval_steps:
             found.append(
-                "sft.early_stopping_patience: nothing to be patient about; set sft.eval_steps too, such as 100"
+                f"sft.early_stopping_patience: got {self.sft.early_stopping_patience} without sft.eval_steps. "
+                "Fix: sft.eval_steps=100"
             )
         if not self.grpo.rewards and "grpo" in self.stages:
-            found.append("grpo.rewards: empty; list at least one, such as correctness: {weight: 1.0, params: {}}")
+            found.append(
+                "grpo.rewards: got none; expected at least one. Fix: grpo.rewards.correctness={weight: 1.0, params: {}}"
+            )
         if self.model.quantization != "none" and not self.lora.enabled:
             found.append(
-                f"model.quantization: {self.model.quantization!r} weights cannot be trained themselves; "
-                "set lora.enabled=true, or model.quantization=none"
+                f"model.quantization: got {self.model.quantization!r}; expected none where all weights are trained. "
+                "Fix: lora.enabled=true, or model.quantization=none"
             )
         if self.lora.enabled and not self.lora.targets:
             found.append("lora.targets: got none; expected the modules to adapt. Fix: lora.targets=[all-linear]")
         if self.model.random_init and self.model.gguf:
             found.append(
-                "model.gguf: a model from scratch has no file; set one of model.random_init and model.gguf to null"
+                "model.gguf: got a file with model.random_init; expected one of them. Fix: model.gguf=null, or "
+                "model.random_init=null"
             )
         if scratch := self.model.random_init:
             found.extend(self._scratch_problems(scratch))
@@ -297,15 +304,18 @@ class Recipe:
     def _scratch_problems(self, scratch: RandomInit) -> list[str]:
         found = []
         if scratch.hidden_size % scratch.heads:
-            found.append(f"model.random_init.heads: {scratch.heads} does not divide hidden_size {scratch.hidden_size}")
+            found.append(
+                f"model.random_init.heads: got {scratch.heads}; expected a divisor of hidden_size {scratch.hidden_size}"
+            )
         elif scratch.hidden_size // scratch.heads % 2:
             found.append(
-                f"model.random_init.hidden_size: {scratch.hidden_size} gives heads of odd width; rotary positions need "
-                "an even one"
+                f"model.random_init.hidden_size: got {scratch.hidden_size}, which gives heads of odd width; expected "
+                "an even one, for rotary positions"
             )
         if scratch.heads % scratch.key_value_heads:
             found.append(
-                f"model.random_init.key_value_heads: {scratch.key_value_heads} does not divide heads {scratch.heads}"
+                f"model.random_init.key_value_heads: got {scratch.key_value_heads}; expected a divisor of heads "
+                f"{scratch.heads}"
             )
         longest = {
             "sft.max_length": self.sft.max_length,
@@ -314,9 +324,11 @@ class Recipe:
         }
         for name, tokens in longest.items():
             if tokens > scratch.context:
-                found.append(f"{name}: {tokens} tokens do not fit model.random_init.context {scratch.context}")
+                found.append(
+                    f"{name}: got {tokens} tokens; expected at most model.random_init.context {scratch.context}"
+                )
         if self.model.quantization != "none" and not self.smoke_test:
-            found.append("model.quantization: a model from scratch has nothing to quantize; use none")
+            found.append("model.quantization: got quantized weights with model.random_init; expected none")
         return found
 
 

@@ -1,7 +1,7 @@
 """From plain YAML values to frozen dataclasses, with every problem found at once.
 
 `parse(Recipe, values)` checks names, types and the `Constraint` of each annotated field, and returns the typed object
-with the list of what is wrong, each as `sft.learning_rate: 'fast' is not a number > 0`. The dataclass is the
+with the list of what is wrong, each as `sft.learning_rate: got 'fast'; expected a number > 0`. The dataclass is the
 schema: no other list of keys exists. Values are never guessed: a missing key is a problem, not a default, except for
 fields that were `added` later.
 """
@@ -114,27 +114,27 @@ def _value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     if origin is Literal:
         if value in args and type(value) in {type(arg) for arg in args}:
             return value
-        problems.append(f"{path}: {_shown(value)} is not one of its values; {_menu(value, args)}")
+        problems.append(f"{path}: got {_shown(value)}; expected one of its values; {_menu(value, args)}")
     elif origin is tuple:
         if isinstance(value, list | tuple):
             return tuple(_value(args[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value))
-        problems.append(f"{path}: {_shown(value)} is not a list; write [{value}]")
+        problems.append(f"{path}: got {_shown(value)}; expected a list. Fix: {path}=[{value}]")
     elif origin is dict:
         if isinstance(value, Mapping):
             problems += _key_problems(value, path)
             return {str(key): _value(args[1], item, f"{path}.{key}", problems) for key, item in value.items()}
-        problems.append(f"{path}: {_shown(value)} is not a mapping of names to values")
+        problems.append(f"{path}: got {_shown(value)}; expected a mapping of names to values")
     elif dataclasses.is_dataclass(kind):
         return _dataclass(typing.cast(type, kind), value, path, problems)
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return _finite(value, path, problems)
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         if kind is int and abs(value) > MAX_INT:
-            problems.append(f"{path}: {_shown(value)} is not a whole number of at most {MAX_INT}")
+            problems.append(f"{path}: got {_shown(value)}; expected a whole number of at most {MAX_INT}")
             return None
         return _text(value, path, problems) if isinstance(value, str) else value
     else:
-        problems.append(f"{path}: {_shown(value)} is not {_NAMES.get(kind, kind.__name__)}")
+        problems.append(f"{path}: got {_shown(value)}; expected {_NAMES.get(kind, kind.__name__)}")
     return None
 
 
@@ -145,14 +145,14 @@ def _finite(value: float, path: str, problems: list[str]) -> float | None:
             return float(value)
     except OverflowError:
         pass
-    problems.append(f"{path}: {_shown(value)} is not a finite number")
+    problems.append(f"{path}: got {_shown(value)}; expected a finite number")
     return None
 
 
 def _text(value: str, path: str, problems: list[str]) -> str:
     """A text that UTF-8 can write: half of a surrogate pair cannot be hashed or saved."""
     if any("\ud800" <= character <= "\udfff" for character in value):
-        problems.append(f"{path}: {_shown(value)} contains bytes that are not UTF-8")
+        problems.append(f"{path}: got {_shown(value)}; expected a text in UTF-8, but it contains bytes that are not")
     return value
 
 
@@ -168,9 +168,9 @@ def _free(value: Any, path: str, problems: list[str]) -> Any:
     if isinstance(value, str):
         return _text(value, path, problems)
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > MAX_INT:
-        problems.append(f"{path}: {_shown(value)} is not a whole number of at most {MAX_INT}")
+        problems.append(f"{path}: got {_shown(value)}; expected a whole number of at most {MAX_INT}")
     elif not (value is None or isinstance(value, int)):
-        problems.append(f"{path}: {_shown(value)} is not a text, number, list or mapping")
+        problems.append(f"{path}: got {_shown(value)}; expected a text, number, list or mapping")
     return value
 
 
@@ -225,7 +225,7 @@ def _checked(kind: Any, checks: tuple[Any, ...], value: Any, path: str, problems
     for check in checks:
         if len(problems) > before or not check.test(result):
             del problems[before:]
-            problems.append(f"{path}: {_shown(value)} is not {check.words}")
+            problems.append(f"{path}: got {_shown(value)}; expected {check.words}")
             return None
     return result
 
@@ -249,7 +249,7 @@ def _union(kinds: tuple[Any, ...], value: Any, path: str, problems: list[str]) -
     problems.extend((mapping or found)[0])  # the first kind says it best; words that may stand instead follow it
     words = [word for kind in others[1:] for word in typing.get_args(kind) if isinstance(word, str)]
     if words:
-        problems[-1] += f", nor is it {' or '.join(words)}"
+        problems[-1] += f", or {' or '.join(words)}"
     return None
 
 
@@ -362,7 +362,7 @@ def _reworded(values: Any, path: list[str], words: Mapping[str, str]) -> tuple[A
 
 def _dataclass(cls: type, value: Any, path: str, problems: list[str]) -> Any:
     if not isinstance(value, Mapping):
-        problems.append(f"{path or 'the file'}: {_shown(value)} is not a mapping of settings")
+        problems.append(f"{path or 'the file'}: got {_shown(value)}; expected a mapping of settings")
         return None
     if renames := getattr(cls, "renames", None):
         value, _ = renames(value).apply(value)

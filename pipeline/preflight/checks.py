@@ -208,12 +208,12 @@ def _chat_format(recipe: Recipe) -> Iterator[str]:
     template = recipe.model.chat_template
     if template and template not in TEMPLATES and not Path(template).is_file():
         close = did_you_mean(template, list(TEMPLATES))
-        yield f"model.chat_template: {template!r} is no file and no known name; {close}"
+        yield f"model.chat_template: got {template!r}; expected a file or a known name; {close}"
     yield from _tokens(recipe.model)
     if template is None and "R1-Distill" in recipe.model.name:
         yield (
-            f"model.chat_template: null is {recipe.model.name}'s own, which deletes the thought from every training "
-            "text; use deepseek_r1_distill"
+            f"model.chat_template: got null, the template of {recipe.model.name} itself, which deletes the thought "
+            "from every training text. Fix: model.chat_template=deepseek_r1_distill"
         )
 
 
@@ -225,8 +225,9 @@ def _tokens(model: Model) -> Iterator[str]:
         unknown = [token for token in special_in(path.read_text(encoding="utf-8")) if token not in known]
         if unknown:
             yield (
-                f"model.chat_template: {model.chat_template!r} writes {', '.join(unknown)}, which the tokenizer of "
-                f"{model.name} does not have, so no answer would end; use its own (null) or its family's"
+                f"model.chat_template: got {model.chat_template!r}, which writes {', '.join(unknown)}; expected tokens "
+                f"that the tokenizer of {model.name} has, or no answer would end. Fix: model.chat_template=null (its "
+                "own), or that of its family"
             )
 
 
@@ -236,14 +237,14 @@ def _file(recipe: Recipe) -> Iterator[str]:
     if name and gguf_file(recipe.model) is None:
         package = name.partition("/")[0].replace("_", "-")
         fix = install_command("--no-deps", package)
-        yield f"model.gguf: {name} is no file, nor one of an installed package. Fix: {fix}"
+        yield f"model.gguf: got {name}; expected a file, or package/file of an installed package. Fix: {fix}"
     if name and importlib.util.find_spec("gguf") is None:
         yield f"model.gguf: package gguf, which reads the file, is not installed. Fix: {install_command('gguf')}"
 
 
 def _attention(recipe: Recipe) -> Iterator[str]:
     if recipe.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        yield "model.attention: 'flash_attention_2', but the package flash-attn is not installed; use auto"
+        yield "model.attention: got 'flash_attention_2'; package flash-attn is not installed. Fix: model.attention=auto"
 
 
 def _precision(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
@@ -267,14 +268,17 @@ def _hardware(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
         return
     has = f"the GPUs of {cluster.name} (compute capability {gpu:g})"
     if model.dtype == "bfloat16" and half_precision(gpu) != model.dtype:
-        yield f"model.dtype: 'bfloat16', which {has} only emulate; use auto, which is float16 there"
+        yield f"model.dtype: got 'bfloat16', which {has} only emulate. Fix: model.dtype=auto (float16 there)"
     if model.attention == "flash_attention_2" and gpu < AMPERE:
-        yield f"model.attention: 'flash_attention_2', which {has} cannot run; use auto, which is sdpa there"
+        yield f"model.attention: got 'flash_attention_2', which {has} cannot run. Fix: model.attention=auto (sdpa)"
     if model.attention == "flash_attention_2" and model.dtype == "float32":
-        yield "model.attention: 'flash_attention_2' computes in 16 bit, but model.dtype is 'float32'; use auto for one"
+        yield "model.attention: got 'flash_attention_2', which is 16 bit only, with model.dtype 'float32'. Fix: auto"
     least = QUANTIZED_SINCE.get(model.quantization, 0.0)
     if gpu < least:
-        yield f"model.quantization: {model.quantization!r} needs compute capability {least:g}, not {has}; use none"
+        yield (
+            f"model.quantization: got {model.quantization!r}, which needs compute capability {least:g}; expected none "
+            f"on {has}. Fix: model.quantization=none"
+        )
 
 
 def _lengths(recipe: Recipe) -> Iterator[str]:
@@ -286,7 +290,7 @@ def _lengths(recipe: Recipe) -> Iterator[str]:
         asked["grpo.max_prompt_length + grpo.max_completion_length"] = grpo
     for name, tokens in asked.items():
         if context and tokens > context:
-            yield f"{name}: {tokens} tokens, but {recipe.model.name} reads {context}; use less"
+            yield f"{name}: got {tokens} tokens; expected at most {context}, which {recipe.model.name} reads"
 
 
 def _adapters(recipe: Recipe) -> Iterator[str]:
@@ -298,7 +302,7 @@ def _adapters(recipe: Recipe) -> Iterator[str]:
     for target in recipe.lora.targets:
         if target not in (*known, "all-linear"):
             has = ", ".join(known)
-            yield f"lora.targets: {recipe.model.name} has no module {target!r}; it has {has}; or say all-linear"
+            yield f"lora.targets: got {target!r}; expected modules of {recipe.model.name}: {has}; or all-linear"
 
 
 def _memory(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
@@ -307,10 +311,9 @@ def _memory(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
     if over:
         stages = ", ".join(f"{need.phase} {need.total / GIB:.1f} GiB" for need in over)
         remedy = " ".join(suggest_overrides(recipe, cluster))
-        how = f"say {remedy}" if remedy else "take larger GPUs"
         yield (
-            f"memory: {stages} of {gpu / GIB:.1f} GiB a GPU; {how} (see plan --memory); "
-            "cluster.gpu_memory=0 tries it anyway"
+            f"memory: {stages}; expected at most {gpu / GIB:.1f} GiB a GPU. Fix: {remedy or 'larger GPUs'} "
+            "(plan --memory shows each term; cluster.gpu_memory=0 runs without this check)"
         )
 
 

@@ -213,7 +213,7 @@ def _recipe_problems(recipe: Recipe, cluster: Cluster | None) -> list[str]:
     problems = [*local_problems(recipe), *task_problems(recipe)]
     if recipe.task.files and not recipe.task.path:
         problems.append(
-            f"task.path: null, but {' and '.join(recipe.task.files)} is set; expected a file of training rows too. "
+            f"task.path: got null with {' and '.join(recipe.task.files)} set; expected a file of training rows too. "
             "Fix: name one, or evaluate a checkpoint: python -m pipeline evaluate --ckpt DIR task.path=FILE"
         )
     _, rewards = find_rewards(recipe.grpo.rewards)

@@ -107,7 +107,7 @@ def test_a_conversation_reads_questions_until_stdin_ends(
         (["--ckpt", "no/such/folder", "why?"], "checkpoint no/such/folder: no such folder"),
         (["--ckpt", "owner/name", "  "], "question: got an empty one; expected text. Fix: write it in quotes"),
         (["--ckpt", "owner/name", "--interactive", "-"], "--interactive: got - too; expected one of them"),
-        (["--ckpt", "owner/name", "why?", "--temperature", "-1"], "--temperature: -1.0 is not a number from 0"),
+        (["--ckpt", "owner/name", "why?", "--temperature", "-1"], "--temperature: got -1.0; expected a number from 0"),
         (["--ckpt", "owner/name", "why?", "tinny"], "unknown recipe 'tinny'"),
         (["--ckpt", "owner/name", "why?", "cluster.max_memory={gpus: 3}"], "cluster.max_memory.gpus: unknown setting"),
         (["why?"], "the following arguments are required: --ckpt"),

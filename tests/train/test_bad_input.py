@@ -34,7 +34,10 @@ ONE = ["cluster.processes=1"]
         (["plan", "tiny", "evaluate.splits=[tests]"], "has no split 'tests'; did you mean 'test'?"),
         (["plan", "tiny", "task.name=corr2caus"], "unknown task 'corr2caus'; did you mean 'corr2cause'?"),
         (["plan", "tiny", "--cluster", "locall"], "unknown cluster 'locall'"),
-        (["plan", "tiny", "cluster.sft.deepspeed=zero9"], "cluster.sft.deepspeed: 'zero9' is no file of deepspeed/"),
+        (
+            ["plan", "tiny", "cluster.sft.deepspeed=zero9"],
+            "cluster.sft.deepspeed: got 'zero9'; expected a file of deepspeed/",
+        ),
         (["plan", "tiny", "cluster.sft.deepspeed=none"], "'muon' is DeepSpeed's"),
         (["plan", "tiny", "--verbose"], "unknown option or word '--verbose'"),
         (["status", "tinny"], "nothing has run"),

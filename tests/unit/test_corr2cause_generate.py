@@ -138,10 +138,10 @@ def test_three_answers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "error", "told"),
     [
-        (["--n", "11"], RecipeError, "task.params.n[0]: 11 is not a whole number from 2 to 10"),
+        (["--n", "11"], RecipeError, "task.params.n[0]: got 11; expected a whole number from 2 to 10"),
         (["--n", "three"], PlanError, "write 6, or 3,5 or 2-6"),
         (["--n", "3", "stile=story"], RecipeError, "did you mean 'style'?"),
-        (["--n", "3", "--copies", "0"], PlanError, "--copies: 0 is not"),
+        (["--n", "3", "--copies", "0"], PlanError, "--copies: got 0; expected"),
         (["--n", "7", "mode=paper"], RecipeError, "ends at n = 6"),
         (["--n", "3", "mode=paper", "style=story"], RecipeError, "mode paper has published"),
     ],

@@ -95,7 +95,7 @@ def test_a_plan_for_this_machine_is_made_for_its_cards(cards: Path, tmp_path: Pa
     named = cluster_of("2x2080ti", "sft.per_device_batch_size=auto")
     assert resolve_auto(recipe, cluster).sft == resolve_auto(recipe, named).sft
     wrong, _ = preflight.problems(make_plan(["deepseek32b"], runs=tmp_path))
-    assert any(text.startswith("memory: ") and "of 10.8 GiB a GPU" in text for text in wrong)
+    assert any(text.startswith("memory: ") and "expected at most 10.8 GiB a GPU" in text for text in wrong)
     wrong, _ = preflight.problems(make_plan(["deepseek7b"], ["model.dtype=bfloat16"], runs=tmp_path))
     assert any("compute capability 7.5" in text for text in wrong)
 

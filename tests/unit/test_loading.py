@@ -113,10 +113,10 @@ def step_folder(tmp_path: Path, change: Any) -> Path:
 
 
 def test_an_empty_mapping_replaces_the_defaults(tmp_path: Path) -> None:
-    assert "grpo.rewards: empty; list at least one" in problems_of("tiny", "grpo.rewards={}")
+    assert "grpo.rewards: got none; expected at least one" in problems_of("tiny", "grpo.rewards={}")
     file = tmp_path / "mine.yaml"
     file.write_text(text_of().replace("grpo:\n", "grpo:\n  rewards: {}\n"), encoding="utf-8")
-    assert "grpo.rewards: empty; list at least one" in problems_of(str(file))
+    assert "grpo.rewards: got none; expected at least one" in problems_of(str(file))
     recipe, problems = read("tiny", ["grpo.rewards={}", "grpo.rewards.correctness={weight: 1.0, params: {}}"])
     assert problems == []
     assert recipe is not None
@@ -284,7 +284,7 @@ def test_bytes_that_are_no_text_are_named() -> None:
         "tiny", "evaluate.prompts=['\udce4']"
     )
     _, problems = parse(dict[str, str], {"x": "\udce4"}, "prompts")
-    assert problems == ["prompts.x: '\\udce4' contains bytes that are not UTF-8"]
+    assert problems == ["prompts.x: got '\\udce4'; expected a text in UTF-8, but it contains bytes that are not"]
 
 
 # ---------------------------------------------------------------- names
@@ -296,13 +296,13 @@ def test_bytes_that_are_no_text_are_named() -> None:
 def test_a_name_that_leaves_its_folder_is_refused_wherever_a_recipe_is_read(tmp_path: Path, name: str) -> None:
     assert parse(dict[str, Name], {"x": name})[1]
     folder = step_folder(tmp_path, lambda record: record.update(name=name))
-    with pytest.raises(RecipeError, match=r"name: .* is not a name: letters, digits"):
+    with pytest.raises(RecipeError, match=r"name: got .*; expected a name: letters, digits"):
         recipe_of(str(folder))
 
 
 def test_a_step_without_a_name_or_recipe_is_named(tmp_path: Path) -> None:
     folder = step_folder(tmp_path, lambda record: record.pop("name"))
-    with pytest.raises(RecipeError, match="name: null is not a name"):
+    with pytest.raises(RecipeError, match="name: got null; expected a name"):
         recipe_of(str(folder))
     cases: list[dict[str, Any]] = [{"inputs": {}}, {"recipe": "tiny"}, {"recipe": ["x"]}]
     for record in cases:
@@ -315,7 +315,7 @@ def test_a_step_without_a_name_or_recipe_is_named(tmp_path: Path) -> None:
 def test_a_file_whose_name_is_no_name_is_refused(tmp_path: Path, stem: str) -> None:
     file = tmp_path / f"{stem}.yaml"
     file.write_text(text_of())
-    assert "is not a name: letters, digits" in problems_of(str(file))
+    assert "expected a name: letters, digits" in problems_of(str(file))
     file.write_text("launcher: local\n")
     assert "cluster.name: " in "\n".join(read_cluster(str(file))[1])
 
@@ -381,7 +381,7 @@ def test_a_setting_under_its_former_name_is_read_and_the_new_name_told(
     assert told.count("note: evaluate.draws is now report.bootstrap_samples") == 1
     assert "note: evaluate.goals is now report.success_criteria" in told
     _, problems = read(str(file), ["evaluate.draws=0"])
-    assert any(text.startswith("report.bootstrap_samples: 0 is not") for text in problems)
+    assert any(text.startswith("report.bootstrap_samples: got 0; expected") for text in problems)
     both, _ = read(str(file), ["evaluate.draws=5", "report.bootstrap_samples=6"])
     assert both is not None
     assert both.report.bootstrap_samples == 6

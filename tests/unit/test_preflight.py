@@ -29,11 +29,11 @@ CATALOGUE: list[tuple[list[str], str]] = [
     (["tiny", "sft.optimizer.name=adamw_torc"], "did you mean 'adamw_torch'?"),
     (
         [*SEVEN, "grpo.optimizer.lr_scheduler_type=cosin"],
-        "grpo.optimizer.lr_scheduler_type: 'cosin' is not one of its values; did you mean 'cosine'?",
+        "grpo.optimizer.lr_scheduler_type: got 'cosin'; expected one of its values; did you mean 'cosine'?",
     ),
     (
         [*SEVEN, "model.chat_template=phi35"],
-        "'phi35' is no file and no known name; did you mean 'phi3_5'?",
+        "got 'phi35'; expected a file or a known name; did you mean 'phi3_5'?",
     ),
     (
         [
@@ -51,82 +51,91 @@ CATALOGUE: list[tuple[list[str], str]] = [
         [*SEVEN, "sft.optimizer.lr_scheduler_type=cosine_with_min_lr"],
         "got none of min_lr_rate, which cosine_with",
     ),
-    ([*SEVEN, "grpo.loss_type=dapoo"], "grpo.loss_type: 'dapoo' is not one of its values; did you mean 'dapo'?"),
-    (["tiny", "cluster.sft.deepspeed=zero2_ofload"], "cluster.sft.deepspeed: 'zero2_ofload' is no file of deepspeed/"),
+    ([*SEVEN, "grpo.loss_type=dapoo"], "grpo.loss_type: got 'dapoo'; expected one of its values; did you mean 'dapo'?"),
+    (
+        ["tiny", "cluster.sft.deepspeed=zero2_ofload"],
+        "cluster.sft.deepspeed: got 'zero2_ofload'; expected a file of deep",
+    ),
     (["tiny", "grpo.rewards.corectness.weight=1"], "corectness"),
     (["tiny", "task.name=gsm9k"], "task.name: unknown task 'gsm9k'"),
     (["tiny", "evaluate.splits=[tset]"], "has no split 'tset'; did you mean 'test'?"),
     # types and values
-    (["tiny", "sft.epochs=many"], "sft.epochs: 'many' is not"),
-    (["tiny", "seed=-1"], "seed: -1 is not"),
-    (["tiny", "lora.dropout=1.5"], "lora.dropout: 1.5 is not a number from 0 to 1"),
-    (["tiny", "cluster.slurm.time.sft=12:00:00"], "cluster.slurm.time.sft: 43200 is not a time such as 12h"),
+    (["tiny", "sft.epochs=many"], "sft.epochs: got 'many'; expected"),
+    (["tiny", "seed=-1"], "seed: got -1; expected"),
+    (["tiny", "lora.dropout=1.5"], "lora.dropout: got 1.5; expected a number from 0 to 1"),
+    (["tiny", "cluster.slurm.time.sft=12:00:00"], "cluster.slurm.time.sft: got 43200; expected a time such as 12h"),
     # batches
     (
         [*SEVEN, "grpo.num_generations=5"],
-        "5 does not divide grpo.global_batch_size 32; use 4 or 8",
+        "got 5; expected a divisor of grpo.global_batch_size 32. Fix: 4 or 8",
     ),
-    ([*SEVEN, "sft.global_batch_size=63"], "sft.global_batch_size: 63 cannot be shared by 2 processes"),
-    ([*SEVEN, "cluster.sft.per_device_batch_size=3"], "cluster.sft.per_device_batch_size: 3 does not divide"),
-    ([*SEVEN, "grpo.global_batch_size=30"], "grpo.num_generations: 4 does not divide grpo.global_batch_size 30"),
+    ([*SEVEN, "sft.global_batch_size=63"], "sft.global_batch_size: got 63; expected a multiple of the 2 processes"),
+    ([*SEVEN, "cluster.sft.per_device_batch_size=3"], "cluster.sft.per_device_batch_size: got 3; expected a"),
+    ([*SEVEN, "grpo.global_batch_size=30"], "grpo.num_generations: got 4; expected a divisor of grpo.global"),
     (
         [*SEVEN, "cluster.generation_batch_size=3"],
-        "is no whole share of the 16 completions of each process with whole groups of 4; use 16 or 8 or 4 or 2, ",
+        "expected a divisor of the 16 completions of each process that holds whole groups of 4. Fix: 16 or 8 or 4",
     ),
     # hardware, memory, lengths
     (["deepseek32b", "--cluster", "2x2080ti", "--launcher", "local"], "memory: sft "),
     (
         [*SEVEN, "cluster.grpo.per_device_batch_size=8"],
-        "GiB of 10.8 GiB a GPU; say cluster.grpo.per_device_batch_size=1",
+        "GiB; expected at most 10.8 GiB a GPU. Fix: cluster.grpo.per_device_batch_size=1 ",
     ),
     ([*SEVEN, "model.quantization=none"], "memory: sft "),
     (
         [*SEVEN, "sft.max_length=200000"],
-        "sft.max_length: 200000 tokens, but deepseek-ai/DeepSeek-R1-Distill-Qwen-7B reads 131072",
+        "sft.max_length: got 200000 tokens; expected at most 131072, which deepseek-ai/DeepSeek-R1",
     ),
-    (["tiny", "sft.max_length=4000"], "sft.max_length: 4000 tokens do not fit model.random_init.context 2048"),
-    (["tiny", "--launcher", "local", "--nodes", "2"], "cluster.nodes: 2, but the launcher local starts one"),
-    (["tiny", "--launcher", "slurm", "cluster.gpus=auto"], "cluster.gpus: 'auto' counts the GPUs of this machine"),
+    (["tiny", "sft.max_length=4000"], "sft.max_length: got 4000 tokens; expected at most model.random_init"),
+    (["tiny", "--launcher", "local", "--nodes", "2"], "cluster.nodes: got 2; expected 1 with the launcher local"),
+    (["tiny", "--launcher", "slurm", "cluster.gpus=auto"], "cluster.gpus: got 'auto', which counts the GPUs of this"),
     (
         ["gemma3-1b", "--cluster", "2x2080ti"],
         "model.dtype: got auto, float16 on compute capability 7.5; expected bfloat16 or float32, because activations",
     ),
     (["gemma3-1b", "model.dtype=float16"], "model.dtype: got float16; expected bfloat16 or float32"),
-    ([*SEVEN, "model.dtype=bfloat16"], "model.dtype: 'bfloat16', which the GPUs of 2x2080ti (compute capability 7.5)"),
+    (
+        [*SEVEN, "model.dtype=bfloat16"],
+        "model.dtype: got 'bfloat16', which the GPUs of 2x2080ti (compute capability 7.5)",
+    ),
     (
         [*SEVEN, "model.attention=flash_attention_2"],
-        "cannot run; use auto, which is sdpa there",
+        "cannot run. Fix: model.attention=auto (sdpa)",
     ),
     (
         [*SEVEN, "cluster.compute_capability=7.0", "model.quantization=int8"],
-        "model.quantization: 'int8' needs compute capability 7.5",
+        "model.quantization: got 'int8', which needs compute capability 7.5",
     ),
     (
         ["deepseek7b", "--cluster", "h100", "model.attention=flash_attention_2", "model.dtype=float32"],
-        "computes in 16 bit, but model.dtype is 'float32'",
+        "is 16 bit only, with model.dtype 'float32'",
     ),
     # models
-    ([*SEVEN, "lora.enabled=false"], "model.quantization: 'nf4' weights cannot be trained themselves"),
-    ([*SEVEN, "lora.targets=[qkv_proj]"], "has no module 'qkv_proj'; it has q_proj, k_proj"),
-    (["phi3.5", "lora.targets=[q_proj]"], "has no module 'q_proj'; it has qkv_proj, o_proj, gate_up_proj, down_proj"),
-    ([*SEVEN, "model.chat_template=null"], "deletes the thought from every training text; use deepseek_r1_distill"),
+    ([*SEVEN, "lora.enabled=false"], "model.quantization: got 'nf4'; expected none where all weights"),
+    (
+        [*SEVEN, "lora.targets=[qkv_proj]"],
+        "got 'qkv_proj'; expected modules of deepseek-ai/DeepSeek-R1-Distill-Qwen-7B: q_proj",
+    ),
+    (["phi3.5", "lora.targets=[q_proj]"], "Phi-3.5-mini-instruct: qkv_proj, o_proj, gate_up_proj, down_proj"),
+    ([*SEVEN, "model.chat_template=null"], "thought from every training text. Fix: model.chat_template=deepseek_r1_d"),
     (
         ["deepseek7b", "--cluster", "a100", "model.attention=flash_attention_2"],
-        "the package flash-attn is not installed; use auto",
+        "package flash-attn is not installed. Fix: model.attention=auto",
     ),
-    (["tiny", "cluster.sft.deepspeed=none"], "'muon' is DeepSpeed's"),
+    (["tiny", "cluster.sft.deepspeed=none"], "got 'muon', which is DeepSpeed's, with cluster.sft.deepspeed 'none'"),
     (["tiny", "cluster.sft.deepspeed=zero3"], "DeepSpeed refuses muon under ZeRO-3 (it scatters gradients). Fix: "),
     (["tiny", "cluster.sft.deepspeed=zero3_offload"], "Fix: cluster.sft.deepspeed=zero2, or sft.optimizer.name"),
     (["tiny", "model.random_init.layers=4000000000"], "host memory: preprocess "),
     (["tiny", "model.random_init.vocabulary=4000000000"], "which this machine has. Fix: a smaller model.random_init"),
     ([*SEVEN, "lora.targets=[]"], "lora.targets: got none; expected the modules to adapt. Fix: lora.targets=[all-lin"),
     ([*SEVEN, "model.name=/dev/zero"], "model.name: got /dev/zero, which is not a folder"),
-    ([*SEVEN, "cluster.gpu_memory=1e308"], "cluster.gpu_memory: 1e+308 is not a number of GB from 0 to 100000"),
-    (["tiny", "sft.optimizer.max_grad_norm=1"], "would shrink every step of muon"),
+    ([*SEVEN, "cluster.gpu_memory=1e308"], "cluster.gpu_memory: got 1e+308; expected a number of GB from 0 to 100000"),
+    (["tiny", "sft.optimizer.max_grad_norm=1"], "clipping would shrink every step"),
     (["deepseek7b", "--cluster", "2x2080ti"], "is not in the local cache (nothing of it)"),
     (["tiny", "cluster.loggers=[wandb]"], "'wandb' has no login: wandb login, or WANDB_MODE=offline"),
-    (["tiny", "sft.early_stopping_patience=3"], "set sft.eval_steps too, such as 100"),
-    (["tiny", "task.source=path"], "task.path: null, but task.source is 'path'"),
+    (["tiny", "sft.early_stopping_patience=3"], "sft.early_stopping_patience: got 3 without sft.eval_steps. Fix: "),
+    (["tiny", "task.source=path"], "task.path: got null with task.source 'path'"),
 ]
 
 
@@ -240,8 +249,8 @@ def test_a_template_whose_tokens_the_tokenizer_lacks_is_told(tmp_path: Path) -> 
         words = [f"model.name={model}", f"model.chat_template={template}", "cluster.gpu_memory=80"]
         return "\n".join(preflight.problems(make_plan(["qwen1.5b"], words, runs=tmp_path / "runs"))[0])
 
-    assert "'phi3_5' writes <|system|>, <|end|>" in told("phi3_5")
-    assert "does not have, so no answer would end" in told("phi3_5")
+    assert "got 'phi3_5', which writes <|system|>, <|end|>" in told("phi3_5")
+    assert "has, or no answer would end" in told("phi3_5")
     assert "writes" not in told("qwen2_5")
 
 

@@ -212,8 +212,8 @@ def test_a_path_is_enough_and_another_source_beside_it_is_refused(tmp_path: Path
     [
         (["task.path=a.jsonl", "task.test_path=a.jsonl"], "task.test_path: got a.jsonl, the file of task.path too"),
         (["task.path=a.jsonl", "task.test_path=./a.jsonl"], "the file of task.path too"),
-        (["task.validation_path=a.jsonl"], "task.path: null, but task.validation_path is set"),
-        (["task.source=path"], "task.path: null, but task.source is 'path'"),
+        (["task.validation_path=a.jsonl"], "task.path: got null with task.validation_path set"),
+        (["task.source=path"], "task.path: got null with task.source 'path'"),
     ],
 )
 def test_files_that_cannot_go_together_are_told(words: list[str], told: str) -> None:
@@ -223,7 +223,7 @@ def test_files_that_cannot_go_together_are_told(words: list[str], told: str) -> 
 
 def test_a_run_needs_rows_to_learn_from(tmp_path: Path) -> None:
     test = gsm8k_file(tmp_path / "test.jsonl", range(20))
-    with pytest.raises(RecipeError, match=r"task.path: null, but task\.test_path is set"):
+    with pytest.raises(RecipeError, match=r"task.path: got null with task\.test_path set"):
         make_plan(["gsm8k"], ["task.source=path", f"task.test_path={test}"])
 
 

@@ -51,22 +51,22 @@ def test_all_problems_are_found_at_once() -> None:
     made, problems = parse(Outer, bad)
     assert made is None
     assert problems == [
-        "count: 0 is not a whole number ≥ 1",
-        "mode: 'fas' is not one of its values; did you mean 'fast'?",
+        "count: got 0; expected a whole number ≥ 1",
+        "mode: got 'fas'; expected one of its values; did you mean 'fast'?",
         "inner.rat: unknown setting; did you mean 'rate'?",
         "inner.rate: missing",
-        "inner.names: 'a' is not a list; write [a]",
-        "limit: True is not a whole number ≥ 1",
-        "size: 'big' is not a whole number ≥ 1, nor is it auto",
+        "inner.names: got 'a'; expected a list. Fix: inner.names=[a]",
+        "limit: got True; expected a whole number ≥ 1",
+        "size: got 'big'; expected a whole number ≥ 1, or auto",
     ]
 
 
 @pytest.mark.parametrize(
     ("value", "told"),
     [
-        ("fast", "is not a number > 0"),
-        (-1.0, "is not a number > 0"),
-        (None, "null is not a number > 0"),
+        ("fast", "expected a number > 0"),
+        (-1.0, "expected a number > 0"),
+        (None, "got null; expected a number > 0"),
         (True, "True"),
     ],
 )

@@ -281,11 +281,11 @@ def test_a_signal_before_the_step_has_begun_queues_the_job_again(tmp_path: Path,
         ),
         (
             "modules=[2023.10]",
-            "cluster.slurm.modules[0]: 2023.1 is not a text. Fix: write it in quotes, such as '2023.10'",
+            "cluster.slurm.modules[0]: got 2023.1; expected a text. Fix: write it in quotes, such as '2023.10'",
         ),
-        ("modules=[2023]", "cluster.slurm.modules[0]: 2023 is not a text. Fix: write it in quotes"),
+        ("modules=[2023]", "cluster.slurm.modules[0]: got 2023; expected a text. Fix: write it in quotes"),
         ("host_suffix='-ib;id'", "cluster.slurm.host_suffix: got '-ib;id'"),
-        ("gpu_request=gpus", "cluster.slurm.gpu_request: 'gpus' is not one of its values"),
+        ("gpu_request=gpus", "cluster.slurm.gpu_request: got 'gpus'; expected one of its values"),
     ],
 )
 def test_what_has_no_place_in_a_batch_script_is_refused(word: str, told: str) -> None:
@@ -439,12 +439,15 @@ def test_each_stage_has_its_own_time_to_save() -> None:
             "signal_before_limit.grpo: got 1200 seconds; expected less than the 1200 of cluster.slurm.time.grpo",
         ),
         (["time.grpo=20m", "signal_before_limit.grpo=1200"], "Fix: cluster.slurm.signal_before_limit.grpo=300"),
-        (["signal_before_limit={grpo: 0}"], "cluster.slurm.signal_before_limit.grpo: 0 is not a whole number ≥ 1"),
+        (
+            ["signal_before_limit={grpo: 0}"],
+            "cluster.slurm.signal_before_limit.grpo: got 0; expected a whole number ≥ 1",
+        ),
         (
             ["signal_before_limit={gpro: 9}"],
             "cluster.slurm.signal_before_limit.gpro: unknown setting; did you mean 'grpo'?",
         ),
-        (["signal_before_limit=soon"], "cluster.slurm.signal_before_limit: 'soon' is not a whole number ≥ 1"),
+        (["signal_before_limit=soon"], "cluster.slurm.signal_before_limit: got 'soon'; expected a whole number ≥ 1"),
     ],
 )
 def test_a_time_to_save_that_cannot_be_is_told(words: list[str], told: str) -> None:

@@ -219,7 +219,7 @@ def test_times_are_read_as_people_write_them(text: str, number: int) -> None:
 @pytest.mark.parametrize("text", ["", "12", "h", "0h", "12:00", "-1h", "1.5h", "soon"])
 def test_what_is_no_time_is_refused(text: str) -> None:
     _, problems = read_cluster("slurm", [f"slurm.time.sft='{text}'"])
-    assert any("is not a time such as 12h" in problem for problem in problems)
+    assert any("expected a time such as 12h" in problem for problem in problems)
 
 
 @given(st.integers(1, 100_000))
@@ -233,15 +233,18 @@ def test_slurm_is_told_the_time_that_was_meant(number: int) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["cluster.slurm.time.sft=12:00:00"], "cluster.slurm.time.sft: 43200 is not a time such as 12h"),
-        (["cluster.gpus=auto"], "cluster.gpus: 'auto' counts the GPUs of this machine"),
+        (["cluster.slurm.time.sft=12:00:00"], "cluster.slurm.time.sft: got 43200; expected a time such as 12h"),
+        (["cluster.gpus=auto"], "cluster.gpus: got 'auto', which counts the GPUs of this"),
         (
             ["cluster.slurm.signal_before_limit=7200"],
             "cluster.slurm.signal_before_limit: got 7200 seconds; expected less than the 1800",
         ),
-        (["cluster.slurm.gpu_type=a100", "cluster.gpus=0"], "cluster.slurm.gpu_type: 'a100', but cluster.gpus is 0"),
+        (
+            ["cluster.slurm.gpu_type=a100", "cluster.gpus=0"],
+            "cluster.slurm.gpu_type: got 'a100' with cluster.gpus 0; expected GPUs",
+        ),
         (["cluster.slurm.partion=x"], "cluster.slurm.partion: unknown setting; did you mean 'partition'?"),
-        (["--launcher", "local", "--nodes", "2"], "cluster.nodes: 2, but the launcher local starts one"),
+        (["--launcher", "local", "--nodes", "2"], "cluster.nodes: got 2; expected 1 with the launcher local"),
     ],
 )
 def test_a_cluster_that_cannot_be_is_told_before_anything_is_queued(

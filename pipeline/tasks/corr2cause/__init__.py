@@ -272,7 +272,7 @@ class Corr2Cause(Task):
             if p.style in ("plusplus", "story"):
                 found.append(f"task.params.style: {p.style}, but mode paper has published, paraphrased or refactored")
         if not p.phases:
-            found.append("task.params.phases: empty; list at least one, such as {n: [3, 4], rows: 1000}")
+            found.append("task.params.phases: got none; expected at least one, such as {n: [3, 4], rows: 1000}")
         return found
 
     def smoke_test_params(self) -> dict[str, Any]:
