@@ -17,7 +17,7 @@ import uuid
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.core.errors import EXIT_FAULT, LaunchError, PlanError, run_main
+from pipeline.core.errors import EXIT_FAILURE, LaunchError, PlanError, run_main
 from pipeline.core.slurm_client import (
     controller_answered,
     error_text,
@@ -131,7 +131,7 @@ def main(argv: list[str]) -> int:
                 not isinstance(error, ControllerUnreachable) and controller_answered(str(error))
             ) or time.time() > until:
                 print("\n".join(error.problems), file=sys.stderr)
-                return EXIT_FAULT
+                return EXIT_FAILURE
             print(f"{error.problems[0]}; trying again", flush=True)
         time.sleep(next(pauses, RETRY_DELAYS[-1]))
 

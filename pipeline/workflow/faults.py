@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from pipeline.core.cgroups import memory_kills, memory_limit
-from pipeline.core.errors import EXIT_FAULT
+from pipeline.core.errors import EXIT_FAILURE
 from pipeline.core.files import write_json
 from pipeline.workflow.artifact import PROGRESS, is_done
 from pipeline.workflow.progress import ATTEMPT, Progress, read_progress
@@ -44,7 +44,7 @@ def die_with_parent() -> None:
     parent = os.environ.get(PARENT, "")
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if parent.isdigit() and os.getppid() != int(parent) and not _same_process_tree(int(parent)):
-        os._exit(EXIT_FAULT)
+        os._exit(EXIT_FAILURE)
 
 
 def _same_process_tree(pid: int) -> bool:
@@ -128,7 +128,7 @@ def record_failure(folder: Path, problems: Sequence[str], since: float, state: s
         spec = read_summary(folder)
         name = spec.name if spec else short_name(folder, None)
         progress = Progress(name, state, started=since, attempt=attempt, host=host, token=token)
-    code = EXIT_FAULT if state == "failed" else None
+    code = EXIT_FAILURE if state == "failed" else None
     ended = replace(progress, state=state, note="", problems=tuple(problems), exit_code=code, updated=time.time())
     with contextlib.suppress(OSError):  # a full disk, which the launcher reports itself
         write_json(folder / PROGRESS, asdict(ended))

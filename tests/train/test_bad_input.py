@@ -125,7 +125,7 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path, where: str) -> None:
     (tmp_path / "file").write_text("")
     done = run_cli("run", "tiny", *NANO, "--runs", str(tmp_path / where))
     assert done.returncode == 1
-    assert re.search(rf"error: .*{where}.*cannot be written .*: choose another place with --runs DIR", done.stderr)
+    assert re.search(rf"error: .*{where}.*cannot be written .*Fix: choose another folder with --runs DIR", done.stderr)
     assert "Traceback" not in done.stderr
 
 
