@@ -37,7 +37,7 @@ POLL_SECONDS = 5.0  # seconds between two looks for stopped processes
 def die_with_parent() -> None:
     """Have the kernel kill this process when its parent ends, however that ends (Linux; elsewhere nothing happens).
 
-    Exits at once where the parent that `PARENT` names has ended before the kernel was told.
+    Exits at once where the parent that `PARENT` names has ended before the kernel knew of it.
     """
     if sys.platform != "linux":
         return
@@ -160,11 +160,11 @@ class StoppedProcesses:
             return []
         self.next = time.time() + POLL_SECONDS
         now = {pid for pid in _below(self.pid) if _state(pid) == "T"}
-        told, self.known = sorted(now - self.known), now
+        stopped, self.known = sorted(now - self.known), now
         return [
             f"{_rank_of(pid)}process {pid} on {os.uname().nodename} is stopped (SIGSTOP), and the others wait for it. "
             f"Fix: kill -CONT {pid}"
-            for pid in told
+            for pid in stopped
         ]
 
 

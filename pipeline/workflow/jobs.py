@@ -171,8 +171,8 @@ def record_job(folders: Iterable[Path], job: str) -> None:
     folders = list(folders)
     others = [(folder, other) for folder, other in live_jobs(folders).items() if other.id != job]
     if others:
-        told = [describe_job(folder, other) for folder, other in others]
-        raise PlanError(*told, "wait for it (python -m pipeline status), or end it with python -m pipeline cancel")
+        taken = [describe_job(folder, other) for folder, other in others]
+        raise PlanError(*taken, "wait for it (python -m pipeline status), or end it with python -m pipeline cancel")
     if not folders:
         return
     token = uuid.uuid4().hex

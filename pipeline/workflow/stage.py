@@ -34,7 +34,7 @@ class Stage:
     revision: int
     processes: Literal["one", "all"] = "all"  # all: under torchrun with every process of the cluster
     trains: bool = False  # leaves a model, and checkpoints on its way
-    resumable: bool = False  # saves when it is asked to stop, and goes on from there
+    resumable: bool = False  # saves when a stop is requested, and resumes from there
 
     @property
     def module(self) -> str:

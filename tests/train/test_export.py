@@ -162,7 +162,7 @@ def test_an_order_is_data_and_no_secret_of_the_environment_enters_a_file(
     options |= dict.fromkeys(("temperature", "top_p", "top_k", "seed"))
     asked, problems = parse(
         AskOrder,
-        json.loads(json.dumps({"asked": [{"checkpoint": place, "recipe": plain(recipe)}], "options": options})),
+        json.loads(json.dumps({"checkpoints": [{"checkpoint": place, "recipe": plain(recipe)}], "options": options})),
     )
     assert asked is not None, problems
     ask(asked)
