@@ -41,7 +41,6 @@ from pipeline.scoring.results import to_json
 from pipeline.tasks.rows import skipped_note
 from pipeline.tasks.task import Task, example_of, rows, task_of
 from pipeline.training import distributed
-from pipeline.training.checkpoints import raise_if_stopping
 from pipeline.training.harness import main
 from pipeline.workflow.artifact import PROMPTS, Artifact, read_split
 from pipeline.workflow.figures import count
@@ -123,7 +122,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
             mine += 1
             runtime.progress.update(done=min(total, len(answered) + mine * runtime.world))
             deadline.step()
-            raise_if_stopping(runtime)
+            runtime.raise_if_stopping()
     distributed.barrier()
 
     # ---- the questions whose answers are only shown
