@@ -52,7 +52,7 @@ def requeue(job: str, folder: Path) -> None:
     reason = _same_job(job)
     if reason is not None:
         new = _successor(job, folder, reason)
-        print(f"job {job} cannot be queued again ({reason}): job {new} goes on with the step", flush=True)
+        print(f"job {job} cannot be queued again ({reason}): job {new} resumes the step", flush=True)
         _hand_over(job, new)
 
 

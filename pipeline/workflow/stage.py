@@ -46,7 +46,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage(
             "preprocess",
-            "rows, splits and their proof; for a model from scratch also its tokenizer and first weights",
+            "rows, splits and their proof; for a randomly initialised model also its tokenizer and weights",
             ("seed", "model.name", "model.revision", "model.random_init", "model.gguf", "model.chat_template", "task"),
             revision=2,
             processes="one",
