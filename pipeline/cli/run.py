@@ -74,7 +74,7 @@ def submit_command(args: argparse.Namespace, plan: Plan) -> int:
     )
     print(f"\nnext:\n  python -m pipeline status {names}{runs} --watch")
     print(f"  python -m pipeline logs {submissions[0].step.label}{runs} -f")
-    print(f"  python -m pipeline cancel {names}{runs}      ends what waits or runs; the run command resumes later")
+    print(f"  python -m pipeline cancel {names}{runs}      ends what waits or runs; the run command goes on later")
     return 0
 
 

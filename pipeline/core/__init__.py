@@ -1,1 +1,1 @@
-"""Base layer of every other folder: errors, files, hashes, typed records, the client of Slurm's commands."""
+"""What everything stands on: errors, files, hashes, typed records, the client of Slurm's commands."""

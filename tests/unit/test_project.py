@@ -196,7 +196,7 @@ def test_a_working_folder_that_is_gone_is_told(tmp_path: Path, monkeypatch: pyte
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    with pytest.raises(PlanError, match="working folder: got a deleted one; expected an existing one"):
+    with pytest.raises(PlanError, match="working folder: it has been deleted"):
         enter_project(["list"])
 
 
