@@ -158,7 +158,7 @@ def test_an_order_is_data_and_no_secret_of_the_environment_enters_a_file(
             assert planted in (folder / "model" / "README.md").read_text(encoding="utf-8")
     artifact = Artifact("sft", "sft", "tiny", "0", {}, {}, {}, {}, {}, step)
     (tmp_path / "settings.yaml").write_text(_settings(artifact), encoding="utf-8")
-    options = {"question": planted, "chat": False, "sample": False, "max_new_tokens": 3, "max_memory": None}
+    options = {"question": planted, "interactive": False, "sample": False, "max_new_tokens": 3, "max_memory": None}
     options |= dict.fromkeys(("temperature", "top_p", "top_k", "seed"))
     asked, problems = parse(
         AskOrder,
