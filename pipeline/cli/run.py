@@ -117,7 +117,7 @@ def prepare_command(args: argparse.Namespace) -> int:
     """Write the orders of one stage's steps and print their folders: for torchrun by hand, and for a batch script.
 
     In a Slurm job the job's own nodes and GPUs count, whatever the cluster's file says; and a job that starts again
-    keeps what it resolved at first, even if the YAML has changed since.
+    goes on with what it has resolved at first, even if the YAML has changed since.
     """
     job = slurm.this_job() if "RANK" not in os.environ else None
     kept = args.runs / ".jobs" / f"{job}.txt"
