@@ -5,19 +5,19 @@
 Folders are layers: a module imports from its own folder and from those below it. tests/unit/test_layers.py reads
 this table.
 
-    cli/         the command line, one file a group of commands
+    cli/         the command line, one file per command group
     launchers/   start processes: local, debug, slurm, submitit, torchrun
     preflight/   every check that can run before a job is queued
-    *.py         the stages and commands that users type: preprocess sft grpo evaluate report export ask
+    *.py         the stages and commands that users run: preprocess sft grpo evaluate report export ask
     training/    trainers, callbacks, checkpoints, process groups, the harness of a stage      (torch)
     engines/     generation                                                                     (torch)
     models/      loading, chat formats, random initialisation, checks of weights, GGUF         (torch)
     workflow/    plan, stages, artifacts, locks, progress, status
     hub/         download, upload
-    sizing/      memory: what a stage needs, what fits; the small copy of a recipe
-    rewards/     one function a reward
-    tasks/       one file a task; rows of files and of the hub
-    scoring/     the reader of model text, metrics, charts
+    sizing/      memory estimates, settings that fit, the smoke-test copy of a recipe
+    rewards/     one function per reward
+    tasks/       one file per task; readers of dataset files and of hub datasets
+    scoring/     answer parsing, metrics, charts
     config/      recipe, cluster, loading of YAML and overrides, architectures
     core/        errors, files, hashes, typed records, the client of Slurm's commands
 """
@@ -34,7 +34,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_FORMER = {  # folder -> modules that were `pipeline.NAME` before they moved into it (NAME=what it is called now)
+_FORMER = {  # folder -> modules that were `pipeline.NAME` before they moved into it (NAME=present name)
     "core": "errors files records markdown slurm_words typed=schema fingerprint=hashing slurm=slurm_client",
     "config": "recipe cluster loading=load families=model_files",
     "scoring": "answers arithmetic expressions quantities reading units verdicts metrics charts",
@@ -67,7 +67,7 @@ MOVED = {
 
 
 class _Former(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds `pipeline.answers` as `pipeline.scoring.answers`, so that a task someone wrote keeps working."""
+    """Import `pipeline.answers` as `pipeline.scoring.answers`, so that existing task files keep working."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
@@ -85,7 +85,7 @@ sys.meta_path.insert(0, _Former())
 
 
 def former_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module's `__getattr__` that still finds what it defined under former names, with a FutureWarning."""
+    """Return a module's `__getattr__` that resolves its former names, with a FutureWarning."""
 
     def find(name: str) -> Any:
         if name not in names:

@@ -58,13 +58,13 @@ class CheckpointRequest:
 class AskRequest:
     """What the command line hands to this process, as JSON."""
 
-    asked: tuple[CheckpointRequest, ...]
+    checkpoints: tuple[CheckpointRequest, ...]
     options: Options
 
 
 @dataclass
 class LoadedModel:
-    """A model that can be asked, and the conversation with it."""
+    """A model that is loaded, and the conversation with it."""
 
     name: str
     model: Any
@@ -93,7 +93,7 @@ class Answer:
 
 
 def main() -> int:
-    if sys.argv[1:2] != ["--order"]:  # started by hand: the command line resolves what is asked, and comes back
+    if sys.argv[1:2] != ["--order"]:  # started by hand: the command line resolves recipes and options, and comes back
         os.execv(sys.executable, [sys.executable, "-m", "pipeline", "chat", *sys.argv[1:]])
     request, problems = parse(AskRequest, json.loads(sys.argv[2]))
     if request is None:
@@ -104,20 +104,19 @@ def main() -> int:
 
 def ask(request: AskRequest) -> None:
     """Every question to every checkpoint; a conversation keeps all models loaded, one question one at a time."""
-    models: Any = (load(one, request.options) for one in request.asked)
+    models: Any = (load(one, request.options) for one in request.checkpoints)
     models = list(models) if request.options.interactive else models
     for question in questions(request.options):
         answers: list[tuple[str, Answer]] = []
         for loaded in models:
-            if len(request.asked) > 1:
+            if len(request.checkpoints) > 1:
                 print(f"== {loaded.name}")
             answers.append((loaded.name, answer_question(loaded, question, sys.stdout)))
             print(flush=True)
         if len(answers) > 1:
             print(table(answers), flush=True)
-    print(
-        f"\nnext:\n  python -m pipeline export --ckpt {request.asked[-1].checkpoint} --format merged16", file=sys.stderr
-    )
+    last = request.checkpoints[-1].checkpoint
+    print(f"\nnext:\n  python -m pipeline export --ckpt {last} --format merged16", file=sys.stderr)
 
 
 def questions(options: Options) -> Iterator[str]:
@@ -136,18 +135,18 @@ def questions(options: Options) -> Iterator[str]:
             yield line
 
 
-def load(asked: CheckpointRequest, options: Options) -> LoadedModel:
+def load(wanted: CheckpointRequest, options: Options) -> LoadedModel:
     """A checkpoint with its tokenizer, in the recipe's precision and quantization."""
-    started, recipe = time.time(), asked.recipe
-    print(f"loading {asked.checkpoint} …", file=sys.stderr, flush=True)
-    checkpoint = find_checkpoint(asked.checkpoint)
+    started, recipe = time.time(), wanted.recipe
+    print(f"loading {wanted.checkpoint} …", file=sys.stderr, flush=True)
+    checkpoint = find_checkpoint(wanted.checkpoint)
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     model = load_for_chat(checkpoint, recipe.model, options.max_memory)
     check_tokenizer(tokenizer, model, checkpoint)
     model.eval()
     print(f"loaded in {time.time() - started:.1f} s", file=sys.stderr, flush=True)
     return LoadedModel(
-        asked.checkpoint,
+        wanted.checkpoint,
         model,
         tokenizer,
         task_of(recipe.task, recipe.seed),
@@ -158,7 +157,7 @@ def load(asked: CheckpointRequest, options: Options) -> LoadedModel:
 
 
 def sampling_of(recipe: Recipe, options: Options) -> Sampling:
-    """Greedy unless sampling is asked for; then as the recipe evaluates or, where that is greedy, as GRPO samples."""
+    """Return greedy sampling, or with an option that samples the recipe's: of its evaluation or, if greedy, of GRPO."""
     source = recipe.evaluate if recipe.evaluate.temperature else recipe.grpo
     given = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
     values: dict[str, Any] = {name: getattr(source, name) if value is None else value for name, value in given.items()}

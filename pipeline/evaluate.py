@@ -41,7 +41,6 @@ from pipeline.scoring.results import to_json
 from pipeline.tasks.rows import skipped_note
 from pipeline.tasks.task import Task, example_of, rows, task_of
 from pipeline.training import distributed
-from pipeline.training.checkpoints import raise_if_stopping
 from pipeline.training.harness import main
 from pipeline.workflow.artifact import PROMPTS, Artifact, read_split
 from pipeline.workflow.figures import count
@@ -76,12 +75,12 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     prompt_opens_think = template_opens_think(tokenizer)
 
     # ---- ask and grade, one line a row, each line kept as soon as it is there
-    asked = [(split, row) for split, split_rows in tests.items() for row in split_rows]
+    test_cases = [(split, row) for split, split_rows in tests.items() for row in split_rows]
     answered = read_partial_answers(out)
-    left = [(split, row) for split, row in asked if (split, row["id"]) not in answered]
+    left = [(split, row) for split, row in test_cases if (split, row["id"]) not in answered]
     distributed.barrier()  # every rank has to see the same rows left before any writes
     prompts = prompt_ids(tokenizer, [row["prompt"] for _, row in left])
-    total, mine, asked_at_once = len(asked), 0, runtime.cluster.evaluate_batch_size
+    total, mine, batch_size = len(test_cases), 0, runtime.cluster.evaluate_batch_size
     runtime.progress.update(state="running", done=len(answered), first=len(answered), total=total, note="")
     deadline = Deadline(runtime, "evaluate")
     with (out / f"partial-{runtime.rank}-{time.time_ns()}.jsonl").open("w", encoding="utf-8") as file:
@@ -90,7 +89,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
             tokenizer,
             prompts,
             sampling,
-            AUTO_EVALUATE if asked_at_once == "auto" else asked_at_once,
+            AUTO_EVALUATE if batch_size == "auto" else batch_size,
             recipe.seed,
             rank=runtime.rank,
             world=runtime.world,
@@ -123,21 +122,21 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
             mine += 1
             runtime.progress.update(done=min(total, len(answered) + mine * runtime.world))
             deadline.step()
-            raise_if_stopping(runtime)
+            runtime.raise_if_stopping()
     distributed.barrier()
 
     # ---- the questions whose answers are only shown
     if runtime.rank == 0 and settings.prompts:
         shown = prompt_ids(tokenizer, [task.messages(task.example_from_text(prompt)) for prompt in settings.prompts])
-        told = dict(generate(model, tokenizer, shown, sampling, 1, recipe.seed))
-        answers = [{"prompt": prompt, "answer": told[k].text} for k, prompt in enumerate(settings.prompts)]
+        completions_shown = dict(generate(model, tokenizer, shown, sampling, 1, recipe.seed))
+        answers = [{"prompt": prompt, "answer": completions_shown[k].text} for k, prompt in enumerate(settings.prompts)]
         write_json(out / PROMPTS, answers)
 
     # ---- count
     if runtime.rank != 0:
         return {}
     done = read_partial_answers(out)
-    predictions = [done[split, row["id"]] for split, row in asked]
+    predictions = [done[split, row["id"]] for split, row in test_cases]
     with (out / PREDICTIONS).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(one.to_json(), ensure_ascii=False) + "\n" for one in predictions)
     by_split = count(predictions, task, recipe.report, recipe.seed)
@@ -170,7 +169,7 @@ def prefers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: dic
 def test_rows(
     recipe: Recipe, task: Task, inputs: Mapping[str, Artifact]
 ) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
-    """The records of each split that is asked for, and a sentence for each row that was skipped.
+    """The records of each split in `evaluate.splits`, and a sentence for each row that was skipped.
 
     They are those of the preprocess step, or of the task itself where there is none.
     """

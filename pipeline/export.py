@@ -86,10 +86,10 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
                 tokenizer.save_pretrained(whole)
                 file = place / f"{recipe.name}-{quant}.gguf"
 
-                def told(note: str) -> None:
+                def report_progress(note: str) -> None:
                     runtime.progress.update(note=note)
 
-                write_gguf(whole, file, quant, f"{recipe.name} {options.source}", told)
+                write_gguf(whole, file, quant, f"{recipe.name} {options.source}", report_progress)
         finally:
             if whole != place:
                 shutil.rmtree(whole, ignore_errors=True)
@@ -106,9 +106,9 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
 
 def merge_dtype(recipe: Recipe, checkpoint: Checkpoint) -> torch.dtype:
     """The precision of a merged model: the recipe's where that has 16 bit, else the base model's own, else bfloat16."""
-    asked = choose_dtype(recipe.model)
-    if asked != torch.float32:
-        return asked
+    wanted = choose_dtype(recipe.model)
+    if wanted != torch.float32:
+        return wanted
     with loading_errors(f"model {checkpoint.base}"):
         revision = revision_of(checkpoint, recipe.model)
         own = AutoConfig.from_pretrained(checkpoint.base, revision=revision, **NO_CODE).dtype
@@ -124,15 +124,15 @@ def quantize_nf4(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=quantization, **NO_PICKLE)
 
 
-def generation_config(tokenizer: PreTrainedTokenizerBase, stops: list[int], asked: Evaluate) -> GenerationConfig:
+def generation_config(tokenizer: PreTrainedTokenizerBase, stops: list[int], settings: Evaluate) -> GenerationConfig:
     """How the model was evaluated: what stops it, and how its tokens are drawn."""
-    drawn = {"do_sample": True, "temperature": asked.temperature, "top_p": asked.top_p, "top_k": asked.top_k}
+    drawn = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
     return GenerationConfig(
         eos_token_id=stops,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        max_new_tokens=asked.max_new_tokens,
-        **(drawn if asked.temperature else {"do_sample": False}),
+        max_new_tokens=settings.max_new_tokens,
+        **(drawn if settings.temperature else {"do_sample": False}),
     )
 
 
@@ -218,7 +218,7 @@ def evaluations(line: list[Artifact]) -> list[tuple[str, Artifact]]:
 
 
 def example_prompt(tokenizer: PreTrainedTokenizerBase, task: Task) -> str:
-    """What the model is asked, in its chat format."""
+    """The prompt that the model gets, in its chat format."""
     messages = task.messages(task.example_from_text("…"))
     return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 

@@ -54,11 +54,11 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     write_json(out / "splits.json", {"tests": list(splits.tests), **proof})
     counts = {name: len(examples) for name, examples in parts.items()}
     metrics: dict[str, Any] = {"rows": counts, "overlap": proof.get("overlap"), "empty_thoughts": len(thoughtless)}
-    for name, told in WARNED_LISTS.items():
+    for name, what in WARNED_LISTS.items():
         found = proof.get(name, [])
         metrics[name] = len(found)
         if found:
-            runtime.warn(f"{len(found):,} {told} (splits.json names all): {join_first(found, between='; ')}")
+            runtime.warn(f"{len(found):,} {what} (splits.json names all): {join_first(found, between='; ')}")
 
     # ---- a randomly initialised model
     if recipe.model.random_init:
@@ -105,9 +105,9 @@ def missing_training_rows(recipe: Recipe, task: Task, splits: Splits) -> list[st
         for name, examples in {**rows, "validation": splits.validation, **splits.tests}.items()
     )
     lost = []
-    for name, told in {**WARNED_LISTS, "same_question": "rows ask what a held-out row asks"}.items():
+    for name, what in {**WARNED_LISTS, "same_question": "rows ask what a held-out row asks"}.items():
         if found := splits.proof.get(name):
-            lost.append(f"{len(found):,} {told}: {join_first(found, between='; ')}")
+            lost.append(f"{len(found):,} {what}: {join_first(found, between='; ')}")
     if without := splits.proof.get("without_solution"):
         lost.append(f"{without:,} rows have no worked solution")
     where = recipe.task.path if task.source == "path" else f"task.source={task.source}"

@@ -48,11 +48,11 @@ def chat_command(args: argparse.Namespace) -> int:
     for name, (value, least, most) in limits.items():
         if value is not None and not least <= value <= most:
             problems.append(f"{name}: got {value}; expected a number from {least:g} to {most:g}")
-    asked, memory = [], None
+    checkpoints, memory = [], None
     for checkpoint in args.ckpt:
         try:
             recipe, cluster, _ = recipe_of(checkpoint, args.words)
-            asked.append({"checkpoint": checkpoint, "recipe": plain(recipe)})
+            checkpoints.append({"checkpoint": checkpoint, "recipe": plain(recipe)})
             memory = plain(cluster.max_memory)
         except PipelineError as error:
             problems += error.problems
@@ -64,7 +64,7 @@ def chat_command(args: argparse.Namespace) -> int:
         "interactive": interactive,
         "max_memory": memory,
     }
-    order = json.dumps({"asked": asked, "options": options})
+    order = json.dumps({"checkpoints": checkpoints, "options": options})
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", "pipeline.ask", "--order", order], QUIET | os.environ)
 

@@ -17,7 +17,7 @@ from pipeline.config.former import param_renames
 from pipeline.config.load import notify
 from pipeline.config.recipe import recipe_names
 from pipeline.core.errors import (
-    EXIT_FAULT,
+    EXIT_FAILURE,
     DataError,
     PlanError,
 )
@@ -95,7 +95,7 @@ def audit_command(args: argparse.Namespace) -> int:
             f"{args.data}: none of its {found.rows} rows can be read; line {first['line']}: {first['problem']}"
         )
     print(json.dumps(found.record(), indent=1) if args.json else audit_text(found, str(args.data)))
-    return 0 if found.clean else EXIT_FAULT
+    return 0 if found.clean else EXIT_FAILURE
 
 
 def generate_command(args: argparse.Namespace) -> int:

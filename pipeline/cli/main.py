@@ -4,7 +4,7 @@ run       run what is not done yet, here or on Slurm
 plan      what would run, and why, field by field; --memory: what each stage needs of a GPU
 check     everything that would fail later, known now
 status    how far each step is, here and on Slurm
-logs      what a step has printed; -f goes on
+logs      what a step has printed; -f follows it
 cancel    end what waits or runs; what is done stays
 download  download a recipe's model to the local cache, for nodes without internet
 list      recipes, tasks, rewards, stages, clusters

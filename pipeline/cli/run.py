@@ -74,7 +74,7 @@ def submit_command(args: argparse.Namespace, plan: Plan) -> int:
     )
     print(f"\nnext:\n  python -m pipeline status {names}{runs} --watch")
     print(f"  python -m pipeline logs {submissions[0].step.label}{runs} -f")
-    print(f"  python -m pipeline cancel {names}{runs}      ends what waits or runs; the run command goes on later")
+    print(f"  python -m pipeline cancel {names}{runs}      ends what waits or runs; the run command resumes later")
     return 0
 
 
@@ -117,7 +117,7 @@ def prepare_command(args: argparse.Namespace) -> int:
     """Write the orders of one stage's steps and print their folders: for torchrun by hand, and for a batch script.
 
     In a Slurm job the job's own nodes and GPUs count, whatever the cluster's file says; and a job that starts again
-    goes on with what it has resolved at first, even if the YAML has changed since.
+    keeps what it resolved at first, even if the YAML has changed since.
     """
     job = slurm.this_job() if "RANK" not in os.environ else None
     kept = args.runs / ".jobs" / f"{job}.txt"

@@ -44,7 +44,7 @@ MODEL_FILES = 10_000  # in a model's folder: more is another kind of folder
 
 @dataclass(frozen=True)
 class RandomInit:
-    """A model made from nothing: its tokenizer is trained on the task's text, its weights are random."""
+    """A randomly initialised model: its tokenizer is trained on the task's text, its weights are random."""
 
     architecture: ModelType
     vocabulary: PositiveInt  # at most this many tokens

@@ -1,1 +1,1 @@
-"""What everything stands on: errors, files, hashes, typed records, the client of Slurm's commands."""
+"""Base layer of every other folder: errors, files, hashes, typed records, the client of Slurm's commands."""

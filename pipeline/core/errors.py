@@ -1,15 +1,15 @@
-"""The errors of Therefore. Each message says what, where, what was found, what would be right, how to go on.
+"""Define the errors and exit codes of Therefore. A message reads `key: got X; expected Y. Fix: Z`.
 
-    PipelineError                  exit code 1: a fault
-    ├── RecipeError                exit code 2: a recipe, cluster or command line that cannot be right
-    ├── PlanError                  exit code 2: nothing can be run as asked
-    ├── ArtifactError              exit code 2: a step's folder or a checkpoint that is not what it should be
+    PipelineError                  exit code 1: a failure
+    ├── RecipeError                exit code 2: an invalid recipe, cluster or command line
+    ├── PlanError                  exit code 2: a request that cannot be carried out
+    ├── ArtifactError              exit code 2: an invalid step folder or checkpoint
     ├── DataError                  exit code 2: rows that cannot be read
-    ├── MissingDependency          exit code 2: a package or a program that is not installed
-    ├── LaunchError                exit code 1: a process that could not be started, or that failed
-    └── Stopped                    exit code 75: stopped as asked; the same command goes on from here
+    ├── MissingDependency          exit code 2: a package or program that is not installed
+    ├── LaunchError                exit code 1: a process that did not start, or that failed
+    └── Stopped                    exit code 75: stopped on request; the same command resumes
 
-All problems are reported at once: an error carries a list, one sentence a line.
+All problems are reported at once: an error carries a list with one problem per line.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-EXIT_FAULT, EXIT_MISTAKE, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 75, 130
+EXIT_FAILURE, EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 75, 130
 
 
 class PipelineError(Exception):
-    """A list of problems, each one sentence on one line; `str()` joins them."""
+    """A list of problems, one line each; `str()` joins them."""
 
-    exit_code = EXIT_FAULT
+    exit_code = EXIT_FAILURE
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
@@ -37,23 +37,23 @@ class PipelineError(Exception):
 
 
 class RecipeError(PipelineError):
-    exit_code = EXIT_MISTAKE
+    exit_code = EXIT_USAGE
 
 
 class PlanError(PipelineError):
-    exit_code = EXIT_MISTAKE
+    exit_code = EXIT_USAGE
 
 
 class ArtifactError(PipelineError):
-    exit_code = EXIT_MISTAKE
+    exit_code = EXIT_USAGE
 
 
 class DataError(PipelineError):
-    exit_code = EXIT_MISTAKE
+    exit_code = EXIT_USAGE
 
 
 class MissingDependency(PipelineError):
-    exit_code = EXIT_MISTAKE
+    exit_code = EXIT_USAGE
 
 
 class LaunchError(PipelineError):
@@ -65,14 +65,14 @@ class Stopped(PipelineError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'?` when a known word is close, else the known words."""
+    """Return `did you mean 'x'?` when a known word is close, else the known words."""
     menu = sorted(known)
     close = difflib.get_close_matches(word, menu, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(menu) or 'none'}"
 
 
 def join_first(names: Sequence[str], shown: int = 3, between: str = ", ") -> str:
-    """The first few of a list: `a, b, c and 9 more`."""
+    """Join the first few names of a list: `a, b, c and 9 more`."""
     more = len(names) - shown
     return between.join(names[:shown]) + (f" and {more} more" if more > 0 else "")
 
@@ -81,12 +81,12 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud8
 
 
 def printable(text: str) -> str:
-    """Text of a model, a file or a job as a terminal may show it: one visible character for each control character.
+    """Return text of a model, a file or a job that is safe to print: each control character becomes a visible one.
 
     Line feeds and tabs stay. Escape sequences, carriage returns, overrides of the writing direction and lone surrogates
-    lose their effect; the length stays, so a text that grows can be shown piece by piece.
+    lose their effect. The length stays the same, so a growing text can be printed piece by piece.
     """
-    return CONTROL.sub(lambda found: chr(0x2400 + ord(found[0])) if ord(found[0]) < 0x20 else "\ufffd", text)
+    return CONTROL.sub(lambda match: chr(0x2400 + ord(match[0])) if ord(match[0]) < 0x20 else "\ufffd", text)
 
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -94,40 +94,36 @@ ALMOST_FULL_BYTES = 1 << 20  # bytes
 
 
 def explain_disk(error: Exception, folder: Path | None = None) -> str | None:
-    """A sentence for a disk that is full or may not be written; None for anything else.
+    """Return a message for a disk that is full or not writable; None for any other error.
 
-    Libraries that write weights raise errors of their own for a full disk, so the disk of `folder` is asked too.
+    Libraries that write weights raise their own errors for a full disk. So the free space of `folder` is checked too.
     """
     number = error.errno if isinstance(error, OSError) else None
     where = (error.filename if isinstance(error, OSError) else None) or folder or "the run's folder"
-    told = any(os.strerror(code) in str(error) for code in DISK_FULL_ERRNOS)
-    if (
-        told
-        or number in DISK_FULL_ERRNOS
-        or (folder and folder.exists() and shutil.disk_usage(folder).free < ALMOST_FULL_BYTES)
-    ):
-        return f"no space left to write {where}: free some space or a quota, then run the same command again"
+    reported = number in DISK_FULL_ERRNOS or any(os.strerror(code) in str(error) for code in DISK_FULL_ERRNOS)
+    if reported or (folder and folder.exists() and shutil.disk_usage(folder).free < ALMOST_FULL_BYTES):
+        return f"no space left to write {where}. Fix: free space or quota, then run the same command again"
     if isinstance(error, OSError) and number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-        return f"{where} cannot be written ({error.strerror}): choose another place with --runs DIR"
+        return f"{where}: cannot be written ({error.strerror}). Fix: choose another folder with --runs DIR"
     return None
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a command line: a user's mistake is printed without a traceback and decides the exit code."""
+    """Run a command line's `main` and exit. A PipelineError is printed without a traceback and sets the exit code."""
     try:
         code = main() or 0
     except PipelineError as error:
         print("\n".join(f"error: {printable(problem)}" for problem in error.problems), file=sys.stderr)
         code = error.exit_code
-    except BrokenPipeError:  # `… | head` has read enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        sentence = explain_disk(error)
-        if sentence is None:
+        message = explain_disk(error)
+        if message is None:
             raise
-        print(f"error: {sentence}", file=sys.stderr)
-        code = EXIT_FAULT
+        print(f"error: {message}", file=sys.stderr)
+        code = EXIT_FAILURE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED

@@ -1,4 +1,4 @@
-"""Records on disk that a reader never sees half-written."""
+"""Read and write small files; a reader never sees a half-written record."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ BOMS = {
 
 
 def read_text(path: Path, limit: int) -> tuple[str | None, str]:
-    """A small UTF-8 file's text and "", or None and what is wrong with the file; OSError where it cannot be opened.
+    """Return a small UTF-8 file's text and "", or None and the problem. Raises OSError where it cannot be opened.
 
-    A byte-order mark is left out. Pipes and devices are not opened, and no more is read than the size on disk: files
-    such as those of /proc have none and may never end.
+    A byte-order mark is dropped. Pipes and devices are not opened. At most the size on disk is read: files such as
+    those of /proc have size 0 and may never end.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -40,14 +40,14 @@ def read_text(path: Path, limit: int) -> tuple[str | None, str]:
     except UnicodeDecodeError as error:
         return None, f"got bytes that are not UTF-8 (the first at {error.start}); expected UTF-8. Fix: save it as UTF-8"
     if "\0" in text:
-        return None, "got zero bytes, as UTF-16 has; expected UTF-8 text. Fix: save it as UTF-8"
+        return None, "got zero bytes, as in UTF-16; expected UTF-8 text. Fix: save it as UTF-8"
     return text, ""
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file; a last line that was cut off is left out.
+    """Return the records of a .jsonl file without a truncated last line.
 
-    Only a newline ends a record: `str.splitlines` would also cut at the U+2028 or U+0085 that a model may write.
+    Only a newline ends a record: `str.splitlines` would also split at the U+2028 or U+0085 that a model may write.
     """
     records = []
     with path.open(encoding="utf-8", newline="\n") as file:
@@ -58,7 +58,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write to a temporary name beside it, then rename: a reader never sees half a file."""
+    """Write JSON to a temporary file in the same folder, then rename it: a reader never sees half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -72,13 +72,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON of a file; None where it is missing or half-written."""
+    """Return the JSON of a file; None where it is missing or half-written."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (
-        FileNotFoundError,
-        NotADirectoryError,
-        ValueError,
-        RecursionError,
-    ):  # ValueError: no UTF-8, no JSON, 5,000 digits
+    # ValueError: not UTF-8, not JSON, or an integer of more digits than Python reads
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None

@@ -1,7 +1,7 @@
-"""What makes two things the same: canonical JSON, its hash, and the difference told field by field.
+"""Compute identities: canonical JSON, its hash, and the difference of two values field by field.
 
-The whole typed object is hashed, never the YAML and never a difference from defaults, so an identity cannot
-change because a default moved. The encoder raises on anything that has no single written form.
+The whole typed object is hashed, never the YAML and never a difference from defaults. So an identity cannot change
+because a default moved. The encoder raises TypeError for any value without a single canonical form.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ FINGERPRINT_LENGTH = 10  # hexadecimal characters of a fingerprint
 
 
 def plain(value: Any, path: str = "") -> Any:
-    """`value` as dicts, lists, strings, finite numbers, booleans and None.
+    """Return `value` as dicts, lists, strings, finite numbers, booleans and None.
 
-    Dataclass fields that were `schema.added` are left out while they are neutral.
-    Raises TypeError, naming the path, for anything without a deterministic form (sets, floats that are not
-    finite, objects).
+    Fields that were `schema.added` to a dataclass are left out while they are neutral. Raises TypeError, naming the
+    path, for anything without a deterministic form (sets, floats that are not finite, objects).
     """
     if value is None or isinstance(value, bool | str | int):
         return value
@@ -49,29 +48,29 @@ def plain(value: Any, path: str = "") -> Any:
 
 
 def canonical_json(value: Any) -> str:
-    """One line of JSON, keys sorted: equal exactly for equal values."""
+    """Return one line of JSON with sorted keys: equal exactly for equal values."""
     return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def fingerprint(value: Any) -> str:
-    """The first ten hexadecimal characters of the sha256 of the canonical JSON."""
+    """Return the first ten hexadecimal characters of the sha256 of the canonical JSON."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:FINGERPRINT_LENGTH]
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
+    """Return the sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-FULL_HASH_LIMIT = 64 << 20  # bytes up to which a file's whole content is its identity
-EDGE_BYTES = 1 << 20
+FULL_HASH_LIMIT = 64 << 20  # bytes; the identity of a file up to this size is its whole content
+EDGE_BYTES = 1 << 20  # bytes hashed at the start and at the end of a larger file
 
 
 def file_identity(path: Path) -> str:
-    """A local file's part in an identity: its sha256; for weights over 64 MiB that of its size and both ends.
+    """Return a local file's part of an identity: its sha256; over 64 MiB the sha256 of its size and both ends.
 
-    No more is read than the size on disk: files such as those of /proc have none and may never end.
+    At most the size on disk is read: files such as those of /proc have size 0 and may never end.
     """
     size = path.stat().st_size
     if size <= FULL_HASH_LIMIT:
@@ -84,7 +83,7 @@ def file_identity(path: Path) -> str:
 
 
 def describe_drift(old: Any, new: Any, path: str = "") -> list[str]:
-    """Each field that differs, as `sft.learning_rate: 2e-05 -> 1e-05`, in the order of `new`."""
+    """Return a line for each field that differs, `sft.learning_rate: 2e-05 -> 1e-05`, in the order of `new`."""
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []
         for key in [*new, *(key for key in old if key not in new)]:

@@ -1,4 +1,4 @@
-"""Text of a model or a file inside a Markdown page: shown as it is, and never a part of the page.
+"""Quote text of a model or a file inside a Markdown page: shown verbatim, never interpreted.
 
 fenced("```\\n<script>")      a code block whose fence is longer than any in the text
 """
@@ -11,11 +11,11 @@ from pipeline.core.errors import printable
 
 
 def fenced(text: str, language: str = "") -> str:
-    """A code block. Nothing in it is Markdown or HTML, and no run of backticks in it ends it."""
+    """Return a code block. Its text is not interpreted as Markdown or HTML, and no run of backticks ends it."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{printable(text).rstrip(chr(10))}\n{fence}"
 
 
 def cell(text: object) -> str:
-    """One line of a table or a list: line ends are blanks, and no character of it is a link, a tag or a border."""
+    """Return text as one line of a table or list: line ends become blanks; links, tags and borders are escaped."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", printable(" ".join(str(text).split())))

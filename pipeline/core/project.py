@@ -1,10 +1,10 @@
-"""Find the project's root, from whatever folder a command is typed in, and run it there.
+"""Find the project's root from any working folder, and run the command there.
 
-    words, typed_in = enter_project(sys.argv[1:])      the working folder is the root from here on
+    words, typed_in = enter_project(sys.argv[1:])      the working folder is now the root
 
 The root is `--project DIR`; else the nearest folder with `configs/`, from the working folder upwards; else the checkout
 that this package was imported from. `configs/`, `deepspeed/`, `slurm/`, `runs/` and `logs/` are its folders, and every
-process of a run works in it. What a user types is named from where they typed it: see `from_root`.
+process of a run works in it. Paths on the command line are relative to the user's folder: see `from_root`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pathlib import Path
 from pipeline.core.errors import PlanError
 
 MARKS = ("configs/base.yaml", "configs/clusters/local.yaml")
-TYPED_IN = "THEREFORE_TYPED_IN"  # the user's folder, for a process that was started in the root already
+TYPED_IN = "THEREFORE_TYPED_IN"  # the user's folder, for a process that already starts in the root
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def enter_project(argv: Sequence[str], module: str = "pipeline") -> tuple[list[str], Path | None]:
-    """Make the root the working folder. Returns the words without --project, and where they were typed if elsewhere.
+    """Make the root the working folder. Returns the arguments without --project, and the user's folder if it differs.
 
-    A root that has a `pipeline/` of its own is run with that code, because the settings of one version do not fit the
-    code of another: `module` starts again. PlanError where there is no root.
+    A root with a `pipeline/` of its own runs that code: `module` is executed again from there, because the settings of
+    one version do not fit the code of another. Raises PlanError without a root.
     """
     words, named = _without_project(argv)
     started_in, given = _working_folder(), os.environ.pop(TYPED_IN, None)
@@ -49,12 +49,12 @@ def enter_project(argv: Sequence[str], module: str = "pipeline") -> tuple[list[s
 
 
 def find_root(folder: Path) -> Path | None:
-    """The project that a folder is in, else the checkout of this code, else None."""
+    """Return the project that contains a folder, else the checkout of this code, else None."""
     return next((place for place in (folder, *folder.parents, PACKAGE.parent) if _is_root(place)), None)
 
 
 def from_root(path: str, typed_in: Path) -> str:
-    """A path that was typed elsewhere, as the root calls it. Unchanged where nothing is there, such as a hub id's."""
+    """Rewrite a path typed in another folder relative to the root. Unchanged where no file exists, as for a hub id."""
     if not path or Path(path).is_absolute() or not os.path.lexists(typed_in / path):
         return path
     folder, name = os.path.split(os.path.normpath(path))
@@ -70,11 +70,11 @@ def _working_folder() -> Path:
     try:
         return Path.cwd()
     except FileNotFoundError:
-        raise PlanError("working folder: it has been deleted. Fix: cd into one that exists") from None
+        raise PlanError("working folder: got a deleted one; expected an existing one. Fix: cd into another") from None
 
 
 def _without_project(argv: Sequence[str]) -> tuple[list[str], str | None]:
-    """The words without `--project DIR`, wherever it stands among them, and that folder."""
+    """Return the arguments without `--project DIR`, wherever it stands, and that DIR or None."""
     words, named = list(argv), None
     for index, word in enumerate(argv):
         option, equals, value = word.partition("=")

@@ -1,11 +1,10 @@
-"""The reader of the small JSON files in a step's folder: artifact, progress, owner, job and step.
+"""Read the small JSON files of a step's folder: artifact, progress, owner, job and step.
 
-    read_record(folder / "owner.json", Owner)   the dataclass; None where the file is missing; InvalidRecord otherwise
-    record_or_none(folder / "progress.json", …)    the same, an odd file counts as missing
+    read_record(folder / "owner.json", LockHolder)   the dataclass; None where the file is missing
+    record_or_none(folder / "progress.json", …)      the same; an invalid file counts as missing
 
-Tolerant: fields that this version does not know are ignored, fields that it lacks take their defaults. Strict: a value
-of another type, a number that is not finite, a file that is too large or no regular file is an `InvalidRecord` with one
-sentence. Never a traceback, whatever the file holds.
+Tolerant: unknown fields are ignored, missing fields take their defaults. Strict: a value of another type, a number that
+is not finite, a file that is too large or not regular raises `InvalidRecord` with one line, never another exception.
 """
 
 from __future__ import annotations
@@ -25,20 +24,21 @@ from pipeline.core.errors import ArtifactError
 from pipeline.core.files import read_text
 
 T = TypeVar("T")
-MAX_BYTES = 64 << 20  # bytes: the artifact of a step with many files is the largest, about one
-MAX_NUMBER = 2.0**63  # of a number, so that dates and durations can be computed
-ATTEMPTS = 3  # for a file whose handle a network file system calls stale
-RETRY_DELAY = 0.1  # seconds between them
+MAX_BYTES = 64 << 20  # bytes; the largest record, the artifact of a step with many files, has about 1 MiB
+MAX_NUMBER = 2.0**63  # bound of every number, so that dates and durations can be computed
+ATTEMPTS = 3  # reads of a file whose handle a network file system reports as stale
+RETRY_DELAY = 0.1  # seconds between attempts
 
 
 class InvalidRecord(ArtifactError):
-    """A file that exists and cannot be used."""
+    """A record file that exists and cannot be used."""
 
     path = Path()
     problem = ""
 
 
 def invalid_record(path: Path, problem: str) -> InvalidRecord:
+    """Return the error for a file, with its path and problem as attributes."""
     error = InvalidRecord(f"{path}: {problem}")
     error.path, error.problem = path, problem
     return error
@@ -47,28 +47,29 @@ def invalid_record(path: Path, problem: str) -> InvalidRecord:
 def read_record(
     path: Path, kind: type[T], upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None, **given: Any
 ) -> T | None:
-    """The record in a file; None where there is no such file.
+    """Return the record in a file; None where the file is missing. Raises InvalidRecord.
 
-    `upgrade` turns the object of an earlier version into a present one; `given` are fields that the file does not hold.
+    `upgrade` converts the object of an earlier version to the present one. `given` supplies fields that are not in the
+    file.
     """
     value = read_mapping(path)
     if value is None:
         return None
     value = upgrade(value) if upgrade else value
     hints = typing.get_type_hints(kind)
-    found = dict(given)
+    fields = dict(given)
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.name in given:
             continue
         if field.name in value:
-            found[field.name] = _value(hints[field.name], value[field.name], path, field.name)
+            fields[field.name] = _value(hints[field.name], value[field.name], path, field.name)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise invalid_record(path, f"{field.name}: missing; expected {_type_name(hints[field.name])}")
-    return kind(**found)
+    return kind(**fields)
 
 
 def record_or_none(path: Path, kind: type[T]) -> T | None:
-    """The record in a file; None where there is none that can be used."""
+    """Return the record in a file; None where the file is missing or invalid."""
     try:
         return read_record(path, kind)
     except InvalidRecord:
@@ -76,7 +77,7 @@ def record_or_none(path: Path, kind: type[T]) -> T | None:
 
 
 def read_mapping(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no such file. InvalidRecord for anything else."""
+    """Return the JSON object in a file; None where the file is missing. Raises InvalidRecord for anything else."""
     text, problem = _text(path)
     if text is None and not problem:
         return None
@@ -85,22 +86,22 @@ def read_mapping(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):  # also an integer of more digits than Python reads
-        what = "is half-written" if text.strip() else "is empty"
-        raise invalid_record(path, f"{what}; expected a JSON object") from None
+        content = "incomplete JSON" if text.strip() else "an empty file"
+        raise invalid_record(path, f"got {content}; expected a JSON object") from None
     if not isinstance(value, dict):
         raise invalid_record(path, f"got {_name(value)}; expected a JSON object")
     return value
 
 
 def _text(path: Path) -> tuple[str | None, str]:
-    """A file's text; None and no problem where it is missing."""
+    """Return a file's text and ""; None and the problem otherwise, which is "" where the file is missing."""
     for attempt in range(ATTEMPTS):
         try:
             return read_text(path, MAX_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             return None, ""
         except OSError as error:
-            if error.errno == errno.ESTALE and attempt + 1 < ATTEMPTS:  # replaced on the server: opening it again helps
+            if error.errno == errno.ESTALE and attempt + 1 < ATTEMPTS:  # replaced on the server: open it again
                 time.sleep(RETRY_DELAY)
                 continue
             return None, f"cannot be read ({error.strerror})"
@@ -108,19 +109,19 @@ def _text(path: Path) -> tuple[str | None, str]:
 
 
 def _value(kind: Any, value: Any, path: Path, name: str) -> Any:
-    """The value as a field's type has it; InvalidRecord where it is not of that type."""
+    """Return a JSON value as a field's type. Raises InvalidRecord for a value of another type."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        (kind,) = (one for one in args if one is not type(None))
+        (kind,) = (arg for arg in args if arg is not type(None))
         return _value(kind, value, path, name)
     if origin is tuple and isinstance(value, list):
         return tuple(_value(args[0], item, path, name) for item in value)
     if origin is dict and isinstance(value, dict):
-        # figures may be NaN: a loss that broke down is worth showing
+        # figures may be NaN, so that the loss of a diverged run is shown
         return {key: _value(args[1], item, path, f"{name}.{key}") for key, item in value.items()}
     if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
@@ -141,12 +142,12 @@ def _type_name(kind: Any) -> str:
     names = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type_name(one) for one in typing.get_args(kind) if one is not type(None)) + " or null"
+        return " or ".join(_type_name(arg) for arg in typing.get_args(kind) if arg is not type(None)) + " or null"
     return names.get(kind) or ("a list" if origin is tuple else "a mapping")
 
 
 def _name(value: Any) -> str:
-    """A value in a message, short: the type of a container, the beginning of a text."""
+    """Return a short name of a value for a message: the type of a container, the beginning of a text."""
     if isinstance(value, dict | list):
         return "a mapping" if isinstance(value, dict) else "a list"
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= MAX_NUMBER:

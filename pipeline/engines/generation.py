@@ -15,7 +15,6 @@ from hashlib import sha256
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import (
     LogitsProcessor,
@@ -136,7 +135,7 @@ def ignore_model_defaults(model: PreTrainedModel) -> Iterator[None]:
     transformers fills every open setting from the model's generation config: beams, penalties, time limits, and any
     number of answers to one prompt.
     """
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     kept = inner.generation_config
     inner.generation_config = GenerationConfig()
     try:

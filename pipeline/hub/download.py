@@ -60,7 +60,7 @@ def download(recipes: Iterable[Recipe], cluster: Cluster) -> Iterator[str]:
                 why = str(error).strip().splitlines()[0]
                 raise LaunchError(
                     f"{one.kind} {one.name}: cannot be downloaded ({why}); what has arrived stays, so the same command "
-                    "goes on where it stopped"
+                    "resumes where it stopped"
                 ) from error
             commit = Path(folder).name
             where = "model.revision" if one.kind == "model" else "task.revision"

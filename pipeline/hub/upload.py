@@ -3,7 +3,7 @@
     python -m pipeline export --ckpt DIR --format merged16 --push OWNER/NAME            private; --public opens it
 
 Whether the token may write there is asked before anything long happens. A push that breaks off loses nothing: the
-export stays where it is, and the same command goes on with the push alone.
+export stays where it is, and the same command resumes with the push alone.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def push(folder: Path, repository: str, *, public: bool, message: str) -> list[s
         raise LaunchError(
             f"{repository}: the push failed ({_first_line(error)})",
             f"the export is whole, in {folder}; what has arrived at the hub stays there",
-            "the same command goes on with the push alone, or by hand: hf upload " + f"{repository} {folder}",
+            "the same command resumes with the push alone, or by hand: hf upload " + f"{repository} {folder}",
         ) from error
     told[0] += f": {commit.commit_url}"
     return told

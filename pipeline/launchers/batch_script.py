@@ -37,7 +37,7 @@ OPTIONS = """\
 #SBATCH --job-name={name}
 {asked}
 #SBATCH --output={log}
-#SBATCH --open-mode=append            # a job that starts again goes on in the same log
+#SBATCH --open-mode=append            # a requeued job appends to the same log
 #SBATCH --requeue                     # it starts again after its node died or it was preempted
 #SBATCH --signal=B:USR1@{seconds}{pad} # {seconds} s before the time limit, to this script: time enough to save
 #SBATCH --kill-on-invalid-dep=yes     # when what it waits for has failed, it shall not wait for ever

@@ -2,7 +2,7 @@
 
 A first Ctrl-C asks the running step to save at its next optimizer step and leave; a second ends it at once. In a Slurm
 job (sbatch --wrap, salloc) TERM, USR1 and the job's coming end mean the same. The step's processes are a session of
-their own, so nothing is left behind, and the same command goes on from there.
+their own, so nothing is left behind, and the same command resumes there.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def check_port(host: str = "127.0.0.1") -> None:
 def _failure(step: Step, code: int, progress: Progress | None, log: Path, died: str | None) -> PipelineError:
     if progress and progress.state == "stopped":
         return Stopped(f"{step.label} was stopped and has saved its work; run the same command to go on")
-    again = f"see {log}; after mending it, the same command goes on from here"
+    again = f"see {log}; after fixing it, the same command resumes here"
     if full := explain_disk(OSError(), step.folder):  # then no process could write why it ended
         return LaunchError(f"{step.label}: {full}")
     if progress and progress.state == "failed" and progress.problems:

@@ -17,7 +17,7 @@ import uuid
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.core.errors import EXIT_FAULT, LaunchError, PlanError, run_main
+from pipeline.core.errors import EXIT_FAILURE, LaunchError, PlanError, run_main
 from pipeline.core.slurm_client import (
     controller_answered,
     error_text,
@@ -52,7 +52,7 @@ def requeue(job: str, folder: Path) -> None:
     reason = _same_job(job)
     if reason is not None:
         new = _successor(job, folder, reason)
-        print(f"job {job} cannot be queued again ({reason}): job {new} goes on with the step", flush=True)
+        print(f"job {job} cannot be queued again ({reason}): job {new} resumes the step", flush=True)
         _hand_over(job, new)
 
 
@@ -131,7 +131,7 @@ def main(argv: list[str]) -> int:
                 not isinstance(error, ControllerUnreachable) and controller_answered(str(error))
             ) or time.time() > until:
                 print("\n".join(error.problems), file=sys.stderr)
-                return EXIT_FAULT
+                return EXIT_FAILURE
             print(f"{error.problems[0]}; trying again", flush=True)
         time.sleep(next(pauses, RETRY_DELAYS[-1]))
 

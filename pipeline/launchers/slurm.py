@@ -24,7 +24,7 @@ from pathlib import Path
 
 from pipeline.config.cluster import read_cluster
 from pipeline.config.site import Slurm
-from pipeline.core.errors import EXIT_MISTAKE, LaunchError, PlanError, RecipeError, run_main
+from pipeline.core.errors import EXIT_USAGE, LaunchError, PlanError, RecipeError, run_main
 from pipeline.core.records import record_or_none
 from pipeline.core.slurm_client import (
     Job,
@@ -205,7 +205,7 @@ def _as_submitted(found: Sequence[Submission]) -> bool:
         return True
     for folder, record in records.items():
         job = answers.jobs.get((remote_cluster(record.cluster), record.id or ""))
-        if job and not job.from_books and record.marked and job.token != record.token:
+        if job and not job.from_accounting and record.marked and job.token != record.token:
             unmarked = replace(record, marked=False)
             if is_ours(job, unmarked):
                 write_job(folder, unmarked)
@@ -293,7 +293,7 @@ def submission_error(step: Step, plan: Plan, reason: str) -> LaunchError:
         f"change configs/clusters/{plan.cluster.name}.yaml, or say cluster.slurm.partition=… cluster.gpus=… "
         "(sinfo -o '%P %G %c %m %l' shows what there is)",
     )
-    error.exit_code = EXIT_MISTAKE
+    error.exit_code = EXIT_USAGE
     return error
 
 

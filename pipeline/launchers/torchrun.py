@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pipeline.config.cluster import Cluster, driver_devices, gpu_count, thread_count
 from pipeline.core import cgroups
-from pipeline.core.errors import EXIT_FAULT, EXIT_STOPPED, PlanError, run_main
+from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, PlanError, run_main
 from pipeline.core.slurm_client import first_host, this_job, this_restart
 from pipeline.workflow import faults
 from pipeline.workflow.artifact import STOP, is_done
@@ -150,9 +150,9 @@ def exit_code(folder: Path, code: int, started: float) -> int:
         return 0
     progress = read_progress(folder)
     if progress and progress.updated >= started and progress.state in ("stopped", "failed"):
-        return EXIT_STOPPED if progress.state == "stopped" else progress.exit_code or EXIT_FAULT
+        return EXIT_STOPPED if progress.state == "stopped" else progress.exit_code or EXIT_FAILURE
     early = [128 + number for number in STOP_SIGNALS]  # of a launcher that was signalled before it listened
-    return code if code > 0 and code not in early else EXIT_FAULT
+    return code if code > 0 and code not in early else EXIT_FAILURE
 
 
 def main(argv: list[str]) -> int:

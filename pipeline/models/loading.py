@@ -15,10 +15,9 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -56,6 +55,11 @@ from pipeline.models.weight_checks import (
 from pipeline.scoring.answers import OPEN
 from pipeline.workflow.artifact import Artifact
 from pipeline.workflow.weights import Checkpoint, find_checkpoint
+
+if TYPE_CHECKING:
+    from peft import (
+        PeftModel,  # at run time only where there is an adapter: PEFT imports a compiler through bitsandbytes
+    )
 
 PAD_TOKENS = (
     "<|finetune_right_pad_id|>",
@@ -409,6 +413,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, 
 
 def add_lora(base: PreTrainedModel, lora: Lora, *, keep_dtype: bool) -> PeftModel:
     """A fresh adapter on a base model. `keep_dtype`: ZeRO-3 needs the adapter in the base's precision."""
+    from peft import LoraConfig, get_peft_model
+
     targets: Any = lora.targets[0] if lora.targets == ("all-linear",) else list(lora.targets)
     config = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"

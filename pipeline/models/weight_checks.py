@@ -14,10 +14,9 @@ import contextlib
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -29,6 +28,9 @@ from pipeline.config import model_files
 from pipeline.core.errors import ArtifactError, PipelineError
 from pipeline.core.files import read_json
 from pipeline.workflow.weights import ADAPTER
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # of every call that loads what somebody else has written: no code and no pickle of theirs runs
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
@@ -297,6 +299,8 @@ def attach_adapter(base: PreTrainedModel, folder: Path, **arguments: Any) -> Pef
 
     `arguments` are those of `PeftModel.from_pretrained`. ArtifactError names what does not fit.
     """
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+
     check_adapter_config(folder)
     tensors = adapter_tensors(folder)
     _refuse_infinite(tensors.items(), f"adapter {folder}", torch.float32)

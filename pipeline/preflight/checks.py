@@ -68,7 +68,7 @@ def problems(plan: Plan, *, audited: bool = False) -> tuple[list[str], list[str]
     wrong += [step.unreadable for step in plan.to_run if step.unreadable]
     wrong += [text for step in plan.to_run for text in resume_problems_of(step, plan.cluster)]
     if plan.cluster.keep_checkpoints == 1 and any(STAGES[step.stage].trains for step in plan.to_run):
-        notes.append("cluster.keep_checkpoints=1: where the newest is damaged, training begins again. Fix: at least 2")
+        notes.append("cluster.keep_checkpoints=1: where the newest is damaged, training restarts. Fix: at least 2")
     wrong += [*_extras(plan.cluster), *_login(plan.cluster)]
     wrong += _disk(plan, list(recipes.values()))
     if plan.cluster.submits:

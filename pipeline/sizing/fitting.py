@@ -152,7 +152,7 @@ def _all_fit(recipe: Recipe, cluster: Cluster) -> bool:
 def host_remedies(recipe: Recipe, cluster: Cluster, over: list[HostMemoryEstimate]) -> list[str]:
     """Return overrides, each of which alone makes the nodes' memory suffice, and the GPUs' where it is known."""
     found = []
-    if any(need.stage == "preprocess" for need in over):  # a model from nothing, of any size
+    if any(need.stage == "preprocess" for need in over):  # a randomly initialised model, of any size
         return ["a smaller model.random_init"]
     if cluster.submits:
         found.append(f"cluster.slurm.memory={-(-max(need.bytes for need in over) // GIB):.0f}G")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pipeline.core.errors import ArtifactError, Stopped
+from pipeline.core.errors import ArtifactError
 from pipeline.core.files import read_json, write_json
 from pipeline.core.hashing import file_sha256
 from pipeline.training import distributed
@@ -141,10 +141,3 @@ class CheckpointCallback(TrainerCallback):
             rotate(folder, newest, self.runtime.cluster.keep_checkpoints, state.best_model_checkpoint)
 
         distributed.from_rank_0(record)  # hashing a large model takes minutes, which no collective should wait for
-
-
-def raise_if_stopping(runtime: Runtime) -> None:
-    """Stopped, for a stage whose ranks do not wait for each other and that keeps its work as it goes."""
-    runtime.check_lock()
-    if runtime.stop_requested():
-        raise Stopped(f"stopped at {runtime.progress.now.done} of {runtime.progress.now.total}, kept")

@@ -22,7 +22,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.config.recipe import Recipe
-from pipeline.core.errors import EXIT_FAULT, ArtifactError, LaunchError, PipelineError, Stopped, explain_disk, run_main
+from pipeline.core.errors import (
+    EXIT_FAILURE,
+    ArtifactError,
+    LaunchError,
+    PipelineError,
+    Stopped,
+    explain_disk,
+    run_main,
+)
 from pipeline.core.project import TYPED_IN, enter_project
 from pipeline.workflow import faults
 from pipeline.workflow.artifact import SCHEMA, WARNINGS, Artifact, finalize, is_done, open_artifact
@@ -111,7 +119,7 @@ def run_spec(folder: Path, run: StageFunction) -> int:
             memory = _out_of_memory(error, spec)
             told = memory or explain_disk(error, folder) or f"{type(error).__name__}: {error}".strip().splitlines()[0]
             with contextlib.suppress(OSError):  # the disk may be full for this too
-                progress.update(state="failed", problems=(told,), exit_code=EXIT_FAULT)
+                progress.update(state="failed", problems=(told,), exit_code=EXIT_FAILURE)
             if memory:
                 raise LaunchError(memory) from error
             raise

@@ -92,7 +92,7 @@ def is_done(folder: Path) -> bool:
     """Whether the step of this folder has ended well: whether it has an artifact that can be read.
 
     An artifact that is empty, half-written or of another shape is none, so the step runs again. InvalidRecord where the
-    file cannot be opened: then nobody knows.
+    file cannot be opened.
     """
     path = folder / ARTIFACT
     try:
@@ -143,7 +143,7 @@ def artifact_problem(folder: Path) -> str | None:
 
 
 def refuse_newer(path: Path, schema: int) -> None:
-    """ArtifactError where a record is of a later version, whose meaning nobody here knows."""
+    """Raise ArtifactError where a record is of a later version, whose meaning is not known here."""
     if schema > SCHEMA:
         raise ArtifactError(
             f"{path}: schema: got {schema}; expected at most {SCHEMA}. Fix: use the version that wrote it"

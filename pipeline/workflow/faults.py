@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from pipeline.core.cgroups import memory_kills, memory_limit
-from pipeline.core.errors import EXIT_FAULT
+from pipeline.core.errors import EXIT_FAILURE
 from pipeline.core.files import write_json
 from pipeline.workflow.artifact import PROGRESS, is_done
 from pipeline.workflow.progress import ATTEMPT, Progress, read_progress
@@ -37,14 +37,14 @@ POLL_SECONDS = 5.0  # seconds between two looks for stopped processes
 def die_with_parent() -> None:
     """Have the kernel kill this process when its parent ends, however that ends (Linux; elsewhere nothing happens).
 
-    Exits at once where the parent that `PARENT` names has ended before the kernel was told.
+    Exits at once where the parent that `PARENT` names has ended before the kernel knew of it.
     """
     if sys.platform != "linux":
         return
     parent = os.environ.get(PARENT, "")
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if parent.isdigit() and os.getppid() != int(parent) and not _same_process_tree(int(parent)):
-        os._exit(EXIT_FAULT)
+        os._exit(EXIT_FAILURE)
 
 
 def _same_process_tree(pid: int) -> bool:
@@ -128,7 +128,7 @@ def record_failure(folder: Path, problems: Sequence[str], since: float, state: s
         spec = read_summary(folder)
         name = spec.name if spec else short_name(folder, None)
         progress = Progress(name, state, started=since, attempt=attempt, host=host, token=token)
-    code = EXIT_FAULT if state == "failed" else None
+    code = EXIT_FAILURE if state == "failed" else None
     ended = replace(progress, state=state, note="", problems=tuple(problems), exit_code=code, updated=time.time())
     with contextlib.suppress(OSError):  # a full disk, which the launcher reports itself
         write_json(folder / PROGRESS, asdict(ended))
@@ -160,11 +160,11 @@ class StoppedProcesses:
             return []
         self.next = time.time() + POLL_SECONDS
         now = {pid for pid in _below(self.pid) if _state(pid) == "T"}
-        told, self.known = sorted(now - self.known), now
+        stopped, self.known = sorted(now - self.known), now
         return [
             f"{_rank_of(pid)}process {pid} on {os.uname().nodename} is stopped (SIGSTOP), and the others wait for it. "
             f"Fix: kill -CONT {pid}"
-            for pid in told
+            for pid in stopped
         ]
 
 

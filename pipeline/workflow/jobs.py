@@ -53,7 +53,7 @@ def is_ours(job: Job, record: JobRecord) -> bool:
     The token in its comment decides. Without one (a site that replaces comments, accounting that keeps none) user,
     name and time of submission have to fit. A requeued job's time is that of its last requeue.
     """
-    if record.token and record.marked and not job.from_books:
+    if record.token and record.marked and not job.from_accounting:
         return job.token == record.token
     if record.user and job.user and record.user != job.user:
         return False
@@ -63,7 +63,7 @@ def is_ours(job: Job, record: JobRecord) -> bool:
         return True
     if record.name and job.submitted < record.submitted - CLOCK_SKEW:
         return False
-    return job.submitted <= record.submitted + CLOCK_SKEW or job.restarts > 0 or job.from_books
+    return job.submitted <= record.submitted + CLOCK_SKEW or job.restarts > 0 or job.from_accounting
 
 
 @dataclass(frozen=True)
@@ -171,8 +171,8 @@ def record_job(folders: Iterable[Path], job: str) -> None:
     folders = list(folders)
     others = [(folder, other) for folder, other in live_jobs(folders).items() if other.id != job]
     if others:
-        told = [describe_job(folder, other) for folder, other in others]
-        raise PlanError(*told, "wait for it (python -m pipeline status), or end it with python -m pipeline cancel")
+        taken = [describe_job(folder, other) for folder, other in others]
+        raise PlanError(*taken, "wait for it (python -m pipeline status), or end it with python -m pipeline cancel")
     if not folders:
         return
     token = uuid.uuid4().hex

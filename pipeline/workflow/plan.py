@@ -73,7 +73,7 @@ class Step:
 
     @property
     def unreadable(self) -> str | None:
-        """Why nobody can know whether the step is done: its artifact cannot be opened. None where that is known."""
+        """Why it cannot be known whether the step is done: its artifact cannot be opened. None where it is known."""
         try:
             is_done(self.folder)
         except InvalidRecord as odd:

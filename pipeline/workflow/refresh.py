@@ -102,8 +102,8 @@ def move_aside(folders: Sequence[Path], runs: Path) -> list[str]:
     for folder in folders:
         ensure_unlocked(folder)
     if is_installed() and (queued := live_jobs(folders)):
-        told = [describe_job(folder, job) for folder, job in queued.items()]
-        raise PlanError(*told, "wait for it (python -m pipeline status), or end it with python -m pipeline cancel")
+        taken = [describe_job(folder, job) for folder, job in queued.items()]
+        raise PlanError(*taken, "wait for it (python -m pipeline status), or end it with python -m pipeline cancel")
     stamp, sentences = time.strftime("%Y%m%d-%H%M%S"), list[str]()
     for folder in reversed(folders):
         place = runs / REPLACED / folder.parent.name / f"{folder.name}-{stamp}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.cluster import Cluster
-from pipeline.core.errors import ArtifactError
+from pipeline.core.errors import ArtifactError, Stopped
 from pipeline.core.slurm_client import job_end
 from pipeline.workflow.artifact import STOP
 from pipeline.workflow.lock import LockHolder, holds_lock
@@ -31,8 +31,14 @@ class Runtime:
     options: Options | None  # of the step's spec
 
     def stop_requested(self) -> bool:
-        """Return whether this step shall save and stop. Rank 0 looks; `raise_if_stopping` has all ranks agree."""
+        """Return whether this step shall save and stop. Training ranks agree on it at the end of a step."""
         return (self.folder / STOP).exists()
+
+    def raise_if_stopping(self) -> None:
+        """Raise Stopped where asked to, for a stage whose ranks work apart and keep their work as they go."""
+        self.check_lock()
+        if self.stop_requested():
+            raise Stopped(f"stopped at {self.progress.now.done} of {self.progress.now.total}, kept")
 
     def warn(self, sentence: str) -> None:
         """Warn of what the user should know before they trust the result: rows left out, nothing learned.

@@ -139,7 +139,7 @@ def recipe_of(
     the defaults. `splits`: those that an evaluation asks for have to exist. Raises with everything that is wrong.
     """
     names = [word for word in words if "=" not in word]
-    find_checkpoint(checkpoint)  # what cannot be loaded is told before anything is started
+    find_checkpoint(checkpoint)  # what cannot be loaded is refused before anything is started
     overrides, for_cluster = split_overrides([word for word in words if "=" in word])
     made_by = step_of(Path(checkpoint))
     if made_by and not (isinstance(made_by[1], dict) and isinstance(made_by[1].get("recipe"), dict)):

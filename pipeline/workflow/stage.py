@@ -34,7 +34,7 @@ class Stage:
     revision: int
     processes: Literal["one", "all"] = "all"  # all: under torchrun with every process of the cluster
     trains: bool = False  # leaves a model, and checkpoints on its way
-    resumable: bool = False  # saves when it is asked to stop, and goes on from there
+    resumable: bool = False  # saves when a stop is requested, and resumes from there
 
     @property
     def module(self) -> str:
@@ -46,7 +46,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage(
             "preprocess",
-            "rows, splits and their proof; for a model from scratch also its tokenizer and first weights",
+            "rows, splits and their proof; for a randomly initialised model also its tokenizer and weights",
             ("seed", "model.name", "model.revision", "model.random_init", "model.gguf", "model.chat_template", "task"),
             revision=2,
             processes="one",

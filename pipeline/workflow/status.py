@@ -108,7 +108,7 @@ def table(
     everything: bool = False,
     ask: Callable[[Iterable[JobRecord], Iterable[tuple[str, str | None]]], QueueSnapshot] = query,
 ) -> tuple[list[Row], list[str]]:
-    """The newest step of each name (`everything`: all of them), and what kept Slurm from being asked."""
+    """The newest step of each name (`everything`: all of them), and why Slurm could not be queried."""
     folders, unlisted = step_folders(runs, recipes)
     specs = {folder: read_summary(folder) for folder in folders}
     folders.sort(key=lambda folder: _place(folder, specs[folder]))
@@ -206,30 +206,30 @@ def _state(folder: Path, files: StepFiles, job: Job | None, answers: QueueSnapsh
         return "done", [f"its code has changed since: {', '.join(changed)}"] if changed else []
     working = progress.state if progress and progress.state in ACTIVE else None
     ended = progress.state if progress and progress.state in ("failed", "stopped") else None
-    told = list(progress.problems) if progress and ended else []
+    last_problems = list(progress.problems) if progress and ended else []
     where = record.cluster if record else holder.cluster if holder and holder.job else None
     if (record or (holder and holder.job and not ended)) and not answers.is_reachable(where):
         return "unknown", [f"its last word: {progress.state}" if progress else "given to Slurm"]
     if ended and progress and progress.updated > answers.at and not (job and job.restarts >= progress.attempt):
-        return ended, told  # since Slurm was queried
+        return ended, last_problems  # since Slurm was queried
     if job and job.state == "RUNNING":
         return (working if working and holder and holder.job == job.id else "starting"), []
     if job and job.live:
         if working and holder and holder.job == job.id and holder.since > answers.at:
             return working, []  # it has started since
-        return ("ending", told) if job.state == "COMPLETING" else ("queued", [pending_reason(job)])
+        return ("ending", last_problems) if job.state == "COMPLETING" else ("queued", [pending_reason(job)])
     if working and holder and is_alive(holder, answers if holder.job else None):
         return working, []
     if files.odd and not job and not ended:
         return "odd", list(files.odd)
     if ended and not (job and job.state == "CANCELLED"):
-        return ended, told
+        return ended, last_problems
     full = _full_disk(folder)
     if job:
         code = f"; {how}" if (how := explain_exit_code(job.exit_code)) else ""
         log = Path(record.log) if record and record.log else folder / LOG
         why = f"{full or end_reason(job, log)} ({job.state}{code})"
-        return "cancelled" if job.state == "CANCELLED" else "failed", [why, *told]
+        return "cancelled" if job.state == "CANCELLED" else "failed", [why, *last_problems]
     if record is None and progress is None:
         return "waiting", []
     who = f"Slurm job {record.id or '(not taken)'}" if record else str(holder) if holder else "its process"
@@ -325,7 +325,7 @@ def follow(path: Path, going: Callable[[], bool] | None = None, poll: float = 0.
     position, more = 0, True
     letters = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a letter may be cut by the end of a piece
     while more:
-        more = going is not None and going()  # asked before the last read, so that the end is not missed
+        more = going is not None and going()  # checked before the last read, so that the end is not missed
         try:
             for text in _pieces(path, position):
                 position += len(text)
@@ -353,7 +353,7 @@ def cancel(rows: Iterable[Row]) -> list[str]:
 
     PlanError where one is another user's job: Slurm lets only its owner end it.
     """
-    told = []
+    messages = []
     chosen = [row for row in rows if row.live]
     jobs = [row for row in chosen if row.job]
     others = [row for row in jobs if row.user and row.user != slurm.this_user()]
@@ -371,11 +371,11 @@ def cancel(rows: Iterable[Row]) -> list[str]:
         wrong = [line for line in done.stderr.splitlines() if not any(text in line for text in ALREADY_OVER)]
         if done.returncode and wrong:
             raise LaunchError(f"scancel {' '.join(ids)}: {error_text(chr(10).join(wrong))}")
-        told.append(f"cancelled {len(ids)} jobs: {' '.join(ids)}")
+        messages.append(f"cancelled {len(ids)} jobs: {' '.join(ids)}")
     for row in chosen:
         if not row.job:
-            told.append(_ask_to_stop(row))
-    return told
+            messages.append(_ask_to_stop(row))
+    return messages
 
 
 def _ask_to_stop(row: Row) -> str:

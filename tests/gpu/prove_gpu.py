@@ -30,7 +30,7 @@ from typing import Any
 
 from proof import Check, Finding, Measured, Place, Section, one_process
 
-from pipeline.core.errors import EXIT_FAULT, PlanError, did_you_mean, run_main
+from pipeline.core.errors import EXIT_FAILURE, PlanError, did_you_mean, run_main
 from pipeline.core.files import read_lines, write_json
 from pipeline.training.harness import git_commit, versions
 from pipeline.workflow import faults
@@ -177,7 +177,7 @@ def prove(sections: dict[str, Section], args: argparse.Namespace) -> int:
     print(text)
     count = sum(finding.state == "passed" for finding in findings)
     print(f"{count} passed, {len(failed)} failed, {record['seconds']:.0f} s; {args.out}/results.json and table.md")
-    return EXIT_FAULT if failed else 0
+    return EXIT_FAILURE if failed else 0
 
 
 def run_section(name: str, section: Section, args: argparse.Namespace, work: Path, left: float) -> Iterator[Finding]:

@@ -162,7 +162,7 @@ def test_an_order_is_data_and_no_secret_of_the_environment_enters_a_file(
     options |= dict.fromkeys(("temperature", "top_p", "top_k", "seed"))
     asked, problems = parse(
         AskOrder,
-        json.loads(json.dumps({"asked": [{"checkpoint": place, "recipe": plain(recipe)}], "options": options})),
+        json.loads(json.dumps({"checkpoints": [{"checkpoint": place, "recipe": plain(recipe)}], "options": options})),
     )
     assert asked is not None, problems
     ask(asked)
@@ -564,7 +564,7 @@ def test_a_push_that_fails_says_what_stays_and_how_to_go_on(
         assert done.returncode == 1
         assert "error: lab/small: the push failed (" in done.stderr
         assert f"the export is whole, in {place}" in done.stderr
-        assert "the same command goes on with the push alone" in done.stderr
+        assert "the same command resumes with the push alone" in done.stderr
         assert "Traceback" not in done.stderr
         assert list((tmp_path / "hub").iterdir()) == []
 

@@ -164,14 +164,14 @@ def test_what_cannot_be_queried_is_neither_gone_nor_submitted_again(
     run_plan(make_plan(["tiny"], ["seed=5"], cluster="slurm", runs=tmp_path / "runs"))
     (fake / "up-west").unlink()
     before = len(jobs(fake))
-    with pytest.raises(LaunchError, match="squeue cannot be asked about cluster west"):
+    with pytest.raises(LaunchError, match="squeue: cannot query cluster west"):
         run_plan(west)
-    with pytest.raises(LaunchError, match="squeue cannot be asked about cluster west"):
+    with pytest.raises(LaunchError, match="squeue: cannot query cluster west"):
         run_plan(make_plan(["tiny"], cluster="slurm", runs=tmp_path / "runs"))  # from the other cluster's login node
     assert len(jobs(fake)) == before
     rows, troubles = status.table(tmp_path / "runs", everything=True)
     assert sorted(row.state for row in rows) == ["queued"] * 7 + ["unknown"] * 7
-    assert "about cluster west" in troubles[0]
+    assert "cannot query cluster west" in troubles[0]
 
 
 def test_a_step_of_one_cluster_is_not_started_on_another(
@@ -535,7 +535,7 @@ def test_a_full_disk_is_called_a_full_disk(tmp_path: Path, fake: Path) -> None:
         row = row_of(disk / "runs", "sft")
         assert row.state == "lost"
         assert row.reasons == (
-            f"no space left to write {step.folder}: free some space or a quota, then run the same command again",
+            f"no space left to write {step.folder}. Fix: free space or quota, then run the same command again",
         )
         error = local._failure(step, 1, None, step.folder / "log.txt", None)
         assert f"no space left to write {step.folder}" in str(error)

@@ -150,7 +150,7 @@ def test_an_empty_recipe_has_no_model(tmp_path: Path) -> None:
 
 FILES: list[tuple[str, bytes, str]] = [
     ("UTF-16", text_of().encode("utf-16"), "got UTF-16; expected UTF-8. Fix: iconv -f UTF-16 -t UTF-8"),
-    ("UTF-16 without its mark", text_of().encode("utf-16-le"), "got zero bytes, as UTF-16 has"),
+    ("UTF-16 without its mark", text_of().encode("utf-16-le"), "got zero bytes, as in UTF-16"),
     ("UTF-32", text_of().encode("utf-32"), "got UTF-32; expected UTF-8"),
     ("Latin-1", ("# größer\n" + text_of()).encode("latin-1"), "got bytes that are not UTF-8 (the first at 4)"),
     ("a null key", b"model: {name: x}\nnull: 3\n", "Fix: give every setting a name"),

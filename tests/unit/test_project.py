@@ -196,7 +196,7 @@ def test_a_working_folder_that_is_gone_is_told(tmp_path: Path, monkeypatch: pyte
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    with pytest.raises(PlanError, match="working folder: it has been deleted"):
+    with pytest.raises(PlanError, match="working folder: got a deleted one; expected an existing one"):
         enter_project(["list"])
 
 

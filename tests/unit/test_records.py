@@ -100,9 +100,9 @@ def test_any_bytes_are_a_record_or_odd(tmp_path_factory: pytest.TempPathFactory,
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("", "is empty; expected a JSON object"),
-        ('{"stage": "sft"', "is half-written"),
-        ("[" * 100_000, "is half-written"),
+        ("", "got an empty file; expected a JSON object"),
+        ('{"stage": "sft"', "got incomplete JSON; expected a JSON object"),
+        ("[" * 100_000, "got incomplete JSON; expected a JSON object"),
         ("[1]", "got a list; expected a JSON object"),
         ('{"stage": "sft"}', "state: missing; expected a text"),
         ('{"stage": "sft", "state": "running", "done": "3"}', 'done: got "3"; expected a whole number'),
@@ -167,7 +167,7 @@ def test_an_order_of_another_shape_is_told(tmp_path: Path) -> None:
 def test_who_runs_a_step_is_never_guessed(tmp_path: Path) -> None:
     """An owner or job file that cannot be used may be that of a running step."""
     (tmp_path / OWNER).write_text("")
-    with pytest.raises(ArtifactError, match=r"owner.json: is empty.*delete"), lock(tmp_path):
+    with pytest.raises(ArtifactError, match=r"owner.json: got an empty file.*delete"), lock(tmp_path):
         pass
     (tmp_path / slurm.JOB_FILE).write_text("{}")
     with pytest.raises(PlanError, match=r"job.json: token: missing.*squeue --me.*delete"):

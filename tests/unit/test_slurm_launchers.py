@@ -384,18 +384,18 @@ def test_without_sbatch_nothing_is_written(tmp_path: Path) -> None:
         (path / name).symlink_to(str(shutil.which(name)))
     done = run_cli("run", "tiny", "--launcher", "slurm", "--runs", str(tmp_path / "runs"), env={"PATH": str(path)})
     assert done.returncode == 2
-    assert "sbatch: no such program on this machine; go to a login node" in done.stderr
+    assert "sbatch: no such program on this machine. Fix: use a login node" in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_controller_that_is_down_is_told(tmp_path: Path, fake: Path) -> None:
     run_plan(plan_of(tmp_path))
     (fake / "up").unlink()
-    with pytest.raises(LaunchError, match=r"squeue cannot be asked: .*Unable to contact slurm controller"):
+    with pytest.raises(LaunchError, match=r"squeue: cannot query Slurm: .*Unable to contact slurm controller"):
         run_plan(plan_of(tmp_path))
     told = run_cli("status", "--runs", str(tmp_path / "runs"))
     assert told.returncode == 0
-    assert "note: squeue cannot be asked" in told.stdout
+    assert "note: squeue: cannot query Slurm" in told.stdout
     assert set(states(tmp_path / "runs").values()) == {"unknown"}  # not lost: nobody knows
 
 
@@ -576,7 +576,7 @@ def test_status_the_day_after_tells_what_never_started_and_why(tmp_path: Path, f
         ("PENDING", "AssocGrpGRES", "queued", "AssocGrpGRES"),
         ("RUNNING", "None", "starting", ""),
         ("COMPLETING", "None", "ending", ""),
-        ("TIMEOUT", "TimeLimit", "failed", "before it could save: raise cluster.slurm.signal_before_limit"),
+        ("TIMEOUT", "TimeLimit", "failed", "before it could save. Fix: raise cluster.slurm.signal_before_limit"),
         ("OUT_OF_MEMORY", "None", "failed", "more memory than cluster.slurm.memory"),
         ("CANCELLED", "None", "cancelled", "was cancelled"),
     ],

@@ -1,4 +1,4 @@
-"""docs/seeds.md: no empty row, and every value it names is the recipe's."""
+"""docs/source-guides.md: no empty row, and every value it names is the recipe's."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pipeline.config.recipe import Recipe, read
 from pipeline.workflow.plan import with_task_params
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "seeds.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "source-guides.md").read_text(encoding="utf-8")
 SECTIONS = {"1": "gsm8k", "2": "math_science", "3": "deepseek7b", "4": "medical", "5": "human_like"}
-SETTING = re.compile(r"`([a-z_][\w.]*)` = `([^`]*)`( \(ours)?")
+SETTING = re.compile(r"`([a-z_][\w.]*)` = `([^`]*)`( \(not in the guide)?")
 OVERRIDE = re.compile(r"`([a-z_]+\.[\w.]+=[^`]+)`")
 
 
@@ -99,7 +99,7 @@ def test_every_file_that_is_named_is_there() -> None:
 
 def test_a_wrong_value_on_the_page_would_be_seen() -> None:
     assert at(recipe_of("gsm8k"), "sft.optimizer.learning_rate") == value_of("2e-5") != value_of("2e-4")
-    assert SETTING.findall("x `sft.epochs` = `3` (ours: y), `a.b` = `c`") == [
-        ("sft.epochs", "3", " (ours"),
+    assert SETTING.findall("x `sft.epochs` = `3` (not in the guide: y), `a.b` = `c`") == [
+        ("sft.epochs", "3", " (not in the guide"),
         ("a.b", "c", ""),
     ]
