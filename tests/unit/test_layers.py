@@ -131,7 +131,8 @@ LIGHT = [
 
 
 @pytest.mark.parametrize("argv", LIGHT, ids=lambda argv: " ".join(argv))
-def test_light_commands_import_nothing_heavy(argv: list[str]) -> None:
+def test_light_commands_import_nothing_heavy(argv: list[str], tmp_path: Path) -> None:
+    argv = argv if argv[0] in ("--help", "list") else [*argv, "--runs", str(tmp_path)]
     code = (
         "import sys, json, io, contextlib\n"
         "from pipeline.cli.main import command\n"
