@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from running import ROOT, only, run_cli
+from running import ROOT, only, run_cli, run_here
 from safetensors.torch import load_file
 
 from pipeline.config.former import identity, present_names
@@ -107,9 +107,9 @@ def test_a_model_can_be_asked(project: Path) -> None:
 def test_a_model_can_be_evaluated_on_the_rows_of_its_own_run(project: Path) -> None:
     model = only(project, "runs/tiny-rehearsal/grpo-*").relative_to(project)
     words = ["--limit", "2", "--split", "test", "cluster.processes=1", "evaluate.draws=50"]
-    done = run_cli("evaluate", "--ckpt", str(model), *words, cwd=project)
-    assert done.returncode == 0, done.stderr
-    before, after = sorted(project.glob("runs/evaluations/*"), key=lambda path: (path / "log.txt").exists())
+    before = only(project, "runs/evaluations/*")
+    run_here("evaluate", "--ckpt", str(model), *words)
+    (after,) = set(project.glob("runs/evaluations/*")) - {before}
     assert read_spec(after).inputs == read_spec(before).inputs
     old = {line["id"]: line["prompt_sha256"] for line in read_lines(before / "predictions.jsonl")}
     new = {line["id"]: line["prompt_sha256"] for line in read_lines(after / "predictions.jsonl")}
@@ -119,8 +119,7 @@ def test_a_model_can_be_evaluated_on_the_rows_of_its_own_run(project: Path) -> N
 
 def test_a_model_can_be_exported_as_it_was(project: Path) -> None:
     model = only(project, "runs/tiny-rehearsal/grpo-*").relative_to(project)
-    done = run_cli("export", "--ckpt", str(model), "--format", "merged16", "--out", "mine", cwd=project)
-    assert done.returncode == 0, done.stderr
+    run_here("export", "--ckpt", str(model), "--format", "merged16", "--out", "mine")
     before = load_file(only(project, "runs/exports/*") / "model" / "model.safetensors")
     after = load_file(project / "mine" / "model" / "model.safetensors")
     assert before.keys() == after.keys()
