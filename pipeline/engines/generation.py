@@ -9,6 +9,7 @@ Every prompt draws from a random stream of its own, so batches, processes and in
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -122,7 +123,9 @@ def generate_batch(
         shaped.append(RepetitionPenalty(sampling.repetition_penalty, [longest - len(prompt) for prompt in prompts]))
     if sampling.temperature:
         shaped.append(GumbelSampler(sampling, seeds, device))
-    with ignore_model_defaults(model):
+    with ignore_model_defaults(model), warnings.catch_warnings():
+        # where weights are on the disk the model's own device is "meta", which transformers compares with the prompt's
+        warnings.filterwarnings("ignore", r"You are calling \.generate\(\) with the `input_ids` being on a device")
         output = model.generate(**padded, generation_config=config, logits_processor=shaped, streamer=streamer)
     output = output[:, padded["input_ids"].shape[1] :]
     return [_completion(ids, tokenizer, set(stops)) for ids in output.tolist()]
