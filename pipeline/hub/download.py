@@ -1,9 +1,8 @@
-"""Fill the local cache on a login node, so that no job ever waits for the hub.
+"""Download models and data sets to the local cache on a login node, so that no job waits for the hub.
 
     python -m pipeline download RECIPE…            downloads the pinned model, tokenizer and data
 
-Jobs run with HF_HUB_OFFLINE=1 (configs/clusters/). What a recipe needs and the cache lacks is told before anything
-is queued: `not_downloaded`.
+Jobs run with HF_HUB_OFFLINE=1 (configs/clusters/). `not_downloaded` reports missing repositories before submission.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 
 @dataclass(frozen=True)
 class Repository:
-    """What a recipe needs of the hub."""
+    """A model or data set on the hub that a recipe needs."""
 
     name: str
     kind: str  # model or dataset
@@ -32,55 +31,56 @@ class Repository:
 
 
 def repositories(recipe: Recipe) -> list[Repository]:
-    """The recipe's model and data sets, as far as they are on the hub."""
-    found = []
+    """Return the recipe's model and data sets that are on the hub."""
+    needed = []
     if not recipe.model.random_init and not recipe.model.gguf and not Path(recipe.model.name).exists():
-        found.append(Repository(recipe.model.name, "model", recipe.model.revision))
+        needed.append(Repository(recipe.model.name, "model", recipe.model.revision))
     task = task_of(recipe.task, recipe.seed)
     if task.source == "hub":
-        found += [Repository(name, "dataset", revision) for name, revision in task.repositories().items()]
-    return found
+        needed += [Repository(name, "dataset", revision) for name, revision in task.repositories().items()]
+    return needed
 
 
 def download(recipes: Iterable[Recipe], cluster: Cluster) -> Iterator[str]:
-    """Download what is not there yet, with a progress bar; a line for each repository."""
+    """Download the repositories that the cache lacks, with a progress bar. Yields a line for each repository.
+
+    Raises LaunchError where one cannot be downloaded.
+    """
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     for name, needed in _needed(recipes).items():
         if not needed:
-            yield f"{name}: nothing to download; its model and its rows are made here"
-        for one in needed:
+            yield f"{name}: nothing to download: model and data are generated locally"
+        for repository in needed:
+            label = f"{repository.kind} {repository.name}"
             try:
-                folder = _snapshot(one, cluster, local=False)
+                folder = Path(_snapshot(repository, cluster, local=False))
             except RepositoryNotFoundError as error:
                 raise LaunchError(
-                    f"{one.kind} {one.name}: the hub does not know it, or it wants a login (hf auth login)"
+                    f"{label}: not found on the hub, or not public. Fix: correct the name, or hf auth login"
                 ) from error
             except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-                why = str(error).strip().splitlines()[0]
+                reason = str(error).strip().splitlines()[0]
                 raise LaunchError(
-                    f"{one.kind} {one.name}: cannot be downloaded ({why}); what has arrived stays, so the same command "
-                    "resumes where it stopped"
+                    f"{label}: cannot be downloaded ({reason}). Fix: run the same command again; it resumes"
                 ) from error
-            commit = Path(folder).name
-            where = "model.revision" if one.kind == "model" else "task.revision"
-            where += (
-                f".{one.name}" if one.kind != "model" and sum(other.kind == one.kind for other in needed) > 1 else ""
-            )
-            pin = "" if one.revision else f"; pin it: {where}={commit}"
-            yield f"{name}: {one.kind} {one.name} at {commit}, {_size(Path(folder)) / 1e9:.2f} GB in {folder}{pin}"
+            several = sum(other.kind == repository.kind for other in needed) > 1
+            key = "model.revision" if repository.kind == "model" else "task.revision"
+            key += f".{repository.name}" if repository.kind != "model" and several else ""
+            pin = "" if repository.revision else f"; pin it: {key}={folder.name}"
+            yield f"{name}: {label} at {folder.name}, {_size(folder) / 1e9:.2f} GB in {folder}{pin}"
 
 
 def not_downloaded(recipes: Iterable[Recipe], cluster: Cluster) -> list[str]:
-    """What jobs on nodes without internet would look for in vain, as sentences."""
+    """Return a message for each repository that jobs without internet access need and the local cache lacks."""
     if cluster.slurm.environment.get("HF_HUB_OFFLINE") in (None, "0", ""):
         return []
     return [
-        f"{one.kind} {one.name} is not in the local cache ({why}), and the nodes have no internet: "
-        f"run python -m pipeline download {name}"
+        f"{repository.kind} {repository.name} is not in the local cache ({missing}), and the nodes have no internet. "
+        f"Fix: python -m pipeline download {name}"
         for name, needed in _needed(recipes).items()
-        for one in needed
-        if (why := _missing(one, cluster))
+        for repository in needed
+        if (missing := _missing(repository, cluster))
     ]
 
 
@@ -88,39 +88,38 @@ def _needed(recipes: Iterable[Recipe]) -> dict[str, list[Repository]]:
     return {recipe.name: repositories(recipe) for recipe in recipes}
 
 
-def _missing(one: Repository, cluster: Cluster) -> str | None:
-    """What the cache lacks of a repository, in the hub library's words; None where it is whole."""
+def _missing(repository: Repository, cluster: Cluster) -> str | None:
+    """Return the part of a repository that the cache lacks, as the hub library reports it; None if complete."""
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
     try:
-        _snapshot(one, cluster, local=True)
+        _snapshot(repository, cluster, local=True)
     except IncompleteSnapshotError as error:
         return re.sub(r"^.*?is incomplete: |\. Outgoing.*$", "", " ".join(str(error).split()))
     except LocalEntryNotFoundError:
-        return f"no revision {one.revision}" if one.revision else "nothing of it"
+        return f"no revision {repository.revision}" if repository.revision else "no file"
     return None
 
 
-def _snapshot(one: Repository, cluster: Cluster, *, local: bool) -> str:
+def _snapshot(repository: Repository, cluster: Cluster, *, local: bool) -> str:
     from huggingface_hub import snapshot_download
 
-    wanted = MODEL_FILES if one.kind == "model" else None
     return str(
         snapshot_download(
-            one.name,
-            repo_type=one.kind,
-            revision=one.revision,
+            repository.name,
+            repo_type=repository.kind,
+            revision=repository.revision,
             cache_dir=_cache(cluster),
-            allow_patterns=wanted,
+            allow_patterns=MODEL_FILES if repository.kind == "model" else None,
             local_files_only=local,
         )
     )
 
 
 def _cache(cluster: Cluster) -> str | None:
-    """Where the jobs look; None is the hub library's own place."""
-    given = cluster.slurm.environment
-    home = given.get("HF_HUB_CACHE") or (f"{given['HF_HOME']}/hub" if given.get("HF_HOME") else None)
+    """Return the cache folder that the jobs read; None for the hub library's default."""
+    variables = cluster.slurm.environment
+    home = variables.get("HF_HUB_CACHE") or (f"{variables['HF_HOME']}/hub" if variables.get("HF_HOME") else None)
     return os.path.expandvars(str(Path(home).expanduser())) if home else None
 
 

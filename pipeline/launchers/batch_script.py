@@ -1,11 +1,11 @@
-"""The batch script of a step: what its job asks Slurm for, how the node is set up, and how the step is started.
+"""Render batch scripts: the resources that a job requests, the setup of its node, and the start of its step.
 
-    script(STAGES["grpo"], cluster)              the committed slurm/grpo.slurm: of the recipe that its arguments name
-    script(STAGES["sft"], cluster, step, venv)   runs/…/job.slurm: of one step
+    script(STAGES["grpo"], cluster)              the committed slurm/grpo.slurm: runs the recipe of its arguments
+    script(STAGES["sft"], cluster, step, venv)   runs/…/job.slurm: runs one step
 
-Both come from one template. What a job needs stands in the cluster's file, not in the shell that submits; what is not
-there on the node ends the job with a sentence. Every value is quoted; only `$NAME` and a leading `~` are filled in.
-Nothing here submits anything; that is launchers/slurm.py.
+Both come from one template. The cluster's file defines the job's environment; the shell that submits does not. A
+module, variable or program that the node lacks ends the job with an error message. Every value is quoted; only `$NAME`
+and a leading `~` are expanded. launchers/slurm.py submits the scripts.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ HEAD = """\
 
 OPTIONS = """\
 #SBATCH --job-name={name}
-{asked}
+{resources}
 #SBATCH --output={log}
 #SBATCH --open-mode=append            # a requeued job appends to the same log
-#SBATCH --requeue                     # it starts again after its node died or it was preempted
-#SBATCH --signal=B:USR1@{seconds}{pad} # {seconds} s before the time limit, to this script: time enough to save
-#SBATCH --kill-on-invalid-dep=yes     # when what it waits for has failed, it shall not wait for ever
+#SBATCH --requeue                     # Slurm restarts the job after a node failure or preemption
+#SBATCH --signal=B:USR1@{seconds}{pad} # signals this script {seconds} s before the time limit: time to save
+#SBATCH --kill-on-invalid-dep=yes     # cancel the job if a dependency fails, instead of pending forever
 """
 
 SETUP = """
-asked=; trap 'asked=1' USR1 TERM      # a signal, from here on, is the wish that the step saves and the job starts again
+stopping=; trap 'stopping=1' USR1 TERM  # from here on, a signal requests that the step saves and the job is requeued
 cd "${{SLURM_SUBMIT_DIR:-.}}" || exit 2
 {check}{setup}venv={venv}
-[ -x "$venv/bin/python" ] || fail "slurm.venv: there is no $venv/bin/python. Fix: name a folder that the nodes see"
+[ -x "$venv/bin/python" ] || fail "slurm.venv: got $venv without bin/python. Fix: name a folder that the nodes can read"
 export PATH="$venv/bin:$PATH"
 set -uo pipefail
 IFS=$'\\n'
@@ -56,8 +56,8 @@ IFS=$'\\n'
 FAIL = """fail() { echo "error: $1 (on $HOSTNAME)" >&2; exit 2; }"""
 
 MODULES = """\
-command -v module >/dev/null || fail 'slurm.modules: there is no command module. Fix: the file that defines it, as a \
-line of slurm.setup, such as . /etc/profile.d/modules.sh'
+command -v module >/dev/null || fail 'slurm.modules: the command module is not defined. Fix: read the file that \
+defines it in slurm.setup, such as . /etc/profile.d/modules.sh'
 load() {
   local before=${LOADEDMODULES-}
   module load "$1" || fail "slurm.modules: $1 does not load. Fix: module avail $1"
@@ -67,28 +67,28 @@ load() {
 
 CHECK = """\
 if [ $# = 0 ]; then
-  echo "{stage}: which recipe? {usage}" >&2
+  echo "{stage}: got no arguments; expected a recipe. Fix: {usage}" >&2
   exit 2
 fi
 """
 
 PREPARE = """\
-# the resolved recipe goes into step.json of the step's folder; from then on only that file counts
+# `prepare` writes the resolved recipe to step.json of the step's folder; from here on only that file is read
 steps=$(python -m pipeline prepare --stages {stage} --cluster {cluster} "$@") || exit
 """
 
 RUN = """
 for step in $steps; do
   rm -f "$step/stop"
-  trap 'asked=1; touch "$step/stop"' USR1 TERM  # all ranks see it at the same step, save, and leave with code 75
+  trap 'stopping=1; touch "$step/stop"' USR1 TERM  # all ranks read it at the same step, save, and exit with code 75
   code=75
-  if [ -z "$asked" ]; then
+  if [ -z "$stopping" ]; then
     srun --wait=60 {srun}python -m pipeline.launchers.torchrun --step "$step" &
     while kill -0 $! 2>/dev/null; do wait $!; done  # a trap ends wait, not the step
     wait $!
     code=$?
   fi
-  # 75: it has saved; 138, 140, 143: USR1, USR2, TERM ended it before it listened. Not while someone cancels the job:
+  # 75: saved; 138, 140, 143: USR1, USR2 or TERM ended it before its handlers were set. `requeue` skips a cancelled job
   case $code in 75 | 138 | 140 | 143) python -m pipeline.launchers.requeue "$step" ;; esac
   [ $code = 0 ] || exit $code
 done
@@ -96,9 +96,10 @@ done
 
 
 def script(stage: Stage, cluster: Cluster, step: Step | None = None, venv: str | None = None) -> str:
-    """The batch script of a stage on a cluster: of one step, or of whatever recipe its arguments name.
+    """Return the batch script of a stage on a cluster: for one step, or for the recipe of its arguments.
 
-    `venv` is the environment to use where the cluster names none; by default that of the project.
+    `venv` is the environment where the cluster names none; by default the project's. Raises PlanError for a folder
+    whose name cannot stand in a script.
     """
     slurm, name = cluster.slurm, stage.name
     if step:
@@ -114,7 +115,7 @@ def script(stage: Stage, cluster: Cluster, step: Step | None = None, venv: str |
     log = str(step.folder / LOG).replace("%", "%%") if step else str(LOGS / "%x-%j.log")
     options = OPTIONS.format(
         name=shlex.quote(step.label if step else name),
-        asked="\n".join(f"#SBATCH {_quoted(option)}" for option in resources(stage, cluster)),
+        resources="\n".join(f"#SBATCH {_quoted(option)}" for option in resources(stage, cluster)),
         log=shlex.quote(log),
         seconds=seconds,
         pad=" " * (12 - len(seconds)),
@@ -132,8 +133,8 @@ def script(stage: Stage, cluster: Cluster, step: Step | None = None, venv: str |
 
 
 def setup_lines(slurm: Slurm) -> list[str]:
-    """What a job's shell does before Python starts, a line each; `fail` ends the job with a sentence."""
-    leaked = ["SLURM_EXPORT_ENV"]  # else srun would pass on only what sbatch --export has named
+    """Return the lines of a job's shell before Python starts; `fail` ends the job with an error message."""
+    leaked = ["SLURM_EXPORT_ENV"]  # otherwise srun exports only the variables of sbatch --export
     if slurm.memory:
         leaked += ["SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU"]  # of the allocation that submitted this job
     lines = [FAIL, f"unset {' '.join(leaked)}"]
@@ -153,7 +154,7 @@ def setup_lines(slurm: Slurm) -> list[str]:
 
 
 def _needed(key: str, values: Iterable[str]) -> list[str]:
-    """A line for each variable that has to be set for these values to be filled in."""
+    """Return a check for each variable that the expansion of these values needs."""
     names = dict.fromkeys(name for value in values for name in references(value))
     return [
         f'[ -n "${{{name}+set}}" ] || fail '
@@ -162,28 +163,28 @@ def _needed(key: str, values: Iterable[str]) -> list[str]:
     ]
 
 
-def _message(key: str, value: str, what: str) -> str:
-    return shlex.quote(f"{key}: {value!r} {what}")
+def _message(key: str, value: str, problem: str) -> str:
+    return shlex.quote(f"{key}: {value!r} {problem}")
 
 
 def shell_value(value: str) -> str:
-    """A value as a word of bash in which $NAME and a leading ~ are filled in, and nothing else is."""
+    """Return a value as a word of bash in which only $NAME and a leading ~ are expanded."""
     words = (f'"${{{text}}}"' if kind == "name" else shlex.quote(text) for kind, text in parts(value) if text)
     return "".join(words) or "''"
 
 
 def _quoted(option: str) -> str:
-    """An option as sbatch reads it in a #SBATCH line, by the rules of a shell."""
+    """Return an option quoted for a #SBATCH line, which sbatch splits by the rules of a shell."""
     name, equals, value = option.partition("=")
     return f"{name}={shlex.quote(value)}" if equals else shlex.quote(option)
 
 
 def check_path(folder: Path) -> None:
-    """PlanError for a folder whose name has no place in a batch script."""
+    """Raise PlanError for a folder whose name cannot stand in a batch script."""
     if not str(folder).isprintable() or "\\" in str(folder):
         raise PlanError(
-            f"--runs: got {str(folder)!r}; expected a folder without control characters and backslashes, which a job "
-            "could not write its log to. Fix: --runs DIR"
+            f"--runs: got {str(folder)!r}; expected a folder without control characters and backslashes, because Slurm "
+            "cannot write a log to it. Fix: --runs DIR"
         )
 
 
@@ -194,7 +195,7 @@ USAGE = {
 
 
 def resources(stage: Stage, cluster: Cluster) -> list[str]:
-    """What the job of a stage asks for, as options of sbatch. Stages of one process need one node and no GPU."""
+    """Return a stage's resources as options of sbatch. Stages of one process take one node and no GPU."""
     slurm, wide = cluster.slurm, stage.processes == "all"
     named = {"clusters": slurm.clusters, "partition": slurm.partition, "account": slurm.account, "qos": slurm.qos}
     named["constraint"] = slurm.constraint
@@ -210,14 +211,14 @@ def resources(stage: Stage, cluster: Cluster) -> list[str]:
 
 
 def _time(time: str) -> str:
-    """`90m` as Slurm writes it: 1:30:00, or 1-06:00:00."""
+    """Return a time such as `90m` in Slurm's form: 1:30:00, or 1-06:00:00."""
     hours, rest = divmod(minutes(time), 60)
     days, hours = divmod(hours, 24)
     return f"{days}-{hours:02}:{rest:02}:00" if days else f"{hours}:{rest:02}:00"
 
 
 def render(cluster: Cluster, folder: Path) -> list[Path]:
-    """Write the batch script of every stage."""
+    """Write the batch script of every stage. Returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for stage in STAGES.values():

@@ -3,9 +3,9 @@
     python -m pdb -m pipeline run tiny --launcher debug
 
 A step runs as the one process of its stage (`cluster.processes` is 1), through the same harness and into the same
-folder as under the other launchers. What it prints comes to the terminal, not to log.txt, and an unexpected exception
-keeps its traceback. What a stage leaves in a process is undone after it, so another can follow: the environment, the
-process group, and the state that accelerate, transformers and DeepSpeed keep. Ctrl-C interrupts; it asks for no save.
+folder as under the other launchers. Its output goes to the terminal, not to log.txt, and an unexpected exception keeps
+its traceback. After each stage its global state is reset, so that another can follow: the environment, the process
+group, and the state of accelerate, transformers and DeepSpeed. Ctrl-C interrupts without saving.
 """
 
 from __future__ import annotations
@@ -24,22 +24,19 @@ from pipeline.workflow import faults
 from pipeline.workflow.plan import Plan, Step, spec_of
 from pipeline.workflow.stage import STAGES, write_spec
 
-NOT_HERE = (
-    "PYTHONHASHSEED",
-    "PYTHONUNBUFFERED",
-    "PYTHONWARNINGS",
-    faults.PARENT,
-)  # read when a process starts, or its own
+# read when a process starts, or valid for a child process alone
+START_ONLY = ("PYTHONHASHSEED", "PYTHONUNBUFFERED", "PYTHONWARNINGS", faults.PARENT)
 
 
 def run_step(step: Step, plan: Plan, title: str) -> None:
-    """Run a step here. Raises what its stage raises."""
+    """Run a step in this process. Raises the exception of its stage."""
     stage = STAGES[step.stage]
     write_spec(step.folder, spec_of(step, plan.cluster))
-    wanted = {name: value for name, value in environment(stage, plan.cluster).items() if name not in NOT_HERE}
+    wanted = {name: value for name, value in environment(stage, plan.cluster).items() if name not in START_ONLY}
     print(f"{title} …", file=sys.stderr, flush=True)
-    with _environment({**wanted, **(_alone() if stage.processes == "all" else {})}), warnings.catch_warnings():
-        for kind in (FutureWarning, DeprecationWarning):  # as PYTHONWARNINGS has it for processes
+    ranks = _single_rank() if stage.processes == "all" else {}
+    with _environment({**wanted, **ranks}), warnings.catch_warnings():
+        for kind in (FutureWarning, DeprecationWarning):  # as PYTHONWARNINGS does for processes
             warnings.simplefilter("ignore", kind)
         module = importlib.import_module(stage.module)
         try:
@@ -49,8 +46,8 @@ def run_step(step: Step, plan: Plan, title: str) -> None:
                 sys.modules["pipeline.training.distributed"].reset()
 
 
-def _alone() -> dict[str, str]:
-    """What torchrun would say to the only process of a run."""
+def _single_rank() -> dict[str, str]:
+    """Return the variables that torchrun sets for the only process of a run."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         port = probe.getsockname()[1]
@@ -60,7 +57,7 @@ def _alone() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
-    """Set variables, and put the whole environment back as it was: libraries write into it too."""
+    """Set variables, and restore the whole environment at the end: libraries write to it too."""
     before = dict(os.environ)
     os.environ.update(wanted)
     try:

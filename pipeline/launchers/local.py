@@ -1,8 +1,8 @@
 """Run a plan's steps on this machine, one after another, with a progress bar each.
 
-A first Ctrl-C asks the running step to save at its next optimizer step and leave; a second ends it at once. In a Slurm
-job (sbatch --wrap, salloc) TERM, USR1 and the job's coming end mean the same. The step's processes are a session of
-their own, so nothing is left behind, and the same command resumes there.
+The first Ctrl-C requests a stop: the running step saves at its next optimizer step and exits. The second ends it at
+once. In a Slurm job (sbatch --wrap, salloc) TERM, USR1 and the approaching time limit request a stop too. The step's
+processes form a session of their own, so none is left behind. The same command resumes.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from pipeline.workflow.stage import STAGES, write_spec
 
 POLL_SECONDS = 0.2  # seconds
 TAIL_LINES = 15  # lines of a failed step's log that are shown
+BAR_SECONDS = 30  # seconds between two progress lines without a terminal
 
 
 def run_plan(plan: Plan) -> list[Step]:
-    """Run what is to run. Returns the steps that ran; raises after the last when any failed.
+    """Run the steps of a plan that are not done. Returns those that ran; raises after the last one if any failed.
 
-    A step whose input failed is left out; steps that do not depend on it go on.
+    A step whose input failed is skipped; steps that do not depend on it still run.
     """
     todo = plan.to_run
     for step in todo:
         ensure_unlocked(step.folder)
-    queued = (
-        live_jobs(step.folder for step in todo) if is_installed() else {}
-    )  # a folder copied from a cluster has none
+    # a runs folder copied from a cluster to a machine without Slurm has no live jobs
+    queued = live_jobs(step.folder for step in todo) if is_installed() else {}
     if queued:
-        told = [describe_job(folder, job) for folder, job in queued.items()]
-        raise PlanError(*told, "wait for it (python -m pipeline status), or end it with python -m pipeline cancel")
+        problems = [describe_job(folder, job) for folder, job in queued.items()]
+        raise PlanError(*problems, "Fix: wait for it (python -m pipeline status), or end it: python -m pipeline cancel")
     start = debug.run_step if plan.cluster.launcher == "debug" else run_step
     ran: list[Step] = []
     failed: dict[str, PipelineError] = {}
@@ -60,8 +60,8 @@ def run_plan(plan: Plan) -> list[Step]:
         broken = [needed.label for needed in step.inputs.values() if needed.label in failed or not needed.done]
         title = f"[{number}/{len(todo)}] {step.label}"
         if broken:
-            failed[step.label] = LaunchError(f"{step.label}: left out, its input {broken[0]} failed")
-            tqdm.write(f"{title}  left out: {broken[0]} failed")
+            failed[step.label] = LaunchError(f"{step.label}: skipped, because its input {broken[0]} failed")
+            tqdm.write(f"{title}  skipped: {broken[0]} failed")
             continue
         try:
             start(step, plan, title)
@@ -72,22 +72,21 @@ def run_plan(plan: Plan) -> list[Step]:
             failed[step.label] = error
     if failed:
         first = next(iter(failed.values()))
-        problems = [problem for error in failed.values() for problem in error.problems]
-        together = type(first)(*problems)
-        together.exit_code = first.exit_code  # a user's mistake that only the step's process could see is still one
-        raise together
+        combined = type(first)(*(problem for error in failed.values() for problem in error.problems))
+        combined.exit_code = first.exit_code  # an invalid setting keeps code 2 where only the step's process detects it
+        raise combined
     return ran
 
 
 def run_step(step: Step, plan: Plan, title: str) -> None:
-    """Start a step's processes, show how far they are, and wait for them. Raises what they ended with."""
+    """Start a step's processes, show their progress, and wait for them. Raises Stopped or the step's failure."""
     stage = STAGES[step.stage]
     if stage.processes == "all":
         check_port()
     write_spec(step.folder, spec_of(step, plan.cluster))
     (step.folder / JOB_FILE).unlink(missing_ok=True)  # of an earlier attempt on Slurm
     started, attempt, kills = time.time(), uuid.uuid4().hex, cgroups.memory_kills()
-    limit, asked = _stop_at(step, plan), False
+    limit, stopping = _stop_at(step, plan), False
     log = step.folder / "log.txt"
     with log.open("ab") as file:
         process = subprocess.Popen(
@@ -98,42 +97,43 @@ def run_step(step: Step, plan: Plan, title: str) -> None:
             env={**environment(stage, plan.cluster), ATTEMPT: attempt},
             start_new_session=True,
         )
-        still = faults.StoppedProcesses(process.pid)
-        with _stopping(process, step, plan.cluster.kill_timeout, attempt) as asked_to_end, _Bar(title) as bar:
+        suspended = faults.StoppedProcesses(process.pid)
+        with _stopping(process, step, plan.cluster.kill_timeout, attempt) as stop_requests, _Bar(title) as bar:
             while process.poll() is None:
                 if progress := _progress(step, attempt):
                     bar.show(progress)
-                for sentence in still.new():
-                    tqdm.write(f"warning: {sentence}", file=sys.stderr)
-                if time.time() > limit and not asked:
-                    asked = True
+                for warning in suspended.new():
+                    tqdm.write(f"warning: {warning}", file=sys.stderr)
+                if time.time() > limit and not stopping:
+                    stopping = True
                     (step.folder / STOP).touch()
-                    tqdm.write("stopping: this Slurm job ends soon; the step saves and leaves", file=sys.stderr)
+                    tqdm.write("stopping: this Slurm job ends soon; the step saves and exits", file=sys.stderr)
                 time.sleep(POLL_SECONDS)
             seconds = time.time() - started
-            mine = _progress(step, attempt)
-            if mine is None:
-                ensure_unlocked(step.folder)  # another run has begun this step at the same moment
+            last = _progress(step, attempt)
+            if last is None:
+                ensure_unlocked(step.folder)  # another run may have started this step at the same moment
             died = None
-            if not asked_to_end():
+            if not stop_requests():
                 died = faults.record_death(step.folder, "its process", process.returncode, kills, started)
-            bar.end(_progress(step, attempt) or mine, seconds, step.done)
-    if asked:
-        raise Stopped("stopped before the end of this Slurm job; run the same command in another one to go on")
+            bar.end(_progress(step, attempt) or last, seconds, step.done)
+    if stopping:
+        raise Stopped("stopped before the end of this Slurm job. Fix: run the same command in another job to resume")
     if not step.done:
         raise _failure(step, process.returncode, _progress(step, attempt), log, died)
 
 
 def _progress(step: Step, attempt: str) -> Progress | None:
-    """The progress file where it is of this attempt: another run of the same step may have written it."""
+    """Return the step's progress; None where another attempt has written it, or none has."""
     progress = read_progress(step.folder)
     return progress if progress and progress.token == attempt else None
 
 
 def _stop_at(step: Step, plan: Plan) -> float:
-    """When the step has to save and leave, in seconds since the epoch: before the Slurm job ends that this runs in.
+    """Return when the step must be stopped, in seconds since the epoch: before the end of this process's Slurm job.
 
-    Of a job that is shorter than `signal_before_limit` half of what is left is used. Without a limit: never.
+    That is `signal_before_limit` before the end, or half of the remaining time where less remains. Infinite without a
+    limit.
     """
     end = job_end() if this_job() and STAGES[step.stage].resumable else None
     if end is None:
@@ -143,22 +143,22 @@ def _stop_at(step: Step, plan: Plan) -> float:
 
 
 def check_port(host: str = "127.0.0.1") -> None:
-    """LaunchError where no TCP port is free for the processes to meet at."""
+    """Raise LaunchError where no TCP port is free for the rendezvous."""
     try:
         with socket.socket() as probe:
             probe.bind((host, 0))
     except OSError as error:
         raise LaunchError(
-            f"no TCP port of {host} is free for torchrun ({error.strerror}): "
-            "close programs that hold ports, or check that the loopback interface is up"
+            f"no TCP port of {host} is free for torchrun ({error.strerror}). "
+            "Fix: close programs that hold ports, or check that the loopback interface is up"
         ) from error
 
 
 def _failure(step: Step, code: int, progress: Progress | None, log: Path, died: str | None) -> PipelineError:
     if progress and progress.state == "stopped":
-        return Stopped(f"{step.label} was stopped and has saved its work; run the same command to go on")
-    again = f"see {log}; after fixing it, the same command resumes here"
-    if full := explain_disk(OSError(), step.folder):  # then no process could write why it ended
+        return Stopped(f"{step.label} was stopped and has saved. Fix: run the same command to resume")
+    again = f"see {log}. Fix: correct the cause, then run the same command to resume"
+    if full := explain_disk(OSError(), step.folder):  # a full disk, so no process could record its failure
         return LaunchError(f"{step.label}: {full}")
     if progress and progress.state == "failed" and progress.problems:
         error = LaunchError(*(f"{step.label}: {problem}" for problem in progress.problems), again)
@@ -173,46 +173,44 @@ def _failure(step: Step, code: int, progress: Progress | None, log: Path, died: 
 
 @contextlib.contextmanager
 def _stopping(process: subprocess.Popen[bytes], step: Step, grace: int, attempt: str) -> Iterator[Callable[[], int]]:
-    """Turn Ctrl-C, TERM and USR1 into an agreed stop, a second Ctrl-C into the end; leave no process behind.
+    """Turn Ctrl-C, TERM and USR1 into a stop request, and a second Ctrl-C into the end; leave no process behind.
 
-    A batch system repeats its signals, so a second TERM or USR1 within the grace that it gives is no hurry. A Ctrl-C
-    before a step has begun its work, or in one that cannot save, ends it: there is nothing to agree on.
-    Yields a function that returns how often someone wished an end.
+    A batch system repeats its signals, so a second TERM or USR1 does not end the step. A Ctrl-C before a step has
+    started its work, or in a step that cannot save, ends it at once. Yields a function that returns the number of stop
+    requests.
     """
-    asked = 0
+    requests = 0
 
     def handle(signum: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked and signum != signal.SIGINT and this_job():
+        nonlocal requests
+        if requests and signum != signal.SIGINT and this_job():
             return
-        asked += 1
+        requests += 1
         progress = _progress(step, attempt)
         begun = signum != signal.SIGINT or (progress is not None and progress.state != "starting")
-        if asked == 1 and STAGES[step.stage].resumable and begun:
+        if requests == 1 and STAGES[step.stage].resumable and begun:
             (step.folder / STOP).touch()
-            tqdm.write("stopping: it saves at the next step and leaves; Ctrl-C again ends it at once", file=sys.stderr)
+            message = "stopping: the step saves at its next optimizer step and exits; Ctrl-C again ends it at once"
+            tqdm.write(message, file=sys.stderr)
         else:
             end(process, grace)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield lambda: asked
+        yield lambda: requests
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         end(process, grace)
-        if asked:
+        if requests:
             _mark_stopped(step, attempt)
-    if asked:
-        raise Stopped(
-            f"{step.label} was stopped; run the same command to go on"
-            if not step.done
-            else "stopped after the step that was running; run the same command to go on"
-        )
+    if requests:
+        state = f"stopped after {step.label}" if step.done else f"{step.label} was stopped"
+        raise Stopped(f"{state}. Fix: run the same command to resume")
 
 
 def _mark_stopped(step: Step, attempt: str) -> None:
-    """Write down that a step was stopped, when its processes were ended before they could."""
+    """Record that a step was stopped, where its processes ended before they recorded it."""
     progress = _progress(step, attempt)
     if progress and progress.state not in ("stopped", "failed", "done"):
         faults.record_failure(step.folder, [], progress.started, state="stopped")
@@ -236,13 +234,13 @@ def end(process: subprocess.Popen[bytes], grace: int) -> None:
 
 
 class _Bar:
-    """A step's line on the terminal; where there is none, a line every half minute."""
+    """A step's progress bar; without a terminal, a line every BAR_SECONDS."""
 
     def __init__(self, title: str) -> None:
         self.title = title
         self.bar: tqdm[None] | None = None
         self.live = sys.stderr.isatty()
-        self.told = time.time()
+        self.printed_at = time.time()
 
     def __enter__(self) -> _Bar:
         print(f"{self.title} …", file=sys.stderr, flush=True) if not self.live else None
@@ -255,8 +253,8 @@ class _Bar:
     def show(self, progress: Progress) -> None:
         text = printable(describe(progress))
         if not self.live:
-            if time.time() - self.told >= 30:
-                self.told = time.time()
+            if time.time() - self.printed_at >= BAR_SECONDS:
+                self.printed_at = time.time()
                 print(f"  {progress.done}/{progress.total or '?'} {text}", file=sys.stderr, flush=True)
             return
         if self.bar is None:

@@ -1,11 +1,11 @@
-"""Submit a plan to Slurm: one job a step, each waiting for its inputs. And the batch scripts, from one renderer.
+"""Submit a plan to Slurm: one job per step, each depending on the jobs of its inputs.
 
     scripts/render       writes slurm/*.slurm (python -m pipeline.launchers.slurm [CLUSTER] [FOLDER])
 
-The script that the launcher submits for a step and the committed one of its stage differ in one thing: which step it
-is. Before sbatch is called, the step's `job.json` holds a token that goes with the job as its comment; the id is
-written after. So a chain whose submission was cut off is completed by the same command, and never doubled. Slurm is
-queried once about all steps, and once more after the submission: a job that it cancelled meanwhile is replaced.
+The script submitted for a step and the committed script of its stage differ only in the step. Before sbatch is called,
+the step's `job.json` holds a token that becomes the job's comment; the id is written after. So the same command
+completes a chain whose submission was interrupted, and never submits a step twice. Slurm is queried once about all
+steps, and once more after the submission, to replace jobs that Slurm has cancelled meanwhile.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ from pipeline.workflow.lock import OWNER, LockHolder, ensure_unlocked
 from pipeline.workflow.plan import Plan, Step, spec_of
 from pipeline.workflow.stage import STAGES, write_spec
 
-ENDING_TIMEOUT = 60  # seconds to wait for a job that is ending
-SUBMISSION_ROUNDS = 3  # of submission, where Slurm cancels jobs meanwhile
-SETTLE_SECONDS = 1.5  # seconds in which Slurm cancels what waits for a job that has failed
+ENDING_TIMEOUT = 60  # seconds to wait for a job that is completing
+SUBMISSION_ROUNDS = 3  # rounds of submission, where Slurm cancels jobs meanwhile
+SETTLE_SECONDS = 1.5  # seconds in which Slurm cancels the dependents of a failed job
 
 # ---------------------------------------------------------------- the chain
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A step that is to run, and the job that runs it."""
+    """A step to run, and the job that runs it."""
 
     step: Step
     job: str  # its id; where nothing is submitted, the step's label
@@ -71,10 +71,10 @@ Submit = Callable[[Step, Plan, Sequence[str], JobRecord], JobRecord]
 def run_plan(
     plan: Plan, submit: Submit | None = None, *, dry_run: bool = False, typed: str | None = None
 ) -> list[Submission]:
-    """Submit every step that is neither done nor with Slurm already, each after the jobs of its inputs.
+    """Submit every step that is neither done nor submitted already, each after the jobs of its inputs.
 
-    With `dry_run` nothing is written; what would be submitted is returned. `typed` is the user's command, for whoever
-    has to run it again.
+    Returns all steps to run with their jobs. With `dry_run` nothing is written or submitted. `typed` is the user's
+    command line, recorded for messages that ask for it again.
     """
     submit = submit or sbatch
     check_path(plan.runs)
@@ -86,11 +86,11 @@ def run_plan(
         for _ in range(SUBMISSION_ROUNDS):
             live = _kept(plan, _live(plan))
             _refuse_other_cluster(plan, live)
-            found = _submit_missing(plan, live, submit, dry_run=dry_run, typed=typed)
-            new |= {one.step.label for one in found if one.new}
-            if dry_run or _as_submitted(found):
+            submissions = _submit_missing(plan, live, submit, dry_run=dry_run, typed=typed)
+            new |= {submission.step.label for submission in submissions if submission.new}
+            if dry_run or _as_submitted(submissions):
                 break
-        return [replace(one, new=one.step.label in new) for one in found]
+        return [replace(submission, new=submission.step.label in new) for submission in submissions]
 
 
 def _submit_missing(
@@ -102,30 +102,31 @@ def _submit_missing(
     jobs = {step.label: live[step.folder].id for step in plan.steps if step.folder in live}
     if not dry_run:
         _refuse_owned([step.folder for step in plan.to_run if step.label not in jobs])
-    found: list[Submission] = []
+    submissions: list[Submission] = []
     for step in plan.to_run:
         after = tuple(jobs[needed.label] for needed in step.inputs.values() if needed.label in jobs)
         job, new = live.get(step.folder), step.label not in jobs
         if (
             job
             and not dry_run
-            and _waits_for_others(job, after, found)
+            and _waits_for_others(job, after, submissions)
             and not add_dependency(job, f"afterok:{':'.join(after)}")
         ):
-            new = _is_waiting_or_gone(job)  # Slurm has cancelled it, or is about to
+            new = _is_pending_or_gone(job)  # Slurm has cancelled it, or is about to
         if new and dry_run:
             jobs[step.label] = step.label
         elif new:
-            jobs[step.label] = _submit(step, plan, after, submit, found, typed)
+            jobs[step.label] = _submit(step, plan, after, submit, submissions, typed)
         other = job.user if job and not new and job.user != this_user() else None
-        found.append(Submission(step, jobs[step.label], new, after, other or None))
-    return found
+        submissions.append(Submission(step, jobs[step.label], new, after, other or None))
+    return submissions
 
 
 def _live(plan: Plan) -> dict[Path, Job]:
-    """The steps' jobs that wait or run. One that is ending is waited for: what becomes of it decides.
+    """Return the steps' jobs that are pending or running. Waits for a completing job, because its result decides.
 
-    An end takes seconds, so the first questions come sooner than SLURM_EVERY; there are at most six.
+    A completion takes seconds, so the first queries follow sooner than SLURM_EVERY. There are at most six. Raises
+    LaunchError after ENDING_TIMEOUT.
     """
     until, pause = time.time() + ENDING_TIMEOUT, 1.0
     while True:
@@ -135,73 +136,74 @@ def _live(plan: Plan) -> dict[Path, Job]:
             return live
         if time.time() > until:
             raise LaunchError(
-                f"job {ending[0]} is still ending after {ENDING_TIMEOUT} s (squeue -j {ending[0]}); try again"
+                f"job {ending[0]} is still completing after {ENDING_TIMEOUT} s (squeue -j {ending[0]}). Fix: try again"
             )
         time.sleep(pause)
         pause *= 2
 
 
 def _kept(plan: Plan, live: dict[Path, Job]) -> dict[Path, Job]:
-    """The live jobs without those that can never start: what they wait for has no job, and gets none now."""
+    """Return the live jobs without those that can never start: a job they depend on does not exist and will not."""
     coming = {step.label for step in plan.to_run}
     kept: dict[Path, Job] = {}
     for step in plan.steps:
         job = live.get(step.folder)
-        lost = [
-            one for one in step.inputs.values() if not one.done and one.folder not in kept and one.label not in coming
-        ]
+        inputs = step.inputs.values()
+        lost = any(not needed.done and needed.folder not in kept and needed.label not in coming for needed in inputs)
         if job and not (lost and job.state == "PENDING"):
             kept[step.folder] = job
     return kept
 
 
-def _waits_for_others(job: Job, after: Sequence[str], found: Sequence[Submission]) -> bool:
-    """Whether a queued job waits for jobs that are gone, instead of those that run its inputs now."""
+def _waits_for_others(job: Job, after: Sequence[str], submissions: Sequence[Submission]) -> bool:
+    """Return whether a pending job depends on jobs that are gone, instead of the present jobs of its inputs."""
     if job.state != "PENDING" or not after:
         return False
     waits = set(re.findall(r"\d+", job.after))
-    return any(one.new and one.job in after for one in found) or bool(waits and not waits <= set(after))
+    renewed = any(submission.new and submission.job in after for submission in submissions)
+    return renewed or bool(waits and not waits <= set(after))
 
 
-def _is_waiting_or_gone(job: Job) -> bool:
+def _is_pending_or_gone(job: Job) -> bool:
     now = query_jobs([job.id], job.cluster).get(job.id)
     return now is None or now.token != job.token or now.state == "PENDING" or not now.live
 
 
 def _refuse_other_cluster(plan: Plan, live: dict[Path, Job]) -> None:
-    """PlanError where a job of these steps lives on another cluster than the new ones would."""
+    """Raise PlanError where a job of these steps is on another cluster than the new jobs would be."""
     target = remote_cluster(plan.cluster.slurm.clusters)
     others = [(folder, job) for folder, job in live.items() if remote_cluster(job.cluster) != target]
     if others:
         raise PlanError(
             *(
-                f"{folder} is with Slurm on cluster {job.cluster or current_cluster()}, as job {job.id} ({job.state}); "
-                "expected none on another cluster, because a job cannot wait for another cluster's"
+                f"{folder}: got job {job.id} ({job.state}) on cluster {job.cluster or current_cluster()}; expected no "
+                "job on another cluster, because a job cannot depend on a job of another cluster"
                 for folder, job in others
             ),
-            "wait for it (python -m pipeline status), or end it with python -m pipeline cancel",
+            "Fix: wait for it (python -m pipeline status), or end it: python -m pipeline cancel",
         )
 
 
 def _refuse_owned(folders: Sequence[Path]) -> None:
-    """ArtifactError where a live process owns one of them; Slurm is queried once about all owners."""
+    """Raise ArtifactError where a live process holds the lock of a folder. Queries Slurm once about all holders."""
     owners = [owner for folder in folders if (owner := record_or_none(folder / OWNER, LockHolder)) and owner.job]
     answers = query((), [(str(owner.job), owner.cluster) for owner in owners])
     for folder in folders:
         ensure_unlocked(folder, answers)
 
 
-def _as_submitted(found: Sequence[Submission]) -> bool:
-    """Whether every job of the chain is still there. One question to Slurm about all of them.
+def _as_submitted(submissions: Sequence[Submission]) -> bool:
+    """Return whether Slurm has cancelled no job of the chain. Queries Slurm once about all of them.
 
-    A job that was there before may have ended between the first question and the submission, and Slurm cancels what
-    waits for it within a second. A job without our comment is known by user, name and time from now on.
+    An earlier job may have ended between the first query and the submission. Slurm then cancels its dependents within
+    a second. A job whose comment the site has replaced is from now on identified by user, name and time.
     """
-    if len({one.new for one in found}) > 1:  # new jobs and old ones
+    if len({submission.new for submission in submissions}) > 1:  # new jobs that may depend on earlier ones
         time.sleep(SETTLE_SECONDS)
-    records = {one.step.folder: record for one in found if (record := read_job(one.step.folder))}
+    folders = [submission.step.folder for submission in submissions]
+    records = {folder: record for folder in folders if (record := read_job(folder))}
     answers = query(records.values())
-    if answers.unreachable:  # they were submitted a moment ago: the next command looks again
+    if answers.unreachable:  # the jobs were just submitted: the next command queries again
         return True
     for folder, record in records.items():
         job = answers.jobs.get((remote_cluster(record.cluster), record.id or ""))
@@ -216,7 +218,7 @@ def _as_submitted(found: Sequence[Submission]) -> bool:
 def _submit(
     step: Step, plan: Plan, after: Sequence[str], submit: Submit, before: list[Submission], typed: str | None
 ) -> str:
-    """Order, token, job, id: in this sequence, so that nothing that Slurm has taken can be forgotten."""
+    """Write the spec and the token, submit, write the id. In this order, no job that Slurm has accepted is lost."""
     write_spec(step.folder, spec_of(step, plan.cluster))
     record = JobRecord(
         uuid.uuid4().hex,
@@ -230,21 +232,21 @@ def _submit(
     )
     write_job(step.folder, record)
     try:
-        taken = submit(step, plan, after, record)
+        submitted = submit(step, plan, after, record)
     except LaunchError as error:
-        waiting = [one for one in before if one.new]
-        stay = f"{len(waiting)} steps before it are queued and stay (python -m pipeline cancel ends them); "
-        together = LaunchError(*error.problems, f"{stay if waiting else ''}the same command submits what is left")
-        together.exit_code = error.exit_code
-        raise together from error
-    record = replace(taken, cluster=taken.cluster or record.cluster)
+        queued = sum(submission.new for submission in before)
+        stay = f"{queued} steps before it stay queued (python -m pipeline cancel ends them); " if queued else ""
+        combined = LaunchError(*error.problems, f"{stay}the same command submits the remaining steps")
+        combined.exit_code = error.exit_code
+        raise combined from error
+    record = replace(submitted, cluster=submitted.cluster or record.cluster)
     write_job(step.folder, record)
     assert record.id is not None
     return record.id
 
 
 def sbatch(step: Step, plan: Plan, after: Sequence[str], record: JobRecord) -> JobRecord:
-    """Write the step's batch script and submit it. LaunchError with Slurm's reason where it refuses."""
+    """Write the step's batch script and submit it. Returns the record with the id. Raises LaunchError if refused."""
     path = step.folder / SCRIPT
     path.write_text(script(STAGES[step.stage], plan.cluster, step, sys.prefix), encoding="utf-8")
     done = run_slurm(*sbatch_line(path, after, record.token), env=exported(plan.cluster.slurm))
@@ -255,15 +257,15 @@ def sbatch(step: Step, plan: Plan, after: Sequence[str], record: JobRecord) -> J
 
 
 def exported(slurm: Slurm) -> dict[str, str]:
-    """For the environment of sbatch: `pass_environment` goes with the job, whatever else of the shell does.
+    """Return SBATCH_EXPORT for sbatch, so that `pass_environment` reaches the job even with --export=NONE; else {}.
 
-    The values are in Slurm's own keeping, as is all of the environment where nobody asks for less (--export=NONE).
+    Only Slurm stores the values, as it stores the whole environment by default.
     """
     options = [option.partition("=")[2] for option in slurm.extra_sbatch_args if option.startswith("--export=")]
-    wish = os.environ.get("SBATCH_EXPORT") or (options or ["ALL"])[-1]
-    if not slurm.pass_environment or "ALL" in wish.upper().split(","):
+    export = os.environ.get("SBATCH_EXPORT") or (options or ["ALL"])[-1]
+    if not slurm.pass_environment or "ALL" in export.upper().split(","):
         return {}
-    named = [] if wish.upper() in ("NONE", "NIL") else [wish]
+    named = [] if export.upper() in ("NONE", "NIL") else [export]
     return {"SBATCH_EXPORT": ",".join([*named, *slurm.pass_environment])}
 
 
@@ -278,20 +280,23 @@ def _refuse_unset(slurm: Slurm) -> None:
 
 
 def sbatch_line(path: Path, after: Sequence[str], token: str, kind: str = "afterok") -> list[str]:
+    """Return the sbatch command that submits a script after other jobs."""
     waits = [f"--dependency={kind}:{':'.join(after)}"] if after else []
     return ["sbatch", "--parsable", *waits, f"--comment={token}", str(path)]
 
 
 def submission_error(step: Step, plan: Plan, reason: str) -> LaunchError:
-    """What Slurm said against a job; a user's mistake, unless Slurm itself could not be reached."""
+    """Return the error for a job that Slurm refused (exit code 2), or for a Slurm that cannot be reached (1)."""
     if not controller_answered(reason):
-        return LaunchError(f"{step.label}: Slurm cannot be reached: {reason}; try again when scontrol ping answers")
-    asked = " ".join(resources(STAGES[step.stage], plan.cluster))
+        return LaunchError(
+            f"{step.label}: Slurm cannot be reached: {reason}. Fix: try again when scontrol ping answers"
+        )
+    requested = " ".join(resources(STAGES[step.stage], plan.cluster))
     error = LaunchError(
         f"{step.label}: Slurm refused the job: {reason}",
-        f"it asked for {asked}",
-        f"change configs/clusters/{plan.cluster.name}.yaml, or say cluster.slurm.partition=… cluster.gpus=… "
-        "(sinfo -o '%P %G %c %m %l' shows what there is)",
+        f"the job requested {requested}",
+        f"Fix: edit configs/clusters/{plan.cluster.name}.yaml, or set cluster.slurm.partition=… cluster.gpus=… "
+        "(sinfo -o '%P %G %c %m %l' lists the partitions and their limits)",
     )
     error.exit_code = EXIT_USAGE
     return error
@@ -299,35 +304,37 @@ def submission_error(step: Step, plan: Plan, reason: str) -> LaunchError:
 
 @contextlib.contextmanager
 def submission_lock(runs: Path) -> Iterator[None]:
-    """One submission at a time in a runs folder: a second one waits, and then finds the first one's jobs."""
+    """Hold the lock of a runs folder: a second submission waits, and then finds the jobs of the first."""
     runs.mkdir(parents=True, exist_ok=True)
     with (runs / ".submitting").open("w") as file:
-        with contextlib.suppress(OSError):  # some network file systems lock nothing; the tokens still hold
+        with contextlib.suppress(OSError):  # some network file systems cannot lock; the tokens still prevent duplicates
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def submissions_table(submissions: list[Submission]) -> str:
-    """One line a step: its job, and what it waits for."""
-    width = max((len(one.step.label) for one in submissions), default=0)
+    """Return one line per step: its job, and the jobs it waits for."""
+    width = max((len(submission.step.label) for submission in submissions), default=0)
     lines = []
-    for one in submissions:
-        waits = f"after {', '.join(one.after)}" if one.after else "can start"
-        state = waits if one.new else f"submitted before{f' by {one.user}' if one.user else ''}"
-        lines.append(f"{one.step.label:<{width}}  job {one.job}  {state}")
+    for submission in submissions:
+        waits = f"after {', '.join(submission.after)}" if submission.after else "can start"
+        earlier = f"submitted before{f' by {submission.user}' if submission.user else ''}"
+        state = waits if submission.new else earlier
+        lines.append(f"{submission.step.label:<{width}}  job {submission.job}  {state}")
     return "\n".join(lines)
 
 
 def dry_run_text(submissions: list[Submission], plan: Plan) -> str:
-    """Every script and the line that would submit it; a job that has no id yet is called by its step."""
+    """Return every script with its sbatch command. The step's label stands for the id that a new job will get."""
     parts = []
-    for one in submissions:
-        if not one.new:
-            parts.append(f"# {one.step.label}: with Slurm already, as job {one.job}\n")
+    for submission in submissions:
+        step = submission.step
+        if not submission.new:
+            parts.append(f"# {step.label}: submitted before, as job {submission.job}\n")
             continue
-        path = one.step.folder / SCRIPT
-        text = script(STAGES[one.step.stage], plan.cluster, one.step, sys.prefix)
-        parts.append(f"# ---- {path}\n{text}\n{shlex.join(sbatch_line(path, one.after, 'TOKEN'))}\n")
+        path = step.folder / SCRIPT
+        text = script(STAGES[step.stage], plan.cluster, step, sys.prefix)
+        parts.append(f"# ---- {path}\n{text}\n{shlex.join(sbatch_line(path, submission.after, 'TOKEN'))}\n")
     return "\n".join(parts)
 
 
@@ -337,7 +344,8 @@ def main(argv: list[str]) -> int:
         raise RecipeError(*problems)
     if not cluster.submits:
         raise RecipeError(
-            f"cluster {cluster.name}: its launcher is {cluster.launcher}, so it has no batch scripts; name another"
+            f"cluster {cluster.name}: got launcher {cluster.launcher}; expected slurm or submitit, whose jobs have "
+            "batch scripts. Fix: name another cluster"
         )
     print("\n".join(str(path) for path in render(cluster, Path(argv[1]) if argv[1:] else SCRIPTS)))
     return 0

@@ -2,9 +2,9 @@
 
     python -m pipeline run tiny --launcher submitit
 
-What is pickled is a `StepCommand`: a folder's name and nothing else. Before the time limit, and on preemption where
-the site sends a job's own signal, submitit calls its `checkpoint`, which writes the stop file, waits until the step
-has saved, and hands the same command back; submitit then requeues the job.
+submitit pickles a `StepCommand`, which holds only a folder's name. Before the time limit, and on preemption where the
+site sends the job's own signal, submitit calls its `checkpoint`. That writes the stop file, waits until the step has
+saved, and returns the same command; submitit then requeues the job.
 """
 
 from __future__ import annotations
@@ -33,29 +33,28 @@ from pipeline.workflow.stage import STAGES
 if TYPE_CHECKING:
     from submitit.core.utils import DelayedSubmission
 
-JOBS_FOLDER = "submitit"  # of a step's folder: its pickles, scripts and logs
-LOGIN_SETUP = (
-    "command -v module >/dev/null || . /etc/profile"  # where sites define it; submitit's shell is no login shell
-)
-# USR2 would end a Python that does not yet listen to it: until then it is ignored
+JOBS_FOLDER = "submitit"  # in a step's folder: submitit's pickles, scripts and logs
+# sites define `module` in the profile, and submitit's shell is not a login shell
+LOGIN_SETUP = "command -v module >/dev/null || . /etc/profile"
+# USR2 would end a Python process before submitit has set its handler: until then it is ignored
 DELAYED_SIGNALS = """bash -c 'trap "" USR1 USR2; exec "$@"' bash"""
-MAX_REQUEUES = 1_000_000  # time limits that a job may run into; each has made progress
+MAX_REQUEUES = 1_000_000  # time limits that a job may reach; each attempt makes progress
 
 
 @dataclass
 class StepCommand:
-    """Runs a step's processes of this node; submitit calls it on every node."""
+    """Run a step's processes of this node; submitit calls it on every node."""
 
     folder: str
 
     def __call__(self) -> str:
-        if os.environ.get("SLURM_PROCID", "0") == "0":  # a slower node must not clear a stop that was asked for since
+        if os.environ.get("SLURM_PROCID", "0") == "0":  # a slower node must not delete a stop file written since
             (Path(self.folder) / STOP).unlink(missing_ok=True)
         code = self._run()
-        if code == EXIT_STOPPED:  # asked by another signal than submitit's own: its way of starting again
+        if code == EXIT_STOPPED:  # stopped by another signal than submitit's own, which makes submitit requeue
             signal.raise_signal(signal.SIGUSR2)
         if code:
-            raise RuntimeError(f"{self.folder} ended with exit code {code}; see above")
+            raise RuntimeError(f"{self.folder} ended with exit code {code}; see the log above")
         return self.folder
 
     def _run(self) -> int:
@@ -66,7 +65,7 @@ class StepCommand:
         return code
 
     def checkpoint(self) -> DelayedSubmission:
-        """Called by submitit in a signal handler: have the step save, then start again with the same command."""
+        """Stop the step, wait until it has saved, and return the same command. Called in submitit's signal handler."""
         from submitit.helpers import DelayedSubmission
 
         (Path(self.folder) / STOP).touch()
@@ -79,7 +78,7 @@ class StepCommand:
 
 
 def _runs(pid: int) -> bool:
-    """Whether a child has not ended yet; leaves its exit code to whoever waits for it."""
+    """Return whether a child process still runs; its exit code stays available to `poll`."""
     try:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
     except ChildProcessError:
@@ -87,14 +86,17 @@ def _runs(pid: int) -> bool:
 
 
 def submit(step: Step, plan: Plan, after: Sequence[str], record: JobRecord) -> JobRecord:
-    """Submit one step; preflight has seen that submitit is installed. LaunchError with Slurm's reason to refuse."""
+    """Submit one step. Returns the record with the job's id and log. Raises LaunchError where Slurm refuses.
+
+    preflight has checked that submitit is installed.
+    """
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     stage, slurm = STAGES[step.stage], plan.cluster.slurm
     options = {"output", "error", "open-mode"}
-    asked = dict(option.removeprefix("--").partition("=")[::2] for option in resources(stage, plan.cluster))
-    extra: dict[str, str | bool] = {key: value or True for key, value in asked.items() if key not in options}
+    requested = dict(option.removeprefix("--").partition("=")[::2] for option in resources(stage, plan.cluster))
+    extra: dict[str, str | bool] = {key: value or True for key, value in requested.items() if key not in options}
     extra |= {"requeue": True, "kill-on-invalid-dep": "yes", "comment": record.token}
     extra |= {"dependency": f"afterok:{':'.join(after)}"} if after else {}
     executor = submitit.SlurmExecutor(step.folder / JOBS_FOLDER, max_num_timeout=MAX_REQUEUES, python=_python(slurm))
@@ -118,14 +120,14 @@ def submit(step: Step, plan: Plan, after: Sequence[str], record: JobRecord) -> J
 
 
 def _python(slurm: Slurm) -> str:
-    """What submitit puts between srun and its own module: options, wrapper and Python, as words of a shell."""
+    """Return the shell words between srun and submitit's module: options, wrapper and Python."""
     options, wrapper = ([shell_value(word) for word in words] for words in (slurm.srun, slurm.wrapper))
     return " ".join([*options, DELAYED_SIGNALS, *wrapper, "python"])
 
 
 @contextlib.contextmanager
 def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
-    """Another environment for a while: submitit calls sbatch in that of this process."""
+    """Replace this process's environment temporarily, because submitit calls sbatch in it."""
     before = dict(os.environ)
     try:
         os.environ.clear()

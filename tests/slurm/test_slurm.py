@@ -234,7 +234,7 @@ def test_what_slurm_refuses_is_told_with_its_reason(
     done = run_cli("run", "tiny", *NANO, *words, "--cluster", str(lab.yaml), "--runs", str(runs))
     assert done.returncode == 2
     assert re.search(f"tiny/sft: Slurm refused the job: .*{reason}", done.stderr)
-    assert "it asked for " in done.stderr
+    assert "the job requested " in done.stderr
     assert "Traceback" not in done.stderr
     assert not jobs_of(runs)
 
@@ -329,7 +329,7 @@ def test_a_stage_alone_by_its_committed_script(lab: Lab, runs: Path, nano: Path)
     _, again = sbatch("grpo", "tiny", *NANO, "grpo.beta=0.01", "--runs", str(runs))
     assert "tiny/grpo: done already" in again
     nothing, told = sbatch("grpo")
-    assert "which recipe? sbatch slurm/grpo.slurm RECIPE" in told
+    assert "expected a recipe. Fix: sbatch slurm/grpo.slurm RECIPE" in told
     _, told = sbatch("evaluate", "--ckpt", str(folder / "model"), "--limit", "2", "tiny", *NANO, "--runs", str(runs))
     assert read_json(only(runs, "evaluations/*") / "metrics.json")["test"]["all"]["rows"]["value"] == 2, told
     assert slurm("sacct", "-X", "-n", "-P", "-j", nothing, "-o", "exitcode") == "2:0"

@@ -546,7 +546,7 @@ def test_a_push_puts_every_file_on_the_hub(done_before: tuple[list[str], Path], 
 
     with receive("someone/open", tmp_path / "other", public=True) as (address, calls):
         done = run_cli(*words, "--push", "someone/open", env={**env, "HF_ENDPOINT": address})
-        assert "note: someone/open was there before and is public" in done.stdout
+        assert "note: someone/open existed before and is public" in done.stdout
         done = run_cli(*words, "--push", "someone/open", "--public", env={**env, "HF_ENDPOINT": address})
         assert "note:" not in done.stdout
     assert json.loads([body for path, body in calls if path == "/api/repos/create"][-1])["visibility"] == "public"
@@ -563,8 +563,8 @@ def test_a_push_that_fails_says_what_stays_and_how_to_go_on(
             done = run_cli(*words, "--push", "lab/small", env={**env, "HF_ENDPOINT": address})
         assert done.returncode == 1
         assert "error: lab/small: the push failed (" in done.stderr
-        assert f"the export is whole, in {place}" in done.stderr
-        assert "the same command resumes with the push alone" in done.stderr
+        assert f"the export is complete, in {place}" in done.stderr
+        assert "Fix: the same command repeats the push alone" in done.stderr
         assert "Traceback" not in done.stderr
         assert list((tmp_path / "hub").iterdir()) == []
 
@@ -573,13 +573,13 @@ def test_a_push_that_fails_says_what_stays_and_how_to_go_on(
 @pytest.mark.parametrize(
     ("repository", "env", "code", "told"),
     [
-        ("small", {"HF_TOKEN": "hf_write"}, 2, "not the name of a repository; write OWNER/NAME"),
-        ("lab/small", {}, 2, "no token of the hub is here; hf auth login"),
-        ("lab/small", {"HF_TOKEN": "hf_wrong"}, 2, "the hub does not know the token"),
-        ("lab/small", {"HF_TOKEN": "hf_read"}, 2, "the token of someone may only read"),
-        ("else/small", {"HF_TOKEN": "hf_write"}, 2, "the token is of someone, who may write to someone, lab"),
+        ("small", {"HF_TOKEN": "hf_write"}, 2, "got small; expected the name of a repository. Fix: --push OWNER/NAME"),
+        ("lab/small", {}, 2, "got no token of the hub; expected one that may write. Fix: hf auth login"),
+        ("lab/small", {"HF_TOKEN": "hf_wrong"}, 2, "the hub rejects the token"),
+        ("lab/small", {"HF_TOKEN": "hf_read"}, 2, "got a token of someone that may only read"),
+        ("else/small", {"HF_TOKEN": "hf_write"}, 2, "expected one that may write to else. Fix: push to someone or lab"),
         ("lab/small", {"HF_TOKEN": "hf_write", "HF_HUB_OFFLINE": "1"}, 2, "HF_HUB_OFFLINE is set"),
-        ("lab/small", {"HF_TOKEN": "hf_write", "HF_ENDPOINT": "http://127.0.0.1:9"}, 1, "the hub cannot be asked"),
+        ("lab/small", {"HF_TOKEN": "hf_write", "HF_ENDPOINT": "http://127.0.0.1:9"}, 1, "the hub cannot be reached"),
     ],
     ids=["no owner", "no token", "unknown", "read", "other", "offline", "unreachable"],
 )

@@ -29,7 +29,7 @@ def test_a_fetched_model_is_evaluated_without_the_hub(nano: Path, tmp_path: Path
     runs = ["--runs", str(tmp_path / "runs")]
     before = run_cli("run", recipe, *SMALL, "--launcher", "slurm", *runs, env=home)
     assert before.returncode == 2
-    assert f"model {NAME} is not in the local cache (nothing of it)" in before.stderr
+    assert f"model {NAME} is not in the local cache (no file)" in before.stderr
     assert "run python -m pipeline download mine" in before.stderr
     assert not (tmp_path / "runs").exists()
 
@@ -72,11 +72,11 @@ def test_what_the_hub_does_not_know_is_told(nano: Path, tmp_path: Path, recipe: 
     with serve("someone/else", only(nano, "tiny/sft-*") / "model") as (address, _):
         done = run_cli("download", recipe, *SMALL, env={"HF_HOME": str(tmp_path), "HF_ENDPOINT": address})
     assert done.returncode == 1
-    assert f"model {NAME}: the hub does not know it" in done.stderr
+    assert f"model {NAME}: not found on the hub, or not public" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_a_recipe_from_scratch_needs_nothing(tmp_path: Path) -> None:
     done = run_cli("download", "tiny", env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0
-    assert "tiny: nothing to download; its model and its rows are made here" in done.stdout
+    assert "tiny: nothing to download: model and data are generated locally" in done.stdout

@@ -406,8 +406,8 @@ def test_ctrl_c_saves_leaves_nothing_running_and_the_next_command_goes_on(long_r
     process.send_signal(signal.SIGINT)
     told = process.communicate(timeout=120)[0]
     assert process.returncode == 75, told
-    assert "stopping: it saves at the next step and leaves" in told
-    assert "run the same command to go on" in told
+    assert "stopping: the step saves at its next optimizer step and exits" in told
+    assert "Fix: run the same command to resume" in told
     assert read_holder(folder) is None
     with pytest.raises(ProcessLookupError):
         os.kill(owner.pid, 0)

@@ -186,7 +186,7 @@ def test_a_step_of_one_cluster_is_not_started_on_another(
     assert record.cluster == "east"
     monkeypatch.setenv("CLUSTER", "west")  # the login node of west
     slurm.current_cluster.cache_clear()
-    with pytest.raises(PlanError, match=r"is with Slurm on cluster east, as job 41 \(PENDING\)"):
+    with pytest.raises(PlanError, match=r": got job 41 \(PENDING\) on cluster east; expected no job on another"):
         run_plan(plan_of(tmp_path))
     assert set(states(tmp_path / "runs").values()) == {"queued"}
 

@@ -132,7 +132,7 @@ CATALOGUE: list[tuple[list[str], str]] = [
     ([*SEVEN, "model.name=/dev/zero"], "model.name: got /dev/zero, which is not a folder"),
     ([*SEVEN, "cluster.gpu_memory=1e308"], "cluster.gpu_memory: got 1e+308; expected a number of GB from 0 to 100000"),
     (["tiny", "sft.optimizer.max_grad_norm=1"], "clipping would shrink every step"),
-    (["deepseek7b", "--cluster", "2x2080ti"], "is not in the local cache (nothing of it)"),
+    (["deepseek7b", "--cluster", "2x2080ti"], "is not in the local cache (no file)"),
     (["tiny", "cluster.loggers=[wandb]"], "'wandb' has no login: wandb login, or WANDB_MODE=offline"),
     (["tiny", "sft.early_stopping_patience=3"], "sft.early_stopping_patience: got 3 without sft.eval_steps. Fix: "),
     (["tiny", "task.source=path"], "task.path: got null with task.source 'path'"),

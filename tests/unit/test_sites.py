@@ -119,14 +119,14 @@ OLD = '() { [ "$2" = gone ] || export LOADEDMODULES="$LOADEDMODULES:$2/1.0"; : $
 @pytest.mark.parametrize(
     ("words", "module", "told"),
     [
-        (["modules=[cuda]"], None, "slurm.modules: there is no command module. Fix: "),
+        (["modules=[cuda]"], None, "slurm.modules: the command module is not defined. Fix: "),
         (["modules=[cuda, gone]"], LOADS, "slurm.modules: gone does not load. Fix: module avail gone"),
         (["modules=[cuda, gone]"], OLD, "slurm.modules: gone does not load. Fix: module avail gone"),
         (["setup=[module use /none, false && true]"], LOADS, "slurm.setup: 'false && true' failed"),
         (["setup=['echo \"unbalanced']"], None, "slurm.setup: 'echo \"unbalanced' failed"),
         (["environment={HF_HOME: $NOWHERE/hf}"], None, "slurm.environment.HF_HOME: $NOWHERE is not set in the job"),
         (["wrapper=[apptainer, exec, $IMAGE]"], None, "slurm.wrapper: $IMAGE is not set in the job"),
-        (["venv=/nowhere/venv"], None, "slurm.venv: there is no /nowhere/venv/bin/python. Fix: "),
+        (["venv=/nowhere/venv"], None, "slurm.venv: got /nowhere/venv without bin/python. Fix: "),
     ],
 )
 def test_what_is_not_there_on_the_node_ends_the_job_with_a_sentence(
@@ -413,7 +413,7 @@ def test_submitit_gets_the_same_job(tmp_path: Path, fake: Path, monkeypatch: pyt
     assert words_of_srun[at + 4 : at + 9] == ["env", "A B=1", "python", "-u", "-m"]
     env.pop("BASH_FUNC_module%%")
     done = subprocess.run(["bash", str(path)], env=env, capture_output=True, text=True)
-    assert (done.returncode, "there is no command module" in done.stderr) == (2, True)
+    assert (done.returncode, "the command module is not defined" in done.stderr) == (2, True)
 
 
 # ---------------------------------------------------------------- time to save

@@ -145,7 +145,7 @@ def test_a_signal_to_the_script_writes_the_stop_file_and_the_step_ends_by_itself
 def test_without_a_recipe_a_script_says_what_it_needs() -> None:
     done = subprocess.run(["bash", "slurm/grpo.slurm"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "which recipe? sbatch slurm/grpo.slurm RECIPE [key=value …]" in done.stderr
+    assert "expected a recipe. Fix: sbatch slurm/grpo.slurm RECIPE [key=value …]" in done.stderr
 
 
 # ---------------------------------------------------------------- processes
@@ -354,7 +354,7 @@ def test_a_refusal_in_the_middle_is_told_and_the_next_command_completes(
         run_plan(plan_of(tmp_path))
     assert caught.value.exit_code == 2
     assert caught.value.problems[0] == ("tiny/sft: Slurm refused the job: Batch job submission failed: Invalid account")
-    assert "the same command submits what is left" in caught.value.problems[-1]
+    assert "the same command submits the remaining steps" in caught.value.problems[-1]
     monkeypatch.delenv("REFUSE")
     found = run_plan(plan_of(tmp_path))
     assert [one.new for one in found] == [False, True, True, True, True, True, True]
@@ -427,7 +427,7 @@ def test_a_cluster_without_slurm_has_no_batch_scripts(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "pipeline.launchers.slurm", "local", str(tmp_path / "scripts")]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "cluster local: its launcher is local, so it has no batch scripts" in done.stderr
+    assert "cluster local: got launcher local; expected slurm or submitit, whose jobs have batch scripts" in done.stderr
     assert not (tmp_path / "scripts").exists()
 
 
