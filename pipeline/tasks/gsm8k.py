@@ -2,11 +2,11 @@
 
     task: {name: gsm8k, source: hub, params: {format: chat, validation: 0.1}}
 
-The published rows (`question`, `answer`), or a file of the same shape: an answer is steps, then `#### 72` or
-`Final answer: 72`. The steps (or what stands in `<think>` tags) become the thought, without the calculator's marks
-`<<48/2=24>>`; the number becomes the answer, in the row's own words. It is read as a model's answer is read, and a row
-whose target would not be paid in full is a bad row. A completion is right where its one final number is equal to the
-gold one, however it is written.
+Reads the published rows (`question`, `answer`), or a file with the same columns. An answer is steps, then `#### 72` or
+`Final answer: 72`. The steps (or the text in `<think>` tags) become the thought, without calculator marks such as
+`<<48/2=24>>`. The number becomes the final answer, as the row writes it. It is parsed as a model's answer is parsed. A
+row whose target would not earn the full reward is a bad row. A completion is correct if its one final number equals
+the gold number, in any notation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 from pipeline.core.schema import PositiveInt
 from pipeline.scoring import answers
 from pipeline.tasks.rows import Columns, Row, missing_fields
-from pipeline.tasks.task import Example, Grade, Needs, Part, Splits, Task, divide, group_of, split_summary
+from pipeline.tasks.task import Example, Grade, Needs, Part, Splits, Task, group_of, thought_block
 
 PROMPTS = {
     "chat": '{}\n\nThink step by step, then end with "####" and the number.',
@@ -34,11 +34,11 @@ _FINAL_LINE = re.compile(  # `#### 72`, also with the number on the next line, o
 
 @dataclass(frozen=True)
 class Gsm8kParams:
-    """`task.params`: how a problem is asked, and which rows are held out."""
+    """`task.params`: the prompt format, and which rows are held out."""
 
     format: Literal["chat", "text"] = "chat"  # text: question and answer as plain text
     validation: Part = 0.1  # of the training rows
-    test: Part = 0.1  # of the rows of a file, which has no test set of its own
+    test: Part = 0.1  # of the rows of a file, which has no separate test set
     rows: PositiveInt | None = None  # training rows; null: all
 
 
@@ -59,24 +59,13 @@ class Gsm8k(Task):
     params: Gsm8kParams
 
     def load(self) -> Splits:
-        p = self.params
         rows, skipped = self.read_places(_problem, config="main")
         named, more = self.read_named(_problem)
         skipped += more
         if self.source == "hub":
             named["test"], more = self.read(_problem, config="main", split="test")
             skipped += more
-        parts = {name: [self._example(row) for row in rows] for name, rows in named.items()}
-        done = divide(
-            [self._example(row) if row else None for row in rows],
-            self.seed,
-            test=parts.get("test", p.test),
-            validation=parts.get("validation", p.validation),
-        )
-        train = done.train[: p.rows]
-        held = {"validation": done.validation, "test": done.test}
-        proof = split_summary(train, held, same_question=done.left, skipped=skipped)
-        return Splits(train, train, done.validation, {"test": done.test} if done.test else {}, proof)
+        return self.make_splits(self._example, rows, named, skipped)
 
     def row_problem(self, values: Any) -> str | None:
         return _problem(values)
@@ -95,25 +84,27 @@ class Gsm8k(Task):
 
     def grade(self, example: Example, completion: str, prompt_opens_think: bool) -> Grade:
         reading = answers.read_quantity(completion, prompt_opens_think)
-        said, gold = reading.value, answers.quantity_in(example.gold)
-        right = said is not None and gold is not None and said.value == gold.value
-        return Grade(right, said is not None, shown(said), reason=reading.reason)
+        answer, gold = reading.value, answers.quantity_in(example.gold)
+        correct = answer is not None and gold is not None and answer.value == gold.value
+        return Grade(correct, answer is not None, format_number(answer), reason=reading.reason)
 
     def is_well_formed(self, completion: str, prompt_opens_think: bool) -> bool:
-        said = answers.number(completion, prompt_opens_think)
-        return answers.thinks_then_answers(completion, prompt_opens_think) and said is not None
+        answer = answers.number(completion, prompt_opens_think)
+        return answers.thinks_then_answers(completion, prompt_opens_think) and answer is not None
 
     def smoke_test_params(self) -> dict[str, Any]:
         return {"validation": 4, "test": 8, "rows": None}
 
 
-def shown(said: answers.Quantity | None) -> str | None:
-    """A number as it is kept in predictions.jsonl: 3.75, 1/3; an irrational one with the digits of a double."""
-    return None if said is None else _digits(said.value) if said.exact else f"{float(said.value)}"
+def format_number(quantity: answers.Quantity | None) -> str | None:
+    """Return a number as predictions.jsonl stores it: 3.75, 1/3; an irrational one with the digits of a double."""
+    if quantity is None:
+        return None
+    return _digits(quantity.value) if quantity.exact else f"{float(quantity.value)}"
 
 
 def _digits(value: Fraction) -> str:
-    """Decimal digits where they end, else a fraction."""
+    """Return a number in decimal digits if they terminate, else as a fraction."""
     for places in range(1, 13):
         if value.denominator > 1 and 10**places % value.denominator == 0:
             digits = f"{abs(value.numerator) * 10**places // value.denominator:0{places + 1}d}"
@@ -123,7 +114,7 @@ def _digits(value: Fraction) -> str:
 
 @dataclass(frozen=True)
 class Solution:
-    """An answer of a row, taken apart; `problem` says why it is no target."""
+    """The parts of a row's answer; `problem` is the reason why it cannot be a target."""
 
     steps: str = ""
     gold: str = ""
@@ -132,22 +123,22 @@ class Solution:
 
 
 def _solution(answer: str) -> Solution:
-    """(steps, number) of a published answer."""
+    """Split a row's answer into steps and final number."""
     text = _CALCULATOR.sub("", answer)
-    thought, said = "", text
+    thought, rest = "", text
     if answers.OPEN in text or answers.CLOSE in text:
         parts = answers.split_thought(text, prompt_opens_think=False)
         if not parts.well_formed:
             return Solution(problem="answer holds <think> or </think>, and not one thought and then the answer")
-        thought, said = parts.thought or "", parts.answer or ""
-    marks = [match for match in _FINAL_LINE.finditer(said) if _states(match[0].strip())]
-    final = _final("\n".join(match[0].strip() for match in marks))
+        thought, rest = parts.thought or "", parts.answer or ""
+    final_lines = [match for match in _FINAL_LINE.finditer(rest) if _states(match[0].strip())]
+    final = _final("\n".join(match[0].strip() for match in final_lines))
     if isinstance(final, str):
         return Solution(problem=f'answer does not end with one number after "####" or "Final answer:"{final}')
-    for match in reversed(marks):
-        said = said[: match.start()] + said[match.end() :]
-    steps = f"{thought.strip()}\n{said.strip()}".strip()
-    target = f"{answers.OPEN}\n{steps}\n{answers.CLOSE}\n#### {final[1]}"
+    for match in reversed(final_lines):
+        rest = rest[: match.start()] + rest[match.end() :]
+    steps = f"{thought.strip()}\n{rest.strip()}".strip()
+    target = f"{thought_block(steps)}\n#### {final[1]}"
     if not answers.thinks_then_answers(target, prompt_opens_think=False):
         return Solution(problem="answer has no steps before its number")
     return Solution(steps, final[0], target)
@@ -155,20 +146,20 @@ def _solution(answer: str) -> Solution:
 
 @lru_cache(maxsize=4096)
 def _states(line: str) -> bool:
-    """Whether a line states an answer, as `#### 72` does and the heading `#### Step 1: add` does not."""
+    """Return whether a line states an answer: `#### 72` does, the heading `#### Step 1: add` does not."""
     return bool(answers.stated(line))
 
 
-@lru_cache(maxsize=4096)  # rows share their last lines: there are fewer numbers than rows
+@lru_cache(maxsize=4096)  # many rows share their last lines: there are fewer numbers than rows
 def _final(lines: str) -> tuple[str, str] | str:
-    """(the number, the row's words for it) that the last lines of an answer state, or what is wrong with them."""
+    """Return (number, the row's text for it) from an answer's last lines; or the end of an error message."""
     found = answers.read_quantity(lines, prompt_opens_think=False)
-    gold = shown(found.value)
+    gold = format_number(found.value)
     if found.value is None or gold is None:
         return " (it has two that differ)" if found.reason == "two_numbers" else ""
-    words = answers.stated(lines)[-1].rstrip(" .")
-    again = answers.read_quantity(f"#### {words}", prompt_opens_think=False).value
-    return gold, words if again and again.value == found.value.value else gold
+    text = answers.stated(lines)[-1].rstrip(" .")
+    reread = answers.read_quantity(f"#### {text}", prompt_opens_think=False).value
+    return gold, text if reread and reread.value == found.value.value else gold
 
 
 def _problem(values: Any) -> str | None:

@@ -1,10 +1,10 @@
-"""Human-like answers: conversational questions with an answer as a person gives it, and one that was rejected.
+"""Human-like answers: conversational questions, each with a chosen human-like answer and a rejected one.
 
     task: {name: human_like, source: hub, params: {test: 200}}
 
-The published pairs (`prompt`, `chosen`, `rejected`; Çalık & Akkuş 2025), or a file of the same shape. SFT learns the
-chosen answers. Whether an answer is human-like cannot be verified, so nothing is graded right or wrong and there is
-no GRPO. Every row keeps its rejected answer (`tags["rejected"]`), so that a model can be asked which it prefers.
+Reads the published pairs (`prompt`, `chosen`, `rejected`; Çalık & Akkuş 2025), or a file with the same columns. SFT
+learns the chosen answers. Whether an answer is human-like cannot be verified, so `Grade.correct` is None and GRPO has
+no rows. Every row keeps its rejected answer (`tags["rejected"]`), so that the model's preference can be measured.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 from pipeline.core.schema import PositiveInt
 from pipeline.scoring import answers
 from pipeline.tasks.rows import Columns, Row, missing_fields
-from pipeline.tasks.task import Example, Grade, Needs, Part, Splits, Task, divide, group_of, split_summary
+from pipeline.tasks.task import Example, Grade, Needs, Part, Splits, Task, group_of
 
 
 @dataclass(frozen=True)
 class HumanLikeParams:
-    """`task.params`: how many rows, and which are held out."""
+    """`task.params`: the number of rows, and which are held out."""
 
     rows: PositiveInt | None = None  # training rows; null: all
     validation: Part = 200
@@ -41,20 +41,9 @@ class HumanLike(Task):
     params: HumanLikeParams
 
     def load(self) -> Splits:
-        p = self.params
         rows, skipped = self.read_places(_problem)
         named, more = self.read_named(_problem)
-        parts = {name: [self._example(row) for row in rows] for name, rows in named.items()}
-        done = divide(
-            [self._example(row) if row else None for row in rows],
-            self.seed,
-            test=parts.get("test", p.test),
-            validation=parts.get("validation", p.validation),
-        )
-        train = done.train[: p.rows]
-        held = {"validation": done.validation, "test": done.test}
-        proof = split_summary(train, held, same_question=done.left, skipped=skipped + more)
-        return Splits(train, [], done.validation, {"test": done.test} if done.test else {}, proof)
+        return self.make_splits(self._example, rows, named, skipped + more)
 
     def row_problem(self, values: Any) -> str | None:
         return _problem(values)
@@ -71,8 +60,8 @@ class HumanLike(Task):
         )
 
     def grade(self, example: Example, completion: str, prompt_opens_think: bool) -> Grade:
-        said = answers.read_text(completion, prompt_opens_think)
-        return Grade(None, said.value is not None, said.value, reason=said.reason)
+        reading = answers.read_text(completion, prompt_opens_think)
+        return Grade(None, reading.value is not None, reading.value, reason=reading.reason)
 
     def is_well_formed(self, completion: str, prompt_opens_think: bool) -> bool:
         return bool((answers.answer_text(completion, prompt_opens_think) or "").strip())
@@ -82,12 +71,12 @@ class HumanLike(Task):
 
 
 def _problem(values: Any) -> str | None:
-    if told := missing_fields(values, "prompt", "chosen", "rejected"):
-        return told
+    if problem := missing_fields(values, "prompt", "chosen", "rejected"):
+        return problem
     if str(values["chosen"]).strip() == str(values["rejected"]).strip():
         return "chosen and rejected are the same"
-    why = answers.read_text(str(values["chosen"]), prompt_opens_think=False).reason
-    return f"chosen is no answer: {answers.REASONS[why]}" if why else None
+    reason = answers.read_text(str(values["chosen"]), prompt_opens_think=False).reason
+    return f"chosen is not an answer: {answers.REASONS[reason]}" if reason else None
 
 
 TASK = HumanLike

@@ -2,12 +2,15 @@ r"""Mathematics and science: MathCodeInstruct (Wang et al. 2024) and SciBench (W
 
     task: {name: math_science, source: hub, params: {mathcode_rows: 24308, tolerance: 0.05}}
 
-A row of MathCodeInstruct (`messages`: text, code and what the code printed, by turns) becomes a thought of all its
-parts and its last text as the answer, whose final answer is the gold, read as a model's answer is read: a number, or
-an expression that math-verify compares. A row of SciBench (`problem_text`, `solution`, `answer_number`, `unit`) is a
-number with a unit, right within a tolerance, powers of ten and SI prefixes folded in; those without a worked solution
-are asked and not learned from. A row whose own target would not be graded right has no gold: it is learned from where
-it can be, never rewarded, and counted (`without_gold`). A file may hold rows of both kinds, told by what is filled.
+MathCodeInstruct: `messages` alternates text, code and the code's output. All parts but the last text become the
+thought; the last text is the answer. Its final answer is the gold, parsed as a model's answer is parsed: a number, or
+an expression that math-verify compares.
+
+SciBench: `problem_text`, `solution`, `answer_number`, `unit`. The answer is a number with a unit. It is correct within
+a tolerance, after powers of ten and SI prefixes are multiplied in. Rows without a worked solution are not SFT rows.
+
+A row whose own target would not be graded correct gets no gold. SFT uses it if its target is well formed, GRPO never
+does, and `without_gold` counts it. A file may mix both kinds: the kind of a row follows from its filled columns.
 """
 
 from __future__ import annotations
@@ -19,8 +22,19 @@ from typing import Any, ClassVar
 
 from pipeline.core.schema import Fraction, PositiveInt
 from pipeline.scoring import answers
-from pipeline.tasks.rows import Columns, Row, empty_fields, is_missing, missing_fields
-from pipeline.tasks.task import Example, Grade, Needs, Part, Splits, Task, divide, group_of, split_summary
+from pipeline.tasks.rows import Columns, Row, empty_fields, has_fields, is_missing, missing_fields
+from pipeline.tasks.task import (
+    Example,
+    Grade,
+    Needs,
+    Part,
+    Splits,
+    Task,
+    divide,
+    group_of,
+    split_summary,
+    thought_block,
+)
 
 MATHCODE, SCIBENCH = "MathLLMs/MathCodeInstruct", "xw27/scibench"
 MATH_FIELDS = ("messages",)
@@ -31,14 +45,14 @@ FENCES = {"text": "{}", "code": "```python\n{}\n```", "execution": "```output\n{
 
 @dataclass(frozen=True)
 class MathScienceParams:
-    """`task.params`: how many rows of each set, which are held out, how near a number has to be."""
+    """`task.params`: the number of rows of each set, which are held out, and the tolerance of numbers."""
 
     mathcode_rows: PositiveInt | None = None  # drawn from MathCodeInstruct; null: all
     scibench_rows: PositiveInt | None = None
     validation: Part = 0.1
     test: Part = 500
     grpo_rows: PositiveInt | None = None  # of the training rows that have a gold answer; null: all
-    tolerance: Fraction = 0.05  # of SciBench's numbers
+    tolerance: Fraction = 0.05  # relative, of SciBench's numbers
 
 
 class MathScience(Task):
@@ -74,7 +88,7 @@ class MathScience(Task):
         grpo = [replace(example, target="") for example in done.train if example.gold][: p.grpo_rows]
         held = {"validation": done.validation, "test": done.test}
         read = [*done.train, *done.validation, *done.test]
-        proof = split_summary(
+        summary = split_summary(
             done.train,
             held,
             same_question=done.left,
@@ -83,13 +97,13 @@ class MathScience(Task):
             without_gold=[f"{e.id}: {self._faults[e.id]}" for e in read if not e.gold and e.id in self._faults],
         )
         validation = [example for example in done.validation if example.target]
-        return Splits(sft, grpo, validation, {"test": done.test} if done.test else {}, proof)
+        return Splits(sft, grpo, validation, {"test": done.test} if done.test else {}, summary)
 
     def row_problem(self, values: Any) -> str | None:
         return _problem(values)
 
     def _read(self) -> tuple[list[Example | None], list[Example | None], list[str]]:
-        """(rows of MathCodeInstruct, rows of SciBench, skipped); None in the place of a row that cannot be read."""
+        """Return (rows of MathCodeInstruct, rows of SciBench, skipped); None in the place of an unreadable row."""
         if self.source == "path":
             rows, skipped = self.read(_problem)
             examples = [example for row in rows for example in self._each(row)]
@@ -101,29 +115,29 @@ class MathScience(Task):
         return [self._math(row) if row else None for row in rows_of_math], science, skipped + more
 
     def _each(self, row: Row) -> list[Example]:
-        """The examples of a row of a file, which may be of either set, or of both."""
+        """Return the examples of a file's row, which may belong to either set, or to both."""
         kinds = ((MATH_FIELDS, self._math), (SCIENCE_FIELDS, self._science))
-        return [make(row) for fields, make in kinds if _is_filled(row.values, fields)]
+        return [make(row) for fields, make in kinds if has_fields(row.values, fields)]
 
     def _math(self, row: Row) -> Example:
-        """A row of MathCodeInstruct, without a gold where its own target would not be paid in full."""
+        """Return the example of a MathCodeInstruct row; without gold if its target would not earn the full reward."""
         example, why = _math(row)
         fault = why or self.target_fault(example)
         return self._without_gold(example, fault) if fault else example
 
     def _science(self, row: Row) -> Example:
-        """A row of SciBench with the fullest wording of its answer that is read back as its gold."""
+        """Return the example of a SciBench row, with the fullest form of its answer that parses back to its gold."""
         fault = ""
         for answer in _science_answers(row):
             example = _science(row, answer)
-            worked = replace(example, target=example.target or _target("worked out", answer))
+            worked = replace(example, target=example.target or f"{thought_block('worked out')}\n\n{answer}")
             fault = self.target_fault(worked) or ""
             if not fault:
                 return example
         return self._without_gold(example, fault)
 
     def _without_gold(self, example: Example, why: str) -> Example:
-        """The row as one that nothing verifies; a target that is malformed is not learned from either."""
+        """Return the example without gold, and without a target that is malformed; record why."""
         self._faults[example.id] = why
         learned = answers.thinks_then_answers(example.target, prompt_opens_think=False)
         return replace(example, gold="", target=example.target if learned else "")
@@ -132,33 +146,33 @@ class MathScience(Task):
         if not example.gold:
             text = answers.read_text(completion, prompt_opens_think)
             return Grade(None, text.value is not None, text.value, reason=text.reason)
-        said = answers.read_expression(completion, prompt_opens_think)
+        reading = answers.read_expression(completion, prompt_opens_think)
         if example.tags["set"] == "mathcode":
-            right = said.value is not None and answers.same_expression(example.gold, said.value)
-            return Grade(right, said.value is not None, said.value, reason=said.reason)
+            correct = reading.value is not None and answers.same_expression(example.gold, reading.value)
+            return Grade(correct, reading.value is not None, reading.value, reason=reading.reason)
         number, gold = answers.read_quantity(completion, prompt_opens_think), answers.quantity_in(example.gold)
-        right = False
+        correct = False
         if number.value is not None and gold is not None:
-            right = answers.same_quantity(gold.value, example.tags["unit"], number.value, self.params.tolerance)
-        return Grade(right, number.value is not None, said.value, reason=number.reason)
+            correct = answers.same_quantity(gold.value, example.tags["unit"], number.value, self.params.tolerance)
+        return Grade(correct, number.value is not None, reading.value, reason=number.reason)
 
     def is_well_formed(self, completion: str, prompt_opens_think: bool) -> bool:
-        said = answers.expression(completion, prompt_opens_think)
-        return answers.thinks_then_answers(completion, prompt_opens_think) and said is not None
+        expression = answers.expression(completion, prompt_opens_think)
+        return answers.thinks_then_answers(completion, prompt_opens_think) and expression is not None
 
     def smoke_test_params(self) -> dict[str, Any]:
         return {"mathcode_rows": None, "scibench_rows": None, "validation": 4, "test": 8, "grpo_rows": None}
 
 
 def _draw(examples: list[Example | None], count: int | None, seed: int) -> Sequence[Example | None]:
-    """`count` of the rows, or all where there are no more."""
+    """Draw `count` of the rows; all of them if there are no more, or `count` is None."""
     if count is None or count >= len(examples):
         return examples
     return divide(examples, seed, test=count, validation=0, names=("mathcode_rows", "validation")).test
 
 
 def _parts(content: Any) -> list[tuple[str, str]]:
-    """(kind, text) of each part of a message; a message may also be one text. A missing text is empty.
+    """Return (kind, text) of each part of a message, whose content may also be one text. A missing text is empty.
 
     Raises TypeError for a content that is not a text, a number or a list of parts.
     """
@@ -171,12 +185,13 @@ def _parts(content: Any) -> list[tuple[str, str]]:
 
 
 def _message(values: Any, role: str) -> list[tuple[str, str]]:
+    """Return the non-empty parts of all messages of a role."""
     found = [_parts(message["content"]) for message in values["messages"] if message["role"] == role]
     return [part for parts in found for part in parts if part[1]]
 
 
 def _math(row: Row) -> tuple[Example, str | None]:
-    """(a row of MathCodeInstruct, why it has no gold)."""
+    """Return (example of a MathCodeInstruct row, why it has no gold)."""
     question = "\n".join(text for _, text in _message(row.values, "user"))
     parts = _message(row.values, "assistant")
     last = parts[-1][1] if parts[-1][0] == "text" else ""
@@ -184,22 +199,22 @@ def _math(row: Row) -> tuple[Example, str | None]:
     answer = last
     if not thought and answers.split_thought(last, prompt_opens_think=False).well_formed:
         thought, _, answer = (part.strip() for part in last.removeprefix(answers.OPEN).partition(answers.CLOSE))
-    elif not thought:  # one text: it is worked out and answered in it
+    elif not thought:  # one text holds both the solution and the answer
         gold = answers.read_expression(last, prompt_opens_think=False).value
         thought, answer = last, rf"The answer is $\boxed{{{gold}}}$." if gold else last
-    target = _target(thought, answer)
+    target = f"{thought_block(thought)}\n\n{answer}"
     if not answers.thinks_then_answers(target, prompt_opens_think=False):
         why = "holds <think> or </think> out of place" if last else "ends in code, not in a text"
         return _example(f"mathcode-{row.line}", question, "", "mathcode", "", ""), f"its answer {why}"
-    said = answers.read_expression(target, prompt_opens_think=False)
-    example = _example(f"mathcode-{row.line}", question, said.value or "", "mathcode", "", target)
-    return example, None if said.value else answers.REASONS[said.reason or "no_answer"]
+    reading = answers.read_expression(target, prompt_opens_think=False)
+    example = _example(f"mathcode-{row.line}", question, reading.value or "", "mathcode", "", target)
+    return example, None if reading.value else answers.REASONS[reading.reason or "no_answer"]
 
 
 def _science_answers(row: Row) -> list[str]:
-    """The final answer with its unit, as published; and without it, where the unit cannot be read back."""
+    """Return the final answer with its unit, as published, and then without it, for units that do not parse."""
     gold, unit = row.text("answer_number"), row.text("unit")
-    bare = re.sub(r"(?<!\\)\$", "", unit).strip()  # `$\mathrm{~N}$` without what delimits it; `$\$$` is a dollar
+    bare = re.sub(r"(?<!\\)\$", "", unit).strip()  # `$\mathrm{~N}$` without its dollars; `$\$$` is a dollar
     joined = gold + ((r" \times " if bare.startswith("10") else r"\ ") + bare if bare else "")
     return [rf"Final Answer: $\boxed{{{text}}}$" for text in dict.fromkeys((joined, gold))]
 
@@ -207,12 +222,8 @@ def _science_answers(row: Row) -> list[str]:
 def _science(row: Row, answer: str) -> Example:
     unit, solution = row.text("unit"), row.text("solution")
     question = row.text("problem_text") + (f" Give the answer in {unit}." if unit else "")
-    target = _target(solution, answer) if solution else ""
+    target = f"{thought_block(solution)}\n\n{answer}" if solution else ""
     return _example(f"scibench-{row.line}", question, row.text("answer_number"), "scibench", unit, target)
-
-
-def _target(thought: str, answer: str) -> str:
-    return f"{answers.OPEN}\n{thought}\n{answers.CLOSE}\n\n{answer}"
 
 
 def _example(id: str, question: str, gold: str, set_: str, unit: str, target: str) -> Example:
@@ -226,35 +237,31 @@ def _example(id: str, question: str, gold: str, set_: str, unit: str, target: st
     )
 
 
-def _is_filled(values: Any, names: Sequence[str]) -> bool:
-    return isinstance(values, dict) and all(not is_missing(values.get(name)) for name in names)
-
-
 def _problem(values: Any) -> str | None:
-    """Of a row of a file, which may be of either set, or of both."""
-    math, science = _is_filled(values, MATH_FIELDS), _is_filled(values, SCIENCE_FIELDS)
+    """Return the problem of a file's row, which may belong to either set, or to both; None if it is good."""
+    math, science = has_fields(values, MATH_FIELDS), has_fields(values, SCIENCE_FIELDS)
     if not math and not science:
         named = isinstance(values, dict) and MATH_FIELDS[0] in values and SCIENCE_FIELDS[0] not in values
         return _math_problem(values) if named else _science_problem(values)
-    told = [_math_problem(values) if math else None, _science_problem(values) if science else None]
-    return "; ".join(text for text in told if text) or None
+    problems = [_math_problem(values) if math else None, _science_problem(values) if science else None]
+    return "; ".join(text for text in problems if text) or None
 
 
 def _math_problem(values: Any) -> str | None:
     if not isinstance(values, dict) or not isinstance(values.get("messages"), list):
         return "no messages, a list of turns with role and content"
     try:
-        asked, said = (_message(values, role) for role in ("user", "assistant"))
+        prompt, answer = (_message(values, role) for role in ("user", "assistant"))
     except (KeyError, TypeError):
-        return "a message is no {role, content} with a text or a list of {type, content}"
-    return None if asked and said else f"messages have no {'turn of the user' if said else 'turn of the assistant'}"
+        return "a message is not a {role, content} with a text or a list of {type, content}"
+    return None if prompt and answer else f"messages have no turn of the {'user' if answer else 'assistant'}"
 
 
 def _science_problem(values: Any) -> str | None:
-    if told := missing_fields(values, *SCIENCE_FIELDS) or empty_fields(values, "unit", "solution"):
-        return told
+    if problem := missing_fields(values, *SCIENCE_FIELDS) or empty_fields(values, "unit", "solution"):
+        return problem
     number = str(values["answer_number"])
-    return None if answers.quantity_in(number) else f"answer_number {number!r} is no number"
+    return None if answers.quantity_in(number) else f"answer_number {number!r} is not a number"
 
 
 TASK = MathScience

@@ -1,25 +1,36 @@
-"""Medical reasoning: a question, a long thought, an open answer (Chen et al. 2024, HuatuoGPT-o1).
+"""Medical reasoning: questions with a long thought and an open answer (Chen et al. 2024, HuatuoGPT-o1).
 
     task: {name: medical, source: hub, params: {language: en, rows: 5000}}
 
 SFT learns thought and answer of medical-o1-reasoning-SFT (`Question`, `Complex_CoT`, `Response`). Open answers cannot
 be verified. The companion set medical-o1-verifiable-problem (`Open-ended Verifiable Question`, `Ground-True Answer`)
-has short gold answers: GRPO and the test set `short` compare them by normalised words. That is a proxy (another
-wording of the right answer counts as a miss, and nobody has checked the reasoning), never called correctness.
-A question that both sets hold is in training or held out, not in both. One file may hold rows of both kinds, told by
-what is filled. Not for use on patients.
+has short gold answers: GRPO and the test set `short` compare them by normalised words. This match is a proxy, not
+correctness: another wording of the right answer counts as a miss, and the reasoning is unchecked.
+
+A question that both sets contain is either in training or held out. One file may mix both kinds: the kind of a row
+follows from its filled columns. Not for use on patients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pipeline.core.schema import PositiveInt
 from pipeline.scoring import answers
-from pipeline.tasks.rows import Columns, Row, is_missing, missing_fields
-from pipeline.tasks.task import Example, Grade, Needs, Part, Splits, Task, divide, group_of, split_summary
+from pipeline.tasks.rows import Columns, Row, has_fields, missing_fields
+from pipeline.tasks.task import (
+    Example,
+    Grade,
+    Needs,
+    Part,
+    Splits,
+    Task,
+    divide,
+    group_of,
+    split_summary,
+    thought_block,
+)
 
 REASONING, VERIFIABLE = (
     "FreedomIntelligence/medical-o1-reasoning-SFT",
@@ -32,7 +43,7 @@ INSTRUCTION = 'Think step by step, then end with "Final answer:" and the answer 
 
 @dataclass(frozen=True)
 class MedicalParams:
-    """`task.params`: which rows, and how many."""
+    """`task.params`: which rows are used, and their number."""
 
     language: Literal["en", "zh", "en_mix", "zh_mix"] = "en"  # a configuration of the reasoning set
     rows: PositiveInt | None = None  # SFT rows; null: all
@@ -65,27 +76,27 @@ class Medical(Task):
             name: ([e for e in rows if not e.tags["short"]], [e for e in rows if e.tags["short"]])
             for name, rows in parts.items()
         }
-        tested, asked = both.get("test", (p.test, p.short))
-        validated = both["validation"][0] if "validation" in both else p.validation
-        first = divide(opened, self.seed, test=tested, validation=validated)
-        second = divide(short, self.seed, test=asked, validation=0, names=("short", "validation"))
-        # the two sets hold the same questions: what is held out of one is not learned from the other
+        open_test, short_test = both.get("test", (p.test, p.short))
+        open_validation = both["validation"][0] if "validation" in both else p.validation
+        first = divide(opened, self.seed, test=open_test, validation=open_validation)
+        second = divide(short, self.seed, test=short_test, validation=0, names=("short", "validation"))
+        # the two sets share questions: a question held out of one is not trained on in the other
         held = {example.group for rows in (first.test, first.validation, second.test) for example in rows}
         left = first.left + second.left + [e.id for e in first.train + second.train if e.group in held]
         train = [example for example in first.train if example.group not in held][: p.rows]
         grpo = [example for example in second.train if example.group not in held][: p.grpo_rows]
         tests = {name: rows for name, rows in (("test", first.test), ("short", second.test)) if rows}
         held_out = {"validation": first.validation, **tests}
-        proof = split_summary(train + grpo, held_out, same_question=left, skipped=skipped + more)
-        return Splits(train, grpo, first.validation, tests, proof)
+        summary = split_summary(train + grpo, held_out, same_question=left, skipped=skipped + more)
+        return Splits(train, grpo, first.validation, tests, summary)
 
     def row_problem(self, values: Any) -> str | None:
         return _problem(values)
 
     def _read(self) -> tuple[list[Example | None], list[Example | None], list[str]]:
-        """(rows of open answers, rows of short gold answers, skipped); one file may hold both.
+        """Return (rows of open answers, rows of short gold answers, skipped); None in the place of an unreadable row.
 
-        None is the place of a row that cannot be read.
+        One file may hold both kinds.
         """
         if self.source == "path":
             rows, skipped = self.read(_problem)
@@ -102,8 +113,8 @@ class Medical(Task):
 
     def grade(self, example: Example, completion: str, prompt_opens_think: bool) -> Grade:
         if not example.gold:
-            said = answers.read_text(completion, prompt_opens_think)
-            return Grade(None, said.value is not None, said.value, reason=said.reason)
+            reading = answers.read_text(completion, prompt_opens_think)
+            return Grade(None, reading.value is not None, reading.value, reason=reading.reason)
         final = answers.read_words(completion, prompt_opens_think)
         matches = final.value is not None and final.value == answers.normalised(example.gold)
         return Grade(None, final.value is not None, final.value, proxy=matches, reason=final.reason)
@@ -120,40 +131,36 @@ class Medical(Task):
 
 def _open(row: Row) -> Example:
     question, thought, answer = (row.text(name) for name in OPEN_FIELDS)
-    target = f"{answers.OPEN}\n{thought}\n{answers.CLOSE}\n\n{answer}"
+    target = f"{thought_block(thought)}\n\n{answer}"
     return Example(f"open-{row.line}", question, "", group_of(question), {"short": False}, target)
 
 
 def _short(row: Row) -> Example:
     question, gold = (row.text(name) for name in SHORT_FIELDS)
-    gold = " ".join(gold.split())  # it is stated on one line
+    gold = " ".join(gold.split())  # a final answer is one line
     return Example(f"short-{row.line}", f"{question}\n\n{INSTRUCTION}", gold, group_of(question), {"short": True})
 
 
 def _each(row: Row) -> list[Example]:
-    """The examples of a row of a file, which may be of either set, or of both."""
+    """Return the examples of a file's row, which may belong to either set, or to both."""
     kinds = ((OPEN_FIELDS, _open), (SHORT_FIELDS, _short))
-    return [make(row) for fields, make in kinds if _is_filled(row.values, fields)]
-
-
-def _is_filled(values: Any, names: Sequence[str]) -> bool:
-    return isinstance(values, dict) and all(not is_missing(values.get(name)) for name in names)
+    return [make(row) for fields, make in kinds if has_fields(row.values, fields)]
 
 
 def _problem(values: Any) -> str | None:
-    """Of a row of a file, which may be of either set, or of both."""
-    opened, short = _is_filled(values, OPEN_FIELDS), _is_filled(values, SHORT_FIELDS)
+    """Return the problem of a file's row, which may belong to either set, or to both; None if it is good."""
+    opened, short = has_fields(values, OPEN_FIELDS), has_fields(values, SHORT_FIELDS)
     if not opened and not short:
-        begun = _is_filled(values, SHORT_FIELDS[:1]) and not _is_filled(values, OPEN_FIELDS[:1])
+        begun = has_fields(values, SHORT_FIELDS[:1]) and not has_fields(values, OPEN_FIELDS[:1])
         named = isinstance(values, dict) and SHORT_FIELDS[0] in values and OPEN_FIELDS[0] not in values
         return _short_problem(values) if begun or named else _open_problem(values)
-    told = [_open_problem(values) if opened else None, _short_problem(values) if short else None]
-    return "; ".join(text for text in told if text) or None
+    problems = [_open_problem(values) if opened else None, _short_problem(values) if short else None]
+    return "; ".join(text for text in problems if text) or None
 
 
 def _open_problem(values: Any) -> str | None:
-    if told := missing_fields(values, *OPEN_FIELDS):
-        return told
+    if problem := missing_fields(values, *OPEN_FIELDS):
+        return problem
     thought, answer = str(values["Complex_CoT"]), str(values["Response"])
     if any(tag in text for text in (thought, answer) for tag in (answers.OPEN, answers.CLOSE)):
         return "Complex_CoT or Response holds <think> or </think>"
@@ -162,15 +169,15 @@ def _open_problem(values: Any) -> str | None:
 
 
 def _short_problem(values: Any) -> str | None:
-    if told := missing_fields(values, *SHORT_FIELDS):
-        return told
+    if problem := missing_fields(values, *SHORT_FIELDS):
+        return problem
     gold = " ".join(str(values[SHORT_FIELDS[1]]).split())
     if not answers.normalised(gold):
         return f"{SHORT_FIELDS[1]} {gold!r} has no words"
-    stated = answers.read_words(f"Final answer: {gold}", prompt_opens_think=False)
-    if stated.value != answers.normalised(gold):
-        why = answers.REASONS[stated.reason] if stated.reason else f"read as {stated.value!r}"
-        return f"{SHORT_FIELDS[1]} {gold[:80]!r} is no answer that can be stated ({why})"
+    reading = answers.read_words(f"Final answer: {gold}", prompt_opens_think=False)
+    if reading.value != answers.normalised(gold):
+        reason = answers.REASONS[reading.reason] if reading.reason else f"read as {reading.value!r}"
+        return f"{SHORT_FIELDS[1]} {gold[:80]!r} is not an answer that parses back to itself ({reason})"
     return None
 
 

@@ -1,10 +1,10 @@
-"""Rows of a user's file, of whatever kind, each with its place, so that a bad one can be named.
+"""Readers of a user's file of rows. Each row has its file and line, so that errors can name it.
 
     for row in file_rows(Path("mine.csv"), {"question": ("problem",)}): print(row.place, row.text("question"))
 
 Reads .jsonl, .json (a list, JSON lines, or {"data": [rows]}), .csv and .tsv (as spreadsheets write them: a byte-order
-mark, semicolons or tabs, `sep=;`) and .parquet. A row that cannot be read is a row with a fault; a file that cannot be
-read is a DataError. Does not judge rows: what a task needs of them is `rows.filter_rows`'s.
+mark, semicolons or tabs, `sep=;`) and .parquet. An unreadable row becomes a Row with a fault; an unreadable file raises
+DataError. Whether a row fits its task is checked elsewhere, by `rows.filter_rows`.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from pipeline.core.files import BOMS
 KINDS = ".jsonl, .json, .csv or .parquet"
 WRAPPER_KEYS = ("data", "rows", "examples", "instances", "records", "train", "test", "validation")  # {"data": [rows]}
 DELIMITERS = ",;\t|"
-MISSING_WORDS = ("nan", "NaN", "NaT", "<NA>")  # what str() and pandas make of a missing number, date or text
+MISSING_WORDS = ("nan", "NaN", "NaT", "<NA>")  # str() and pandas write these for a missing number, date or text
 
-Columns = Mapping[str, tuple[str, ...]]  # the name that a task reads -> other names that a file may have for it
+Columns = Mapping[str, tuple[str, ...]]  # a task's name for a column -> other names for it in files
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row and its place. `values` is a mapping of columns; anything else has no columns."""
+    """One row and its place. `values` is a mapping from columns to cells, unless the file has something else there."""
 
     source: str  # a file, or a data set and its split
     line: int  # its line in a text file; its number, from 1, elsewhere
     values: Any
-    fault: str | None = None  # why it cannot be read; `values` is then None
+    fault: str | None = None  # why the row cannot be read; `values` is then None
 
     @property
     def place(self) -> str:
         return f"{self.source}:{self.line}"
 
     def text(self, name: str) -> str:
-        """The text of a cell; empty where the value is missing."""
+        """Return the text of a cell; "" if the value is missing."""
         value = self.values.get(name)
         return "" if is_missing(value) else str(value).strip()
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a cell holds nothing: null, a blank text, NaN, NaT, or the text that libraries write for those."""
+    """Return whether a cell is empty: null, a blank text, NaN, NaT, or the text that libraries write for those."""
     if isinstance(value, str):
         return not value or value.isspace() or value.strip() in MISSING_WORDS
     if isinstance(value, float):
@@ -59,21 +59,21 @@ def is_missing(value: Any) -> bool:
 
 
 def file_problem(path: Path) -> str | None:
-    """Why a file cannot be a file of rows, found without reading it; None where it may be one."""
+    """Return why a path cannot be a file of rows, checked without reading its rows; None if it may be one."""
     try:
         if path.is_dir():
             return f"{path} is a folder; expected a {KINDS} file"
         if not path.exists():
-            return f"{path} does not exist; give a {KINDS} file"
+            return f"{path} does not exist; expected a {KINDS} file"
         if not path.is_file():
             return f"{path} is a device or a pipe; expected a {KINDS} file"
         if path.suffix.lower() not in READERS:
-            return f"{path} is a {path.suffix or 'nameless'} file; give {KINDS}"
+            return f"{path} is a {path.suffix or 'nameless'} file; expected {KINDS}"
         with path.open("rb") as file:
             start = file.read(4)
     except (OSError, ValueError) as error:  # a path of 5,000 characters, one with a NUL, no permission
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        return f"{str(path)[:80]}: {reason}; give a {KINDS} file"
+        return f"{str(path)[:80]}: {reason}; expected a {KINDS} file"
     for mark, name in BOMS.items():
         if start.startswith(mark) and path.suffix.lower() != ".parquet":
             return f"{path} is {name}; expected UTF-8. Fix: iconv -f {name} -t UTF-8"
@@ -81,10 +81,10 @@ def file_problem(path: Path) -> str | None:
 
 
 def file_rows(path: Path, columns: Columns | None = None) -> Iterator[Row]:
-    """Every row of a file. DataError where there is no such file, its kind is not known, or it is damaged.
+    """Yield every row of a file. Raises DataError for a missing file, an unknown kind or a damaged file.
 
-    `columns` are the names a task reads, with other names for them: those of a file, in any case and with blanks around
-    them, are renamed to the task's. A name that the file has as the task reads it is never replaced.
+    `columns` maps the task's names to other names for them. A file's columns that match one of these, in any case and
+    with blanks around them, get the task's name. A column that already has a task's name is not renamed.
     """
     if problem := file_problem(path):
         raise DataError(problem)
@@ -96,7 +96,7 @@ def file_rows(path: Path, columns: Columns | None = None) -> Iterator[Row]:
 
 
 class _Names:
-    """Renames the columns of rows; files have few sets of columns, so each is worked out once."""
+    """Renames the columns of rows. Files have few sets of columns, so the mapping of each set is cached."""
 
     def __init__(self, columns: Columns) -> None:
         self.columns = columns
@@ -129,18 +129,18 @@ Read = Iterator[tuple[int, Any, str | None]]  # (line, values, fault)
 
 
 def _json(path: Path) -> Read:
-    """JSON lines, or one JSON value: either kind is found under either ending."""
+    """Yield the rows of JSON lines or of one JSON value: files of either kind have either ending."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         starts = [line.strip() for line in islice((line for line in file if line.strip()), 2)]
         file.seek(0)
-        alone = [_value(line)[1] is None for line in starts]  # whether each line is a value by itself
+        alone = [_value(line)[1] is None for line in starts]  # whether each line alone is a JSON value
         lines = path.suffix.lower() == ".jsonl"
         if alone[:1] == [True] and (lines or len(starts) > 1):
             yield from _lines(file)
             return
         text = file.read()
     content, fault = _value(text)
-    if fault and (lines or (alone[1:] == [True] and starts[1].startswith("{"))):  # lines, the first of them broken
+    if fault and (lines or (alone[1:] == [True] and starts[1].startswith("{"))):  # JSON lines with a broken first line
         yield from _lines(io.StringIO(text))
     elif fault and starts:
         raise DataError(f"{path}: {fault}; expected a list of rows, or JSON lines")
@@ -155,7 +155,7 @@ def _lines(file: Iterator[str] | io.TextIOBase) -> Read:
 
 
 def _rows_of(content: Any, path: Path) -> Read:
-    """The rows of one JSON value: a list, {"data": a list}, or a single row."""
+    """Yield the rows of one JSON value: a list, {"data": a list}, or a single row."""
     if isinstance(content, dict):
         wrapped = [content[key] for key in WRAPPER_KEYS if isinstance(content.get(key), list)]
         content = wrapped[0] if len(wrapped) == 1 else [content]
@@ -166,7 +166,7 @@ def _rows_of(content: Any, path: Path) -> Read:
 
 
 def _value(content: str) -> tuple[Any, str | None]:
-    """(value, None), or (None, why there is none)."""
+    """Parse JSON. Returns (value, None) or (None, error message)."""
     if fault := _not_text(content):
         return None, fault
     try:
@@ -177,16 +177,16 @@ def _value(content: str) -> tuple[Any, str | None]:
         return None, f"a number of more than {sys.get_int_max_str_digits()} digits"
     except RecursionError:
         return None, "nested too deep"
-    if "\\ud" in content or "\\uD" in content:  # half of a pair of escapes is no character
+    if "\\ud" in content or "\\uD" in content:  # one escape of a surrogate pair is not a character
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            return None, f"no text (half a character, {error.object[error.start]!a})"
+            return None, f"not a text (half a character, {error.object[error.start]!a})"
     return value, None
 
 
 def _not_text(content: str) -> str | None:
-    """What is wrong with bytes that were read as UTF-8, those that are none kept as half characters."""
+    """Return an error message for text with bytes that are not UTF-8 (read as surrogates); None if there are none."""
     if content.isascii():
         return None
     try:
@@ -200,8 +200,8 @@ def _not_text(content: str) -> str | None:
 
 
 def _csv(path: Path) -> Read:
-    """A table with its columns' names in the first line, as spreadsheets and pandas write it."""
-    csv.field_size_limit(sys.maxsize)  # an answer may be longer than the 131,072 characters that csv foresees
+    """Yield the rows of a table with column names in the first line, as spreadsheets and pandas write it."""
+    csv.field_size_limit(sys.maxsize)  # an answer may be longer than csv's default limit of 131,072 characters
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         before, delimiter = _delimiter(file, path)
         reader = csv.reader(file, delimiter=delimiter, strict=True)
@@ -214,7 +214,7 @@ def _csv(path: Path) -> Read:
             raise DataError(f"{path}:{before + 1}: two columns are called {' and '.join(twice)}; rename one")
         end = before + reader.line_num
         while True:
-            line = end + 1  # where the row begins: a cell may have several lines
+            line = end + 1  # the row's first line: a cell may have several lines
             try:
                 cells = next(reader)
             except StopIteration:
@@ -237,15 +237,18 @@ def _cells(names: list[str], cells: list[str]) -> tuple[Any, str | None]:
 
 
 def _delimiter(file: io.TextIOBase | Any, path: Path) -> tuple[int, str]:
-    """(lines before the names, the delimiter): the one a line `sep=;` names, else the one that parts most names."""
+    """Return (number of lines before the column names, the delimiter).
+
+    The delimiter is that of a line `sep=;`, else the one that is most frequent in the line of column names.
+    """
     first = file.readline()
     if first.lower().startswith("sep=") and len(first.strip()) == 5:
         return 1, first.strip()[4]
     file.seek(0)
     if path.suffix.lower() == ".tsv":
         return 0, "\t"
-    bare = "".join(first.split('"')[::2])  # a delimiter within quotes parts nothing
-    return 0, max(DELIMITERS, key=bare.count)  # of equals the first, the comma
+    bare = "".join(first.split('"')[::2])  # a delimiter within quotes does not count
+    return 0, max(DELIMITERS, key=bare.count)  # the first of equals: the comma
 
 
 def _parquet(path: Path) -> Read:
@@ -255,7 +258,7 @@ def _parquet(path: Path) -> Read:
     try:
         batches = pq.ParquetFile(path).iter_batches(batch_size=4096)
         yield from ((k, row, None) for k, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1))
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # OSError: of a page that is damaged
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # OSError: a damaged page
         raise DataError(f"{path}: not a parquet file, or a damaged one ({' '.join(str(error).split())})") from error
 
 

@@ -1,15 +1,15 @@
-"""Rows of files and of the hub's data sets, the bad ones named and left out.
+"""Rows of files and of the hub's data sets, with a message for each bad row.
 
     rows, skipped = filter_rows(file_rows(path), problem, str(path), skip_bad=False)
 
-A file is read by row_files.py. A data set of the hub is read from the local cache, which `python -m pipeline download`
-fills; where there is a network, it is fetched on the way.
+row_files.py reads files. A data set of the hub is read from the local cache, which `python -m pipeline download`
+fills; with a network, it is downloaded when needed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from pipeline import former_names
 from pipeline.core.errors import DataError, join_first
 from pipeline.tasks.row_files import Columns, Row, file_problem, file_rows, is_missing
 
-__all__ = ["Columns", "Row", "file_problem", "file_rows", "is_missing"]  # the other half of what a task reads rows by
+__all__ = ["Columns", "Row", "file_problem", "file_rows", "is_missing"]  # tasks import all row functions from here
 SAMPLES = Path(__file__).parent / "samples"  # small files in the hub's schemas, written for smoke tests
-BAD_ROWS_SHOWN = 20  # bad rows that are named; the others are counted
+BAD_ROWS_SHOWN = 20  # bad rows listed in an error; the others are counted
 
 
 def hub_rows(name: str, revision: str | None, *, split: str, config: str | None = None) -> Iterator[Row]:
-    """Every row of a split of a data set, at its pinned commit. DataError where it cannot be had."""
+    """Yield every row of a split of a data set, at its pinned commit. Raises DataError if it cannot be read."""
     from datasets import load_dataset
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -32,11 +32,11 @@ def hub_rows(name: str, revision: str | None, *, split: str, config: str | None 
         folder = snapshot_download(name, repo_type="dataset", revision=revision)
         data = load_dataset(folder, config, split=split)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        why = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"data set {name}: split {split!r} cannot be read ({why[:300]})",
-            "where nodes have no internet, python -m pipeline download RECIPE brings it before; "
-            "task.source=path reads a file, task.source=sample the project's own few rows",
+            f"data set {name}: split {split!r} cannot be read ({reason[:300]})",
+            "Fix: on nodes without internet, first run python -m pipeline download RECIPE; "
+            "or set task.source=path (a file) or task.source=sample (a few sample rows)",
         ) from error
     for number, values in enumerate(data, 1):
         yield Row(f"{name}/{split}", number, values)
@@ -45,18 +45,18 @@ def hub_rows(name: str, revision: str | None, *, split: str, config: str | None 
 def filter_rows(
     rows: Iterable[Row], problem: Callable[[Any], str | None], what: str, *, skip_bad: bool
 ) -> tuple[list[Row | None], list[str]]:
-    """The rows, None in the place of each that is bad, and a sentence for each bad one.
+    """Return the rows, with None in the place of each bad one, and an error message for each bad one.
 
-    Places are kept because a split is drawn over them: that of a published set has to be its publisher's, whatever rows
-    cannot be read. DataError names the bad ones, unless they are to be skipped; and `what` where it has no good ones.
+    Places are kept because splits are drawn over them: a published split must stay the same if some rows cannot be
+    read. Raises DataError with the messages, unless `skip_bad`; and with `what` if no good rows are left.
     """
     found: list[Row | None] = []
     bad = []
     for row in rows:
-        told = row.fault or problem(row.values)
-        if told:
-            bad.append(f"{row.place}: {told}")
-        found.append(None if told else row)
+        message = row.fault or problem(row.values)
+        if message:
+            bad.append(f"{row.place}: {message}")
+        found.append(None if message else row)
     if bad and not skip_bad:
         shown = (
             bad
@@ -70,12 +70,12 @@ def filter_rows(
 
 
 def skipped_note(skipped: list[str], more: str = "") -> str:
-    """What a step says about rows that cannot be read: how many, and the first few. `more` says where all are."""
+    """Return a step's warning about unreadable rows: their number and the first few. `more` names the full list."""
     return f"{len(skipped)} rows cannot be read and were left out{more}: {join_first(skipped, between='; ')}"
 
 
 def missing_fields(values: Any, *names: str) -> str | None:
-    """What a row lacks: each name has to be there, a text or a number, and not missing."""
+    """Return which of the named cells a row lacks, or which are not a text or a number; None if all are good."""
     if not isinstance(values, dict):
         return f"not a mapping with {' and '.join(names)}"
     found = []
@@ -89,15 +89,20 @@ def missing_fields(values: Any, *names: str) -> str | None:
 
 
 def empty_fields(values: dict[str, Any], *names: str) -> str | None:
-    """What is wrong with cells that may be missing, and have to be texts or numbers where they are not."""
-    there = {name: values[name] for name in names if not is_missing(values.get(name))}
-    booleans = [name for name, value in there.items() if isinstance(value, bool)]
-    infinite = [name for name, value in there.items() if isinstance(value, float) and math.isinf(value)]
-    others = [name for name, value in there.items() if not isinstance(value, str | int | float)]
-    found = [f"{name} is {str(there[name]).lower()}, not a text: quote it if the word is meant" for name in booleans]
-    found += [f"{name} is {there[name]}, not a text or a finite number" for name in infinite]
-    found += [f"{' and '.join(others)} is no text"] if others else []
+    """Return which of the named cells are filled but are not a text or a finite number; None if all are good."""
+    filled = {name: values[name] for name in names if not is_missing(values.get(name))}
+    booleans = [name for name, value in filled.items() if isinstance(value, bool)]
+    infinite = [name for name, value in filled.items() if isinstance(value, float) and math.isinf(value)]
+    others = [name for name, value in filled.items() if not isinstance(value, str | int | float)]
+    found = [f"{name} is {str(filled[name]).lower()}, not a text: quote it if the word is meant" for name in booleans]
+    found += [f"{name} is {filled[name]}, not a text or a finite number" for name in infinite]
+    found += [f"{' and '.join(others)} is not a text"] if others else []
     return "; ".join(found) or None
+
+
+def has_fields(values: Any, names: Sequence[str]) -> bool:
+    """Return whether a row is a mapping in which none of the named cells is missing."""
+    return isinstance(values, dict) and all(not is_missing(values.get(name)) for name in names)
 
 
 __getattr__ = former_names(

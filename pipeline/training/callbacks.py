@@ -1,7 +1,7 @@
-"""Callbacks that watch a trainer: progress, history, skipped steps, divergence, and GRPO steps that teach nothing.
+"""Callbacks for a trainer's progress, history, skipped steps, divergence, and GRPO steps without a learning signal.
 
-They write no weights. `Watch` and `Signal` keep their counts in the trainer's checkpoints, so that a step that was
-interrupted continues to count where it was.
+They write no weights. `ProgressCallback` and `LearningSignalCallback` save their counts in the trainer's checkpoints,
+so that a resumed step continues to count.
 """
 
 from __future__ import annotations
@@ -25,33 +25,27 @@ from pipeline.training import distributed
 from pipeline.workflow.artifact import HISTORY
 from pipeline.workflow.runtime import Runtime
 
-PROGRESS_METRICS = (
-    "loss",
-    "eval_loss",
-    "reward",
-    "completions/mean_length",
-)  # on the progress bar, where they are logged
+PROGRESS_METRICS = ("loss", "eval_loss", "reward", "completions/mean_length")  # shown on the progress bar
 # Skipped float16 steps in a row that end a run. A scale of 2^16 reaches 1 after 17 of them, where DeepSpeed itself
 # gives up; GradScaler never does.
 MAX_SKIPPED_IN_A_ROW = 50
-MINIMUM_SCALE_MESSAGE = (
-    "loss scale already at minimum"  # DeepSpeed's message when its scale is 1 and the gradients still overflow
-)
-IDLE_SHARE_WARNING = 0.9  # share of the steps that is worth a warning
-IDLE_STEPS_WARNING = 10  # GRPO steps in a row without anything to learn, after which the log and `status` say so
+# DeepSpeed's message when its scale is 1 and the gradients still overflow
+MINIMUM_SCALE_MESSAGE = "loss scale already at minimum"
+IDLE_SHARE_WARNING = 0.9  # share of idle steps above which a warning is given at the end
+IDLE_STEPS_WARNING = 10  # idle GRPO steps in a row after which the log and `status` show a warning
 
 
 class NoStepsLeft(Exception):
-    """The checkpoint that training resumes from is its end: all steps are done, or the patience is used up."""
+    """Training resumed from its last checkpoint: all steps are done, or the early-stopping patience is used up."""
 
 
 class ProgressCallback(TrainerCallback, ExportableState):
-    """Keeps progress.json up to date, counts skipped steps, saves every `cluster.save_steps`, ends a run that diverged.
+    """Updates progress.json, counts skipped steps, saves every `cluster.save_steps`, and ends a run that diverged.
 
-    In float16 the gradients are computed of a scaled loss. Where they overflow, the optimizer's step is skipped and the
-    scale is lowered: an ordinary event, which DeepSpeed and accelerate report with an infinite gradient norm. So a
-    run has diverged when its loss is not finite, when a step was taken with a gradient norm that is not finite, or
-    when `MAX_SKIPPED_IN_A_ROW` steps in a row were skipped.
+    float16 gradients are those of a scaled loss. If they overflow, the optimizer skips the step and lowers the scale.
+    This is normal; DeepSpeed and accelerate then report an infinite gradient norm. Thus a run has diverged if its loss
+    is not finite, if a step was taken with a gradient norm that is not finite, or if `MAX_SKIPPED_IN_A_ROW` steps in a
+    row were skipped.
     """
 
     def __init__(self, runtime: Runtime, trainer: Trainer) -> None:
@@ -69,7 +63,7 @@ class ProgressCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         for callback in self.trainer.callback_handler.callbacks:
-            if isinstance(callback, ExportableState):  # a checkpoint from before it had a state cannot be saved again
+            if isinstance(callback, ExportableState):  # checkpoints of older versions lack its state, and saves need it
                 state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
         self.progress.update(
             state="running", done=state.global_step, first=state.global_step, total=state.max_steps, note=""
@@ -79,12 +73,12 @@ class ProgressCallback(TrainerCallback, ExportableState):
             for callback in self.trainer.callback_handler.callbacks
             if isinstance(callback, EarlyStoppingCallback)
         ):
-            raise NoStepsLeft  # the trainer would take one more step
+            raise NoStepsLeft  # otherwise the trainer would take one more step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.progress.update(done=state.global_step)
         if state.global_step % self.runtime.cluster.save_steps == 0:
-            control.should_save = True  # also where the trainer itself saves at its validations
+            control.should_save = True  # also if the trainer saves only at its validations
         if not (args.fp16 and self.trainer.accelerator.optimizer_step_was_skipped):
             self.in_a_row = 0
             return
@@ -126,10 +120,10 @@ class ProgressCallback(TrainerCallback, ExportableState):
 
 
 class LearningSignalCallback(TrainerCallback, ExportableState):
-    """Counts GRPO steps from which nothing can be learned, warns of them, and ends the run where the cluster says so.
+    """Counts GRPO steps without a learning signal, warns of them, and ends the run at `cluster.max_idle_steps`.
 
-    A step teaches nothing when the completions of each group have the same reward (TRL's `frac_reward_zero_std` is 1:
-    every advantage is 0), and little when every completion was cut at its longest (`completions/clipped_ratio` is 1).
+    A step has no signal if all completions of each group have the same reward (TRL's `frac_reward_zero_std` is 1: every
+    advantage is 0). It has little if every completion was truncated (`completions/clipped_ratio` is 1).
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -168,7 +162,7 @@ class LearningSignalCallback(TrainerCallback, ExportableState):
             control.should_training_stop = True
 
     def warn(self) -> None:
-        """Report at the end of training what most of its steps lacked."""
+        """Warn at the end of training if most of its steps had no learning signal."""
         if self.flat and self.flat >= IDLE_SHARE_WARNING * self.steps:
             self.runtime.warn(
                 f"in {self.flat} of {self.steps} steps no group of completions had rewards that differ, so GRPO "
@@ -182,15 +176,15 @@ class LearningSignalCallback(TrainerCallback, ExportableState):
             )
 
     def metrics(self) -> dict[str, int]:
-        """How many GRPO steps had no spread and how many only cut completions; empty for SFT."""
+        """Return the number of GRPO steps without reward spread and with only truncated completions; {} for SFT."""
         return {"steps_without_spread": self.flat, "steps_all_cut": self.cut} if self.steps else {}
 
 
 def restore_callbacks(trainer: Trainer, checkpoint: Path) -> None:
-    """Give the trainer's callbacks the state that they had at a checkpoint: counts, and early stopping's patience.
+    """Restore the state of the trainer's callbacks from a checkpoint: counts, and early stopping's patience.
 
-    transformers' own `restore_callback_states_from_checkpoint` makes the callbacks anew from what they saved, which
-    callbacks that hold a trainer cannot be.
+    transformers' own `restore_callback_states_from_checkpoint` constructs new callbacks from the saved state, which
+    fails for callbacks that hold a trainer.
     """
     saved = (read_json(checkpoint / "trainer_state.json") or {}).get("stateful_callbacks", {})
     for callback in trainer.callback_handler.callbacks:
@@ -201,5 +195,5 @@ def restore_callbacks(trainer: Trainer, checkpoint: Path) -> None:
 
 
 def write_history(history: list[dict[str, Any]], out: Path) -> None:
-    """The trainer's log, one entry a logging step, for the report's curves."""
+    """Write the trainer's log, one entry per logging step, for the report's curves."""
     write_json(out / HISTORY, history)

@@ -1,9 +1,8 @@
-"""Checkpoints that can be trusted: a manifest written last, resume from the newest that verifies, the agreed stop.
+"""Verified checkpoints: a manifest that is written last, resume from the latest valid one, the coordinated stop.
 
-A checkpoint counts only with its manifest (files, sizes, sha256), which is signed (signing.py) and covers the layout
-that it was written in (layouts.py). Older checkpoints are deleted after the manifest of a newer one is there, never
-before. A stop is a file in the step's folder: rank 0 sees it at a step boundary, all ranks agree by a collective, save,
-and leave together.
+A checkpoint is valid only with its manifest (files, sizes, sha256). The manifest is signed (signing.py) and covers the
+training layout (layouts.py). Older checkpoints are deleted only after a newer one has its manifest. A stop is requested
+by a file in the step's folder: rank 0 reads it at a step boundary and broadcasts the decision; all ranks save and exit.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from pipeline.workflow.signing import MANIFEST, SIGNATURE, origin_problem, sign
 
 
 def write_manifest(folder: Path, layout: Layout | None = None) -> None:
-    """Record every file of a checkpoint. Written last: its existence means that the checkpoint is whole."""
+    """Record every file of a checkpoint. Written last: its existence means that the checkpoint is complete."""
     if layout is not None:
         write_layout(folder, layout)
     entries = hash_files(folder, leave_out={MANIFEST, SIGNATURE})
@@ -35,21 +34,21 @@ def write_manifest(folder: Path, layout: Layout | None = None) -> None:
 
 
 def validation_error(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None."""
+    """Return why a checkpoint is not valid, or None."""
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or not all(isinstance(entry, dict) for entry in manifest.values()):
-        return "it was not written to its end"
+        return "it is incomplete (no manifest)"
     for name, entry in manifest.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != entry.get("size") or file_sha256(path) != entry.get("sha256"):
-            return f"{name} is not what was written"
+            return f"{name} has changed since it was written"
     return None
 
 
 def numbered(folder: Path) -> list[Path]:
-    """The checkpoints of a folder by their step, the oldest first; other folders are left out."""
+    """Return the checkpoints of a folder by step, the oldest first; other folders are left out."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     return sorted(found, key=_step)
 
@@ -59,55 +58,55 @@ def _step(checkpoint: Path) -> int:
 
 
 def latest_valid_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and what was passed over on the way, as sentences."""
-    passed: list[str] = []
+    """Return (the latest valid checkpoint or None, a message for each later one that was skipped)."""
+    skipped: list[str] = []
     for checkpoint in reversed(numbered(folder)):
         problem = validation_error(checkpoint)
         if problem is None:
-            return checkpoint, passed
-        passed.append(f"passed over {checkpoint.name}: {problem}")
-    return None, passed
+            return checkpoint, skipped
+        skipped.append(f"skipped {checkpoint.name}: {problem}")
+    return None, skipped
 
 
 def checkpoint_to_resume(folder: Path, layout: Layout, stage: str, runtime: Runtime) -> tuple[Path | None, list[str]]:
-    """The checkpoint to resume from and what was passed over: rank 0 verifies, every process is given the same.
+    """Return, in every process, (the checkpoint to resume from, messages about skipped ones); rank 0 verifies them.
 
-    ArtifactError, in every process, for a checkpoint that this user did not write or that needs another layout: a
-    refusal is repaired by a word, while starting again from an older one would lose work without a trace.
+    Raises ArtifactError in every process for a checkpoint that another user wrote or that needs another layout. One
+    override fixes such an error, while a silent resume from an older checkpoint would lose work.
     """
 
     def decide() -> tuple[str | None, list[str]]:
         for checkpoint in numbered(folder):
             if problem := origin_problem(checkpoint):
                 raise ArtifactError(problem)
-        found, passed = latest_valid_checkpoint(folder)
+        found, skipped = latest_valid_checkpoint(folder)
         saved = saved_layout(found) if found else None
         if found and saved and (problem := layout_mismatch(saved, layout, found, stage, runtime.cluster)):
             raise ArtifactError(problem)
-        return (str(found) if found else None), passed
+        return (str(found) if found else None), skipped
 
-    found, passed = distributed.from_rank_0(decide)
-    return (Path(found) if found else None), passed
+    found, skipped = distributed.from_rank_0(decide)
+    return (Path(found) if found else None), skipped
 
 
 def rotate(folder: Path, newest: Path, keep: int, best: str | None = None) -> None:
-    """Delete checkpoints beyond the `keep` most recent, `newest` and the best among them.
+    """Delete all but the `keep` most recent checkpoints; `newest` and the best are kept and count towards `keep`.
 
-    Later steps than `newest` are of an attempt whose checkpoints did not verify; they go first, as those without a
-    manifest do.
+    Steps later than `newest` are from an attempt whose checkpoints were invalid. They are always deleted, and so are
+    checkpoints without a manifest.
     """
     kept = {newest.name, *([Path(best).name] if best else [])}
     others = [path for path in numbered(folder) if path.name not in kept]
-    good = [path for path in others if _step(path) < _step(newest) and (path / MANIFEST).is_file()]
-    spared = good[len(good) - max(0, keep - len(kept)) :] if keep > len(kept) else []
+    valid = [path for path in others if _step(path) < _step(newest) and (path / MANIFEST).is_file()]
+    recent = valid[len(valid) - max(0, keep - len(kept)) :] if keep > len(kept) else []
     for path in others:
-        if path not in spared:
-            (path / MANIFEST).unlink(missing_ok=True)  # first: half a checkpoint must not look like a whole one
+        if path not in recent:
+            (path / MANIFEST).unlink(missing_ok=True)  # first: a partly deleted checkpoint must not look complete
             shutil.rmtree(path, ignore_errors=True)
 
 
 class CheckpointCallback(TrainerCallback):
-    """Writes the manifest after each save and then deletes older ones; turns the stop file into an agreed end."""
+    """Writes the manifest after each save, deletes older checkpoints, and ends all ranks together at a stop request."""
 
     def __init__(self, runtime: Runtime, layout: Layout, deadline: Deadline) -> None:
         self.runtime = runtime
@@ -123,7 +122,7 @@ class CheckpointCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> TrainerControl:
-        self.runtime.check_lock()  # before anything is written: a zombie of an old attempt ends here
+        self.runtime.check_lock()  # before anything is written: a leftover process of an earlier attempt ends here
         self.deadline.step()
         if distributed.broadcast_flag(self.runtime.stop_requested()) and state.global_step < state.max_steps:
             self.stopped = True
@@ -140,4 +139,4 @@ class CheckpointCallback(TrainerCallback):
             write_manifest(newest, self.layout)
             rotate(folder, newest, self.runtime.cluster.keep_checkpoints, state.best_model_checkpoint)
 
-        distributed.from_rank_0(record)  # hashing a large model takes minutes, which no collective should wait for
+        distributed.from_rank_0(record)  # hashing a large model takes minutes: too long for a collective

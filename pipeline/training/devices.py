@@ -1,10 +1,10 @@
-"""The devices that a stage really runs on: refused where they are not what the cluster asks for, and written down.
+"""Check a stage's devices against the cluster's settings, and record them.
 
-    check_devices(cluster, smoke_test=False)     at the start of a stage process: LaunchError, or sentences that warn
-    describe(recipe, cluster, stage, world)     for the artifact: names, precision, attention, layout, planned memory
-    explain_out_of_memory(error, stage, cluster)    the sentence for a GPU whose memory ran out
+    check_devices(cluster, smoke_test=False)                at the start of a stage process: LaunchError, or warnings
+    describe_hardware(recipe, cluster, stage, world)        names, precision, attention, layout, planned memory
+    explain_out_of_memory(error, stage, cluster)            the error message for a GPU that ran out of memory
 
-Reads torch and /dev only; chooses nothing. Precision and attention are chosen in models/loading.py.
+This module only reads torch and /dev. models/loading.py chooses precision and attention.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from pipeline.sizing.fitting import needs
 from pipeline.sizing.model_sizes import GIB
 from pipeline.workflow.layouts import stage_layout
 
-ALLOW_CPU = "THEREFORE_ALLOW_CPU"  # 1: stages of a cluster with GPUs may run on CPUs, for tests of the cluster's file
-MEMORY_TOLERANCE = 0.9  # share of cluster.gpu_memory that a card may fall short by its driver's own use
+ALLOW_CPU = "THEREFORE_ALLOW_CPU"  # 1: stages of a cluster with GPUs may run on CPUs, for tests of cluster files
+MEMORY_TOLERANCE = 0.9  # least share of cluster.gpu_memory that a GPU must have: its driver uses some itself
 
 
 def check_devices(cluster: Cluster, *, smoke_test: bool) -> list[str]:
-    """LaunchError where GPUs are asked for that this process cannot use; returns sentences about those that differ.
+    """Raise LaunchError if this process cannot use the cluster's GPUs. Returns a warning for each difference.
 
-    A smoke test of a shrunken model, whose figures are no results, may run on a CPU, with a sentence.
+    A smoke test may run on a CPU, with a warning, because its figures are not results.
     """
     if not wanted_gpus(cluster):
         return []
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    if why := device_error(local):
+    if problem := device_error(local):
         if smoke_test or os.environ.get(ALLOW_CPU) == "1":
-            return [f"cluster.gpus: got {cluster.gpus}, but this ran on the CPU: {why}"]
+            return [f"cluster.gpus: got {cluster.gpus}, but this ran on the CPU: {problem}"]
         raise LaunchError(
-            f"cluster.gpus: got {cluster.gpus} on {os.uname().nodename}, where torch cannot use a GPU; {why}. "
+            f"cluster.gpus: got {cluster.gpus} on {os.uname().nodename}, where torch cannot use a GPU; {problem}. "
             "cluster.gpus=0 trains on the CPU"
         )
     if local >= torch.cuda.device_count():
@@ -51,7 +51,7 @@ def check_devices(cluster: Cluster, *, smoke_test: bool) -> list[str]:
 
 
 def device_error(index: int = 0) -> str | None:
-    """Why torch cannot compute on a GPU here, with the remedy; None where it can. Makes GPU `index` the current one."""
+    """Return why torch cannot compute on a GPU here, with a fix; None if it can. Selects GPU `index`."""
     if torch.cuda.is_available():
         try:
             if index < torch.cuda.device_count():
@@ -59,7 +59,8 @@ def device_error(index: int = 0) -> str | None:
                 torch.zeros(1, device=f"cuda:{index}")
         except (RuntimeError, AssertionError) as error:
             return (
-                f"CUDA fails at its first use: {str(error).strip().splitlines()[0]}. Fix: another node, or its driver"
+                f"CUDA fails at its first use: {str(error).strip().splitlines()[0]}. Fix: use another node, or repair "
+                "the node's driver"
             )
         return None
     built = torch.version.cuda or torch.version.hip
@@ -67,25 +68,26 @@ def device_error(index: int = 0) -> str | None:
     if built is None:
         return f"torch {torch.__version__} has neither CUDA nor ROCm. Fix: run scripts/setup on a node with a GPU"
     if not driver_devices():
-        return "no driver has made a device (/dev/nvidia0, /dev/kfd). Fix: a node with GPUs, by --gres or the partition"
+        return "there is no device file of a driver (/dev/nvidia0, /dev/kfd). Fix: request a node with GPUs (--gres)"
     if visible in ("", "-1"):
         return (
-            "CUDA_VISIBLE_DEVICES hides them all. Fix: unset it, or ask Slurm for them (cluster.slurm.gpu_type, --gres)"
+            "CUDA_VISIBLE_DEVICES hides all GPUs. Fix: unset it, or request GPUs from Slurm (cluster.slurm.gpu_type, "
+            "--gres)"
         )
     return (
-        f"torch {torch.__version__} was built for {built}, and the driver does not offer it. Fix: compare nvidia-smi's "
-        "CUDA version; install an older torch or a newer driver"
+        f"torch {torch.__version__} was built for {built}, which the driver does not support. Fix: compare "
+        "nvidia-smi's CUDA version; install an older torch or a newer driver"
     )
 
 
 def _differences(cluster: Cluster, index: int) -> list[str]:
-    """What the cluster's file says of its GPUs and this one is not."""
+    """Return a warning for each setting of the cluster's GPUs that this GPU does not match."""
     card = torch.cuda.get_device_properties(index)
     found = []
     if cluster.gpu_memory and card.total_memory < MEMORY_TOLERANCE * cluster.gpu_memory * GIB:
         found.append(
             f"cluster.gpu_memory: got {cluster.gpu_memory:g}; expected at most {card.total_memory / GIB:.1f}, which "
-            f"{card.name} has. Fix: cluster.gpu_memory={card.total_memory / GIB:.1f}, so that batches are chosen for it"
+            f"{card.name} has. Fix: cluster.gpu_memory={card.total_memory / GIB:.1f}, so that batches fit into it"
         )
     capability = card.major + card.minor / 10
     if cluster.compute_capability and torch.version.hip is None and capability != cluster.compute_capability:
@@ -97,7 +99,7 @@ def _differences(cluster: Cluster, index: int) -> list[str]:
 
 
 def describe_hardware(recipe: Recipe, cluster: Cluster, stage: str, world: int) -> dict[str, Any]:
-    """What a stage runs on and how, as plain values for the artifact's provenance."""
+    """Return a stage's device, precision, attention, layout and planned memory, for the artifact's provenance."""
     on_gpu = torch.cuda.is_available()
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
@@ -119,7 +121,7 @@ def describe_hardware(recipe: Recipe, cluster: Cluster, stage: str, world: int) 
 
 
 def measured_usage() -> dict[str, float]:
-    """The most GiB that this process has held: allocated and reserved of its GPU, or resident where it has none."""
+    """Return the peak memory of this process in GiB: allocated and reserved on its GPU, or resident without a GPU."""
     if torch.cuda.is_available():
         return {
             "allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
@@ -129,7 +131,7 @@ def measured_usage() -> dict[str, float]:
 
 
 def explain_out_of_memory(error: BaseException, stage: str, cluster: Cluster) -> str | None:
-    """The sentence for a GPU whose memory ran out, with what to change; None for any other error."""
+    """Return the error message for a GPU that ran out of memory, with a fix; None for any other error."""
     text = str(error)
     if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in text:
         return None
@@ -146,24 +148,24 @@ def explain_out_of_memory(error: BaseException, stage: str, cluster: Cluster) ->
 
 
 def _remedies(stage: str, cluster: Cluster) -> str:
-    """Overrides that need less memory than what the stage had."""
+    """Return overrides with which the stage needs less memory."""
     if stage not in ("sft", "grpo"):
         size = cluster.evaluate_batch_size
         smaller = max(1, size // 2) if isinstance(size, int) else 8
-        spread = "cluster.max_memory={gpu: GIB, cpu: GIB} keeps a part of the model on the CPU"
+        spread = "cluster.max_memory={gpu: GIB, cpu: GIB}, which keeps a part of the model on the CPU"
         return spread if size == 1 else f"cluster.evaluate_batch_size={smaller}, or {spread}"
     kind: Literal["sft", "grpo"] = "sft" if stage == "sft" else "grpo"
-    layout, words = getattr(cluster, kind), []
+    layout, overrides = getattr(cluster, kind), []
     rows = layout.per_device_batch_size
     if rows == "auto" or rows > 1:
-        words.append(f"cluster.{kind}.per_device_batch_size={1 if rows == 'auto' else max(1, rows // 2)}")
+        overrides.append(f"cluster.{kind}.per_device_batch_size={1 if rows == 'auto' else max(1, rows // 2)}")
     if layout.gradient_checkpointing is not True:
-        words.append(f"cluster.{kind}.gradient_checkpointing=true")
+        overrides.append(f"cluster.{kind}.gradient_checkpointing=true")
     if kind == "grpo" and cluster.generation_batch_size == "auto":
-        words.append("cluster.generation_batch_size=N below what the log shows")
+        overrides.append("cluster.generation_batch_size=N below what the log shows")
     elif kind == "grpo":
-        words.append("a smaller cluster.generation_batch_size")
+        overrides.append("a smaller cluster.generation_batch_size")
     if layout.deepspeed in ("none", "zero2"):
-        words.append(f"cluster.{kind}.deepspeed=zero3 (a step that has checkpoints starts again)")
+        overrides.append(f"cluster.{kind}.deepspeed=zero3 (a step that has checkpoints starts again)")
     shorter = "sft.max_length" if kind == "sft" else "grpo.max_completion_length"
-    return f"{', '.join(words) or 'larger GPUs'}, or a smaller {shorter} (another step)"
+    return f"{', '.join(overrides) or 'larger GPUs'}, or a smaller {shorter} (another step)"

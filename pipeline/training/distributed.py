@@ -1,11 +1,11 @@
-"""The processes of one stage: which one this is, how they wait for each other and agree.
+"""The process group of a stage: ranks, barriers, broadcasts, and a wrapper around torchrun.
 
     python -m pipeline.training.distributed --nproc-per-node=2 -m pipeline.sft --step DIR
 
-is torchrun, but ends with the exit code of the process that failed first, leaves the traceback to that process, and
-says in one sentence which process a signal has ended. torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; without it there
-is one process. What rank 0 does alone (hashing, counting, committing) the others wait for in the rendezvous store and
-not in a collective: that has no time limit and keeps no GPU busy.
+runs torchrun with three differences: it returns the exit code of the process that failed first, prints no traceback of
+its own, and names a process that a signal has ended. torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; without it there
+is one process. While rank 0 works alone (hashing, counting, committing), the others wait on a key of the rendezvous
+store. A collective would time out and keep the GPUs busy.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from pipeline.workflow import faults
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
-POLL = 0.2  # seconds between two looks for what rank 0 has done
-CAUSE_WINDOW = 3  # seconds: failures that torchrun saw within these are causes; later ones it caused itself
-_shared = 0  # values that rank 0 has given the others so far
-_given = 0  # values that each has given rank 0 so far
+POLL = 0.2  # seconds between two reads of the store
+CAUSE_WINDOW = 3  # seconds after the first failure; torchrun itself ends the processes that fail later
+_shared = 0  # number of values broadcast from rank 0 so far
+_given = 0  # number of values gathered on rank 0 so far
 
 
 def rank() -> int:
@@ -48,8 +48,7 @@ def world_size() -> int:
 def start(*, deepspeed: bool) -> None:
     """Join the process group: gloo on a CPU, NCCL on GPUs.
 
-    DeepSpeed has to start it itself before the model is built: on a CPU under ZeRO-3 it otherwise believes that
-    the world is one process.
+    DeepSpeed must initialize it before the model is built: on a CPU under ZeRO-3 it otherwise assumes one process.
     """
     if "RANK" not in os.environ or dist.is_initialized():
         return
@@ -70,14 +69,14 @@ def start(*, deepspeed: bool) -> None:
 def load_operator() -> None:
     """Load DeepSpeed's shared-memory operator in every process, or in none: processes that differ would hang.
 
-    The first process of each node builds it where it is missing; rank 0 says why gloo does its work instead.
+    The first process of each node builds it if it is missing; rank 0 prints why gloo is used instead.
     """
     first = os.environ.get("LOCAL_RANK", "0") == "0"
-    for mine in (first, not first):
-        why = operators.load() if mine else None
-        found: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, why)
-        failed = next((text for text in found if text), None)
+    for loads_now in (first, not first):
+        problem = operators.load() if loads_now else None
+        problems: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        failed = next((text for text in problems if text), None)
         if failed:
             operators.switch_off()
             if rank() == 0:
@@ -92,18 +91,18 @@ def barrier() -> None:
 
 
 def broadcast_flag(flag: bool) -> bool:
-    """Rank 0's answer, in every process: a decision that all ranks take at the same step."""
+    """Return rank 0's flag in every process, so that all ranks decide alike at the same step."""
     if not dist.is_initialized():
         return flag
-    answer = torch.tensor([int(flag)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.broadcast(answer, src=0)
-    return bool(answer.item())
+    value = torch.tensor([int(flag)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.broadcast(value, src=0)
+    return bool(value.item())
 
 
 def from_rank_0(make: Callable[[], T]) -> T:
-    """What `make` returns on rank 0 (anything JSON holds), in every process.
+    """Run `make` on rank 0 and return its result (a JSON value) in every process.
 
-    The others do not run it: they wait as long as rank 0 lives, and raise the PipelineError that it raises.
+    The other ranks wait as long as rank 0 lives. They raise the same PipelineError as rank 0.
     """
     global _shared
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -111,7 +110,6 @@ def from_rank_0(make: Callable[[], T]) -> T:
     _shared += 1
     key, store = f"therefore/{_shared}", _store()
     if rank() == 0:
-        told: dict[str, Any]
         try:
             value = make()
         except BaseException as error:
@@ -123,15 +121,15 @@ def from_rank_0(make: Callable[[], T]) -> T:
         return value
     while not store.check([key]):
         time.sleep(POLL)
-    told = json.loads(store.get(key))
-    if "error" in told:
-        kind = getattr(errors, told["error"], LaunchError)
-        raise kind(*told["problems"])
-    return cast("T", told["value"])
+    message = json.loads(store.get(key))
+    if "error" in message:
+        kind = getattr(errors, message["error"], LaunchError)
+        raise kind(*message["problems"])
+    return cast("T", message["value"])
 
 
 def to_rank_0(value: T) -> list[T]:
-    """What every process gives (anything JSON holds), by rank, on rank 0; an empty list on the others."""
+    """Gather the value of every process (a JSON value). Returns them by rank on rank 0; an empty list elsewhere."""
     global _given
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
@@ -150,9 +148,9 @@ def _store() -> Any:
 
 
 def exit_together(done: Callable[[], bool]) -> None:
-    """The last thing of a stage: no process ends before rank 0 has, so that torchrun and srun see them end together.
+    """Keep every process alive until rank 0 has committed; torchrun and srun end a step whose processes end far apart.
 
-    Rank 0 calls it after its commit. A store that is gone means that rank 0 has ended: well where `done()` says so.
+    Every rank calls it last. A lost store means that rank 0 has ended. Raises LaunchError if `done()` is then false.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
@@ -164,7 +162,7 @@ def exit_together(done: Callable[[], bool]) -> None:
             time.sleep(POLL)
     except (RuntimeError, ConnectionError) as error:
         if rank() != 0 and not done():
-            raise LaunchError(f"rank {rank()}: rank 0 ended before this step was committed; see its error") from error
+            raise LaunchError(f"rank {rank()}: rank 0 ended before this step finished; see its error") from error
 
 
 def finish() -> None:
@@ -173,9 +171,9 @@ def finish() -> None:
 
 
 def reset() -> None:
-    """Undo what a stage leaves in its process, so that another can run in it: the debug launcher does this."""
+    """Reset the global state of a process after a stage, so that the debug launcher can run another stage in it."""
     if "deepspeed" in sys.modules and sys.modules["deepspeed"].comm.is_initialized():
-        sys.modules["deepspeed"].comm.destroy_process_group()  # and the groups that it has made of it
+        sys.modules["deepspeed"].comm.destroy_process_group()  # and its subgroups
     finish()
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState, GradientState
@@ -184,13 +182,13 @@ def reset() -> None:
         GradientState._reset_state()
     if "transformers.integrations.deepspeed" in sys.modules:
         sys.modules["transformers.integrations.deepspeed"].unset_hf_deepspeed_config()
-    gc.collect()  # a model and its optimizer refer to each other
+    gc.collect()  # a model and its optimizer form a reference cycle
 
 
 def torchrun(argv: list[str]) -> int:
-    """Run torchrun. Returns 0, or the code of the first process that failed (128 + n where signal n ended it).
+    """Run torchrun. Returns 0, or the exit code of the first process that failed (128 + n if signal n ended it).
 
-    A process that a signal has ended is named with the likely cause, here and in the step's progress file.
+    For a process that a signal has ended, stderr and the step's progress file get its rank and the likely cause.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
@@ -202,16 +200,16 @@ def torchrun(argv: list[str]) -> int:
         main(argv)
     except ChildFailedError as error:
         first = error.get_first_failure()[1]
-        sentences = []
+        messages = []
         for number, failure in sorted(error.failures.items()):
             caused = failure.exitcode == -signal.SIGTERM or failure.timestamp - first.timestamp > CAUSE_WINDOW
             who = f"rank {number} (process {failure.pid} on {os.uname().nodename})"
-            if not caused and (sentence := faults.explain_death(who, failure.exitcode, kills)):
-                sentences.append(sentence)
-        if sentences:
-            print("\n".join(f"error: {sentence}" for sentence in sentences), file=sys.stderr, flush=True)
+            if not caused and (message := faults.explain_death(who, failure.exitcode, kills)):
+                messages.append(message)
+        if messages:
+            print("\n".join(f"error: {message}" for message in messages), file=sys.stderr, flush=True)
             if "--step" in argv:
-                faults.record_failure(Path(argv[argv.index("--step") + 1]), sentences, began)
+                faults.record_failure(Path(argv[argv.index("--step") + 1]), messages, began)
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
     return 0
 

@@ -1,11 +1,11 @@
-"""The harness that every stage process runs in.
+"""The harness of every stage process.
 
-    python -m pipeline.sft RECIPE [key=value …]     by hand: becomes `python -m pipeline run --stages sft …`
-    torchrun --nproc_per_node=2 -m pipeline.sft RECIPE …     the same, in the processes torchrun has started
-    torchrun … -m pipeline.sft --step DIR           by a launcher: everything it needs is in DIR/step.json
+    python -m pipeline.sft RECIPE [key=value …]     by hand: replaces itself by `python -m pipeline run --stages sft …`
+    torchrun --nproc_per_node=2 -m pipeline.sft RECIPE …     the same, in the processes that torchrun has started
+    torchrun … -m pipeline.sft --step DIR           by a launcher: DIR/step.json is the complete specification
 
-A stage module defines `run(recipe, inputs, out, runtime) -> metrics`; only the harness calls it. It holds the owner
-file, keeps the progress file, and commits the artifact, last. It imports torch for a stage that needs it, not before.
+A stage module defines `run(recipe, inputs, out, runtime) -> metrics`; only the harness calls it. The harness holds the
+lock, updates the progress file, and commits the artifact last. It imports torch only for a stage that needs it.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ class StageFunction(Protocol):
 
 
 def main(stage: str, run: StageFunction) -> None:
-    """The command line of a stage module."""
+    """Run the command line of a stage module."""
     run_main(lambda: _main(stage, run, sys.argv[1:]))
 
 
 def _main(stage: str, run: StageFunction, argv: list[str]) -> int:
     given = argv[:1] == ["--step"] and len(argv) == 2
-    if not given and "RANK" not in os.environ:  # a stage started by hand names the command line and becomes it
+    if not given and "RANK" not in os.environ:  # started by hand: run the command line instead
         alone = stage == "export" or "--ckpt" in " ".join(argv)
-        asked = ["export" if stage == "export" else "evaluate"] if alone else ["run", "--stages", stage]
-        os.execv(sys.executable, [sys.executable, "-m", "pipeline", *asked, *argv])
+        command = ["export" if stage == "export" else "evaluate"] if alone else ["run", "--stages", stage]
+        os.execv(sys.executable, [sys.executable, "-m", "pipeline", *command, *argv])
     argv, typed_in = enter_project(argv, STAGES[stage].module)
     if given:
         return _run_stage((typed_in or Path()) / argv[1], run)
-    # torchrun started us: every rank asks for the same plan and finds the same folder
+    # started by torchrun: every rank makes the same plan and gets the same folder
     command = [sys.executable, "-m", "pipeline", "prepare", "--stages", stage, *argv]
     environment = {**os.environ, "THEREFORE_PROCESSES": os.environ["WORLD_SIZE"]}
     environment |= {TYPED_IN: str(typed_in)} if typed_in else {}
@@ -72,13 +72,13 @@ def _main(stage: str, run: StageFunction, argv: list[str]) -> int:
 
 
 def _run_stage(folder: Path, run: StageFunction) -> int:
-    """Run a step in this process, which its launcher or torchrun has started."""
+    """Run a step in this process, which its launcher or torchrun started; end the process if its parent dies."""
     faults.die_with_parent()
     return run_spec(folder, run)
 
 
 def run_spec(folder: Path, run: StageFunction) -> int:
-    """Run the step whose step.json is in `folder`, from its lock to its artifact; returns 0."""
+    """Run the step of `folder`/step.json, from its lock to its artifact. Returns 0."""
     spec = read_spec(folder)
     if is_done(folder):
         print(f"{folder} is done; nothing to do")
@@ -91,7 +91,7 @@ def run_spec(folder: Path, run: StageFunction) -> int:
         runtime = Runtime(spec.cluster, progress, rank, world, folder, holder, spec.options)
         code = code_of(spec.stage, spec.recipe.task.name, spec.recipe.grpo.rewards)  # as this process imported it
         try:
-            if rank == 0:  # whose home has the key; the others end with it
+            if rank == 0:  # only its home must have the signing key; the other ranks end with it
                 _refuse_checkpoints(spec, folder, world)
             inputs = {role: open_artifact(Path(where)) for role, where in spec.inputs.items()}
             if rank == 0:
@@ -99,8 +99,8 @@ def run_spec(folder: Path, run: StageFunction) -> int:
             hardware = _hardware(spec, runtime)
             metrics = run(spec.recipe, inputs, folder, runtime)
             hardware |= _measured(spec, runtime)
-            if sentence := many_attempts(progress.now):
-                runtime.warn(sentence)
+            if warning := many_attempts(progress.now):
+                runtime.warn(warning)
             if warnings := progress.now.warnings:
                 metrics = {**metrics, WARNINGS: list(warnings)}
             runtime.check_lock()
@@ -117,9 +117,10 @@ def run_spec(folder: Path, run: StageFunction) -> int:
             raise
         except Exception as error:
             memory = _out_of_memory(error, spec)
-            told = memory or explain_disk(error, folder) or f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            with contextlib.suppress(OSError):  # the disk may be full for this too
-                progress.update(state="failed", problems=(told,), exit_code=EXIT_FAILURE)
+            first_line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            problem = memory or explain_disk(error, folder) or first_line
+            with contextlib.suppress(OSError):  # the disk may be full
+                progress.update(state="failed", problems=(problem,), exit_code=EXIT_FAILURE)
             if memory:
                 raise LaunchError(memory) from error
             raise
@@ -127,7 +128,7 @@ def run_spec(folder: Path, run: StageFunction) -> int:
 
 
 def _refuse_checkpoints(spec: StepSpec, folder: Path, world: int) -> None:
-    """ArtifactError, before a model is loaded, where this step's checkpoints cannot be resumed as it was started."""
+    """Raise ArtifactError, before a model is loaded, if this step's checkpoints cannot be resumed in this layout."""
     if STAGES[spec.stage].trains:
         from pipeline.workflow.layouts import resume_problems
 
@@ -136,13 +137,13 @@ def _refuse_checkpoints(spec: StepSpec, folder: Path, world: int) -> None:
 
 
 def _hardware(spec: StepSpec, runtime: Runtime) -> dict[str, Any]:
-    """What a stage with a model runs on, refused where it is not what the cluster asks for; for its provenance."""
+    """Check the devices of a stage with a model. Returns its hardware for the provenance; {} for other stages."""
     if STAGES[spec.stage].processes == "one":
         return {}
     from pipeline.training import devices
 
-    for sentence in devices.check_devices(spec.cluster, smoke_test=spec.recipe.smoke_test):
-        runtime.warn(sentence)
+    for warning in devices.check_devices(spec.cluster, smoke_test=spec.recipe.smoke_test):
+        runtime.warn(warning)
     found = devices.describe_hardware(spec.recipe, spec.cluster, spec.stage, runtime.world)
     if runtime.rank == 0:
         print(format_hardware(found), flush=True)
@@ -150,24 +151,24 @@ def _hardware(spec: StepSpec, runtime: Runtime) -> dict[str, Any]:
 
 
 def _measured(spec: StepSpec, runtime: Runtime) -> dict[str, Any]:
-    """The most memory that a process of a stage with a model has held, to be compared with what was planned.
+    """Return the peak memory over all processes of a stage with a model, for comparison with the plan; also print it.
 
-    Also in the log. What other processes than rank 0 have warned of (another card, on another node) is reported too.
+    Warnings of ranks other than 0 (a different GPU on another node) are repeated here.
     """
     if STAGES[spec.stage].processes == "one":
         return {}
     from pipeline.training import devices, distributed
 
-    mine: dict[str, Any] = {"held": devices.measured_usage(), "warnings": list(runtime.progress.now.warnings)}
-    told = distributed.to_rank_0(mine)
-    for rank, one in enumerate(told):
-        for sentence in one["warnings"]:
-            if sentence not in told[0]["warnings"]:
-                runtime.warn(f"rank {rank}: {sentence}")
-    if not told:
+    own: dict[str, Any] = {"usage": devices.measured_usage(), "warnings": list(runtime.progress.now.warnings)}
+    records = distributed.to_rank_0(own)
+    for rank, record in enumerate(records):
+        for warning in record["warnings"]:
+            if warning not in records[0]["warnings"]:
+                runtime.warn(f"rank {rank}: {warning}")
+    if not records:
         return {}
-    held = [one["held"] for one in told]
-    found = {"measured": {name: max(one[name] for one in held if name in one) for name in held[0]}}
+    usages = [record["usage"] for record in records]
+    found = {"measured": {name: max(usage[name] for usage in usages if name in usage) for name in usages[0]}}
     print(format_hardware(found), flush=True)
     return found
 
@@ -181,7 +182,7 @@ def _leave_together(folder: Path, world: int) -> None:
 
 
 def _out_of_memory(error: Exception, spec: StepSpec) -> str | None:
-    """The sentence for a GPU whose memory ran out; only a process that has loaded torch can have such an error."""
+    """Return the error message for a GPU that ran out of memory; None for other errors and without torch."""
     if "torch" not in sys.modules or STAGES[spec.stage].processes == "one":
         return None
     from pipeline.training import devices
@@ -192,7 +193,7 @@ def _out_of_memory(error: Exception, spec: StepSpec) -> str | None:
 def _artifact(
     spec: StepSpec, folder: Path, metrics: dict[str, Any], started: float, world: int, more: dict[str, Any]
 ) -> Artifact:
-    """The record of the step. `more` of its provenance: the `hardware` of a stage with a model, and the `code`."""
+    """Return the step's record. `more` is added to its provenance: `hardware` of a stage with a model, and `code`."""
     ended = time.time()
     return Artifact(
         step=spec.name,
@@ -208,7 +209,7 @@ def _artifact(
             "seconds": ended - started,
             "processes": world,
             "cluster": spec.cluster.name,
-            "smoke_test": spec.recipe.smoke_test,  # of a shrunken model: no figure of it is a result
+            "smoke_test": spec.recipe.smoke_test,  # its figures are not results: the model is shrunken
             "versions": versions(),
             "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
@@ -225,7 +226,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "
 
 
 def versions() -> dict[str, str]:
-    """The installed versions of the packages a result depends on, without importing them."""
+    """Return the installed versions of the packages a result depends on, without importing them."""
     found = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -234,14 +235,14 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the project, with `+` when files differ from it; None outside a checkout."""
+    """Return the commit of the project, with `+` if files differ from it; None outside a checkout."""
 
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], capture_output=True, text=True, timeout=20)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
-        commit_ = git("rev-parse", "HEAD")
-        return commit_ + ("+" if git("status", "--porcelain") else "") if commit_ else None
+        commit = git("rev-parse", "HEAD")
+        return commit + ("+" if git("status", "--porcelain") else "") if commit else None
     except (OSError, subprocess.TimeoutExpired):
         return None

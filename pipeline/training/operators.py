@@ -1,11 +1,11 @@
-"""DeepSpeed's shared-memory operator for processes on CPUs: built once, never waited for without end.
+"""Build and load DeepSpeed's shared-memory operator for processes on CPUs, without waiting for stale locks.
 
     python -m pipeline.training.operators      build it now, as scripts/setup does
 
-torch marks a build by a file called `lock` and waits for it without a limit, so the lock of a build that was killed
-would stop every later run. Here a build holds a lock of the kernel's beside it (flock), which ends with its process; a
-`lock` that nobody holds is removed, and one that is held is waited for at most a minute. The operator only makes the
-exchange between processes faster: where it is missing, gloo does the work.
+torch marks a build by a file `lock` and waits for it without a limit, so the lock of a killed build would block every
+later run. Here a build also holds a kernel lock (flock), which ends with its process. A `lock` that no process holds is
+removed; one that is held is waited for up to a minute. The operator only speeds up the communication between
+processes: without it, gloo is used.
 """
 
 from __future__ import annotations
@@ -23,27 +23,16 @@ from pathlib import Path
 BATON = "lock"  # torch.utils.file_baton's
 OWN_LOCK = ".therefore.flock"
 LOCK_TIMEOUT = 60.0  # seconds
-STALE_AFTER = 600.0  # seconds after which a lock on a disk that other machines share is no running build's
+STALE_AFTER = 600.0  # seconds after which a lock on a shared disk is stale: no build takes so long
 NETWORK_FILESYSTEMS = (
-    "nfs",
-    "lustre",
-    "gpfs",
-    "beegfs",
-    "ceph",
-    "fuse",
-    "cifs",
-    "smb",
-    "9p",
-    "afs",
-    "panfs",
-    "wekafs",
-    "virtiofs",
+    *("nfs", "lustre", "gpfs", "beegfs", "ceph", "fuse", "cifs"),
+    *("smb", "9p", "afs", "panfs", "wekafs", "virtiofs"),
 )
 DIRECTORY = "TORCH_EXTENSIONS_DIR"
 
 
 def extensions_folder() -> Path | None:
-    """The environment's own folder for compiled operators; None where it cannot be written."""
+    """Return the Python environment's folder for compiled operators; None if it is not writable."""
     folder = Path(sys.prefix) / "torch_extensions"
     with contextlib.suppress(OSError):
         folder.mkdir(exist_ok=True)
@@ -51,21 +40,21 @@ def extensions_folder() -> Path | None:
 
 
 def use_own_folder() -> None:
-    """Build and look for operators in the environment's own folder, unless the user has named one."""
+    """Build and load operators in the Python environment's folder, unless the user has set TORCH_EXTENSIONS_DIR."""
     if DIRECTORY not in os.environ and (folder := extensions_folder()):
         os.environ[DIRECTORY] = str(folder)
 
 
 def load() -> str | None:
-    """Load the operator, building it where it is not there yet (under a minute). Returns why that cannot be, or None.
+    """Load the operator; build it if it is missing (under a minute). Returns None, or why it cannot be loaded.
 
-    The caller switches the operator off in every process when it fails in one.
+    If it fails in one process, the caller must switch it off in every process.
     """
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
     from torch.utils.cpp_extension import _get_build_directory
 
     use_own_folder()
-    # ninja is looked for on PATH, and the environment's own may not be active
+    # torch searches PATH for ninja, and this Python environment may not be active
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     builder = ShareMemCommBuilder()
     try:
@@ -85,7 +74,7 @@ def load() -> str | None:
 
 
 def switch_off() -> None:
-    """Have DeepSpeed use gloo alone in this process."""
+    """Make DeepSpeed use gloo alone in this process."""
     from deepspeed.ops import __compatible_ops__
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
@@ -94,9 +83,9 @@ def switch_off() -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, seconds: float = LOCK_TIMEOUT) -> Iterator[bool]:
-    """Hold the folder's flock. Yields whether it is held: some network disks have none.
+    """Hold the folder's flock. Yields whether it is held, because some network disks do not support it.
 
-    TimeoutError, naming the file, where another process holds it for longer than `seconds`.
+    Raises TimeoutError with the file's path if another process holds it for longer than `seconds`.
     """
     descriptor = os.open(folder / OWN_LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -121,7 +110,7 @@ def _acquired(descriptor: int, path: Path, until: float) -> bool:
 
 
 def clear_stale(folder: Path, *, ours: bool, seconds: float = LOCK_TIMEOUT) -> str | None:
-    """Remove torch's `lock` where its holder is gone. Returns why it is still there after `seconds`, or None."""
+    """Remove torch's `lock` if its build has ended. Returns None, or an error if it still exists after `seconds`."""
     lock, until = folder / BATON, time.monotonic() + seconds
     while lock.exists():
         if _is_stale(lock, ours=ours):
@@ -129,13 +118,13 @@ def clear_stale(folder: Path, *, ours: bool, seconds: float = LOCK_TIMEOUT) -> s
             print(f"removed {lock}, left by a build that was killed", flush=True)
             return None
         if time.monotonic() > until:
-            return f"{lock} has been there for {seconds:.0f} s; if no other build runs, delete it"
+            return f"{lock} has been there for {seconds:.0f} s. Fix: delete it if no other build runs"
         time.sleep(0.1)
     return None
 
 
 def _is_stale(lock: Path, *, ours: bool) -> bool:
-    """Whether a lock's holder is gone: torch keeps the file open as long as it builds."""
+    """Return whether a lock's build has ended: torch keeps the file open as long as it builds."""
     try:
         status = lock.stat()
     except FileNotFoundError:
@@ -144,14 +133,14 @@ def _is_stale(lock: Path, *, ours: bool) -> bool:
         return False
     own = extensions_folder()
     if ours and own and lock.is_relative_to(own):
-        return True  # every build in there holds the flock, which is ours now
+        return True  # every build in this folder holds the flock, which this process holds now
     if status.st_uid != os.getuid() and os.getuid() != 0:
-        return False  # whether another user's process has it open cannot be seen
+        return False  # another user's open files are not visible
     return not _is_shared(lock) or time.time() - status.st_mtime > STALE_AFTER
 
 
 def _is_open(status: os.stat_result) -> bool:
-    """Whether a process of this machine has the file open."""
+    """Return whether a process of this machine has the file open."""
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
             found = descriptor.stat()
@@ -161,30 +150,30 @@ def _is_open(status: os.stat_result) -> bool:
 
 
 def _is_shared(path: Path) -> bool:
-    """Whether other machines may see this file: its file system is a network's, or not known."""
+    """Return whether other machines may have this file open: it is on a network file system, or an unknown one."""
     best, kind = "", "unknown"
     real = str(path.resolve())
     with contextlib.suppress(OSError):
         for line in Path("/proc/mounts").read_text().splitlines():
-            _, where, what, *_ = line.split()
-            if (real == where or real.startswith(where.rstrip("/") + "/")) and len(where) >= len(best):
-                best, kind = where, what
+            _, mount, filesystem, *_ = line.split()
+            if (real == mount or real.startswith(mount.rstrip("/") + "/")) and len(mount) >= len(best):
+                best, kind = mount, filesystem
     return kind == "unknown" or kind.startswith(NETWORK_FILESYSTEMS)
 
 
 def main() -> int:
-    """Build the operator; a machine without a compiler is told what it goes without, and that is not an error."""
-    why = load()
-    print("DeepSpeed's shared-memory operator is built" if why is None else explain(why), flush=True)
+    """Build the operator, or print why it cannot be built. Returns 0 in both cases, because it is optional."""
+    problem = load()
+    print("DeepSpeed's shared-memory operator is built" if problem is None else explain(problem), flush=True)
     return 0
 
 
-def explain(why: str) -> str:
-    """The sentence for a run that goes without the operator."""
+def explain(problem: str) -> str:
+    """Return the message for a run without the operator."""
     remedy = "To build it, install g++ and Python's headers (Debian: apt install g++ python3-dev)"
-    waited = OWN_LOCK in why or f"/{BATON} has been there" in why  # a compiler is not what it lacks
+    waited = OWN_LOCK in problem or f"/{BATON} has been there" in problem  # then a compiler is not missing
     return (
-        f"DeepSpeed's shared-memory operator cannot be built: {why}; gloo is used instead, which is slower. "
+        f"DeepSpeed's shared-memory operator cannot be built: {problem}; gloo is used instead, which is slower. "
         f"{'' if waited else remedy}"
     ).strip()
 

@@ -1,4 +1,4 @@
-"""How long training will take, measured on its first steps: hours in the log, a warning where they exceed the limit."""
+"""Estimate the training time from the first steps: print hours, and warn if one attempt's time limit is too short."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pipeline.config.site import minutes
 from pipeline.core.slurm_client import job_end
 from pipeline.workflow.runtime import Runtime
 
-MEASURED_STEPS = 2  # steps, after the first of an attempt, which also compiles and fills caches
+MEASURED_STEPS = 2  # after an attempt's first step, which also compiles and fills caches
 
 
 class PaceCallback(TrainerCallback):
-    """Times the steps after an attempt's first, then reports once what those that are left will take at this rate."""
+    """Times a few steps after an attempt's first, then prints once how long the remaining steps will take."""
 
     def __init__(self, runtime: Runtime, stage: str, clock: Callable[[], float] = time.time) -> None:
         self.runtime, self.stage, self.clock = runtime, stage, clock
@@ -34,20 +34,20 @@ class PaceCallback(TrainerCallback):
             print(
                 f"pace: {seconds:.3g} s a step, {hours(seconds * left)} for the {left} steps that are left", flush=True
             )
-        if sentence := too_slow(seconds, left, self._attempt(), self.stage):
-            self.runtime.warn(sentence)
+        if warning := too_slow(seconds, left, self._attempt(), self.stage):
+            self.runtime.warn(warning)
 
     def _attempt(self) -> float | None:
-        """Seconds that an attempt may train before it has to save; None where nothing limits it."""
+        """Return the seconds that an attempt may train before it must save; None without a limit."""
         slurm = self.runtime.cluster.slurm
         if self.runtime.cluster.submits:
             return minutes(getattr(slurm.time, self.stage)) * 60.0 - slurm.save_seconds(self.stage)
-        end = job_end() if self.runtime.rank == 0 else None  # a job that someone made around the local launcher
+        end = job_end() if self.runtime.rank == 0 else None  # a user's Slurm job around the local launcher
         return None if end is None else end - slurm.save_seconds(self.stage) - self.clock()
 
 
 def too_slow(seconds: float, left: int, attempt: float | None, stage: str) -> str | None:
-    """The sentence for steps that take longer than one attempt: how many it needs. None where one is enough."""
+    """Return the warning for steps that need more than one attempt, with their number; None if one is enough."""
     if attempt is None or seconds * left <= attempt:
         return None
     if attempt < seconds:
@@ -63,5 +63,5 @@ def too_slow(seconds: float, left: int, attempt: float | None, stage: str) -> st
 
 
 def hours(seconds: float) -> str:
-    """`2.5 h`; below an hour `12 min`."""
+    """Format a duration: `2.5 h`; below an hour `12 min`."""
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"

@@ -1,6 +1,6 @@
-"""What SFT and GRPO share: rows, first weights, the arguments of a trainer, the loop that resumes and stops.
+"""The code that SFT and GRPO share: rows, models, trainer arguments, and the training loop with resume and stop.
 
-Everything here translates the typed recipe and cluster to transformers' Trainer, in one place.
+It maps the typed recipe and cluster to transformers' Trainer.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from pipeline.workflow.runtime import Deadline, Runtime
 from pipeline.workflow.weights import Checkpoint
 
 LOGGER_FOLDERS = {"TENSORBOARD_LOGGING_DIR": "tensorboard", "WANDB_DIR": "", "TRACKIO_DIR": "trackio"}
-PROJECT = "therefore"  # the name under which wandb and trackio keep the runs
-SKIPPED_SHARE_WARNING = 0.1  # share of the steps that is worth a warning
+PROJECT = "therefore"  # the project of the runs in wandb and trackio
+SKIPPED_SHARE_WARNING = 0.1  # share of skipped steps above which a warning is given
 
 
 def load_rows(data: Artifact, split: str) -> Dataset:
-    """A split of the preprocess step."""
+    """Return a split of the preprocess step."""
     return Dataset(read_split(data, split))
 
 
 def load_for_training(recipe: Recipe, checkpoint: Checkpoint, layout: TrainingStage) -> PreTrainedModel | PeftModel:
-    """The model to train: an adapter that is there is trained on, LoRA gets a fresh one, else all weights.
+    """Load the model to train: with the checkpoint's adapter, else a new adapter for LoRA, else all weights.
 
-    Weights that are themselves trained are held in float32 (DeepSpeed and autocast compute in the lower precision).
+    Trained weights are stored in float32 (DeepSpeed and autocast compute in the lower precision).
     """
     full = not recipe.lora.enabled and checkpoint.adapter is None
     keep_dtype = recipe.model.quantization == "none" and zero_stage(layout.deepspeed) == 3
@@ -65,11 +65,10 @@ def load_for_training(recipe: Recipe, checkpoint: Checkpoint, layout: TrainingSt
         keep_dtype=keep_dtype,
     )
     if recipe.lora.enabled and checkpoint.adapter is None:
-        torch.manual_seed(recipe.seed)  # the trainer seeds later, and the adapter is drawn here
+        torch.manual_seed(recipe.seed)  # the adapter is initialised here, before the trainer seeds
         model = add_lora(model, recipe.lora, keep_dtype=keep_dtype)
-    if isinstance(
-        model, PeftModel
-    ):  # the trainer resumes through it; PEFT's own choice is the first GPU for every rank
+    if isinstance(model, PeftModel):
+        # the trainer calls this to resume; PEFT's default device is the first GPU, for every rank
         model.load_adapter = functools.partial(model.load_adapter, torch_device="cpu")
     model.config.use_cache = False
     return model
@@ -77,10 +76,10 @@ def load_for_training(recipe: Recipe, checkpoint: Checkpoint, layout: TrainingSt
 
 @contextlib.contextmanager
 def preserve_adapter_dtype(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """While a trainer is made: its adapters on a quantized model stay as they are.
+    """Keep the adapters of a quantized model unchanged while a trainer is constructed.
 
-    TRL casts them to bfloat16, whose gradients the scaler of float16 cannot take (trl#4901), and which rounds away
-    what SFT has learned and most of what a step of 1e-6 moves.
+    TRL casts them to bfloat16. Then float16's gradient scaler fails (trl#4901), and rounding loses what SFT learned and
+    most of an update of size 1e-6.
     """
     before = {name: weights.data for name, weights in model.named_parameters() if weights.requires_grad}
     yield
@@ -90,15 +89,15 @@ def preserve_adapter_dtype(model: PreTrainedModel | PeftModel) -> Iterator[None]
 
 
 def read_deepspeed(layout: TrainingStage) -> dict[str, Any] | None:
-    """The stage's DeepSpeed file."""
+    """Return the stage's DeepSpeed settings, from their file; None without DeepSpeed."""
     return deepspeed_file(layout.deepspeed)
 
 
 def deepspeed_settings(optimizer: Optimizer, layout: TrainingStage) -> dict[str, Any] | None:
-    """The stage's DeepSpeed file, with the optimizer where it is DeepSpeed's own.
+    """Return the stage's DeepSpeed settings, with the optimizer section for Muon.
 
-    Muon orthogonalizes the update of each hidden matrix; in units of AdamW's step its learning rate is larger
-    by 1 / (0.2 · √(longer side)).
+    Muon orthogonalizes the update of each hidden matrix. For an update of AdamW's size, its learning rate is larger by
+    1 / (0.2 · √(longer side)).
     """
     settings = read_deepspeed(layout)
     if settings and optimizer.name == "muon":
@@ -110,14 +109,14 @@ def deepspeed_settings(optimizer: Optimizer, layout: TrainingStage) -> dict[str,
             "momentum": 0.95,
             "weight_decay": "auto",
             "ns_method": "standard",
-            "torch_adam": True,  # DeepSpeed's own would have to be compiled
+            "torch_adam": True,  # DeepSpeed's own Adam needs a compiler
         }
         settings["optimizer"] = {"type": "Muon", "params": params}
     return settings
 
 
 def layout_and_batches(recipe: Recipe, runtime: Runtime, stage: str) -> tuple[TrainingStage, Batches]:
-    """The stage's layout and batches for the processes that really run."""
+    """Return the stage's layout and batch sizes for the actual number of processes. Raises RecipeError."""
     layout = runtime.cluster.layout(stage)
     sizes, problems = batches(runtime.cluster, recipe, "sft" if stage == "sft" else "grpo", runtime.world)
     if sizes is None:
@@ -128,7 +127,7 @@ def layout_and_batches(recipe: Recipe, runtime: Runtime, stage: str) -> tuple[Tr
 def training_arguments(
     recipe: Recipe, optimizer: Optimizer, layout: TrainingStage, sizes: Batches, out: Path, runtime: Runtime
 ) -> dict[str, Any]:
-    """The arguments that SFTConfig and GRPOConfig share."""
+    """Return the arguments that SFTConfig and GRPOConfig share."""
     cluster, dtype = runtime.cluster, choose_dtype(recipe.model)
     return {
         "output_dir": str(out / "checkpoints"),
@@ -150,7 +149,7 @@ def training_arguments(
         "deepspeed": deepspeed_settings(optimizer, layout),
         "save_strategy": "steps",
         "save_steps": cluster.save_steps,
-        "save_total_limit": None,  # checkpoints.rotate deletes older ones, when the newer one has its manifest
+        "save_total_limit": None,  # checkpoints.rotate deletes older ones, after the newer one has its manifest
         "logging_steps": cluster.logging_steps,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
@@ -166,14 +165,14 @@ def training_arguments(
 
 @contextlib.contextmanager
 def logger_environment(out: Path, runtime: Runtime) -> Iterator[None]:
-    """The variables through which TensorBoard, W&B and trackio are configured, set while a trainer runs.
+    """Set the environment variables of TensorBoard, W&B and trackio while a trainer runs.
 
-    What the user has set for W&B stays. Afterwards the environment is as before: another step of this process is
-    another run.
+    The user's W&B variables are kept. Afterwards the environment is restored, because another step in the same process
+    is another run.
     """
     wanted = {name: str(out / place) for name, place in LOGGER_FOLDERS.items()}
     defaults = {"WANDB_PROJECT": PROJECT}
-    if runtime.rank == 0:  # every attempt of a step continues one run; trackio does so by the run's name
+    if runtime.rank == 0:  # all attempts of a step are one run; trackio identifies it by the run's name
         defaults |= {"WANDB_RUN_ID": run_id(out), "WANDB_RESUME": "allow"}
     wanted |= {name: value for name, value in defaults.items() if name not in os.environ}
     before = {name: os.environ.get(name) for name in wanted}
@@ -189,9 +188,9 @@ def logger_environment(out: Path, runtime: Runtime) -> Iterator[None]:
 
 
 def run_id(out: Path) -> str:
-    """The id of a step's run at Weights & Biases: its name and fingerprint, and a part drawn with its folder.
+    """Return the id of a step's run at Weights & Biases: its name and fingerprint, and a random part per folder.
 
-    The same step of another user, or one that is started again in a new folder, is another run.
+    Thus the same step of another user, or in a new folder, is another run.
     """
     path = out / ".run-id"
     if not path.is_file():
@@ -200,45 +199,45 @@ def run_id(out: Path) -> str:
 
 
 def train(trainer: Trainer, recipe: Recipe, stage: str, out: Path, runtime: Runtime) -> dict[str, Any]:
-    """Resume from the newest checkpoint that verifies, train, save the result. Returns the stage's metrics.
+    """Resume from the latest valid checkpoint, train, save the result. Returns the stage's metrics.
 
-    Raises Stopped after an agreed stop, its work saved; LaunchError where training diverged or took no step;
-    ArtifactError for a checkpoint that this user did not write or that needs another layout.
+    Raises Stopped after a requested stop, with a checkpoint saved; LaunchError if training diverged or took no step;
+    ArtifactError for a checkpoint that another user wrote or that needs another layout.
     """
     precision = str(choose_dtype(recipe.model)).removeprefix("torch.")
     layout = stage_layout(recipe, runtime.cluster, stage, processes=runtime.world, precision=precision)
     stopper = CheckpointCallback(runtime, layout, Deadline(runtime, stage))
-    watch, signal = ProgressCallback(runtime, trainer), LearningSignalCallback(runtime)
+    progress, signal = ProgressCallback(runtime, trainer), LearningSignalCallback(runtime)
     save_adapter_alone(trainer)
-    trainer.callback_handler.callbacks.insert(0, watch)  # so that the loggers after it get the figures that it adds
+    trainer.callback_handler.callbacks.insert(0, progress)  # first, so that the loggers get the figures that it adds
     trainer.add_callback(stopper)
     trainer.add_callback(signal)
     trainer.add_callback(PaceCallback(runtime, stage))
-    resume, passed = checkpoint_to_resume(out / "checkpoints", layout, stage, runtime)
+    resume, skipped = checkpoint_to_resume(out / "checkpoints", layout, stage, runtime)
     if runtime.rank == 0:
-        for sentence in passed:
-            print(sentence, flush=True)
+        for message in skipped:
+            print(message, flush=True)
         print(f"resumes from {resume.name}" if resume else "begins at step 0", flush=True)
     if resume:
         restore_callbacks(trainer, resume)
     with logger_environment(out, runtime):
-        loss = run_trainer(trainer, watch, resume)
+        loss = run_trainer(trainer, progress, resume)
     if runtime.rank == 0:
         write_history(trainer.state.log_history, out)
-    raise_if_training_failed(trainer, watch, signal, stopped=stopper.stopped, out=out)
+    raise_if_training_failed(trainer, progress, signal, stopped=stopper.stopped, out=out)
     if stopper.stopped:
         raise Stopped(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved")
     signal.warn()
     runtime.progress.update(state="saving", note="saving the model")
     save(trainer, out)
     steps = {"steps": trainer.state.global_step, "epochs": trainer.state.epoch, "train_loss": loss}
-    scaled = {"skipped_steps": watch.skipped, "loss_scale": loss_scale(trainer)} if trainer.args.fp16 else {}
+    scaled = {"skipped_steps": progress.skipped, "loss_scale": loss_scale(trainer)} if trainer.args.fp16 else {}
     found = {"peak_memory_gb": round(peak_memory(), 3), "resumed_from": resume.name if resume else None}
-    return {**steps, **scaled, **signal.metrics(), **found, "passed_over": passed}
+    return {**steps, **scaled, **signal.metrics(), **found, "passed_over": skipped}
 
 
-def run_trainer(trainer: Trainer, watch: ProgressCallback, resume: Path | None) -> float | None:
-    """The trainer's loop. Returns the mean loss; None where the checkpoint left no step to take."""
+def run_trainer(trainer: Trainer, progress: ProgressCallback, resume: Path | None) -> float | None:
+    """Run the trainer's loop. Returns the mean loss; None if the checkpoint left no step to take."""
     try:
         return float(trainer.train(resume_from_checkpoint=str(resume) if resume else None).training_loss)
     except NoStepsLeft:
@@ -247,19 +246,19 @@ def run_trainer(trainer: Trainer, watch: ProgressCallback, resume: Path | None) 
     except Exception as error:
         if MINIMUM_SCALE_MESSAGE not in str(error):
             raise
-        watch.broken = (
-            f"the gradients of {watch.in_a_row + 1} steps in a row overflowed float16, down to a loss scale of 1"
+        progress.broken = (
+            f"the gradients of {progress.in_a_row + 1} steps in a row overflowed float16, down to a loss scale of 1"
         )
     return None
 
 
 def raise_if_training_failed(
-    trainer: Trainer, watch: ProgressCallback, signal: LearningSignalCallback, *, stopped: bool, out: Path
+    trainer: Trainer, progress: ProgressCallback, signal: LearningSignalCallback, *, stopped: bool, out: Path
 ) -> None:
-    """LaunchError where training diverged, had nothing to learn for too long, or took no optimizer step at all."""
-    if watch.broken:
+    """Raise LaunchError if training diverged, had no learning signal for too long, or took no optimizer step."""
+    if progress.broken:
         raise LaunchError(
-            f"training broke down: {watch.broken}; lower the learning rate, raise the warm-up, "
+            f"training diverged: {progress.broken}. Fix: lower the learning rate, raise the warm-up, "
             "or compute with model.dtype=float32"
         )
     if signal.broken:
@@ -268,23 +267,21 @@ def raise_if_training_failed(
             "the prompts or grpo.max_completion_length, or set cluster.max_idle_steps=null to be warned only"
         )
     steps = trainer.state.global_step
-    if watch.skipped and watch.skipped >= steps and not stopped:
+    if progress.skipped and progress.skipped >= steps and not stopped:
         distributed.barrier()
-        if watch.runtime.rank == 0:
-            shutil.rmtree(
-                out / "checkpoints", ignore_errors=True
-            )  # the first weights: a rerun must not resume at the end
+        if progress.runtime.rank == 0:  # they hold the initial weights: a rerun must not resume at the last step
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
         raise LaunchError(
             f"no optimizer step was taken: the gradients of all {steps} steps overflowed float16, and the loss scale "
             "was still too high at the end. Fix: train more steps, lower fp16.initial_scale_power in the stage's file "
             "of deepspeed/, or compute with model.dtype=float32"
         )
-    if watch.skipped >= SKIPPED_SHARE_WARNING * max(steps, 1):
-        watch.runtime.warn(f"{watch.skipped} of {steps} steps were skipped: their gradients overflowed float16")
+    if progress.skipped >= SKIPPED_SHARE_WARNING * max(steps, 1):
+        progress.runtime.warn(f"{progress.skipped} of {steps} steps were skipped: their gradients overflowed float16")
 
 
 def loss_scale(trainer: Trainer) -> float:
-    """What the loss is multiplied by in float16, at this moment."""
+    """Return the current loss scale of float16 training."""
     if trainer.deepspeed is not None:
         return float(trainer.deepspeed.optimizer.loss_scale)
     scaler = trainer.accelerator.scaler  # None on a CPU
@@ -292,14 +289,14 @@ def loss_scale(trainer: Trainer) -> float:
 
 
 def peak_memory() -> float:
-    """GB that this process has held at most: of its GPU, or of the machine's memory where it has none."""
+    """Return this process's peak memory in GB: of its GPU, or of the host without a GPU."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated()) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def save(trainer: Trainer, out: Path) -> None:
-    """`adapter/` for LoRA, `model/` for all weights, with the tokenizer; every rank takes part."""
+    """Save `adapter/` for LoRA, `model/` for all weights, with the tokenizer. Every rank must call it."""
     adapter = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
     folder = out / ("adapter" if adapter else "model")
     trainer.save_model(str(folder))
@@ -308,17 +305,17 @@ def save(trainer: Trainer, out: Path) -> None:
 
 
 def save_adapter_alone(trainer: Trainer) -> None:
-    """Have the saves of an adapter leave its base alone.
+    """Make the trainer's saves copy only an adapter, not its base model.
 
-    Below ZeRO-3 accelerate clones the whole state to the CPU at each save, in every process: 4 to 5 GiB of a 7B model
-    in 4 bit, of which PEFT then writes the adapter.
+    Below ZeRO-3, accelerate copies the whole state to the CPU at each save, in every process: 4 to 5 GiB for a 7B model
+    in 4 bit. PEFT then writes only the adapter of it.
     """
     whole = trainer.accelerator.get_state_dict
 
     def state(model: Any, unwrap: bool = True) -> dict[str, torch.Tensor] | None:
         plain = trainer.accelerator.unwrap_model(model)
         if not isinstance(plain, PeftModel) or trainer.deepspeed.zero_optimization_stage() == 3:
-            found: dict[str, torch.Tensor] | None = whole(model, unwrap)  # under ZeRO-3 rank 0 alone has one
+            found: dict[str, torch.Tensor] | None = whole(model, unwrap)  # under ZeRO-3 only rank 0 has one
             return found
         own = {name: value for name, value in plain.state_dict().items() if ".base_layer." not in name}
         return {name: value.detach().cpu().clone() for name, value in own.items()}
@@ -327,15 +324,15 @@ def save_adapter_alone(trainer: Trainer) -> None:
         trainer.accelerator.get_state_dict = state
 
 
-def warn_of_long_rows(runtime: Runtime, ids: Sequence[str], kept: Sequence[int], what: str, limit: str) -> None:
-    """A warning that names how many rows were longer than the limit, and the first few of them."""
+def warn_of_long_rows(runtime: Runtime, ids: Sequence[str], kept: Sequence[int], name: str, limit: str) -> None:
+    """Warn of rows that are longer than the limit, with their number and the first few ids."""
     dropped = sorted(set(range(len(ids))) - set(kept))
     if dropped:
         first = join_first([ids[k] for k in dropped])
-        runtime.warn(f"{len(dropped)} of {len(ids)} {what} are longer than {limit} and were left out: {first}")
+        runtime.warn(f"{len(dropped)} of {len(ids)} {name} are longer than {limit} and were left out: {first}")
 
 
-def require_rows(kept: int, what: str, limit: str) -> None:
-    """DataError where every row was too long."""
+def require_rows(kept: int, name: str, limit: str) -> None:
+    """Raise DataError if every row was too long."""
     if not kept:
-        raise DataError(f"all {what} are longer than {limit}: raise it, or use a task with shorter prompts")
+        raise DataError(f"all {name} are longer than {limit}. Fix: raise it, or use a task with shorter prompts")

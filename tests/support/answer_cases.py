@@ -1,4 +1,4 @@
-r"""What is read as what: the cases of test_answer_law.py, and the table of docs/tasks.md that is made of them.
+r"""How answers are parsed: the cases of test_answer_law.py, and the table of docs/tasks.md that is made of them.
 
 python tests/support/answer_cases.py        writes the table into docs/tasks.md
 """
@@ -866,7 +866,7 @@ def table() -> str:
         shown = text.replace("\n", "⏎").replace("\u200b", "·zero-width·").replace("|", "\\|")
         return f"`{shown}`" if "`" not in shown else f"`` {shown} ``"
 
-    lines = ["| kind | what stands after the thought | is read as |", "|---|---|---|"]
+    lines = ["| kind | text after the thought | parsed as |", "|---|---|---|"]
     groups: dict[tuple[str, str], list[str]] = {}
     for case in CASES:
         if case.shown:

@@ -1,4 +1,4 @@
-r"""What becomes of a row: the cases of test_target_law.py, and the table of docs/tasks.md that is made of them.
+r"""How rows become targets: the cases of test_target_law.py, and the table of docs/tasks.md that is made of them.
 
 python tests/support/target_cases.py        writes the table into docs/tasks.md
 """
@@ -68,14 +68,14 @@ CASES = [
     Case("scibench", "+7.3", "+7.3", r"$\boxed{+7.3\ \mathrm{JK}^{-1}}$", (r"$\mathrm{JK}^{-1}$ ",)),
     Case("scibench", "5", "5", r"$\boxed{5}$", ("= m",), shown=False),
     Case("scibench", "5", "5", r"$\boxed{5}$", ("",), shown=False),
-    Case("scibench", "many", BAD, "is no number"),
+    Case("scibench", "many", BAD, "is not a number"),
     # medical
     Case("medical", "iron | Low ferritin.", "", "Low ferritin."),
     Case("medical", "... | Low ferritin.", BAD, "has no words"),
     Case("medical", "iron</think> | Low ferritin.", BAD, "holds <think> or </think>"),
     Case("verifiable", "The\n iron  deficiency", "The iron deficiency", ""),
     Case("verifiable", "?", BAD, "has no words"),
-    Case("verifiable", "word " * 80, BAD, "no answer that can be stated", shown=False),
+    Case("verifiable", "word " * 80, BAD, "not an answer that parses back to itself", shown=False),
     # human_like
     Case("human_like", "Oh, tea!", "", "Oh, tea!"),
     Case("human_like", "<think>tea or coffee", BAD, "the thought never ends"),
@@ -119,7 +119,7 @@ def table() -> str:
     def code(text: str) -> str:
         return "`" + text.replace("\n", "⏎").replace("|", "│") + "`"
 
-    lines = ["| row | what it holds | gold | its target ends with |", "|---|---|---|---|"]
+    lines = ["| row | its content | gold | its target ends with |", "|---|---|---|---|"]
     for case in CASES:
         if not case.shown:
             continue
@@ -127,8 +127,8 @@ def table() -> str:
         if case.gold in (BAD, UNVERIFIED):
             lines.append(f"| {FIELDS[case.task]} | {held} | {case.gold} | {case.ends} |")
         else:
-            gold = code(case.gold) if case.gold else "nothing verifies it"
-            ends = code(case.ends) if case.ends else "asked, not learned from"
+            gold = code(case.gold) if case.gold else "cannot be verified"
+            ends = code(case.ends) if case.ends else "not an SFT row"
             lines.append(f"| {FIELDS[case.task]} | {held} | {gold} | {ends} |")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""checkpoints: only what verifies is resumed from, and what was passed over is said."""
+"""checkpoints: only a valid one is resumed from, and skipped ones are reported."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def test_the_newest_that_verifies_is_taken(tmp_path: Path) -> None:
     assert latest_valid_checkpoint(tmp_path) == (newest, [])  # 10 comes after 2
 
 
-def test_a_checkpoint_without_its_manifest_is_passed_over(tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_manifest_is_skipped(tmp_path: Path) -> None:
     good = saved(tmp_path, 2)
     saved(tmp_path, 4, manifest=False)
-    assert latest_valid_checkpoint(tmp_path) == (good, ["passed over checkpoint-4: it was not written to its end"])
+    assert latest_valid_checkpoint(tmp_path) == (good, ["skipped checkpoint-4: it is incomplete (no manifest)"])
 
 
 def test_damage_is_found_and_named(tmp_path: Path) -> None:
@@ -38,16 +38,16 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
     found, passed = latest_valid_checkpoint(tmp_path)
     assert found == good
     assert passed == [
-        "passed over checkpoint-8: global_step/shard is not what was written",
-        "passed over checkpoint-6: global_step/shard is missing",
-        "passed over checkpoint-4: model.safetensors is not what was written",
+        "skipped checkpoint-8: global_step/shard has changed since it was written",
+        "skipped checkpoint-6: global_step/shard is missing",
+        "skipped checkpoint-4: model.safetensors has changed since it was written",
     ]
 
 
 def test_a_half_written_manifest_is_none(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path, 2)
     (checkpoint / MANIFEST).write_text('{"model')
-    assert validation_error(checkpoint) == "it was not written to its end"
+    assert validation_error(checkpoint) == "it is incomplete (no manifest)"
     assert latest_valid_checkpoint(tmp_path)[0] is None
 
 
@@ -84,7 +84,7 @@ def test_as_many_are_kept_as_the_cluster_says_and_the_best_among_them(tmp_path: 
 
 def test_damaged_checkpoints_of_later_steps_do_not_push_out_good_ones(tmp_path: Path) -> None:
     saved(tmp_path, 2)
-    saved(tmp_path, 10)  # of an attempt that was passed over
+    saved(tmp_path, 10)  # of an attempt that was skipped
     saved(tmp_path, 3, manifest=False)
     (tmp_path / "checkpoint-notes").mkdir()
     new = saved(tmp_path, 4)

@@ -60,9 +60,9 @@ def without_cuda(monkeypatch: pytest.MonkeyPatch, built: str | None, found: list
 def test_gpus_that_are_not_there_are_an_error_that_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [
         (None, ["nvidia0"], {}, "has neither CUDA nor ROCm. Fix: run scripts/setup on a node with a GPU"),
-        ("13.0", [], {}, "no driver has made a device (/dev/nvidia0, /dev/kfd)"),
-        ("13.0", ["nvidia0"], {"CUDA_VISIBLE_DEVICES": ""}, "CUDA_VISIBLE_DEVICES hides them all"),
-        ("13.0", ["nvidia0"], {}, "was built for 13.0, and the driver does not offer it"),
+        ("13.0", [], {}, "there is no device file of a driver (/dev/nvidia0, /dev/kfd)"),
+        ("13.0", ["nvidia0"], {"CUDA_VISIBLE_DEVICES": ""}, "CUDA_VISIBLE_DEVICES hides all GPUs"),
+        ("13.0", ["nvidia0"], {}, "was built for 13.0, which the driver does not support"),
     ]
     for built, found, environment, told in cases:
         without_cuda(monkeypatch, built, found)

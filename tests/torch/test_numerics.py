@@ -288,7 +288,7 @@ def test_anything_else_that_is_not_finite_ends_the_run(
     assert steps.watch.broken == reason
     assert steps.control.should_training_stop
     assert not steps.control.should_save  # a rerun would resume from it
-    with pytest.raises(LaunchError, match=f"training broke down: {reason}"):
+    with pytest.raises(LaunchError, match=f"training diverged: {reason}"):
         raise_if_training_failed(steps.trainer, steps.watch, steps.signal, stopped=False, out=tmp_path)
 
 

@@ -51,7 +51,7 @@ def test_a_killed_builds_lock_is_removed(
 
 def test_a_running_builds_lock_is_waited_for_and_then_named(tmp_path: Path, building: subprocess.Popen[str]) -> None:
     why = clear_stale(tmp_path, ours=True, seconds=1)
-    assert why == f"{tmp_path / BATON} has been there for 1 s; if no other build runs, delete it"
+    assert why == f"{tmp_path / BATON} has been there for 1 s. Fix: delete it if no other build runs"
     assert (tmp_path / BATON).exists()
     building.send_signal(signal.SIGKILL)
     building.wait()

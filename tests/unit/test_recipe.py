@@ -79,7 +79,7 @@ def test_all_problems_at_once_with_path_value_and_remedy() -> None:
         (["task.name=gsm9k"], "task.name: unknown task 'gsm9k'; "),
         (["task.params.rows=3"], "task.params.rows: unknown setting; "),
         (["task.params.n=[3, 11]"], "task.params.n[1]: got 11; expected a whole number from 2 to 10"),
-        (["task.source=hub"], "task.source: 'hub' is nothing corr2cause offers; use generated or path"),
+        (["task.source=hub"], "task.source: got 'hub'; expected a source of corr2cause: generated, path"),
         (["task.source=path"], "task.path: got null with task.source 'path'"),
         (["task.params.test_classes=0.95"], "leave no class for training"),
         (["model.quantization=nf4"], "Fix: lora.enabled=true, or model.quantization=none"),

@@ -321,7 +321,7 @@ def test_check_opens_the_files(tmp_path: Path) -> None:
     assert any("5 of its first 25 rows cannot be read" in text for text in notes)
     wrong, _ = checked(*words, f"task.test_path={tmp_path}/none.jsonl")
     assert any(
-        text.endswith("none.jsonl does not exist; give a .jsonl, .json, .csv or .parquet file") for text in wrong
+        text.endswith("none.jsonl does not exist; expected a .jsonl, .json, .csv or .parquet file") for text in wrong
     )
 
 

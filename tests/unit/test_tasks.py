@@ -140,7 +140,7 @@ BAD = [
     ("gsm8k", '{"question": "q", "answer": "so it is two"}', 'answer does not end with one number after "####"'),
     ("gsm8k", '{"question": "q", "answer": "x\\n#### 2 or 3"}', 'answer does not end with one number after "####"'),
     ("gsm8k", '{"question": "q", "answer": "#### 2"}', "answer has no steps"),
-    ("gsm8k", '{"question": ["q"], "answer": "x\\n#### 2"}', "question is no text"),
+    ("gsm8k", '{"question": ["q"], "answer": "x\\n#### 2"}', "question is not a text"),
     ("gsm8k", '{"question": "q", "answer": NaN}', "no answer (it is nan)"),
     ("gsm8k", '{"question": "nan", "answer": "x\\n#### 2"}', "no question (it is nan)"),
     ("gsm8k", '{"question": true, "answer": "x\\n#### 2"}', "question is true, not a text"),
@@ -165,7 +165,7 @@ BAD = [
     ("math_science", '{"problem_text": "q", "answer_number": NaN}', "no answer_number (it is nan)"),
     ("math_science", '{"problem_text": "q", "answer_number": "2", "unit": true}', "unit is true, not a text"),
     ("math_science", '{"problem_text": "q", "answer_number": "2", "solution": false}', "solution is false, not a text"),
-    ("math_science", '{"messages": [{"role": "user", "content": true}]}', "a message is no {role, content}"),
+    ("math_science", '{"messages": [{"role": "user", "content": true}]}', "a message is not a {role, content}"),
     (
         "math_science",
         '{"messages": [{"role": "user", "content": NaN}, {"role": "assistant", "content": "4"}]}',
@@ -178,9 +178,9 @@ BAD = [
     ("medical", '{"Question": "q", "Response": "r"}', "no Complex_CoT"),
     ("medical", '{"Open-ended Verifiable Question": "q", "Ground-True Answer": "?"}', "'?' has no words"),
     ("math_science", '{"messages": "hello"}', "no messages, a list of turns"),
-    ("math_science", '{"messages": [{"role": "user"}]}', "a message is no {role, content}"),
+    ("math_science", '{"messages": [{"role": "user"}]}', "a message is not a {role, content}"),
     ("math_science", '{"messages": [{"role": "user", "content": "q"}]}', "messages have no turn of the assistant"),
-    ("math_science", '{"problem_text": "q", "answer_number": "many"}', "answer_number 'many' is no number"),
+    ("math_science", '{"problem_text": "q", "answer_number": "many"}', "answer_number 'many' is not a number"),
 ]
 GOOD = {
     "gsm8k": '{"question": "one more? %d", "answer": "x\\n#### 2"}',
@@ -304,7 +304,7 @@ def test_a_split_is_the_one_that_datasets_draws_with_the_same_seed() -> None:
 
 def test_a_split_that_would_leave_nothing_is_told() -> None:
     examples = [Example(str(k), "q", "", str(k)) for k in range(5)]
-    with pytest.raises(DataError, match=r"task\.params\.test: 5 would take 5 of 5 rows and leave none to learn"):
+    with pytest.raises(DataError, match=r"\.test: 5 would hold out 5 of 5 rows and leave none for training"):
         hold_out(examples, 5, 0, "test")
 
 
@@ -500,7 +500,7 @@ def test_the_task_of_the_document_is_built_from_it(tmp_path: Path, monkeypatch: 
         assert audit_rewards(task, rewards, dict.fromkeys(rewards, 1.0), example) == []
     broken = rows.replace('"answer": "D"', '"answer": "F"', 1)
     (tmp_path / "quiz.jsonl").write_text(broken, encoding="utf-8")
-    with pytest.raises(DataError, match=r"quiz\.jsonl:3: answer 'F' is none of A, B, C, D"):
+    with pytest.raises(DataError, match=r"quiz\.jsonl:3: answer: got 'F'; expected A, B, C or D"):
         task.load()
 
 
