@@ -1,1 +1,1 @@
-"""Generation."""
+"""Engines that generate text."""

@@ -1,9 +1,9 @@
-"""Completions for prompts, by transformers: used wherever a model is asked.
+"""Generate completions with transformers, for evaluation and chat.
 
-    for index, completion in generate(model, tokenizer, prompts, sampling, batch_size=64): ...
+    for index, completion in generate(model, tokenizer, prompts, sampling, batch_size=64, seed=1): ...
 
-Prompts are asked in batches of like length, so little is padded and each batch ends when its longest answer does.
-Every prompt draws from a random stream of its own, so batches, processes and interruptions do not change an answer.
+Batches have prompts of similar length, so that little is padded. Every prompt has its own random stream, so batches,
+processes and interruptions do not change a completion.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pipeline.scoring.answers import CLOSE, OPEN
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; temperature 0 is greedy."""
+    """The sampling settings; temperature 0 is greedy decoding."""
 
     temperature: float
     top_p: float
@@ -44,21 +44,23 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
+    """The completion of one prompt."""
+
     text: str  # without the stop token
-    tokens: int  # the stop token included
-    truncated: bool  # it ran into max_new_tokens
+    tokens: int  # including the stop token
+    truncated: bool  # it reached max_new_tokens
 
 
 def batches_of(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices in batches of like length, the longest first: what does not fit in memory fails at once."""
+    """Return indices in batches of similar length, the longest first, so that out-of-memory errors come at once."""
     order = sorted(range(len(lengths)), key=lambda k: (-lengths[k], k))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 class GumbelSampler(LogitsProcessor):
-    """Sampling as a greedy choice: the largest of log-probability plus Gumbel noise (Gumbel 1954; Maddison 2014).
+    """Samples by a greedy choice of log-probability plus Gumbel noise (Gumbel 1954; Maddison 2014).
 
-    Each row of the batch has its own generator, which `model.generate`'s sampling cannot have.
+    Each row of the batch has its own generator, which `model.generate`'s sampling does not support.
     """
 
     def __init__(self, sampling: Sampling, seeds: Sequence[int], device: torch.device) -> None:
@@ -70,7 +72,7 @@ class GumbelSampler(LogitsProcessor):
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores of shape (rows, vocabulary) with what may not be drawn at -inf, and noise on the rest."""
+        """Return scores of shape (rows, vocabulary): -inf for excluded tokens, noise added to the rest."""
         for warper in self.warpers:
             scores = warper(input_ids, scores)
         noise = torch.stack([torch.rand(scores.shape[1], generator=g, device=g.device) for g in self.generators])
@@ -78,13 +80,13 @@ class GumbelSampler(LogitsProcessor):
 
 
 class RepetitionPenalty(LogitsProcessor):
-    """Makes what a row already holds less likely (Keskar et al. 2019); what was padded is no part of a row."""
+    """Makes tokens that are already in a row less likely (Keskar et al. 2019), without counting its padding."""
 
     def __init__(self, penalty: float, pads: Sequence[int]) -> None:
         self.penalty, self.pads = penalty, pads
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores of shape (rows, vocabulary), those of tokens that stand already divided (or, below 0, multiplied)."""
+        """Return scores of shape (rows, vocabulary), divided (below 0: multiplied) for tokens already in the row."""
         scores = scores.clone()
         for row, pad in enumerate(self.pads):
             seen = input_ids[row, pad:]
@@ -102,9 +104,9 @@ def generate_batch(
     seeds: Sequence[int],
     streamer: BaseStreamer | None = None,
 ) -> list[Completion]:
-    """One completion for each prompt (token ids, generation prompt included), drawn with its seed.
+    """Return one completion for each prompt (token ids, including the generation prompt), sampled with its seed.
 
-    `streamer` is told each token of a single prompt as it is drawn.
+    `streamer` gets each token of a single prompt as it is generated.
     """
     device = input_device(model)
     stops = stop_ids(model, tokenizer)
@@ -133,10 +135,10 @@ def generate_batch(
 
 @contextlib.contextmanager
 def ignore_model_defaults(model: PreTrainedModel) -> Iterator[None]:
-    """While `model.generate` runs: what the call leaves open is transformers' default, not the model's own wish.
+    """Use transformers' defaults, not the model's generation config, for settings that `model.generate` is not given.
 
-    transformers fills every open setting from the model's generation config: beams, penalties, time limits, and any
-    number of answers to one prompt.
+    Otherwise transformers fills them from the model's generation config: beams, penalties, time limits, and any number
+    of completions per prompt.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     kept = inner.generation_config
@@ -148,14 +150,14 @@ def ignore_model_defaults(model: PreTrainedModel) -> Iterator[None]:
 
 
 class TokenStreamer(BaseStreamer):
-    """Tells `show` the whole text so far, after every token that makes it longer; a cut character is waited for.
+    """Calls `show` with the whole text so far after every token; an incomplete UTF-8 character is held back.
 
-    The last text it tells is that of the Completion.
+    The text of the last call equals that of the Completion.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], show: Callable[[str], None]) -> None:
         self.tokenizer, self.stops, self.show = tokenizer, set(stops), show
-        self.ids: list[int] | None = None  # None: the prompt is still to come
+        self.ids: list[int] | None = None  # None: the first `put` is the prompt
 
     def put(self, value: torch.Tensor) -> None:
         if self.ids is None:
@@ -174,17 +176,17 @@ class TokenStreamer(BaseStreamer):
 
 
 def kv_cache_type(device: torch.device, *, mixed: bool = False) -> str | None:
-    """On a CPU keys and values are written in place: a cache that grows is copied at every token, most of the time.
+    """Return `static` on a CPU, where copying a growing cache at every token would take most of the time; else None.
 
-    `mixed`: float32 weights under autocast, whose keys are not of the precision that such a cache is made in.
+    `mixed`: float32 weights under autocast, whose keys do not have the precision of a static cache.
     """
     return "static" if device.type == "cpu" and not mixed else None
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a turn: the tokenizer's, and the special ones that the model's generation config lists.
+    """Return the stop tokens: the tokenizer's eos, and the special tokens of the model's generation config.
 
-    An ordinary word in that list would cut answers short.
+    An ordinary word in that config would truncate answers.
     """
     listed = model.generation_config.eos_token_id if model.generation_config else None
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
@@ -192,15 +194,16 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def _completion(ids: list[int], tokenizer: PreTrainedTokenizerBase, stops: set[int]) -> Completion:
+    """Return the completion of generated token ids, which end at the first stop token."""
     length = next((k for k, token in enumerate(ids) if token in stops), None)
     kept = ids if length is None else ids[:length]
     return Completion(decode(tokenizer, kept), len(kept) + (length is not None), length is None)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of a completion: without special tokens, but with the tags of a thought where these are special ones.
+    """Return the text of a completion without special tokens, except the tags of a thought.
 
-    Readers and rewards look for the tags. Most tokenizers add them as ordinary tokens, some as special ones.
+    Answer parsing and rewards need the tags. Most tokenizers add them as ordinary tokens, some as special ones.
     """
     special = {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     dropped = {token for token, content in special.items() if content not in (OPEN, CLOSE)}
@@ -220,21 +223,21 @@ def generate(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[tuple[int, Completion]]:
-    """(index, completion) for each prompt that falls to this rank, batch by batch.
+    """Yield (index, completion) for each prompt of this rank, batch by batch.
 
-    A prompt's random stream is seeded by `seed` and its own tokens.
+    A prompt's random stream is seeded by `seed` and the prompt's tokens.
     """
     model.eval()
     for number, batch in enumerate(batches_of([len(prompt) for prompt in prompts], batch_size)):
         if number % world == rank:
-            asked = [prompts[k] for k in batch]
-            completions = generate_batch(model, tokenizer, asked, sampling, [seed_of(seed, ids) for ids in asked])
+            chosen = [prompts[k] for k in batch]
+            completions = generate_batch(model, tokenizer, chosen, sampling, [seed_of(seed, ids) for ids in chosen])
             yield from zip(batch, completions, strict=True)
 
 
 @torch.inference_mode()
 def mean_log_likelihood(model: PreTrainedModel, ids: list[int], labels: list[int]) -> float:
-    """Mean log-probability of the tokens of one row that have a label, in nats."""
+    """Return the mean log-probability, in nats, of the tokens of one row whose label is not -100."""
     where = input_device(model)
     logits = model(input_ids=torch.tensor([ids], device=where)).logits[0, :-1]
     wanted = torch.tensor(labels[1:], device=logits.device)
@@ -244,5 +247,5 @@ def mean_log_likelihood(model: PreTrainedModel, ids: list[int], labels: list[int
 
 
 def seed_of(seed: int, prompt: Sequence[int]) -> int:
-    """A seed of 63 bits from the recipe's seed and a prompt's tokens."""
+    """Return a 63-bit seed from the recipe's seed and a prompt's tokens."""
     return int.from_bytes(sha256(f"{seed}/{list(prompt)}".encode()).digest()[:8], "big") >> 1

@@ -1,10 +1,11 @@
-"""A model folder as one GGUF file as llama.cpp reads it: metadata, tokenizer, chat template, quantized weights.
+"""Write a model folder as a GGUF file for llama.cpp, and read the tokenizer of such a file.
 
-    write_gguf(folder, out / "model-q8_0.gguf", "q8_0")
+    write_gguf(folder, out / "model-q8_0.gguf", "q8_0", name)
 
-The architectures are those whose entry in `config/architectures.py` has a `GgufLayout`. Names and quantizers are those
-of the package gguf, the layout is that of llama.cpp's converter: joined projections stay joined, tied embeddings are
-written once. Weights are read and written one at a time, so the file may be larger than the memory.
+A GGUF file holds metadata, tokenizer, chat template and quantized weights. Supported architectures have a `GgufLayout`
+in `config/architectures.py`. Tensor names and quantizers are those of the package gguf. The layout is that of
+llama.cpp's converter: joined projections stay joined, tied embeddings are written once. Weights are read and written
+one at a time, so the file may be larger than the memory.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from pipeline.core.errors import ArtifactError, LaunchError
 from pipeline.models.weight_checks import NO_CODE
 from pipeline.workflow.weights import WEIGHTS
 
-# how a byte-level vocabulary splits text before it merges: the name llama.cpp has for a pattern
+# llama.cpp's names for the patterns by which byte-level tokenizers split text before they merge
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPLITS = {QWEN2: "qwen2", QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|"): "llama-bpe"}
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-DIGITS = ("smollm", "starcoder", "refact", "command-r")  # GPT-2's split, of numbers digit by digit before it
+DIGITS = ("smollm", "starcoder", "refact", "command-r")  # numbers are split into digits, then GPT-2's split
 SAME = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2", "default": "gpt-2"}
 PROBE = (
     "Premise: Suppose there is a closed system of 3 variables, A, B and C.\nHypothesis: A directly causes B.\n\n"
@@ -44,30 +45,30 @@ PROBE = (
 )
 
 
-def write_gguf(folder: Path, file: Path, quant: str, name: str, told: Callable[[str], None] = print) -> int:
+def write_gguf(folder: Path, file: Path, quant: str, name: str, log: Callable[[str], None] = print) -> int:
     """Write the model and tokenizer of `folder` as `file`. Returns its size in bytes.
 
-    Raises ArtifactError for another architecture, and where the file's tokenizer would read a text otherwise.
+    Raises ArtifactError for an unsupported architecture, and if the file's tokenizer would split text differently.
     """
-    if quant == "q4_k_m":  # the package gguf has no quantizer for these
+    if quant == "q4_k_m":  # the package gguf has no quantizer for this type
         whole = file.with_name(f".{file.name}.f16")
         try:
-            _write(folder, whole, "f16", name, told)
-            told(f"quantizing to {quant}")
-            _quantize(whole, file, quant)
+            _write(folder, whole, "f16", name, log)
+            log(f"quantizing to {quant}")
+            _quantize(whole, file)
         finally:
             whole.unlink(missing_ok=True)
     else:
-        _write(folder, file, quant, name, told)
+        _write(folder, file, quant, name, log)
     check_tokenizer_of(file, AutoTokenizer.from_pretrained(folder, **NO_CODE))
     return file.stat().st_size
 
 
 def gguf_layout(model_type: str, folder: Path) -> GgufLayout:
-    """Return the GGUF layout of a model type. ArtifactError where it has none here."""
+    """Return the GGUF layout of a model type. Raises ArtifactError if the registry has none."""
     architecture = ARCHITECTURES.get(model_type)
     if architecture is None or architecture.gguf is None:
-        known = ", ".join(name for name, one in ARCHITECTURES.items() if one.gguf)
+        known = ", ".join(name for name, entry in ARCHITECTURES.items() if entry.gguf)
         raise ArtifactError(
             f"{folder}: got a model of type {model_type}; expected one that is written as GGUF here ({known}). "
             "Fix: export it with --format merged16 and use llama.cpp's convert_hf_to_gguf.py on that folder"
@@ -75,7 +76,8 @@ def gguf_layout(model_type: str, folder: Path) -> GgufLayout:
     return architecture.gguf
 
 
-def _write(folder: Path, file: Path, quant: str, name: str, told: Callable[[str], None]) -> None:
+def _write(folder: Path, file: Path, quant: str, name: str, log: Callable[[str], None]) -> None:
+    """Write all of a GGUF file, in a quantization of the package gguf."""
     from gguf import GGUFWriter, LlamaFileType
 
     config = AutoConfig.from_pretrained(folder, **NO_CODE)
@@ -89,16 +91,18 @@ def _write(folder: Path, file: Path, quant: str, name: str, told: Callable[[str]
     _add_config(writer, config, layout)
     _add_tokenizer(writer, tokenizer, config.vocab_size)
     tensors = list(_tensors(folder, config, layout, quant))
-    for one in tensors:
-        writer.add_tensor_info(one.name, one.stored_shape, one.stored_dtype, one.nbytes, raw_dtype=one.kind)
+    for tensor in tensors:
+        writer.add_tensor_info(
+            tensor.name, tensor.stored_shape, tensor.stored_dtype, tensor.nbytes, raw_dtype=tensor.kind
+        )
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for number, one in enumerate(tensors, 1):
-            writer.write_tensor_data(one.read())
+        for number, tensor in enumerate(tensors, 1):
+            writer.write_tensor_data(tensor.read())
             if number % 50 == 0:
-                told(f"writing tensor {number} of {len(tensors)}")
+                log(f"writing tensor {number} of {len(tensors)}")
     finally:
         writer.close()
 
@@ -108,7 +112,7 @@ def _write(folder: Path, file: Path, quant: str, name: str, told: Callable[[str]
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the file: its name there, its shape, how it is stored, and how to get its values."""
+    """A tensor of the file: its GGUF name, shape, storage type, and a function that reads its values."""
 
     name: str
     shape: tuple[int, ...]
@@ -117,7 +121,7 @@ class Tensor:
 
     @property
     def packed(self) -> bool:
-        """Whether it is stored as blocks of bytes."""
+        """Whether it is stored as quantized blocks of bytes."""
         return self.kind.name not in ("F32", "F16")
 
     @property
@@ -142,7 +146,7 @@ class Tensor:
 
 
 def _tensors(folder: Path, config: Any, layout: GgufLayout, quant: str) -> Iterator[Tensor]:
-    """Every tensor under llama.cpp's name, the rotary tables that a config implies first."""
+    """Yield every tensor under llama.cpp's name, the rotary tables of the config first."""
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
 
     arch = next(key for key, text in MODEL_ARCH_NAMES.items() if text == layout.name)
@@ -159,19 +163,19 @@ def _tensors(folder: Path, config: Any, layout: GgufLayout, quant: str) -> Itera
             continue
         with safe_open(path, "pt") as file:
             shape = tuple(file.get_slice(source).get_shape())
-        turn = _heads_to_turn(source, config) if layout.rotary_pairs else 0
+        heads = _heads_to_interleave(source, config) if layout.rotary_pairs else 0
         kind = GGMLQuantizationType[_kind(name, shape, quant)]
 
-        def values_of(path: Path = path, source: str = source, turn: int = turn) -> np.ndarray[Any, Any]:
+        def values_of(path: Path = path, source: str = source, heads: int = heads) -> np.ndarray[Any, Any]:
             with safe_open(path, "pt") as file:
                 values: np.ndarray[Any, Any] = file.get_tensor(source).to(torch.float32).numpy()
-            return interleaved(values, turn) if turn else values
+            return interleaved(values, heads) if heads else values
 
         yield Tensor(name, shape, kind, values_of)
 
 
 def _stored(folder: Path) -> Iterator[tuple[Path, str]]:
-    """(file, tensor) of a model folder, of one file or of several with an index."""
+    """Yield (file, tensor name) for every tensor of a model folder, with one weights file or several and an index."""
     index = folder / WEIGHTS[1]
     files = (
         sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -185,7 +189,7 @@ def _stored(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _kind(name: str, shape: tuple[int, ...], quant: str) -> str:
-    """How a tensor is stored: vectors and norms in 32 bit; in a file of 4 bit the embeddings have 8."""
+    """Return a tensor's storage type: vectors and norms in 32 bit; the embeddings of a 4-bit file in 8 bit."""
     if len(shape) < 2 or name.endswith("_norm.weight"):
         return "F32"
     if quant == "f16" or shape[-1] % 32:  # blocks have 32 values
@@ -193,21 +197,24 @@ def _kind(name: str, shape: tuple[int, ...], quant: str) -> str:
     return "Q8_0" if quant == "q8_0" or name in ("token_embd.weight", "output.weight") else "Q4_0"
 
 
-def _heads_to_turn(name: str, config: Any) -> int:
-    """Return how many heads the rows of a query or key projection belong to; 0 for another tensor."""
+def _heads_to_interleave(name: str, config: Any) -> int:
+    """Return the number of heads of a query or key projection; 0 for another tensor."""
     if ".q_proj." in name:
         return int(config.num_attention_heads)
     return int(config.num_key_value_heads) if ".k_proj." in name else 0
 
 
 def interleaved(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """Rows of each head from two halves (x0 x1 … y0 y1 …) to pairs (x0 y0 x1 y1 …)."""
+    """Reorder the rows of each head from two halves (x0 x1 … y0 y1 …) to pairs (x0 y0 x1 y1 …)."""
     halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
     return halves.swapaxes(1, 2).reshape(values.shape)
 
 
 def _rotary_tables(config: Any) -> dict[str, np.ndarray[Any, Any]]:
-    """What a context longer than the one of pre-training does to each frequency, as factors of it."""
+    """Return the factors by which context extension scales each rotary frequency, by GGUF tensor name.
+
+    Raises ArtifactError for a rope_type that is not supported.
+    """
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
     if kind == "llama3":
@@ -219,11 +226,15 @@ def _rotary_tables(config: Any) -> dict[str, np.ndarray[Any, Any]]:
         tables = {"rope_factors_long.weight": "long_factor", "rope_factors_short.weight": "short_factor"}
         return {name: np.array(rope[key], dtype=np.float32) for name, key in tables.items()}
     if kind not in ("default", "linear"):
-        raise ArtifactError(f"rope_type {kind!r} cannot be written as GGUF here; use llama.cpp's convert_hf_to_gguf.py")
+        raise ArtifactError(
+            f"rope_type: got {kind!r}; expected default, linear, llama3 or longrope. Fix: export it with --format "
+            "merged16 and use llama.cpp's convert_hf_to_gguf.py"
+        )
     return {}
 
 
 def _add_config(writer: Any, config: Any, layout: GgufLayout) -> None:
+    """Write the sizes of the model and its rotary settings."""
     from gguf import RopeScalingType
 
     rope = config.rope_parameters
@@ -259,13 +270,15 @@ def _add_config(writer: Any, config: Any, layout: GgufLayout) -> None:
 
 
 def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Vocabulary, kinds of tokens, merges or scores, special tokens and the chat template."""
+    """Write vocabulary, token types, merges or scores, special tokens and the chat template."""
     from gguf import TokenType
 
-    said = json.loads(tokenizer.backend_tokenizer.to_str())
-    if said["model"]["type"] != "BPE":
-        raise ArtifactError(f"a tokenizer of type {said['model']['type']} cannot be written as GGUF here; BPE can")
-    sentencepiece = bool(said["model"].get("byte_fallback"))
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    if spec["model"]["type"] != "BPE":
+        raise ArtifactError(
+            f"tokenizer: got type {spec['model']['type']}; expected BPE for GGUF. Fix: export it with --format merged16"
+        )
+    sentencepiece = bool(spec["model"].get("byte_fallback"))
     words = {index: word for word, index in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
     tokens, kinds, scores = [], [], []
@@ -280,15 +293,15 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, rows: int) -
             kind = TokenType.UNKNOWN
         tokens.append(word)
         kinds.append(kind)
-        scores.append(-float(index) if kind == TokenType.NORMAL else 0.0)  # merges are ranked as their words are
+        scores.append(-float(index) if kind == TokenType.NORMAL else 0.0)  # llama.cpp ranks merges by these scores
     writer.add_tokenizer_model("llama" if sentencepiece else "gpt2")
-    writer.add_tokenizer_pre("default" if sentencepiece else split_name(said))
+    writer.add_tokenizer_pre("default" if sentencepiece else split_name(spec))
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     if sentencepiece:
         writer.add_token_scores(scores)
     else:
-        merges = said["model"]["merges"]
+        merges = spec["model"]["merges"]
         writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     for add, special in (
         (writer.add_bos_token_id, tokenizer.bos_token_id),
@@ -298,46 +311,47 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, rows: int) -
     ):
         if special is not None:
             add(special)
-    writer.add_add_bos_token(False)  # the chat template writes it where the family wants one
+    writer.add_add_bos_token(False)  # the chat templates of families with a bos token write it
     writer.add_chat_template(str(tokenizer.chat_template))
 
 
 def name_in_file(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The model's name, with `phi3` in it exactly where the tokenizer is Phi-3's.
+    """Return the model's name for the file, with `phi3` in it exactly if the tokenizer is Phi-3's.
 
-    llama.cpp takes such a name to mean that special tokens swallow the blanks after them, and that these four exist.
+    For such a name, llama.cpp strips the blanks after special tokens, and assumes that the four tokens below exist.
     """
     plain = re.sub(r"phi-?3", "phi 3", name, flags=re.IGNORECASE)
     known = {"<unk>", "<s>", "</s>", "<|endoftext|>"} <= set(tokenizer.get_vocab())
-    swallows = any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
-    return f"{plain} (phi3)" if known and swallows else plain
+    strips = any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
+    return f"{plain} (phi3)" if known and strips else plain
 
 
-def split_name(said: dict[str, Any]) -> str:
-    """llama.cpp's name of a byte-level tokenizer's split; gpt-2's for one it has no name for (`check_tokenizer_of`)."""
-    return next((name for pattern, name in SPLITS.items() if json.dumps(pattern) in json.dumps(said)), "gpt-2")
+def split_name(spec: dict[str, Any]) -> str:
+    """Return llama.cpp's name of a byte-level tokenizer's split; `gpt-2` if unknown (see `check_tokenizer_of`)."""
+    return next((name for pattern, name in SPLITS.items() if json.dumps(pattern) in json.dumps(spec)), "gpt-2")
 
 
 def check_tokenizer_of(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """ArtifactError where the tokenizer read back from the file splits a prompt otherwise than the model's own."""
+    """Raise ArtifactError, and delete the file, if its tokenizer encodes a prompt differently from the model's."""
     packed = read_tokenizer(file)
     turns = [{"role": "user", "content": PROBE}]
     prompt = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-    ours, theirs = (one(prompt, add_special_tokens=False)["input_ids"] for one in (tokenizer, packed))
-    if ours != theirs:
-        at = next((k for k, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), len(theirs))
+    expected, got = (encode(prompt, add_special_tokens=False)["input_ids"] for encode in (tokenizer, packed))
+    if expected != got:
+        at = next((k for k, pair in enumerate(zip(expected, got, strict=False)) if pair[0] != pair[1]), len(got))
         file.unlink()
         raise ArtifactError(
-            f"{file.name}: GGUF has no tokenizer like this model's: {tokenizer.decode(ours[at : at + 4])!r} would be "
-            f"tokens {theirs[at : at + 4]} instead of {ours[at : at + 4]}; export it as merged16"
+            f"{file.name}: GGUF cannot represent this model's tokenizer: got tokens {got[at : at + 4]} for "
+            f"{tokenizer.decode(expected[at : at + 4])!r}; expected {expected[at : at + 4]}. Fix: export it with "
+            "--format merged16"
         )
 
 
 def read_tokenizer(file: Path) -> PreTrainedTokenizerFast:
-    """Build the tokenizer of a GGUF file as llama.cpp reads it.
+    """Build the tokenizer of a GGUF file by llama.cpp's rules.
 
-    transformers 5.17 has a reader that takes Llama's bos token for its eos token, and Qwen2's special tokens for text.
-    Raises ArtifactError for a kind of tokenizer or a split of text that is not known here.
+    The reader of transformers 5.17 takes Llama's bos token for its eos token, and Qwen2's special tokens for text.
+    Raises ArtifactError for an unknown kind of tokenizer or an unknown split of text.
     """
     from gguf import GGUFReader, TokenType
 
@@ -361,14 +375,14 @@ def read_tokenizer(file: Path) -> PreTrainedTokenizerFast:
         raise ArtifactError(
             f"{file}: got a tokenizer of kind {model!r}; expected gpt2 or llama. Fix: use the model's own folder"
         )
-    # a name with phi3 in it makes llama.cpp drop the blanks after special tokens (`name_in_file`)
-    swallows = "phi3" in str(value("general.name", "")).lower()
+    # a name with phi3 in it makes llama.cpp strip the blanks after special tokens (`name_in_file`)
+    strips = "phi3" in str(value("general.name", "")).lower()
     added = [
         AddedToken(
             word,
             special=kind != TokenType.USER_DEFINED,
             normalized=False,
-            rstrip=swallows and word not in ("<unk>", "<s>", "<|endoftext|>"),
+            rstrip=strips and word not in ("<unk>", "<s>", "<|endoftext|>"),
         )
         for word, kind in zip(words, kinds, strict=True)
         if kind in (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
@@ -383,7 +397,7 @@ TOKEN_IDS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 
 
 def _byte_level(words: list[str], merges: list[Any], split: str, file: Path) -> Tokenizer:
-    """Byte-level BPE whose text is split as llama.cpp splits it by that name."""
+    """Return a byte-level BPE tokenizer that splits text like llama.cpp's split of this name."""
     patterns = {**{name: pattern for pattern, name in SPLITS.items()}, "gpt-2": GPT2, **dict.fromkeys(DIGITS, GPT2)}
     name = SAME.get(split, split)
     if name not in patterns:
@@ -405,7 +419,7 @@ def _byte_level(words: list[str], merges: list[Any], split: str, file: Path) -> 
 
 
 def _sentencepiece(words: list[str], scores: list[float], unknown: str | None, prefix: bool) -> Tokenizer:
-    """BPE whose merges are ranked by the scores of what they make; unknown characters are bytes."""
+    """Return a BPE tokenizer that ranks merges by their results' scores; unknown characters become bytes."""
     vocabulary = {word: index for index, word in enumerate(words)}
     ranked = sorted(range(len(words)), key=lambda index: scores[index], reverse=True)
     merges = []
@@ -421,12 +435,12 @@ def _sentencepiece(words: list[str], scores: list[float], unknown: str | None, p
     return tokenizer
 
 
-def _quantize(whole: Path, file: Path, quant: str) -> None:
-    """llama.cpp's quantizer, for kinds the package gguf cannot write."""
+def _quantize(whole: Path, file: Path) -> None:
+    """Quantize a 16-bit GGUF file to q4_k_m with llama.cpp. Raises LaunchError if it fails."""
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
     code = llama_cpp.llama_model_quantize(str(whole).encode(), str(file).encode(), params)
     if code:
-        raise LaunchError(f"{file}: llama.cpp's quantizer ended with code {code}; see the log above")
+        raise LaunchError(f"{file}: llama.cpp's quantizer failed with code {code}; see the log above")

@@ -1,7 +1,7 @@
-"""Kernels that are compiled on the node: whether Triton can compile TRL's fused head there, and where it keeps it.
+"""Check that Triton can compile TRL's fused head on this node, and set the folder of its cache.
 
-TRL computes log-probabilities with a Triton kernel on CUDA and has no other path once it has chosen that one. Triton
-builds its launchers with a C compiler and Python.h, which a compute node may lack although the login node has them.
+On CUDA, TRL computes log-probabilities with a Triton kernel and does not fall back if that fails. Triton compiles its
+launchers with a C compiler and Python.h, which a compute node may lack although the login node has them.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ PROGRAM = "#include <Python.h>\n#include <stdlib.h>\nint main(void) { return PY_
 
 
 def choose_head() -> None:
-    """Have TRL compute the head with torch where Triton cannot compile on this node; keep Triton's cache on its disk.
+    """Make TRL compute the head with torch if Triton cannot compile on this node; keep Triton's cache on a local disk.
 
-    Called in every process of a training stage, before its model is made; prints one sentence a node.
+    Called in every process of a training stage, before its model is built. Prints one message per node.
     """
     if not torch.cuda.is_available() or not chunked_logprob._TRITON_AVAILABLE:
         return
     os.environ.setdefault("TRITON_CACHE_DIR", str(private_folder("therefore-triton")))
-    problem = why_triton_cannot_compile()
+    problem = triton_problem()
     if problem is None:
         return
     chunked_logprob._TRITON_AVAILABLE = False
@@ -41,8 +41,8 @@ def choose_head() -> None:
         )
 
 
-def why_triton_cannot_compile() -> str | None:
-    """What Triton lacks on this machine, found by compiling a file as it does; None where nothing is missing."""
+def triton_problem() -> str | None:
+    """Compile a file as Triton does. Returns why that fails on this machine, or None."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return "no C compiler (gcc or clang on PATH, or CC)"
@@ -62,12 +62,12 @@ def why_triton_cannot_compile() -> str | None:
 
 
 def private_folder(name: str) -> Path:
-    """A folder of this user on the node's own disk, `<tmp>/<name>-<uid>`; a new one where that belongs to someone else.
+    """Return this user's folder `<tmp>/<name>-<uid>` on the node's disk; a new one if another user owns that.
 
-    Compiled code is loaded from it, so nobody else may be able to write there.
+    Compiled code is loaded from it, so no other user may have write access.
     """
     folder = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
-    with contextlib.suppress(FileExistsError):  # a file, a link, or the folder from before: looked at next
+    with contextlib.suppress(FileExistsError):  # a file, a link, or the folder of an earlier run: checked next
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:

@@ -1,8 +1,7 @@
-"""How a model is loaded, once: tokenizer, chat format, precision, quantization, adapters, checkpoints.
+"""Load models and tokenizers: chat format, precision, quantization, adapters, checkpoints.
 
-The same code path loads a hub id, a local folder, a step's folder, a Trainer checkpoint and an adapter, for
-training and for evaluation. `make_random_model` makes a small model from nothing, so that the whole pipeline runs
-where no hub can be reached.
+One code path loads a hub id, a local folder, a step's folder, a Trainer checkpoint and an adapter, for training and
+for evaluation. `make_random_model` makes a small randomly initialised model, so that the pipeline runs without a hub.
 """
 
 from __future__ import annotations
@@ -77,10 +76,11 @@ THINK_TAGS = ["<think>", "</think>"]
 
 
 def load_tokenizer(checkpoint: Checkpoint, model: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint with the recipe's chat template.
+    """Load the tokenizer of a checkpoint, with the recipe's chat template.
 
-    Its eos token is what ends a turn in that template (Phi-3.5's own is another); pad is another token than eos where
-    the vocabulary has one; padding is left. ArtifactError where it cannot read back a sentence or a chat.
+    Its eos token ends a turn in that template (Phi-3.5's own differs). Its pad token differs from eos if the vocabulary
+    has such a token. Padding is on the left. Raises RecipeError without a usable chat template, and ArtifactError if a
+    sentence or a chat does not decode to itself.
     """
     where = checkpoint.tokenizer
     check_sizes(checkpoint.base, revision_of(checkpoint, model))  # the tokenizer's class is in the model's config
@@ -90,8 +90,8 @@ def load_tokenizer(checkpoint: Checkpoint, model: Model) -> PreTrainedTokenizerB
         tokenizer.chat_template = read_template(model.chat_template)
     if not tokenizer.chat_template:
         raise RecipeError(
-            f"model.chat_template: null, and the tokenizer of {where} has none; "
-            f"use one of {', '.join(TEMPLATES)} or the path of a .jinja file"
+            f"model.chat_template: got null, and the tokenizer of {where} has no template. "
+            f"Fix: set one of {', '.join(TEMPLATES)} or the path of a .jinja file"
         )
     with loading_errors(f"tokenizer {where}"):
         template = str(tokenizer.get_chat_template())
@@ -108,55 +108,59 @@ def load_tokenizer(checkpoint: Checkpoint, model: Model) -> PreTrainedTokenizerB
 
 
 def _is_known(template: str) -> bool:
-    """Whether a chat template is one of this project or of TRL, which end."""
+    """Return whether a chat template is one of this project or of TRL, which need no trial."""
     return any(path.read_text(encoding="utf-8") == template for path in TEMPLATES.values() if path.is_file())
 
 
 def _chat_text(tokenizer: PreTrainedTokenizerBase, **arguments: Any) -> str:
-    """One question in the tokenizer's chat format."""
+    """Return a short question in the tokenizer's chat format."""
     return str(tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False, **arguments))
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The token that follows an assistant's words in the chat template: what a model stops at."""
-    words = "Therefore"
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}]
+    """Return the stop token of the chat template: the token after an assistant's text. Raises RecipeError."""
+    answer = "Therefore"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
     text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    if words not in text:
-        raise RecipeError("model.chat_template: leaves out what an assistant says; use a template that writes it")
-    after = tokenizer(text[text.rindex(words) + len(words) :], add_special_tokens=False)["input_ids"]
+    if answer not in text:
+        raise RecipeError(
+            "model.chat_template: the template leaves out the assistant's text. "
+            f"Fix: use one of {', '.join(TEMPLATES)} or a template that writes it"
+        )
+    after = tokenizer(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)["input_ids"]
     if after and after[0] in tokenizer.added_tokens_decoder:
         return str(tokenizer.convert_ids_to_tokens(after[0]))
     if tokenizer.eos_token is None:
         raise RecipeError(
-            "model.chat_template: an assistant's turn ends in no special token, and the tokenizer has no eos token; "
-            f"use one of {', '.join(TEMPLATES)} or a template that ends each turn with one"
+            "model.chat_template: an assistant's turn does not end with a special token, and the tokenizer has no eos "
+            f"token. Fix: use one of {', '.join(TEMPLATES)} or a template that ends each turn with a special token"
         )
     return str(tokenizer.eos_token)
 
 
 def read_template(name: str) -> str:
-    """A chat template by name or by path."""
+    """Return the text of a chat template, by name or by path. Raises RecipeError for an unknown one."""
     path = TEMPLATES.get(name, Path(name))
     if not path.is_file():
         raise RecipeError(
-            f"model.chat_template: {name!r} is no file and none of {', '.join(TEMPLATES)}; null: the model's own"
+            f"model.chat_template: got {name!r}; expected one of {', '.join(TEMPLATES)}, the path of a .jinja file, or "
+            "null for the model's own template"
         )
     return path.read_text(encoding="utf-8")
 
 
 def template_opens_think(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the generation prompt already opens `<think>`, so that a completion begins inside the thought."""
+    """Return whether the generation prompt already opens `<think>`, so that completions begin inside the thought."""
     return _chat_text(tokenizer, add_generation_prompt=True).rstrip().endswith(OPEN)
 
 
 def prompt_lengths(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> list[int]:
-    """Tokens of each conversation with its generation prompt."""
+    """Return the number of tokens of each conversation with its generation prompt."""
     return [len(ids) for ids in prompt_ids(tokenizer, prompts)]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> list[list[int]]:
-    """Token ids of each conversation with its generation prompt: what generation begins from, everywhere."""
+    """Return the token ids of each conversation with its generation prompt, the input of generation everywhere."""
     texts = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, tokenize=False)
     return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
 
@@ -164,12 +168,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> list[l
 def encode_rows(
     tokenizer: PreTrainedTokenizerBase, prompts: list[Any], completions: list[Any]
 ) -> list[dict[str, list[int]]]:
-    """Tokens and labels of prompt/completion conversations.
+    """Return the tokens (`input_ids`) and labels of prompt/completion conversations.
 
-    The loss falls on what the model itself will have to write: the tokens of the assistant's turn that come after
-    the generation prompt, its stop token included; -100 elsewhere. What a template writes after the stop token is
-    left out: a model is never asked for it.
-    Raises RecipeError where the chat format writes a prompt differently in training than for generation.
+    The loss covers exactly the tokens that the model must generate: those after the generation prompt, up to and
+    including the stop token. Labels are -100 elsewhere. Text of the template after the stop token is left out, because
+    the model never generates it. Raises RecipeError if the chat format renders a prompt differently in training and
+    for generation.
     """
     before = prompt_ids(tokenizer, prompts)
     whole = [list(prompt) + list(completion) for prompt, completion in zip(prompts, completions, strict=True)]
@@ -179,8 +183,8 @@ def encode_rows(
         if ids[: len(start)] != start:
             raise RecipeError(
                 "model.chat_template: the generation prompt is not how a training text begins "
-                f"({tokenizer.decode(start)[-60:]!r} against {tokenizer.decode(ids)[:60]!r}…); use a template whose "
-                "assistant turn begins as its generation prompt does"
+                f"({tokenizer.decode(start)[-60:]!r} against {tokenizer.decode(ids)[:60]!r}…). Fix: use a template "
+                "whose assistant turn begins like its generation prompt"
             )
         ids = ids[: _stop(ids, len(start), tokenizer.eos_token_id)]
         rows.append({"input_ids": list(ids), "labels": [-100] * len(start) + list(ids[len(start) :])})
@@ -188,7 +192,7 @@ def encode_rows(
 
 
 def _stop(ids: list[int], start: int, eos: int) -> int:
-    """Where a row ends: after the first stop token of its answer."""
+    """Return the length of a row: up to the first stop token of its answer."""
     return next((k + 1 for k in range(start, len(ids)) if ids[k] == eos), len(ids))
 
 
@@ -196,14 +200,14 @@ def _stop(ids: list[int], start: int, eos: int) -> int:
 
 
 def device() -> torch.device:
-    """This process's device: its own GPU (LOCAL_RANK) or the CPU."""
+    """Return this process's device: its GPU (LOCAL_RANK) or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
 
 def compute_capability() -> float | None:
-    """Of this process's GPU, such as 7.5; None on a CPU."""
+    """Return the compute capability of this process's GPU, such as 7.5; None on a CPU."""
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability()
@@ -211,10 +215,10 @@ def compute_capability() -> float | None:
 
 
 def choose_dtype(model: Model) -> torch.dtype:
-    """One precision for training and evaluation: bf16 where the hardware has it, fp16 on older GPUs.
+    """Return the precision for training and evaluation: bf16 if the hardware supports it, fp16 on older GPUs.
 
-    A GPU's capability is asked, not `is_bf16_supported`, which is true on Turing by emulation.
-    RecipeError where the recipe asks for what this GPU has not.
+    It reads the compute capability and not `is_bf16_supported`, which is true on Turing GPUs by emulation.
+    Raises RecipeError if the recipe sets a precision that this GPU does not support.
     """
     name, gpu = str(model.dtype), compute_capability()
     if name == "auto" and gpu:
@@ -223,12 +227,15 @@ def choose_dtype(model: Model) -> torch.dtype:
         flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
         name = "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
     if gpu and name == "bfloat16" and half_precision(gpu) != name:
-        raise RecipeError(f"model.dtype: 'bfloat16', which this GPU (compute capability {gpu:g}) has not; use auto")
+        raise RecipeError(
+            f"model.dtype: got bfloat16, which this GPU (compute capability {gpu:g}) does not support. "
+            "Fix: model.dtype=auto"
+        )
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
 def choose_attention(model: Model) -> str:
-    """`auto` is FlashAttention where it is installed and the GPU and the precision are made for it, else SDPA."""
+    """Return the attention kernel. `auto`: FlashAttention if installed, and supported by GPU and dtype, else SDPA."""
     if model.attention != "auto":
         return model.attention
     gpu = compute_capability()
@@ -237,10 +244,10 @@ def choose_attention(model: Model) -> str:
 
 
 def repeat_keys_before_ampere() -> None:
-    """Below compute capability 8 have transformers repeat the keys that heads share before it calls SDPA.
+    """Make transformers repeat shared keys before it calls SDPA, on GPUs below compute capability 8.
 
-    Without a mask it passes `enable_gqa` instead, which on such a GPU only SDPA's math kernel takes: that one keeps the
-    whole score matrix in float32 (2 to 3 GiB a layer of a 7B model at 2,500 tokens). On other devices nothing changes.
+    Without a mask, transformers passes `enable_gqa` instead. On such a GPU only SDPA's math kernel supports it, which
+    stores the whole score matrix in float32 (2 to 3 GiB per layer of a 7B model at 2,500 tokens).
     """
     gpu = compute_capability()
     if gpu and gpu < AMPERE:
@@ -251,14 +258,14 @@ def repeat_keys_before_ampere() -> None:
 
 
 def base_checkpoint(model: Model, data: Path) -> Checkpoint:
-    """The base model: what preprocess has drawn or unpacked; else the hub id or local folder."""
+    """Return the base model: the one that preprocess made or unpacked in `data`, else the hub id or local folder."""
     if model.random_init or model.gguf:
         return find_checkpoint(str(data / "model"))
     return find_checkpoint(model.name) if Path(model.name).exists() else Checkpoint(model.name, None, model.name)
 
 
 def initial_checkpoint(model: Model, inputs: Mapping[str, Artifact]) -> Checkpoint:
-    """Where training or an evaluation starts: the weights of the step before it, else the base model."""
+    """Return the initial weights of training or an evaluation: those of the previous step, else the base model."""
     if "model" in inputs:
         return find_checkpoint(str(inputs["model"].folder))
     return base_checkpoint(model, inputs["data"].folder)
@@ -273,17 +280,19 @@ def load_model(
     keep_dtype: bool = False,
     spread: dict[str, Any] | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """The model of a checkpoint in the recipe's quantization, its adapter loaded unmerged.
+    """Load the model of a checkpoint in the recipe's quantization, its adapter unmerged.
 
-    `train_adapter` leaves the adapter's weights trainable, so that GRPO continues from the SFT adapter; `keep_dtype`
-    holds them in the base's precision, as `add_lora` does; `spread` are accelerate's arguments for a model on several
-    devices.
+    `train_adapter` keeps the adapter's weights trainable, so that GRPO continues from the SFT adapter. `keep_dtype`
+    keeps them in the base's precision, as `add_lora` does. `spread` are accelerate's arguments for a model on several
+    devices. Raises ArtifactError if the weights do not fit the model, RecipeError for an adapter offloaded to disk.
     """
     repeat_keys_before_ampere()
     if model.quantization == "int8":
         INT8_LOGGER.addFilter(is_not_about_casts)
     quantization = _quantization(model, dtype, spread=spread is not None)
-    arguments = {"quantization_config": quantization} if quantization else {}  # None would undo the model's own
+    arguments = (
+        {"quantization_config": quantization} if quantization else {}
+    )  # None would remove the model's own quantization
     name, revision = checkpoint.base, revision_of(checkpoint, model)
     check_sizes(name, revision)
     with loading_errors(f"model {name}"):
@@ -293,15 +302,15 @@ def load_model(
             dtype=dtype,
             attn_implementation=choose_attention(model),
             generation_config=GenerationConfig(),  # not the checkpoint's: see forget_generation_config
-            ignore_mismatched_sizes=True,  # they are named below, with their shapes
+            ignore_mismatched_sizes=True,  # check_keys reports them, with their shapes
             output_loading_info=True,
             **NO_PICKLE,
             **arguments,
             **(spread or {}),
         )
-    if getattr(base, "_hf_peft_config_loaded", False):  # of a hub id; in a folder `find_checkpoint` has seen it
+    if getattr(base, "_hf_peft_config_loaded", False):  # of a hub id; `find_checkpoint` handles folders
         raise ArtifactError(
-            f"model {name}: got an adapter; expected a whole model. Fix: hf download {name}, and name its folder"
+            f"model {name}: got an adapter; expected a whole model. Fix: run hf download {name}, and pass its folder"
         )
     check_keys(base, info, name, revision)
     check_finite(base, name, revision, dtype)
@@ -309,18 +318,18 @@ def load_model(
     if checkpoint.adapter is None:
         return base
     if "disk" in {str(place) for place in getattr(base, "hf_device_map", {}).values()}:
-        # PEFT 0.21 would write the base's files again, by a path without its root: a relative one is the original's
+        # PEFT 0.21 would write the base's files again, to a path without its root: it could overwrite the originals
         raise RecipeError(
-            f"cluster.max_memory: {checkpoint.adapter} is an adapter, and some of its base would have to wait on disk, "
-            "where an adapter cannot be put on it; allow more (cpu: GiB), or ask what "
-            "python -m pipeline export --format merged16 makes of it"
+            f"cluster.max_memory: {checkpoint.adapter} is an adapter, and a part of its base model would be on disk, "
+            "where PEFT cannot attach an adapter. Fix: allow more (cpu: GiB), or use the merged model of "
+            "python -m pipeline export --format merged16"
         )
     return attach_adapter(
         base,
         checkpoint.adapter,
         is_trainable=train_adapter,
         autocast_adapter_dtype=not keep_dtype,
-        torch_device="cpu",  # PEFT's own choice is the first GPU, in every process
+        torch_device="cpu",  # PEFT's default is the first GPU, in every process
         **(spread or {}),
     )
 
@@ -329,42 +338,42 @@ INT8_LOGGER = logging.getLogger("bitsandbytes.autograd._functions")
 
 
 def is_not_about_casts(record: logging.LogRecord) -> bool:
-    """Whether to show a record: not where bitsandbytes warns, at every int8 matmul, that the input is not float16."""
+    """Return False for bitsandbytes' warning, at every int8 matmul, that it casts the input to float16."""
     return "inputs will be cast from" not in str(record.msg)
 
 
 def load_for_chat(checkpoint: Checkpoint, model: Model, limits: MaxMemory | None) -> PreTrainedModel | PeftModel:
-    """The model of a checkpoint, ready to generate: on this process's device or, with limits, spread by accelerate.
+    """Load a checkpoint's model for generation: on this process's device or, with limits, on several by accelerate.
 
-    What the GPUs may not hold lies on the CPU, and what that may not hold on disk; a quantized model's layers that do
-    not lie on a GPU are left in 16 bit.
+    Layers beyond the GPUs' limit are on the CPU, those beyond the CPU's limit on disk. Layers of a quantized model that
+    are not on a GPU stay in 16 bit.
     """
     dtype = choose_dtype(model)
     if limits is None:
         loaded = load_model(checkpoint, model, dtype=dtype).to(device())
         check_computes(loaded, str(checkpoint.adapter or checkpoint.base), device())
         return loaded
-    mine = [device().index] if int(os.environ.get("WORLD_SIZE", "1")) > 1 else range(torch.cuda.device_count())
+    gpus = [device().index] if int(os.environ.get("WORLD_SIZE", "1")) > 1 else range(torch.cuda.device_count())
     sizes: dict[int | str, float] = {}
     if limits.gpu is not None:
-        sizes |= {index: limits.gpu for index in mine if index is not None}
+        sizes |= {index: limits.gpu for index in gpus if index is not None}
     if limits.cpu is not None:
         sizes["cpu"] = limits.cpu
-    aside = tempfile.mkdtemp(prefix="therefore-")
-    atexit.register(shutil.rmtree, aside, ignore_errors=True)
-    most = {where: int(size * 2**30) for where, size in sizes.items()} or None
-    spread = {"device_map": "auto", "max_memory": most, "offload_folder": aside}
+    offload = tempfile.mkdtemp(prefix="therefore-")
+    atexit.register(shutil.rmtree, offload, ignore_errors=True)
+    max_memory = {where: int(size * 2**30) for where, size in sizes.items()} or None
+    spread = {"device_map": "auto", "max_memory": max_memory, "offload_folder": offload}
     loaded = load_model(checkpoint, model, dtype=dtype, spread=spread)
-    if "disk" not in getattr(loaded, "hf_device_map", {}).values():  # reading all of it once more would take long
+    if "disk" not in getattr(loaded, "hf_device_map", {}).values():  # a second read of the weights takes long
         check_computes(loaded, str(checkpoint.adapter or checkpoint.base), input_device(loaded))
     return loaded
 
 
 def merge_adapter(checkpoint: Checkpoint, model: Model, dtype: torch.dtype) -> PreTrainedModel:
-    """A checkpoint's whole model in 16 bit, its adapter merged.
+    """Return a checkpoint's whole model in 16 bit, its adapter merged.
 
-    The base is loaded in `dtype` whatever it was trained in; one that is published in fewer bits is unpacked first.
-    What an adapter adds is computed in float32 and rounded once.
+    The base is loaded in `dtype`, independent of the quantization in training. A base that is published in fewer bits
+    is dequantized first. The adapter's update is computed in float32 and rounded once.
     """
     plain_model = replace(model, quantization="none")
     loaded = load_model(replace(checkpoint, adapter=None), plain_model, dtype=dtype)
@@ -378,7 +387,7 @@ def merge_adapter(checkpoint: Checkpoint, model: Model, dtype: torch.dtype) -> P
 
 
 def check_adapter_alone(checkpoint: Checkpoint, model: Model) -> None:
-    """ArtifactError where an adapter does not fit its base model, whose weights are not loaded for it."""
+    """Raise ArtifactError if an adapter does not fit its base model; the base's weights are not loaded."""
     assert checkpoint.adapter is not None
     with loading_errors(f"model {checkpoint.base}"), torch.device("meta"):
         config = AutoConfig.from_pretrained(checkpoint.base, revision=revision_of(checkpoint, model), **NO_CODE)
@@ -387,7 +396,7 @@ def check_adapter_alone(checkpoint: Checkpoint, model: Model) -> None:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a model's inputs belong: its device or, where it is spread over several, the first that computes."""
+    """Return the device for a model's inputs: its device or, for a model on several, the first that computes."""
     places = getattr(model, "hf_device_map", None)
     if places is None:
         return torch.device(model.device)
@@ -395,7 +404,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """ArtifactError where the tokenizer belongs to another model."""
+    """Raise ArtifactError if the tokenizer belongs to another model."""
     rows = model.get_input_embeddings().num_embeddings
     generation = model.generation_config.eos_token_id if model.generation_config else None
     stops = sorted({*as_list(model.config.get_text_config().eos_token_id), *as_list(generation)})
@@ -406,13 +415,13 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, 
         problems.append(f"its stop token is {tokenizer.eos_token_id} ({tokenizer.eos_token}), the model's {stops}")
     if problems:
         raise ArtifactError(
-            f"checkpoint {checkpoint.adapter or checkpoint.base}: the tokenizer in {checkpoint.tokenizer} is of "
-            f"another model: {' and '.join(problems)}; copy the tokenizer files the model was trained with there"
+            f"checkpoint {checkpoint.adapter or checkpoint.base}: the tokenizer in {checkpoint.tokenizer} belongs to "
+            f"another model: {' and '.join(problems)}. Fix: copy the model's own tokenizer files to that folder"
         )
 
 
 def add_lora(base: PreTrainedModel, lora: Lora, *, keep_dtype: bool) -> PeftModel:
-    """A fresh adapter on a base model. `keep_dtype`: ZeRO-3 needs the adapter in the base's precision."""
+    """Add a new LoRA adapter to a base model. `keep_dtype`: ZeRO-3 needs the adapter in the base's precision."""
     from peft import LoraConfig, get_peft_model
 
     targets: Any = lora.targets[0] if lora.targets == ("all-linear",) else list(lora.targets)
@@ -437,22 +446,25 @@ def _quantization(model: Model, dtype: torch.dtype, *, spread: bool = False) -> 
 
 
 def revision_of(checkpoint: Checkpoint, model: Model) -> str | None:
-    """The pinned revision, where the checkpoint's weights are those of the recipe's base model on the hub."""
+    """Return the pinned revision if the checkpoint is the recipe's base model on the hub; else None."""
     return model.revision if checkpoint.base == model.name else None
 
 
 def unpack_gguf(model: Model, out: Path) -> int:
-    """Save the model of a GGUF file, its weights in 32 bit, as an ordinary model folder. Returns its parameters."""
+    """Save the model of a GGUF file, dequantized to 32 bit, as a model folder. Returns the number of parameters.
+
+    Raises ArtifactError for a file that does not exist or cannot be read.
+    """
     path = gguf_file(model)
     if path is None:
-        raise ArtifactError(f"model.gguf: {model.gguf} is no file, nor one of an installed package")
+        raise ArtifactError(f"model.gguf: got {model.gguf}; expected a file, or one of an installed package")
     with loading_errors(f"model.gguf: {path}"):
         unpacked, info = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True, **NO_CODE
         )
         tokenizer = read_tokenizer(path)
     check_keys(unpacked, info, str(path), None)
-    config = unpacked.config  # a model that came from a packed file is not saved: its weights move to one that did not
+    config = unpacked.config  # transformers refuses to save a model from GGUF, so its weights move to a plain one
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     plain = AutoModelForCausalLM.from_config(config, **NO_CODE)
@@ -463,24 +475,24 @@ def unpack_gguf(model: Model, out: Path) -> int:
     return int(plain.num_parameters())
 
 
-# ---------------------------------------------------------------- a model from nothing
+# ---------------------------------------------------------------- random initialisation
 
 
 def make_random_model(scratch: RandomInit, texts: Iterable[str], template: str, out: Path, seed: int) -> int:
-    """Train a tokenizer on `texts`, draw random weights, save both as an ordinary model folder.
+    """Train a tokenizer on `texts`, initialise weights at random, and save both as a model folder.
 
-    Returns the number of parameters. Byte-level BPE over words with their leading space, so any text can be
-    read; words that are frequent in the task become one token.
+    Returns the number of parameters. The tokenizer is a byte-level BPE over words with their leading space, so it
+    encodes any text; words that are frequent in the task become one token.
     """
-    format_ = read_template(template)
-    tokenizer = train_tokenizer(texts, scratch.vocabulary, special_in(format_))
-    tokenizer.chat_template = format_
+    chat_template = read_template(template)
+    tokenizer = train_tokenizer(texts, scratch.vocabulary, special_in(chat_template))
+    tokenizer.chat_template = chat_template
     tokenizer.eos_token = end_of_turn(tokenizer)
     tokenizer.model_max_length = scratch.context
     config = AutoConfig.for_model(
         scratch.architecture,
-        # matrix sides that are multiples of 16 are faster; one row is free, because the tokenizer class of a family may
-        # add a token when it is loaded (Qwen2: <|endoftext|>)
+        # multiples of 16 are faster; one row is spare, because some tokenizer classes add a token when they are loaded
+        # (Qwen2: <|endoftext|>)
         vocab_size=-(-(len(tokenizer) + 1) // 16) * 16,
         hidden_size=scratch.hidden_size,
         num_hidden_layers=scratch.layers,
@@ -504,9 +516,9 @@ def make_random_model(scratch: RandomInit, texts: Iterable[str], template: str, 
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int, special: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most `vocabulary` tokens, the same for the same texts.
+    """Train a byte-level BPE tokenizer of at most `vocabulary` tokens; equal texts give an equal tokenizer.
 
-    `special` are tokens of a chat template beside our own; one that begins a text becomes the bos token.
+    `special` are a chat template's special tokens, in addition to the project's.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 

@@ -1,9 +1,9 @@
-"""A chat template of somebody else, tried in a process of its own with bounded time and memory.
+"""Try an unknown chat template in a separate process with limits on time and memory.
 
     python -m pipeline.models.template_trial < {"template": …, "special": {…}}     writes {"length": …} or {"error": …}
 
-A template is a program: nested loops or `10**10**10` do not end, and in C code no signal interrupts them. What renders
-a few short chats within the bounds is used; the templates of this project and of TRL need no trial.
+A template is a program: nested loops or `10**10**10` never end, and signals do not interrupt them in C code. A template
+that renders a few short chats within the limits is accepted. The templates of this project and of TRL need no trial.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 
 from pipeline.core.errors import ArtifactError
 
-CPU_SECONDS = 2  # of processor time, for all the chats below
-MEMORY_BYTES = 1 << 30  # on top of what the libraries hold
-MAX_CHARACTERS = 1_000_000  # characters of one short chat
+CPU_SECONDS = 2  # of CPU time, for all the chats below
+MEMORY_BYTES = 1 << 30  # in addition to the libraries' memory
+MAX_CHARACTERS = 1_000_000  # of one short chat
 CHATS = [
     [{"role": "user", "content": "Is 2 + 2 = 4?"}],
     [{"role": "user", "content": "Is 2 + 2 = 4?"}, {"role": "assistant", "content": "<think>\nhm\n</think>\nYes"}],
@@ -33,21 +33,24 @@ CHATS = [
 
 
 def try_template(template: str, special: dict[str, Any], where: str) -> None:
-    """ArtifactError where the template fails, does not end, or writes far more than it was given.
+    """Raise ArtifactError if the template fails, does not end, or writes far too much text.
 
-    `special` are the special tokens a template may name; `where` is the file it is in, for the message.
+    `special` are the special tokens that a template may name; `where` is the template's file, for the message.
     """
-    order = json.dumps({"template": template, "special": {key: str(value) for key, value in special.items()}})
+    trial = json.dumps({"template": template, "special": {key: str(value) for key, value in special.items()}})
     command = [sys.executable, "-m", "pipeline.models.template_trial"]
     try:
-        done = subprocess.run(command, input=order, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, input=trial, capture_output=True, text=True, timeout=300)
     except subprocess.TimeoutExpired:
-        raise ArtifactError(f"{where}: the chat template was not tried within 300 s. Fix: run it again") from None
+        raise ArtifactError(
+            f"{where}: the trial of the chat template did not end within 300 s, so the machine is overloaded. "
+            "Fix: rerun the command"
+        ) from None
     if done.returncode == -signal.SIGXCPU:
         problem = f"does not end within {CPU_SECONDS} s on a chat of three turns"
     elif done.returncode:
         problem = (
-            f"ended its process with code {done.returncode} (it needs more than {MEMORY_BYTES >> 20} MiB, or crashes)"
+            f"ends its process with code {done.returncode} (it needs more than {MEMORY_BYTES >> 20} MiB, or crashes)"
         )
     else:
         found = json.loads(done.stdout.splitlines()[-1])
@@ -61,10 +64,10 @@ def try_template(template: str, special: dict[str, Any], where: str) -> None:
 
 
 def main() -> None:
-    """Render every chat of the order on stdin; the longest length, or the first error, on stdout."""
+    """Render every chat with the template on stdin; print the greatest length, or the first error, as JSON."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    order = json.load(sys.stdin)
+    trial = json.load(sys.stdin)
     held = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
     used = resource.getrusage(resource.RUSAGE_SELF)
     seconds = int(used.ru_utime + used.ru_stime) + 1 + CPU_SECONDS
@@ -75,11 +78,11 @@ def main() -> None:
     try:
         for prompt in (True, False):
             rendered, _ = render_jinja_template(
-                CHATS, chat_template=order["template"], add_generation_prompt=prompt, **order["special"]
+                CHATS, chat_template=trial["template"], add_generation_prompt=prompt, **trial["special"]
             )
             longest = max(longest, *map(len, rendered))
         found: dict[str, Any] = {"length": longest}
-    except Exception as error:  # whatever a template can raise is a fault of the template
+    except Exception as error:  # any exception is an error of the template
         lines = str(error).strip().splitlines() or [""]
         found = {"error": f"fails ({type(error).__name__}: {lines[0][:300]})"}
     print(json.dumps(found))

@@ -1,11 +1,11 @@
-"""What has to hold before a checkpoint is used: every tensor, adapter key and tokenizer file fits.
+"""Checks of a checkpoint before its use: all tensors, adapter keys and tokenizer files must fit.
 
-    with reading(f"model {folder}"):          any failure of library code on a user's file becomes one sentence
+    with loading_errors(f"model {folder}"):   any failure of library code on a user's file becomes one error message
         model, info = AutoModelForCausalLM.from_pretrained(folder, **NO_PICKLE, output_loading_info=True)
     check_keys(model, info, folder, revision)
 
-transformers draws missing tensors at random and drops unexpected ones with a warning, PEFT does the same with an
-adapter's; a NaN spreads in silence. Here each of them is an ArtifactError that names the tensor.
+transformers initialises missing tensors at random and drops unexpected ones with a warning; PEFT does the same for
+adapters; NaN values raise no error at all. These checks raise an ArtifactError that names the tensor.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from pipeline.workflow.weights import ADAPTER
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# of every call that loads what somebody else has written: no code and no pickle of theirs runs
+# arguments of every call that loads files of others: none of their code and no pickle runs
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 NO_PICKLE: dict[str, Any] = {**NO_CODE, "weights_only": True}
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PROBE_TEXT = "Premise: A correlates with B, and 3.14 < 12. Does A cause B? Therefore: no."
-NAMES_SHOWN = 4  # names in an error
+NAMES_SHOWN = 4  # tensor names listed in an error
 
 
 @contextlib.contextmanager
 def loading_errors(what: str) -> Iterator[None]:
-    """Turn any failure of library code on a user's file into one ArtifactError that names `what` was read.
+    """Turn any failure of library code on a user's file into one ArtifactError that begins with `what`.
 
-    A PipelineError, a full disk or a device without memory passes: those are no faults of the file.
+    A PipelineError, an OSError such as a full disk, and out-of-memory errors pass: they are not errors of the file.
     """
     try:
         yield
@@ -57,21 +57,21 @@ def loading_errors(what: str) -> Iterator[None]:
 
 
 def _sentence(error: Exception) -> str:
-    """The first line of an error; the second too where the first only announces it."""
+    """Return the first line of an error, and the second if the first ends with a colon; known errors with a fix."""
     text = str(error).strip()
     if "contains custom code which must be executed" in text or "references custom code contained in" in text:
         return "its files name Python code of their own (auto_map), which never runs here. Fix: use another model"
     if "weights_only" in text or "Weights only load failed" in text:
         return "its .bin file holds more than tensors, and no pickle runs here. Fix: use its safetensors"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    told = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    message = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
     name = type(error).__name__
     plain = isinstance(error, OSError | ValueError | ImportError | SafetensorError | struct.error | RuntimeError)
-    return told[:400] if told and plain else f"{name}: {told[:400]}".removesuffix(": ")
+    return message[:400] if message and plain else f"{name}: {message[:400]}".removesuffix(": ")
 
 
 def name_list(keys: Iterable[str]) -> str:
-    """A few of many names."""
+    """Return the first few of many names, and the number of the others."""
     listed = sorted(keys)
     return ", ".join(listed[:NAMES_SHOWN]) + (
         f" and {len(listed) - NAMES_SHOWN} more" if len(listed) > NAMES_SHOWN else ""
@@ -82,10 +82,10 @@ def name_list(keys: Iterable[str]) -> str:
 
 
 def check_keys(model: PreTrainedModel, info: dict[str, Any], name: str, revision: str | None) -> None:
-    """ArtifactError where the files lack a tensor of the model, hold one too many, or one of another shape.
+    """Raise ArtifactError if the files lack a tensor of the model, or have an extra one or one of another shape.
 
-    `info` is transformers' loading info. What a model's class may miss or ignore, and tied weights, are left out of it
-    already. Under ZeRO-3 transformers does not look for unexpected tensors, so the files are asked.
+    `info` is transformers' loading info. It already leaves out tied weights, and tensors that the model's class may
+    miss or ignore. Under ZeRO-3, transformers does not search for unexpected tensors, so the files are read.
     """
     unexpected = set(info.get("unexpected_keys", ()))
     if is_deepspeed_zero3_enabled() and not getattr(model, "is_quantized", False):
@@ -94,7 +94,7 @@ def check_keys(model: PreTrainedModel, info: dict[str, Any], name: str, revision
     if missing := info.get("missing_keys"):
         problems.append(f"lacks {len(missing)} of the model's tensors ({name_list(missing)})")
     if unexpected:
-        problems.append(f"holds {len(unexpected)} tensors that the model has not ({name_list(unexpected)})")
+        problems.append(f"has {len(unexpected)} tensors that are not in the model ({name_list(unexpected)})")
     mismatched = {*info.get("mismatched_keys", ()), *_packed_mismatches(model, weight_files(name, revision))}
     if mismatched:
         shapes = [f"{key} {tuple(found)}, expected {tuple(wanted)}" for key, found, wanted in sorted(mismatched)]
@@ -107,7 +107,10 @@ def check_keys(model: PreTrainedModel, info: dict[str, Any], name: str, revision
 
 
 def _packed_mismatches(model: PreTrainedModel, files: list[Path]) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """Whole weights in the files whose shape is not that of the layer they were packed for: nobody compares those."""
+    """Return (name, shape, expected shape) of unquantized weights in the files that do not fit a quantized layer.
+
+    transformers does not compare these shapes.
+    """
     if not getattr(model, "is_quantized", False):
         return []
     wanted = {
@@ -129,11 +132,11 @@ def _packed_mismatches(model: PreTrainedModel, files: list[Path]) -> list[tuple[
 
 
 def check_sizes(name: str, revision: str | None) -> None:
-    """ArtifactError where a config.json names sizes far beyond its weights: a billion layers would fill the memory."""
+    """Raise ArtifactError if a config.json has sizes far beyond its weights: a billion layers would fill the memory."""
     file = file_of(name, "config.json", revision)
     config = read_json(file) if file else None
     if file and not isinstance(config, dict):
-        raise ArtifactError(f"{file}: not a JSON object; expected a model's configuration")
+        raise ArtifactError(f"{file}: is not a JSON object; expected a model's configuration")
     if file and config is not None:
         model_files.check_sizes(config, file)
     files = weight_files(name, revision)
@@ -151,13 +154,13 @@ def check_sizes(name: str, revision: str | None) -> None:
         value = config.get(key)
         if isinstance(value, int | float) and value > limit:
             raise ArtifactError(
-                f"{file}: {key}: got {value}; expected at most {limit}, by the tensors beside it. "
+                f"{file}: {key}: got {value}; expected at most {limit}, the largest that its tensors allow. "
                 "Fix: use weights and a config.json that were saved together"
             )
 
 
 def _unexpected(model: PreTrainedModel, files: list[Path]) -> set[str]:
-    """Names in the files that the model has not; none where transformers renames or joins tensors on loading."""
+    """Return names in the files that are not in the model; none if transformers renames or joins tensors on loading."""
     if get_model_conversion_mapping(model, add_legacy=False):
         return set()
     prefix = f"{model.base_model_prefix}."
@@ -170,13 +173,13 @@ def _unexpected(model: PreTrainedModel, files: list[Path]) -> set[str]:
 
 
 def tensor_names(file: Path) -> list[str]:
-    """Names of the tensors of a safetensors file, from its header."""
+    """Return the names of the tensors of a safetensors file, from its header."""
     with safe_open(file, "pt") as opened:
         return list(opened.keys())
 
 
 def file_of(name: str, file: str, revision: str | None) -> Path | None:
-    """A file of a model folder, or of a hub model that has been loaded before; None where there is none."""
+    """Return the path of a file in a model folder, or in the local cache of a hub model; None if there is none."""
     if Path(name).exists():
         return Path(name) / file if (Path(name) / file).is_file() else None
     found = cached_file(
@@ -191,7 +194,7 @@ def file_of(name: str, file: str, revision: str | None) -> Path | None:
 
 
 def weight_files(name: str, revision: str | None) -> list[Path]:
-    """The safetensors files of a model, in the order in which transformers looks for them."""
+    """Return the safetensors files of a model: the single file, else the shards of its index."""
     single = file_of(name, "model.safetensors", revision)
     if single:
         return [single]
@@ -202,9 +205,10 @@ def weight_files(name: str, revision: str | None) -> list[Path]:
 
 
 def check_finite(model: PreTrainedModel, name: str, revision: str | None, dtype: torch.dtype) -> None:
-    """ArtifactError where a weight is NaN or infinite, or cannot be held in `dtype`.
+    """Raise ArtifactError if a weight is NaN or infinite, or exceeds the range of `dtype`.
 
-    The files are read, tensor by tensor: quantization would hide it. Weights of a .bin are looked at in memory.
+    It reads the files, tensor by tensor, because quantization would hide such values. Weights of a .bin file are
+    checked in memory.
     """
     with loading_errors(f"model {name}"):
         files = weight_files(name, revision)
@@ -221,13 +225,13 @@ def _refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor]], where: str, dt
         if not tensor.is_floating_point() or not tensor.numel() or tensor.device.type == "meta":
             continue
         tensor = tensor.detach()
-        if tensor.element_size() == 1:  # kinds of 8 bits cannot be compared
+        if tensor.element_size() == 1:  # torch cannot compare 8-bit floats
             tensor = tensor.to(torch.float32)
-        low, high = (float(value) for value in torch.aminmax(tensor))  # without a copy of it; NaN goes through
+        low, high = (float(value) for value in torch.aminmax(tensor))  # makes no copy; NaN propagates
         if not (-most <= low and high <= most):
             if torch.isfinite(tensor).all():
                 raise ArtifactError(
-                    f"{where}: {key} reaches {max(high, -low):g}, more than {dtype} holds. Fix: model.dtype=float32"
+                    f"{where}: {key} reaches {max(high, -low):g}, beyond the range of {dtype}. Fix: model.dtype=float32"
                 )
             count = int((~torch.isfinite(tensor)).sum())
             raise ArtifactError(
@@ -238,7 +242,7 @@ def _refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor]], where: str, dt
 
 @torch.inference_mode()
 def check_computes(model: PreTrainedModel | PeftModel, name: str, where: torch.device) -> None:
-    """ArtifactError where the model fails on a few tokens or gives no numbers: a config.json that does not fit."""
+    """Raise ArtifactError if the model fails on a few tokens or returns NaN, as with a wrong config.json."""
     with loading_errors(f"model {name}"):
         ids = torch.arange(min(8, model.get_input_embeddings().num_embeddings), device=where)[None]
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
@@ -249,11 +253,11 @@ def check_computes(model: PreTrainedModel | PeftModel, name: str, where: torch.d
         )
 
 
-# ---------------------------------------------------------------- how the model would like to generate
+# ---------------------------------------------------------------- generation config
 
 
 def forget_generation_config(model: PreTrainedModel, name: str, revision: str | None) -> None:
-    """Keep of the checkpoint's generation config only the tokens that end a turn: the rest is the call's to say."""
+    """Replace the model's generation config by its stop tokens alone; callers set everything else."""
     file = file_of(name, "generation_config.json", revision)
     record = read_json(file) if file else None
     listed = record.get("eos_token_id") if isinstance(record, dict) else None
@@ -265,7 +269,7 @@ def forget_generation_config(model: PreTrainedModel, name: str, revision: str | 
 
 
 def as_list(ids: Any) -> list[int]:
-    """Configurations name one stop token, several, or none; what is not a token id is left out."""
+    """Return the stop tokens of a config, which has one, several or none, as a list; drop values that are not ids."""
     listed = ids if isinstance(ids, list | tuple) else [ids]
     return [token for token in listed if type(token) is int]
 
@@ -274,16 +278,19 @@ def as_list(ids: Any) -> list[int]:
 
 
 def check_adapter_config(folder: Path) -> None:
-    """ArtifactError for an adapter whose configuration names a module to import, or is no configuration."""
+    """Raise ArtifactError for an adapter config that is invalid, or that names a module to import."""
     record = read_json(folder / ADAPTER)
     if not isinstance(record, dict) or not isinstance(record.get("peft_type"), str):
         raise ArtifactError(f"adapter {folder}: {ADAPTER} is not an adapter's configuration (no peft_type)")
     if record.get("megatron_config"):  # PEFT would import the module that `megatron_core` names
-        raise ArtifactError(f"adapter {folder}: {ADAPTER} names code to import (megatron_core), which never runs here")
+        raise ArtifactError(
+            f"adapter {folder}: {ADAPTER} names code to import (megatron_core), which never runs here. "
+            "Fix: use another adapter"
+        )
 
 
 def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter's file, by name; a .bin is read without running its pickle."""
+    """Return the tensors of an adapter's file, by name. A .bin file is read without running its pickle code."""
     with loading_errors(f"adapter {folder}"):
         if (folder / ADAPTER_WEIGHTS[0]).is_file():
             with safe_open(folder / ADAPTER_WEIGHTS[0], "pt") as opened:
@@ -295,9 +302,9 @@ def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def attach_adapter(base: PreTrainedModel, folder: Path, **arguments: Any) -> PeftModel:
-    """An adapter on its base model, each tensor of its file used and each of its modules filled.
+    """Attach an adapter to its base model; every tensor of its file and every module of the adapter must match.
 
-    `arguments` are those of `PeftModel.from_pretrained`. ArtifactError names what does not fit.
+    `arguments` are those of `PeftModel.from_pretrained`. Raises ArtifactError with the names that do not match.
     """
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
@@ -305,35 +312,36 @@ def attach_adapter(base: PreTrainedModel, folder: Path, **arguments: Any) -> Pef
     tensors = adapter_tensors(folder)
     _refuse_infinite(tensors.items(), f"adapter {folder}", torch.float32)
     with loading_errors(f"adapter {folder}"):
-        # shapes first: PEFT's own error is about a name that is in no file
+        # first the ranks: PEFT's own error has a name that is not in any file
         config = PeftConfig.from_pretrained(str(folder))
         if config.peft_type == "LORA":
             _check_ranks(tensors, config, folder)
         model = PeftModel.from_pretrained(base, str(folder), **arguments)
         wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
-        held = set(model.state_dict())  # PEFT may keep a resized embedding beside an adapter
-    _compare(tensors, wanted, held, folder)
+        state = set(model.state_dict())  # PEFT may save a resized embedding with an adapter
+    _compare(tensors, wanted, state, folder)
     return model
 
 
 def check_adapter_fits(skeleton: PreTrainedModel, folder: Path) -> None:
-    """`attach_adapter`'s checks on a base model without weights (on the meta device)."""
+    """Run `attach_adapter`'s checks on a base model without weights (on the meta device)."""
     attach_adapter(skeleton, folder, torch_device="cpu", low_cpu_mem_usage=True)
 
 
 def _check_ranks(tensors: dict[str, torch.Tensor], config: Any, folder: Path) -> None:
-    """ArtifactError where no tensor has the rank that the configuration names."""
+    """Raise ArtifactError if tensors have ranks that are not in the adapter's config."""
     known = {config.r, *(config.rank_pattern or {}).values()}
     ranks = {value.shape[0] for key, value in tensors.items() if key.endswith("lora_A.weight")}
     if strange := ranks - known:
         raise ArtifactError(
-            f"adapter {folder}: its tensors have rank {', '.join(map(str, sorted(strange)))}, {ADAPTER} says "
+            f"adapter {folder}: its tensors have rank {', '.join(map(str, sorted(strange)))}, but {ADAPTER} has "
             f"r={config.r}. Fix: use the {ADAPTER} that was saved with them"
         )
 
 
-def _compare(tensors: dict[str, torch.Tensor], wanted: dict[str, Any], held: set[str], folder: Path) -> None:
-    unexpected = {key for key in tensors if key not in wanted and key not in held}
+def _compare(tensors: dict[str, torch.Tensor], wanted: dict[str, Any], state: set[str], folder: Path) -> None:
+    """Raise ArtifactError if an adapter's tensors are not those that its modules need. `state`: other known names."""
+    unexpected = {key for key in tensors if key not in wanted and key not in state}
     missing = set(wanted) - set(tensors)
     shapes = [
         f"{key} {tuple(tensors[key].shape)}, expected {tuple(value.shape)}"
@@ -359,18 +367,18 @@ def _compare(tensors: dict[str, torch.Tensor], wanted: dict[str, Any], held: set
 
 
 def check_round_trip(tokenizer: PreTrainedTokenizerBase, chat: str, name: str) -> None:
-    """ArtifactError where a plain sentence or a chat does not survive being encoded and decoded.
+    """Raise ArtifactError if a plain sentence or a chat changes when it is encoded and decoded.
 
-    Blanks and case are left out: some tokenizers change them. A folder without tokenizer.json gives no tokens at all.
+    Blanks and case are ignored, because some tokenizers change them. A folder without tokenizer.json yields no tokens.
     """
-    for what, text in (("a plain sentence", PROBE_TEXT), ("its chat format", chat)):
+    for kind, text in (("a plain sentence", PROBE_TEXT), ("its chat format", chat)):
         with loading_errors(f"tokenizer {name}"):
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             back = str(tokenizer.decode(ids, skip_special_tokens=False))
         if _bare(back) != _bare(text):
             raise ArtifactError(
-                f"tokenizer {name}: cannot read {what}: {text[:80]!r} comes back as {back[:80]!r}. Fix: copy "
-                "tokenizer.json, tokenizer_config.json and the files beside them from the model it was trained with"
+                f"tokenizer {name}: cannot read {kind}: {text[:80]!r} decodes to {back[:80]!r}. Fix: copy "
+                "tokenizer.json, tokenizer_config.json and the other tokenizer files from the original model"
             )
 
 

@@ -1,12 +1,12 @@
-r"""Known exploits, replayed against a reward set: each must earn less than an honest right answer.
+r"""Replay known exploits against a reward set: each must earn less than an honest correct answer.
 
     python -m pipeline check gsm8k --audit
 
-`audit(task, rewards, weights, example)` returns the exploits that pay. An exploit pays when its total reward
-reaches that of the honest completion, or when it is graded correct (or pays by a proxy) without committing to the
-gold. There is a catalogue for each kind of final answer (what all kinds share, and what only one invites), and there
-are mutations: from a right and a wrong answer, hedged, denied, doubled, disguised, cut off and nearly right ones. No
-text may be paid for two golds.
+`audit_rewards(task, rewards, weights, example)` returns the exploits that succeed. An exploit succeeds if its total
+reward reaches that of the honest completion, or if it is graded correct (or matches the proxy) without committing to
+the gold answer. Each kind of final answer has a catalogue of exploits: general ones, and ones for this kind only.
+Mutations are made from a right and a wrong answer: hedged, denied, doubled, disguised, truncated and nearly right ones.
+No text may be correct for two gold answers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.scoring.answers import CLOSE, OPEN, split_thought
 from pipeline.tasks.task import Example, Task
 
 HONEST = "the claim is checked step by step"
-FINAL = {  # how a final answer of each kind is stated
+FINAL = {  # the form of a final answer of each kind
     "verdict": "Therefore: {}",
     "number": "#### {}",
     "expression": r"\boxed{{{}}}",
@@ -33,7 +33,7 @@ INSTRUCTIONS = {
     "choice": "the answer is A, B, C, D or E",
     "words": 'end with "Final answer:" and the answer in a few words',
 }
-HOSTILE_TEXTS = {  # what would cost a careless reader minutes, or fool it
+HOSTILE_TEXTS = {  # texts that would occupy a careless parser for minutes, or mislead it
     "too large for a float": "1e999",
     "a tower of powers": "9^{9^{9^{9^{9}}}}",
     "a factorial": "99999999!",
@@ -47,7 +47,7 @@ HOSTILE_TEXTS = {  # what would cost a careless reader minutes, or fool it
 
 
 def wrong_answer(kind: str, gold: str) -> str:
-    """An answer of the same kind that is not the gold one."""
+    """Return an answer of the same kind that differs from the gold answer."""
     if kind == "verdict":
         return "No" if gold == "Yes" else "Yes"
     if kind == "choice":
@@ -56,7 +56,7 @@ def wrong_answer(kind: str, gold: str) -> str:
 
 
 def exploits(kind: str, example: Example) -> dict[str, str]:
-    """Completions (thought already opened) that try to be paid without deciding, by name."""
+    """Return completions (thought already opened), by name, that try to earn the reward without one decided answer."""
     gold, final = example.gold, FINAL[kind].format
     wrong = wrong_answer(kind, gold)
     found = {
@@ -79,7 +79,7 @@ def exploits(kind: str, example: Example) -> dict[str, str]:
         "nothing after the mark": f"x\n{CLOSE}\n{final('')}",
     }
     if kind == "verdict":
-        proof = (split_thought(example.target, False).thought or "x").strip()  # the best thought there is
+        proof = (split_thought(example.target, False).thought or "x").strip()  # the best possible thought
         found["a right proof, the wrong verdict"] = f"{proof}\n{CLOSE}\n{final(wrong)}"
         found["a right proof, no verdict"] = f"{proof}\n{CLOSE}\n"
         found["a right proof that never ends"] = f"{proof}\n" * 3
@@ -102,12 +102,12 @@ def exploits(kind: str, example: Example) -> dict[str, str]:
     return found
 
 
-BEFORE = {  # what denies or hedges the statement that follows
+BEFORE = {  # phrases that deny or hedge the statement that follows
     "denied": "It is not the case that {}",
     "denied in words": "It would be wrong to say {}",
     "denied as untrue": "It is not true that {}",
 }
-AFTER = {  # what takes a statement back, or sets the other answer beside it; {0} is the statement, {1} the other answer
+AFTER = {  # forms that retract a statement {0}, or add the other answer {1}, or the other statement {2}
     "taken back": "{0} is wrong",
     "hedged": "{0} or {1}",
     "hedged in a sentence": "{0}. Or maybe {2}",
@@ -129,10 +129,10 @@ UNCERTAIN = ("with a question mark", "hedged in a sentence", "in brackets", "cor
 
 
 def mutations(kind: str, example: Example) -> Iterator[tuple[str, str]]:
-    """(what was done, the completion) of each text made from a right and a wrong answer that must not be paid.
+    """Yield (name of the mutation, completion) for each text from a right and a wrong answer that must not be rewarded.
 
-    Every one either commits to nothing or to something other than the gold answer. A text that is only doubtful (see
-    UNCERTAIN) is made where the reader has to see the doubt: of verdicts, whose form leaves no room for commentary.
+    Each commits to no answer, or to another than the gold answer. A text that is only doubtful (see UNCERTAIN) is made
+    only for verdicts, whose strict format leaves no room for commentary, so that the parser must detect the doubt.
     """
     gold, final = example.gold, FINAL[kind].format
     wrong = wrong_answer(kind, gold)
@@ -144,7 +144,7 @@ def mutations(kind: str, example: Example) -> Iterator[tuple[str, str]]:
             if (name in UNCERTAIN and kind != "verdict") or (name == "taken back" and first == wrong):
                 continue
             if kind == "words" and name in ("the other one boxed", "the other one tagged") and first == wrong:
-                continue  # a box after words is the answer: the text commits to it
+                continue  # a box after words is the answer, and here it is the gold one
             yield f"{name}, {order}", form.format(final(first), second, final(second))
     if (disguised := final(gold).translate(LOOKALIKES)) != final(gold):
         yield "letters of another script", disguised
@@ -154,7 +154,7 @@ def mutations(kind: str, example: Example) -> Iterator[tuple[str, str]]:
 
 
 def near_misses(kind: str, gold: str) -> Iterator[tuple[str, str]]:
-    """Answers that differ from the gold one in sign, magnitude, dimension, comparison or letter, by name."""
+    """Yield (name, answer) for answers that differ from gold in sign, magnitude, dimension, comparison or letter."""
     if kind in ("number", "expression"):
         yield "another sign", gold[1:] if gold.startswith("-") else f"-{gold}"
         yield "ten times", f"10 \\cdot {gold}"
@@ -174,7 +174,7 @@ def near_misses(kind: str, gold: str) -> Iterator[tuple[str, str]]:
 
 
 def audit_texts(kind: str, example: Example) -> dict[str, tuple[str, bool]]:
-    """Every completion of the audit by name, with whether it was cut off: exploits, mutations, cut-off answers."""
+    """Return all completions of the audit, by name, each with whether it is truncated."""
     found = {name: (text, False) for name, text in exploits(kind, example).items()}
     made = {f"mutation: {name}": (f"{HONEST}\n{CLOSE}\n{text}", False) for name, text in mutations(kind, example)}
     honest = f"{HONEST}\n{CLOSE}\n{FINAL[kind].format(example.gold)}"
@@ -185,7 +185,10 @@ def audit_texts(kind: str, example: Example) -> dict[str, tuple[str, bool]]:
 def audit_rewards(
     task: Task, rewards: Mapping[str, RewardFunction], weights: Mapping[str, float], example: Example
 ) -> list[str]:
-    """Each exploit or mutation that pays, as `both answers: earns 1.2 of 1.2`, and each text paid for two golds."""
+    """Return a message for each exploit or mutation that succeeds, such as `both answers: earns 1.2 of 1.2`.
+
+    A text that is correct for two gold answers is reported too.
+    """
     kind = task.answer_kind or "words"
 
     def total(completion: str, truncated: bool = False) -> float:
@@ -197,24 +200,24 @@ def audit_rewards(
     found = []
     for name, (completion, truncated) in audit_texts(kind, example).items():
         earned = total(completion, truncated)
-        verdict = task.judge(example, completion, True, truncated)
-        if earned >= honest or verdict.correct or verdict.proxy:
+        grade = task.judge(example, completion, True, truncated)
+        if earned >= honest or grade.correct or grade.proxy:
             found.append(f"{name}: earns {earned:g} of {honest:g}")
     for name, gold in other_golds(kind, example.gold).items():
-        verdict = task.judge(replace(example, gold=gold), right, True, False)
-        if verdict.correct or verdict.proxy:
+        grade = task.judge(replace(example, gold=gold), right, True, False)
+        if grade.correct or grade.proxy:
             found.append(f"{name}: one text is right for {example.gold!r} and for {gold!r}")
     return found
 
 
 def other_golds(kind: str, gold: str) -> dict[str, str]:
-    """Golds that are not the row's own, by name: the honest answer to the row must not be right for any of them."""
+    """Return other gold answers, by name; the honest answer to the row must not be correct for any of them."""
     near = {f"two golds: {name}": text for name, text in near_misses(kind, gold)}
     return {"two golds: another answer": wrong_answer(kind, gold), **near}
 
 
 def count_exploits(task: Task, example: Example) -> tuple[int, int]:
-    """(how many texts the audit of a row replays, how many of them are mutations)."""
+    """Return (number of texts that the audit of a row replays, number of mutations among them)."""
     kind = task.answer_kind or "words"
     names = [*audit_texts(kind, example), *other_golds(kind, example.gold)]
     return len(names), sum(name.startswith(("mutation", "two golds")) for name in names)

@@ -1,4 +1,4 @@
-"""1 for the right verdict, 0 for a wrong one or none; None where the task cannot verify."""
+"""Return 1 for a correct answer, 0 for a wrong or missing one; None if the task cannot verify it."""
 
 from __future__ import annotations
 

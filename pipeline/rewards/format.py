@@ -1,4 +1,4 @@
-"""1 for a completion in the task's form (one closed thought, then the verdict alone), 0 for any other."""
+"""Return 1 for a completion in the task's format (one closed thought, then the answer), else 0."""
 
 from __future__ import annotations
 

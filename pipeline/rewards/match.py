@@ -1,6 +1,6 @@
-"""A declared proxy, not correctness: 1 where an answer nobody can verify equals the gold one in normalised words.
+"""Return 1 if an unverifiable answer equals the gold answer in normalised words: a proxy, not correctness.
 
-0 for another answer or none; None where the row has no gold words, and where the task verifies (see correctness).
+0 for another answer or none. None if the row has no gold words, or if the task verifies answers (see correctness).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a reward is: a function `(Sample, **params) -> float | None` in a file of its own name in this folder.
+"""Reward functions: each is a function `(Sample, **params) -> float | None` in a file of the same name in this folder.
 
-A recipe lists rewards by name with weight and parameters; `find_rewards` checks them by signature before a GPU is
-spent. None means that the completion cannot be judged; TRL leaves such a reward out of the sum.
+A recipe lists rewards by name with weight and parameters. `find_rewards` checks these against the function's signature
+before a job uses a GPU. None means that a completion cannot be scored; TRL leaves such a reward out of the sum.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pipeline.tasks.task import Example, Grade, Task
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion, judged once for all rewards."""
+    """One completion, graded once for all rewards."""
 
     example: Example
     completion: str  # without its stop token
     prompt_opens_think: bool  # whether the prompt already opened the thought
-    truncated: bool  # whether it ran into the length limit
+    truncated: bool  # whether it reached the length limit
     grade: Grade
     well_formed: bool
 
@@ -48,7 +48,7 @@ RewardFunction = Callable[[Sample], float | None]
 
 
 def make_sample(task: Task, example: Example, completion: str, prompt_opens_think: bool, truncated: bool) -> Sample:
-    """Judge a completion by the task's `judge`, the only one: what was cut off earns nothing, as in evaluation."""
+    """Grade a completion with the task's `judge`, as evaluation does: a truncated completion earns nothing."""
     return Sample(
         example,
         completion,
@@ -60,13 +60,13 @@ def make_sample(task: Task, example: Example, completion: str, prompt_opens_thin
 
 
 def reward_names() -> list[str]:
-    """Every module of this folder but this one and the audit."""
+    """Return the names of all rewards: every module of this folder but this one and the audit."""
     modules = pkgutil.iter_modules(pipeline.rewards.__path__)
     return sorted(m.name for m in modules if m.name not in ("reward", "audit"))
 
 
 def find_rewards(wanted: Mapping[str, Reward]) -> tuple[dict[str, RewardFunction], list[str]]:
-    """The functions a recipe lists, parameters bound, and what is wrong with the list."""
+    """Return (the recipe's reward functions with their parameters bound, error messages)."""
     found: dict[str, RewardFunction] = {}
     problems = []
     for name, reward in wanted.items():
@@ -77,15 +77,15 @@ def find_rewards(wanted: Mapping[str, Reward]) -> tuple[dict[str, RewardFunction
         try:
             inspect.signature(function).bind(None, **reward.params)
         except TypeError as error:
-            takes = list(inspect.signature(function).parameters)[1:]
-            problems.append(f"grpo.rewards.{name}.params: {error}; it takes {', '.join(takes) or 'none'}")
+            known = list(inspect.signature(function).parameters)[1:]
+            problems.append(f"grpo.rewards.{name}.params: {error}; it takes {', '.join(known) or 'none'}")
             continue
         found[name] = partial(function, **reward.params)
     others = sum(reward.weight for name, reward in wanted.items() if name != "correctness")
-    judged = wanted["correctness"].weight if "correctness" in wanted else 0.0
-    if "structure" in wanted and others >= judged:
+    correctness = wanted["correctness"].weight if "correctness" in wanted else 0.0
+    if "structure" in wanted and others >= correctness:
         problems.append(
-            f"grpo.rewards: the others weigh {others:g}, correctness {judged:g}: a good-looking thought with the wrong "
-            "verdict could earn as much as the right one; keep their sum below it"
+            f"grpo.rewards: the others weigh {others:g}, correctness {correctness:g}: a good thought with the wrong "
+            "verdict could earn as much as the right one. Fix: keep their sum below correctness"
         )
     return found, problems

@@ -1,9 +1,9 @@
-"""Up to 1 for a thought that finds the graph of its premise: skeleton, separating sets, v-structures, CPDAG, arrows.
+"""Return up to 1 for a thought that states the graph of its premise: skeleton, separating sets, v-structures, CPDAG.
 
-Each part is paid by precision and recall (F1), whatever the words (`tasks/corr2cause/parse_thought.py` reads them),
-times its share. A thought without a verdict earns nothing and one with a wrong verdict half, so of two equal thoughts
-the right one always earns more; and `find_rewards` refuses weights with which everything else could outweigh
-correctness. None for a question that states no independences.
+The reward is the weighted mean of the F1 of each part, including the compelled arrows.
+`tasks/corr2cause/parse_thought.py` parses the thought in any wording. A thought without a verdict earns 0, one with a
+wrong verdict half. Thus of two equal thoughts, the one with the right verdict always earns more. `find_rewards` rejects
+weights with which the other rewards could outweigh correctness. None for a question without a readable premise.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ def structure(
     cpdag: float = 1.0,
     compelled: float = 1.0,
 ) -> float | None:
-    known = parse_question(sample.example.question)
-    if known is None:
+    parsed = parse_question(sample.example.question)
+    if parsed is None:
         return None
     thought = split_thought(sample.completion, sample.prompt_opens_think).thought
     if not thought or not sample.grade.answered:
         return 0.0
-    premise, mec, words = known
-    parts = agreement(read_structure(thought, premise.names, words), true_structure(mec))
+    premise, mec, premise_text = parsed
+    parts = agreement(read_structure(thought, premise.names, premise_text), true_structure(mec))
     shares = {
         "skeleton": skeleton,
         "separating_sets": separating_sets,
@@ -37,5 +37,5 @@ def structure(
         "compelled": compelled,
     }
     total = sum(shares.values())
-    paid = sum(share * parts[part] for part, share in shares.items()) / total if total else 0.0
-    return paid if sample.grade.correct else paid / 2
+    reward = sum(share * parts[part] for part, share in shares.items()) / total if total else 0.0
+    return reward if sample.grade.correct else reward / 2

@@ -168,7 +168,7 @@ def test_a_model_that_is_larger_than_its_memory_answers_the_same(
     assert answers(enough) == answers(None)
     before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
     monkeypatch.chdir(tmp_path)  # PEFT would write below the working folder
-    with pytest.raises(RecipeError, match="is an adapter, and some of its base would have to wait on disk"):
+    with pytest.raises(RecipeError, match="is an adapter, and a part of its base model would be on disk"):
         answers(little)
     assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
     assert {path.name for path in tmp_path.iterdir()} == {"model", "adapter"}

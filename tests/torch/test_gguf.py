@@ -98,7 +98,7 @@ def test_a_file_is_found_by_path_or_in_a_package(source: Path) -> None:
 
 
 def test_a_file_that_is_not_there_or_broken_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="is no file, nor one of an installed package"):
+    with pytest.raises(ArtifactError, match="expected a file, or one of an installed package"):
         unpack_gguf(replace(MODEL, gguf="no/such.gguf"), tmp_path)
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     with pytest.raises(ArtifactError, match=r"cut\.gguf: cannot be loaded"):

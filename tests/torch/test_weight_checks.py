@@ -443,7 +443,7 @@ def test_tensors_that_do_not_fit_are_named(copy: Path, sound: Path, quantization
     model = replace(MODEL, quantization=quantization)  # type: ignore[arg-type]
     cases: list[tuple[Callable[[dict[str, torch.Tensor]], object], tuple[str, ...]]] = [
         (lambda t: t.pop(GATE), ("lacks 1 of the model's tensors", GATE)),
-        (lambda t: t.update({"other.weight": t[NORM].clone()}), ("holds 1 tensors that the model has not", "other")),
+        (lambda t: t.update({"other.weight": t[NORM].clone()}), ("has 1 tensors that are not in the model", "other")),
         (lambda t: t.update({f"{GATE}s": t.pop(GATE)}), ("lacks 1", "holds 1", f"{GATE}s")),
         (lambda t: t.update({GATE: t[GATE][:-2].clone()}), ("other shapes", f"{GATE} (30, 16), expected (32, 16)")),
         (lambda t: t[GATE].view(-1)[7:9].fill_(float("nan")), (f"2 of 512 values of {GATE} are NaN or infinite",)),
@@ -468,7 +468,7 @@ def test_under_zero3_unexpected_tensors_are_found_in_the_files(copy: Path, monke
     rewrite(copy / WEIGHTS, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}))
     weight_checks.check_keys(model, {}, str(copy), None)
     rewrite(copy / WEIGHTS, lambda t: t.update({"model.layers.2.mlp.gate_proj.weight": t[GATE].clone()}))
-    with pytest.raises(ArtifactError, match=r"holds 1 tensors that the model has not \(model.layers.2.mlp.gate_proj"):
+    with pytest.raises(ArtifactError, match=r"has 1 tensors that are not in the model \(model.layers.2.mlp.gate_proj"):
         weight_checks.check_keys(model, {}, str(copy), None)
 
 
@@ -501,7 +501,7 @@ def test_adapter_tensors_that_do_not_fit_are_named(adapter: Path, adapted: Path,
         (lambda t: t.pop(Q), ("1 tensors of its modules are missing", Q)),
         (lambda t: t.update({f"{Q}s": t[K].clone()}), ("1 of its 29 tensors fit no module", f"{Q}s")),
         (lambda t: [t.update({f"x.{k}": t.pop(k)}) for k in list(t)], ("28 of its 28 tensors fit no module",)),
-        (lambda t: t.update({Q: t[Q][:2].clone()}), ("its tensors have rank 2", "says r=4")),
+        (lambda t: t.update({Q: t[Q][:2].clone()}), ("its tensors have rank 2", "has r=4")),
         (lambda t: t.update({Q: t[Q][:, :8].clone()}), ("size mismatch for", "[4, 8]", "[4, 16]")),
         (lambda t: t[K].view(-1)[:3].fill_(float("inf")), (f"3 of 64 values of {K} are NaN or infinite",)),
         (lambda t: t.clear(), ("its file holds no tensors",)),
@@ -545,7 +545,7 @@ def test_adapters_of_other_shapes_are_no_false_alarm(sound: Path, tmp_path: Path
 
 def test_a_tokenizer_that_cannot_read_is_refused(copy: Path) -> None:
     (copy / "tokenizer.json").unlink()  # transformers makes one of the special tokens alone: every prompt is empty
-    refused(copy, f"tokenizer {copy}: cannot read a plain sentence", "comes back as")
+    refused(copy, f"tokenizer {copy}: cannot read a plain sentence", "decodes to")
 
 
 def test_a_tokenizer_that_has_lost_its_words_is_refused(copy: Path) -> None:

@@ -236,7 +236,7 @@ def test_the_compute_capability_decides_the_precision(
 def test_a_gpu_is_not_asked_for_a_precision_it_emulates(monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu(monkeypatch, 7, 5)
     with pytest.raises(
-        Exception, match=r"model\.dtype: 'bfloat16', which this GPU \(compute capability 7\.5\) has not"
+        Exception, match=r"model\.dtype: got bfloat16, which this GPU \(compute capability 7\.5\) does not support"
     ):
         choose_dtype(model_of("model.dtype=bfloat16"))
 

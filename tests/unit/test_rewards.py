@@ -254,7 +254,7 @@ def test_no_exploit_pays_with_the_structure_reward_and_weights_that_let_it_are_r
         "a right proof" in one for one in audit_rewards(task, rewards, {**weights, "structure": 9.0}, examples[0])
     )
     _, problems = find_rewards({**wanted, "structure": Reward(0.8, {})})
-    assert "keep their sum below it" in problems[0]
+    assert "Fix: keep their sum below correctness" in problems[0]
 
 
 KINDS = {"verdict": "Yes", "number": "72", "expression": "4\\sqrt{3}", "choice": "B", "words": "Vitamin C"}

@@ -157,7 +157,7 @@ def test_a_cell_of_any_length_is_read(tmp_path: Path) -> None:
         ("rows.jsonl", "[]".encode("utf-16"), "is UTF-16; expected UTF-8"),
         ("rows.csv", b"a,a\n1,2\n", "two columns are called a"),
         ("rows.parquet", b"PAR1" + b"x" * 100 + b"PAR1", "not a parquet file, or a damaged one"),
-        ("rows.xlsx", b"x", "give .jsonl, .json, .csv or .parquet"),
+        ("rows.xlsx", b"x", "expected .jsonl, .json, .csv or .parquet"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, name: str, content: bytes, told: str) -> None:
