@@ -63,7 +63,7 @@ def from_root(path: str, typed_in: Path) -> str:
 
 
 def _is_root(folder: Path) -> bool:
-    return all((folder / mark).is_file() for mark in MARKS)
+    return all(os.access(folder / mark, os.R_OK) for mark in MARKS)  # a folder above may be closed to this user
 
 
 def _working_folder() -> Path:

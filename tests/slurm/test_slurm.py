@@ -335,6 +335,18 @@ def test_a_stage_alone_by_its_committed_script(lab: Lab, runs: Path, nano: Path)
     assert slurm("sacct", "-X", "-n", "-P", "-j", nothing, "-o", "exitcode") == "2:0"
 
 
+def test_a_job_that_is_submitted_from_elsewhere_works_in_the_root(lab: Lab, runs: Path, tmp_path: Path) -> None:
+    """With a recipe and a runs folder that are named from where the command is typed."""
+    shutil.copy(ROOT / "configs" / "tiny.yaml", tmp_path / "mine.yaml")
+    words = ["mine.yaml", *NANO, "--stages", "preprocess", "--launcher", "slurm", "--cluster", str(lab.yaml)]
+    where = ["--runs", "runs", "--project", str(ROOT)]
+    done = run_cli("run", *words, *where, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    wait_for_end(runs)
+    step = only(runs, "mine/preprocess-*")
+    assert open_artifact(step).metrics["rows"]["sft"] == 96, (step / "log.txt").read_text()
+
+
 # ---------------------------------------------------------------- never lose work
 
 
