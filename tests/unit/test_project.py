@@ -112,7 +112,7 @@ def test_what_is_typed_is_named_from_the_root(tmp_path: Path, monkeypatch: pytes
             {"words": ["tiny", "grpo.beta=0.1", "task.path=ELSE/x.csv"]},
         ),
         (["run", "tiny", "task.path=no.csv"], {"words": ["tiny", "task.path=no.csv"]}),  # as it is, for the error
-        (["ask", "--ckpt", "model", "--ckpt", "org/name", "?"], {"ckpt": ["ELSE/model", "org/name"], "question": "?"}),
+        (["chat", "--ckpt", "model", "--ckpt", "org/name", "?"], {"ckpt": ["ELSE/model", "org/name"], "question": "?"}),
         (["evaluate", "--ckpt", "model"], {"ckpt": "ELSE/model"}),
         (["export", "--ckpt", "model", "--format", "gguf", "--out", "new"], {"out": "ELSE/new"}),
         (["export", "--ckpt", "org/name", "--format", "gguf"], {"ckpt": "org/name", "out": "None"}),
