@@ -24,8 +24,8 @@ PACKAGE = Path(__file__).resolve().parent.parent
 def enter_project(argv: Sequence[str], module: str = "pipeline") -> tuple[list[str], Path | None]:
     """Make the root the working folder. Returns the arguments without --project, and the user's folder if it differs.
 
-    A root with a `pipeline/` of its own runs that code: `module` is executed again from there, because the settings of
-    one version do not fit the code of another. Raises PlanError without a root.
+    A root with a `pipeline/` of its own runs that code: `module` is executed again from there. The settings of one
+    version do not fit the code of another. Raises PlanError without a root.
     """
     words, named = _without_project(argv)
     started_in, given = _working_folder(), os.environ.pop(TYPED_IN, None)

@@ -3,8 +3,8 @@
     read_record(folder / "owner.json", LockHolder)   the dataclass; None where the file is missing
     record_or_none(folder / "progress.json", …)      the same; an invalid file counts as missing
 
-Tolerant: unknown fields are ignored, missing fields take their defaults. Strict: a value of another type, a number that
-is not finite, a file that is too large or not regular raises `InvalidRecord` with one line, never another exception.
+Tolerant: unknown fields are ignored, missing fields take their defaults. Strict: a value of another type or a number
+that is not finite raises `InvalidRecord`. So does a file that is too large or not regular. It raises no other error.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python -m pdb -m pipeline run tiny --launcher debug
 
-A step runs as the one process of its stage (`cluster.processes` is 1), through the same harness and into the same
-folder as under the other launchers. Its output goes to the terminal, not to log.txt, and an unexpected exception keeps
-its traceback. After each stage its global state is reset, so that another can follow: the environment, the process
-group, and the state of accelerate, transformers and DeepSpeed. Ctrl-C interrupts without saving.
+A step runs as the one process of its stage (`cluster.processes` is 1). Harness and folder are those of the other
+launchers. Its output goes to the terminal, not to log.txt, and an unexpected exception keeps its traceback. After each
+stage the process is reset, so that another can follow: the environment, the process group, and the state of
+accelerate, transformers and DeepSpeed. Ctrl-C interrupts without saving.
 """
 
 from __future__ import annotations

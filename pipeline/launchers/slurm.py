@@ -74,7 +74,7 @@ def run_plan(
     """Submit every step that is neither done nor submitted already, each after the jobs of its inputs.
 
     Returns all steps to run with their jobs. With `dry_run` nothing is written or submitted. `typed` is the user's
-    command line, recorded for messages that ask for it again.
+    command line, recorded for the user who has to run it again.
     """
     submit = submit or sbatch
     check_path(plan.runs)
