@@ -38,6 +38,7 @@ from pipeline.tasks.corr2cause.graphs import (
     sampled,
     v_structures,
 )
+from pipeline.tasks.corr2cause.parse_premise import Claim
 from pipeline.tasks.corr2cause.proof_writer import write_proof
 from pipeline.tasks.corr2cause.published import published_classes
 from pipeline.tasks.task import Splits, task_of
@@ -322,7 +323,7 @@ def test_every_proof_ends_in_the_label_and_says_only_what_holds(n: int) -> None:
         apart = {(i, j) for i, j, _ in mec.independences}
         for relation in RELATIONS:
             for i, j in permutations(range(n), 2):
-                lines = write_proof(mec, names, relation, i, j).splitlines()
+                lines = write_proof(mec, names, Claim(relation, i, j)).splitlines()
                 assert lines[-1].startswith("Holds" if mec.entails(relation, i, j) else "Fails")
                 pairs = lines[1].removeprefix("Pairs: ").rstrip(".").split(". ")
                 assert {(names.index(w[0]), names.index(w[2])) for w in pairs if " apart" in w} == apart
@@ -356,7 +357,9 @@ def test_cases_cover_every_member(n: int) -> None:
     for mec in classes(n):
         for relation in ("ancestor", "collider", "confounder"):
             for i, j in permutations(range(n), 2):
-                cases = [w for w in write_proof(mec, names, relation, i, j).splitlines() if w.startswith("Case:")]
+                cases = [
+                    w for w in write_proof(mec, names, Claim(relation, i, j)).splitlines() if w.startswith("Case:")
+                ]
                 if cases:
                     covered = set()
                     for words in cases:
@@ -377,7 +380,9 @@ def test_a_proof_in_full(fixture: str, arrows: list[tuple[int, int]], claim: tup
     """A chain, a collider and a claim that only one member of a class refutes, as a model reads them."""
     n = 1 + max(max(arrow) for arrow in arrows)
     mec = EquivalenceClass(cpdag_of(dag_of(n, arrows)))
-    assert write_proof(mec, "ABCDE"[:n], *claim) + "\n" == (FIXTURES / f"{fixture}.txt").read_text(encoding="utf-8")
+    assert write_proof(mec, "ABCDE"[:n], Claim(*claim)) + "\n" == (FIXTURES / f"{fixture}.txt").read_text(
+        encoding="utf-8"
+    )
 
 
 # ---------------------------------------------------------------- rows and splits
@@ -604,7 +609,7 @@ def test_rows_of_the_published_schema_are_read(tmp_path: Path) -> None:
     [
         ("{not json", "not JSON (Expecting property name enclosed in double quotes at character 2)"),
         (json.dumps({"input": GOOD["input"]}), "no label"),
-        (json.dumps({**GOOD, "label": "maybe"}), "label 'maybe' is neither 0 nor 1"),
+        (json.dumps({**GOOD, "label": "maybe"}), "label: got 'maybe'; expected 0, 1 or one of"),
         (json.dumps({**GOOD, "input": "A causes B"}), 'input is not "Premise: …"'),
         ("[1]", "not a mapping with input and label"),
     ],

@@ -14,6 +14,7 @@ from pipeline.config.recipe import TaskChoice
 from pipeline.scoring.answers import split_thought
 from pipeline.tasks.corr2cause import Corr2Cause, wording
 from pipeline.tasks.corr2cause.graphs import RELATIONS, EquivalenceClass, Semantics, classes, sampled
+from pipeline.tasks.corr2cause.parse_premise import Claim
 from pipeline.tasks.corr2cause.proof_checker import check_proof
 from pipeline.tasks.corr2cause.proof_writer import write_proof
 from pipeline.tasks.task import Example, task_of
@@ -39,7 +40,8 @@ def told(mec: EquivalenceClass, *asked: object, short: bool = False, three: bool
     assert isinstance(i, int)
     assert isinstance(j, int)
     assert isinstance(semantics, Semantics)
-    return write_proof(mec, "ABCDEFGHIJ"[: mec.n], relation, i, j, None, semantics, short=short, three=three)
+    claim = Claim(relation, i, j)
+    return write_proof(mec, "ABCDEFGHIJ"[: mec.n], claim, None, semantics, short=short, three=three)
 
 
 @pytest.mark.parametrize("three", [False, True])
@@ -122,17 +124,17 @@ def test_no_change_of_a_word_makes_a_wrong_verdict_pass(seed: int) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "told_"),
     [
-        ("A C apart given B", "A C linked", "the premise says they are independent"),
-        ("A B linked", "A B apart given C", "the premise does not say so"),
+        ("A C apart given B", "A C linked", "in the premise they are independent"),
+        ("A B linked", "A B apart given C", "the premise does not state this"),
         ("B passes", "B collides A B -> B C <-", "does not follow"),
-        ("Graph: A B --.", "Graph: A B ->.", "not the arrows that were shown"),
+        ("Graph: A B --.", "Graph: A B ->.", "not the arrows shown so far"),
         ("Neighbours: A: B.", "Neighbours: A: B C.", "neighbours of A"),
         ("Fails: not shared", "Holds: shared", "the arrow is not there"),
-        ("Link: A open B", "Link: A into B", "not what the graph says"),
+        ("Link: A open B", "Link: A into B", "not the link's orientation in the graph"),
         ("Claim: A direct B.\nLink", "Claim: A direct C.\nLink", "this is not the hypothesis"),
         ("Forced: none.\n", "", "Graph cannot come after Arrows"),
         ("Fails: not shared.", "", "no decision"),
-        ("Arrows:", "Perhaps:", "no step of a proof"),
+        ("Arrows:", "Perhaps:", "not a step of a proof"),
         ("Between: A C given B: B passes.", "Between: A C", "cannot be read"),
     ],
 )

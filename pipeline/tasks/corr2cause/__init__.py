@@ -2,12 +2,14 @@
 
     task: {name: corr2cause, params: {n: [3, 4, 5], variable_names: permuted, ...}}
 
-`correct` data, generated exactly: every Markov equivalence class on N variables is enumerated (N = 2…6) or classes of
-random graphs are drawn (N = 7…10), split into training, validation and test by canonical class *before* renaming, so
-that no graph of a test row was ever seen under other letters; then every row renames its variables at random. Half of
-every set is Yes, within each number of variables and type of claim, so neither tells the answer. `mode: paper` makes
-the published rows instead, wrong labels and all (`paper.py`). `path` reads rows in the published schema. Neither has
-proofs: their targets are verdicts. docs/corr2cause.md has the rest.
+`mode: correct` generates rows with exact labels. All Markov equivalence classes on N variables are enumerated (N =
+2…6), or classes of random graphs are sampled (N = 7…10). They are split into training, validation and test by canonical
+class *before* renaming, so that no test graph occurs in training under other letters. Then every row renames its
+variables at random. Half of every set is Yes, within each number of variables and type of claim, so neither predicts
+the answer.
+
+`mode: paper` makes the published rows instead, including their wrong labels (`published.py`). Source `path` reads rows
+in the published schema. Neither has proofs: their targets are verdicts. More in docs/corr2cause.md.
 """
 
 from __future__ import annotations
@@ -38,10 +40,11 @@ from pipeline.tasks.corr2cause.graphs import (
     classes,
     sampled,
 )
+from pipeline.tasks.corr2cause.parse_premise import Claim
 from pipeline.tasks.corr2cause.proof_writer import write_proof
 from pipeline.tasks.corr2cause.published_rows import COLUMNS, gold_of, label_of, question_of, words_of
 from pipeline.tasks.rows import Columns, Row
-from pipeline.tasks.task import Example, Grade, Needs, Splits, Task
+from pipeline.tasks.task import Example, Grade, Needs, Splits, Task, thought_block
 
 if TYPE_CHECKING:
     from pipeline.tasks.corr2cause.audit import Solver
@@ -56,34 +59,34 @@ Size = Annotated[int, Constraint(f"a whole number from 2 to {MAX_N}", lambda v: 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of the SFT rows: which numbers of variables, and how many rows."""
+    """One phase of the SFT curriculum: the numbers of variables, and the number of rows."""
 
     n: tuple[Size, ...]
     rows: SomeRows
-    proof_fraction: Fraction = 1.0  # share whose target is a proof in the thought; the others state the verdict at once
-    shuffled: Fraction = 0.0  # share whose premise tells its statements in random order: no short cut by position
-    proof: Literal["full", "short"] = "full"  # short: the links, the shared arrows and the decision
+    proof_fraction: Fraction = 1.0  # share of rows with a proof as thought; the others have an empty thought
+    shuffled: Fraction = 0.0  # share of rows with the premise's statements in random order: no shortcut by position
+    proof: Literal["full", "short"] = "full"  # short: only the links, the shared arrows and the decision
 
 
 @dataclass(frozen=True)
 class Corr2CauseParams:
-    """`task.params`: which rows, how many, how they are split and told."""
+    """`task.params`: the rows, their number, splits and wording."""
 
     n: tuple[Size, ...] = (3, 4, 5)  # numbers of variables in the GRPO, validation and test rows
     mode: Literal["correct", "paper"] = "correct"  # paper: the published rows, with their wrong labels
     style: Literal["published", "paraphrased", "refactored", "plusplus", "story"] = "published"
-    semantics: Semantics | None = None  # null: what the words of the style mean
+    semantics: Semantics | None = None  # null: the meaning of the style's wording
     labels: Literal["two", "three"] = "two"  # three: entailed Yes, contradicted No, undetermined Unknown
     balance: Literal["balanced", "natural"] = "balanced"  # balanced: as many of each answer in each (N, type)
-    premise: Literal["full", "minimal"] = "full"  # minimal: one smallest separating set a pair
+    premise: Literal["full", "minimal"] = "full"  # minimal: one smallest separating set per pair
     variable_names: Literal["permuted", "alphabet"] = "permuted"  # the first N letters in random order, or any N of 26
-    max_independences: PositiveInt | None = None  # leaves classes out, of all sets alike, whose premises are longer
-    sampled_classes: Drawn = 300  # N ≥ 7: how many classes are drawn for each N
+    max_independences: PositiveInt | None = None  # all splits leave out classes with longer premises
+    sampled_classes: Drawn = 300  # N ≥ 7: the number of classes sampled for each N
     edge_probability: Fraction = 0.4  # N ≥ 7: the probability of each arrow of a random graph
-    max_members: Members = 200  # N ≥ 7: leaves larger classes out
+    max_members: Members = 200  # N ≥ 7: larger classes are left out
     validation_classes: Fraction = 0.1  # share of the classes of each N
     test_classes: Fraction = 0.2
-    grpo_only_classes: Fraction = 0.0  # share of the training classes that SFT does not see
+    grpo_only_classes: Fraction = 0.0  # share of the training classes without SFT rows
     phases: tuple[Phase, ...] = (Phase((3, 4, 5), 1000),)  # SFT rows in the order of a curriculum
     instruction: str = wording.INSTRUCTION  # the last line of the question; "" for none
     grpo_rows: Rows = 1000
@@ -93,7 +96,7 @@ class Corr2CauseParams:
 
 
 class Class(Protocol):
-    """What rows are made from: an EquivalenceClass, or a PublishedClass with labels of its own."""
+    """The source of rows: an EquivalenceClass, or a PublishedClass with the published labels."""
 
     @property
     def n(self) -> int: ...
@@ -118,7 +121,7 @@ class ClassClaim:
 
 @dataclass(frozen=True)
 class RowSpec:
-    """A row before it is put into words: a renamed class, a claim about it, and the names."""
+    """A row before it is worded: a renamed class, a claim about it, and the variables' names."""
 
     mec: Class
     relation: str
@@ -127,9 +130,9 @@ class RowSpec:
     gold: str
     names: tuple[str, ...]
     wording: int
-    with_trace: bool
-    shuffle: float | None  # the seed of the order in which the premise is told; None: as published
-    who: str = ""  # of a story: who measured
+    with_proof: bool
+    shuffle: float | None  # the seed of the order of the premise's statements; None: as published
+    who: str = ""  # the study in a story's premise
     proof: str = "full"
 
 
@@ -163,58 +166,47 @@ class Corr2Cause(Task):
         p, sft_parts = self.params, parts["sft"] + parts["both"]
         sft = []
         for k, phase in enumerate(p.phases):
-            draws = self._draw(
-                f"sft{k}",
-                sft_parts,
-                phase.n,
-                phase.rows,
-                proof_fraction=phase.proof_fraction,
-                shuffled=phase.shuffled,
-                proof=phase.proof,
-            )
-            for row, draw in enumerate(draws):
-                example = self.example(draw, f"sft{k}-{row}")
+            for row, spec in enumerate(self._draw(f"sft{k}", sft_parts, phase)):
+                example = self.example(spec, f"sft{k}-{row}")
                 sft.append(replace(example, tags={**example.tags, "phase": k}))
-        grpo = self._draw("grpo", parts["grpo"] + parts["both"], p.n, p.grpo_rows)
-        proved = float(p.mode == "correct")
-        validation = self._draw(
-            "validation", parts["validation"], p.n, p.validation_rows, proof_fraction=proved, distinct=True
-        )
-        test = self._draw("test", parts["test"], p.n, p.test_rows, distinct=True)
+        grpo = self._draw("grpo", parts["grpo"] + parts["both"], Phase(p.n, p.grpo_rows, 0.0))
+        proofs = float(p.mode == "correct")
+        validation = self._draw("validation", parts["validation"], Phase(p.n, p.validation_rows, proofs), distinct=True)
+        test = self._draw("test", parts["test"], Phase(p.n, p.test_rows, 0.0), distinct=True)
         perturbed = list(enumerate(test[: p.perturbed_rows]))
         tests = {
-            "test": [self.example(draw, f"test-{k}") for k, draw in enumerate(test)],
+            "test": [self.example(spec, f"test-{k}") for k, spec in enumerate(test)],
             **{
-                style: [self.example(draw, f"{style}-{k}", style=style) for k, draw in perturbed]
+                style: [self.example(spec, f"{style}-{k}", style=style) for k, spec in perturbed]
                 for style in ("paraphrased", "refactored")
             },
         }
         return Splits(
             sft,
-            [self.example(draw, f"grpo-{k}") for k, draw in enumerate(grpo)],
-            [self.example(draw, f"validation-{k}") for k, draw in enumerate(validation)],
+            [self.example(spec, f"grpo-{k}") for k, spec in enumerate(grpo)],
+            [self.example(spec, f"validation-{k}") for k, spec in enumerate(validation)],
             tests,
             _split_summary(parts, sft, tests),
         )
 
     def grade(self, example: Example, completion: str, prompt_opens_think: bool) -> Grade:
-        said = answers.read_verdict(completion, prompt_opens_think, self.golds)
-        return Grade(said.value == example.gold, said.value is not None, said.value, reason=said.reason)
+        reading = answers.read_verdict(completion, prompt_opens_think, self.golds)
+        return Grade(reading.value == example.gold, reading.value is not None, reading.value, reason=reading.reason)
 
     def is_well_formed(self, completion: str, prompt_opens_think: bool) -> bool:
         return answers.is_well_formed(completion, prompt_opens_think, self.golds, empty_thought=not self.proves)
 
     @property
     def proves(self) -> bool:
-        """Whether SFT learns proofs; where it learns bare verdicts alone, the form has no thought either."""
+        """Whether SFT learns proofs. If all its targets are bare verdicts, the format expects an empty thought."""
         return self.source == "generated" and any(phase.proof_fraction for phase in self.params.phases)
 
     def solve(self, example: Example) -> str | None:
-        """The exact answer, from the words of the question alone; None where they cannot be read, or no DAG fits."""
+        """Return the exact answer, from the question's text alone; None if it cannot be parsed, or no DAG fits it."""
         from pipeline.tasks.corr2cause.audit import Solver
 
         if self._solver is None:
-            # rows of a file mean what their wording means, unless the recipe says otherwise
+            # the wording of a file's rows determines their semantics, unless the recipe sets it
             self._solver = Solver(self.params.semantics if self.source == "path" else self.semantics)
         try:
             status = self._solver.solve(example.question).status
@@ -234,15 +226,15 @@ class Corr2Cause(Task):
 
     @property
     def instruction(self) -> str:
-        """The last line of the question: the recipe's, or the one that fits labels and style."""
+        """The last line of the question: the recipe's, or the default for labels and style."""
         p = self.params
         if p.instruction != wording.INSTRUCTION:
             return p.instruction
-        asked = wording.INSTRUCTION_THREE if p.labels == "three" else wording.INSTRUCTION
-        return f"{asked} {wording.EDGES}" if p.style == "plusplus" else asked
+        instruction = wording.INSTRUCTION_THREE if p.labels == "three" else wording.INSTRUCTION
+        return f"{instruction} {wording.EDGES}" if p.style == "plusplus" else instruction
 
     def example_from_text(self, question: str) -> Example:
-        """A premise and a hypothesis ask for a verdict as every row does, also where the last line is left out."""
+        """Return an example for a typed premise and hypothesis; the instruction is appended if it is missing."""
         instruction = self.params.instruction
         whole = question if not instruction or question.endswith(instruction) else f"{question}\n{instruction}"
         return super().example_from_text(whole)
@@ -252,25 +244,27 @@ class Corr2Cause(Task):
         if p.validation_classes + p.test_classes >= 1:
             found.append(
                 f"task.params.test_classes: {p.test_classes} and validation_classes {p.validation_classes} "
-                "leave no class for training; their sum must be below 1"
+                "leave no class for training. Fix: keep their sum below 1"
             )
         if p.mode == "paper":
             found += [
-                f"task.params.phases[{k}].proof_fraction: {phase.proof_fraction:g}, but a proof cannot end in "
-                "a wrong label, and mode paper has such; set it to 0"
+                f"task.params.phases[{k}].proof_fraction: got {phase.proof_fraction:g}; expected 0, because mode paper "
+                "has wrong labels, and a proof cannot end in a wrong label. Fix: set it to 0"
                 for k, phase in enumerate(p.phases)
                 if phase.proof_fraction
             ]
             if max({*p.n, *(n for phase in p.phases for n in phase.n)}) > ENUMERATED_N:
                 found.append(f"task.params.n: the published set, which mode paper makes, ends at n = {ENUMERATED_N}")
-            asked = {"labels": "two", "semantics": None, "premise": "full", "variable_names": "permuted"}
+            fixed = {"labels": "two", "semantics": None, "premise": "full", "variable_names": "permuted"}
             found += [
-                f"task.params.{name}: mode paper makes the published rows and knows no other; leave it out"
-                for name, default in asked.items()
+                f"task.params.{name}: mode paper makes the published rows, which have no such option. Fix: leave it out"
+                for name, default in fixed.items()
                 if getattr(p, name) != default
             ]
             if p.style in ("plusplus", "story"):
-                found.append(f"task.params.style: {p.style}, but mode paper has published, paraphrased or refactored")
+                found.append(
+                    f"task.params.style: got {p.style}; expected published, paraphrased or refactored in mode paper"
+                )
         if not p.phases:
             found.append("task.params.phases: got none; expected at least one, such as {n: [3, 4], rows: 1000}")
         return found
@@ -281,90 +275,82 @@ class Corr2Cause(Task):
         return {"n": [4], "validation_classes": 0.0, "test_classes": 0.4, "phases": [phase], **few}
 
     def audit_examples(self) -> list[Example]:
-        """A collider, its question and its proof: a row that every reward can judge, its graph too."""
+        """Return two rows about a collider, with a proof: every reward can score them, the structure reward too."""
         premise = (
             "Suppose there is a closed system of 3 variables, A, B and C. All the statistical relations among these 3 "
             "variables are as follows: A correlates with C. B correlates with C. However, A is independent of B."
         )
-        asked = f"Premise: {premise}\nHypothesis: A directly causes C."
-        thought = f"{answers.OPEN}\nA B apart given nothing. A C ->. B C ->.\n{answers.CLOSE}\n"
-        return [Example("1", asked, gold, "g", target=f"{thought}Therefore: {gold}") for gold in ("Yes", "No")]
+        question = f"Premise: {premise}\nHypothesis: A directly causes C."
+        thought = thought_block("A B apart given nothing. A C ->. B C ->.")
+        return [Example("1", question, gold, "g", target=f"{thought}\nTherefore: {gold}") for gold in ("Yes", "No")]
 
     def split_names(self) -> list[str]:
         perturbed = ["paraphrased", "refactored"] if self.source == "generated" else []
         return ["test", *perturbed, "validation"]
 
-    def _draw(
-        self,
-        use: str,
-        part: list[Class],
-        sizes: Iterable[int],
-        count: int,
-        *,
-        proof_fraction: float = 0.0,
-        shuffled: float = 0.0,
-        distinct: bool = False,
-        proof: str = "full",
-    ) -> list[RowSpec]:
-        """`count` rows, half Yes within each (N, type); classes are drawn evenly, variables renamed in each row."""
+    def _draw(self, use: str, part: list[Class], phase: Phase, *, distinct: bool = False) -> list[RowSpec]:
+        """Draw the rows of a phase, balanced by answer within each (N, type), classes evenly, variables renamed.
+
+        `use` seeds the draw and names the split in errors. Raises DataError if the classes do not yield so many rows.
+        """
         rng = random.Random(f"{self.seed}/{use}")  # a text, so that the stream is the same on every machine
-        even = self.params.balance == "balanced"
-        cells = self._cells(part, sizes)
+        balanced, count = self.params.balance == "balanced", phase.rows
+        cells = self._cells(part, phase.n)
         if not count:
             return []
         if not cells:
             raise DataError(
-                f"task.params: {count} {use} rows were asked for, but no type of claim has every answer among the "
-                f"{len(part)} classes of that split; use larger n or a larger share of classes (N = 3 has one class "
-                "with a valid claim, which is used for training)"
+                f"task.params: got {count} {use} rows, but no type of claim has every answer among the {len(part)} "
+                "classes of that split. Fix: use larger n or a larger share of classes (N = 3 has one class with a "
+                "valid claim, which is used for training)"
             )
         keys = sorted(cells)
-        weights = [len({slot.mec.id for slots in cells[key].values() for slot in slots}) for key in keys]
-        everything = [] if even else [slot for mec in part if mec.n in set(sizes) for slot in self.claims(mec)]
+        weights = [len({claim.mec.id for claims in cells[key].values() for claim in claims}) for key in keys]
+        everything = [] if balanced else [claim for mec in part if mec.n in phase.n for claim in self.claims(mec)]
         found: dict[object, RowSpec] = {}
         for _ in range(100 * count):
-            if even:
+            if balanced:
                 key = rng.choices(keys, weights)[0]
-                slot = rng.choice(cells[key][self.golds[len(found) % len(self.golds)]])
+                claim = rng.choice(cells[key][self.golds[len(found) % len(self.golds)]])
             else:
-                slot = rng.choice(everything)
-            draw = self.rename(rng, slot, with_trace=rng.random() < proof_fraction, shuffle=rng.random() < shuffled)
-            draw = replace(draw, proof=proof)
-            asked = (draw.mec.independences, draw.relation, draw.i, draw.j, draw.names, draw.wording)
-            found.setdefault(asked if distinct else len(found), draw)
+                claim = rng.choice(everything)
+            with_proof, shuffle = rng.random() < phase.proof_fraction, rng.random() < phase.shuffled
+            spec = replace(self.rename(rng, claim, with_proof=with_proof, shuffle=shuffle), proof=phase.proof)
+            identity = (spec.mec.independences, spec.relation, spec.i, spec.j, spec.names, spec.wording)
+            found.setdefault(identity if distinct else len(found), spec)
             if len(found) == count:
                 return list(found.values())
         raise DataError(
-            f"task.params: only {len(found)} different {use} rows can be drawn from the classes of that split, "
-            f"{count} were asked for; ask for fewer rows or for larger n"
+            f"task.params: got {count} {use} rows; expected at most {len(found)}, because the classes of that split "
+            "have no more different ones. Fix: set fewer rows or larger n"
         )
 
     def claims(self, mec: Class) -> Iterator[ClassClaim]:
-        """Every claim about a class with its answer, in the task's semantics and answers."""
+        """Return every claim about a class with its answer, in the task's semantics and answers."""
         return claims_of(mec, self.semantics, three=self.params.labels == "three")
 
     def _cells(self, part: Iterable[Class], sizes: Iterable[int]) -> dict[tuple[int, str], dict[str, list[ClassClaim]]]:
-        """Claims by (N, type) and answer; where they are to be even, only cells that have every answer."""
+        """Group claims by (N, type) and answer; for balanced rows, only groups that have every answer."""
         wanted = set(sizes)
         cells: dict[tuple[int, str], dict[str, list[ClassClaim]]] = {}
         for mec in part:
             if mec.n in wanted:
-                for slot in self.claims(mec):
-                    cell = cells.setdefault((mec.n, slot.relation), {gold: [] for gold in self.golds})
-                    cell[slot.gold].append(slot)
+                for claim in self.claims(mec):
+                    cell = cells.setdefault((mec.n, claim.relation), {gold: [] for gold in self.golds})
+                    cell[claim.gold].append(claim)
         if self.params.balance == "natural":
             return cells
         return {key: cell for key, cell in cells.items() if all(cell.values())}
 
-    def rename(self, rng: random.Random, slot: ClassClaim, *, with_trace: bool, shuffle: bool) -> RowSpec:
-        """A claim under letters and in a wording drawn from `rng`."""
-        n, relation = slot.mec.n, slot.relation
-        if isinstance(slot.mec, EquivalenceClass):
+    def rename(self, rng: random.Random, claim: ClassClaim, *, with_proof: bool, shuffle: bool) -> RowSpec:
+        """Return a row for a claim, with variable names and a wording drawn from `rng`."""
+        n, relation = claim.mec.n, claim.relation
+        if isinstance(claim.mec, EquivalenceClass):
             order = rng.sample(range(n), n)
-            mec: Class = slot.mec.renamed(tuple(order))
-            i, j = order[slot.i], order[slot.j]
-        else:  # published rows keep their letters: that they follow a topological order is one of their short cuts
-            mec, i, j = slot.mec, slot.i, slot.j
+            mec: Class = claim.mec.renamed(tuple(order))
+            i, j = order[claim.i], order[claim.j]
+        else:  # published rows keep their letters, which follow a topological order: one of the set's shortcuts
+            mec, i, j = claim.mec, claim.i, claim.j
         if i > j and relation in _INVERSE:
             relation, i, j = _INVERSE[relation], j, i  # the published types name the earlier letter first
         elif relation not in _INVERSE and rng.random() < 0.5:
@@ -378,13 +364,13 @@ class Corr2Cause(Task):
             if self.params.variable_names == "alphabet":
                 names = sorted(rng.sample(ascii_uppercase, n))
         seed = rng.random() if shuffle else None
-        return RowSpec(mec, relation, i, j, slot.gold, tuple(names), rng.randrange(2), with_trace, seed, who)
+        return RowSpec(mec, relation, i, j, claim.gold, tuple(names), rng.randrange(2), with_proof, seed, who)
 
-    def example(self, draw: RowSpec, id: str, *, style: str | None = None) -> Example:
-        """A draw in words: of the task's style, or of another."""
-        mec, params = draw.mec, self.params
-        style, names = style or params.style, list(draw.names)
-        if style != "story" and draw.who:
+    def example(self, spec: RowSpec, id: str, *, style: str | None = None) -> Example:
+        """Return the example of a row, worded in the task's style or in another."""
+        mec, params = spec.mec, self.params
+        style, names = style or params.style, list(spec.names)
+        if style != "story" and spec.who:
             names = list(ascii_uppercase[: mec.n])
         if style == "refactored":
             names = wording.refactored(names)
@@ -394,46 +380,42 @@ class Corr2Cause(Task):
             independent = wording.smallest(independent)
         elif style == "plusplus":
             independent.sort(key=lambda one: (one[:2], len(one[2])))
-        if draw.shuffle is not None:
-            rng = random.Random(draw.shuffle)
+        if spec.shuffle is not None:
+            rng = random.Random(spec.shuffle)
             rng.shuffle(dependent)
             rng.shuffle(independent)
-        premise = wording.premise(names, dependent, independent, style, minimal=minimal, who=draw.who)
-        claim = wording.hypothesis(draw.relation, names[draw.i], names[draw.j], wording=draw.wording, style=style)
+        premise = wording.premise(names, dependent, independent, style, minimal=minimal, who=spec.who)
+        claim = wording.hypothesis(spec.relation, names[spec.i], names[spec.j], wording=spec.wording, style=style)
         thought = ""
-        if draw.with_trace and isinstance(mec, EquivalenceClass):
-            asked = (draw.relation, draw.i, draw.j)
-            three = params.labels == "three"
-            thought = write_proof(
-                mec, names, *asked, independent, self.semantics, short=draw.proof == "short", three=three
-            )
-            thought += "\n"
+        if spec.with_proof and isinstance(mec, EquivalenceClass):
+            about = Claim(spec.relation, spec.i, spec.j)
+            short, three = spec.proof == "short", params.labels == "three"
+            thought = write_proof(mec, names, about, independent, self.semantics, short=short, three=three)
             if style == "plusplus":
-                edges = sorted(mec.pattern.arrows)
-                thought += " ".join(f"{names[a]} has a direct causal effect on {names[b]}." for a, b in edges)
-                thought += "\n" if edges else "No edge is shared.\n"
+                edges = [f"{names[a]} has a direct causal effect on {names[b]}." for a, b in sorted(mec.pattern.arrows)]
+                thought += f"\n{' '.join(edges) or 'No edge is shared.'}"
         return Example(
             id=id,
             question=wording.question(premise, claim, self.instruction),
-            gold=draw.gold,
+            gold=spec.gold,
             group=mec.id,
             tags={
                 "n": mec.n,
-                "relation": draw.relation,
+                "relation": spec.relation,
                 "members": mec.size,
-                "names": ("" if not draw.who else " ").join(names),
-                "i": draw.i,
-                "j": draw.j,
+                "names": ("" if not spec.who else " ").join(names),
+                "i": spec.i,
+                "j": spec.j,
                 "premise_tokens": len(re.findall(r"\w+|[^\w\s]", premise)),  # words and marks
                 "mode": params.mode,
                 "style": style,
                 "seed": self.seed,
             },
-            target=f"{answers.OPEN}\n{thought}{answers.CLOSE}\nTherefore: {draw.gold}",
+            target=f"{thought_block(thought)}\nTherefore: {spec.gold}",
         )
 
     def _read(self) -> Splits:
-        """Rows of files, split by premise; a file that is named for a split is that split."""
+        """Return the rows of files, split by premise; the rows of `task.test_path` and `.validation_path` are fixed."""
         rows, skipped = self.read(self.row_problem)
         named, more = self.read_named(self.row_problem)
         given = {name: [self._published(row) for row in rows_] for name, rows_ in named.items()}
@@ -452,35 +434,36 @@ class Corr2Cause(Task):
         test, validation = given.get("test", test), given.get("validation", validation)
         premises = [len({example.group for example in part}) for part in (test, validation, train)]
         left = [example.id for example in pool if example.group in held]
-        proof_ = {
+        summary = {
             "rows": len(pool),
             "skipped": skipped + more,
             "premises": premises,
             "overlap": 0,
             "same_question": left,
         }
-        return Splits(train, train, validation, {"test": test}, proof_)
+        return Splits(train, train, validation, {"test": test}, summary)
 
     def row_problem(self, values: Any) -> str | None:
-        """What is wrong with a row of a file."""
+        """Return the problem of a file's row; None if it is good."""
         try:
-            words = words_of(values)
+            text = words_of(values)
             gold_of(label_of(values), three=self.params.labels == "three")
         except ValueError as error:
             return str(error)
         try:
-            premise, _ = question_of(words)
+            premise, _ = question_of(text)
         except ValueError as error:
             return f"input is {error}"
         return None if _VARIABLES.search(premise) else 'the premise has no "closed system of N variables"'
 
     def _published(self, row: Row) -> Example:
+        """Return the example of a file's row in the published schema."""
         premise, claim = question_of(words_of(row.values))
         gold = gold_of(label_of(row.values), three=self.params.labels == "three")
         group = sha256(premise.encode()).hexdigest()[:10]
         variables = _VARIABLES.search(premise)
         tags = {"n": int(variables["n"])} if variables else {}
-        target = f"{answers.OPEN}\n{answers.CLOSE}\nTherefore: {gold}"
+        target = f"{thought_block('')}\nTherefore: {gold}"
         question = wording.question(premise, claim, self.instruction)
         return Example(f"{Path(row.source).stem}-{row.line}", question, gold, group, tags, target)
 
@@ -492,12 +475,12 @@ _INVERSE = {"parent": "child", "child": "parent", "ancestor": "descendant", "des
 
 
 def known_classes(params: Corr2CauseParams, n: int, seed: int) -> list[Class]:
-    """All classes of n variables that rows may come from, in a fixed order."""
+    """Return all classes of n variables from which rows are made, in a fixed order."""
     bound = params.max_independences or 1 << 30
     if params.mode == "paper":
         from pipeline.tasks.corr2cause.published import published_classes
 
-        return [one for one in published_classes(n) if len(one.independences) <= bound]
+        return [mec for mec in published_classes(n) if len(mec.independences) <= bound]
     minimal = params.premise == "minimal"
     found: Iterable[EquivalenceClass] = (
         classes(n)
@@ -515,22 +498,22 @@ def known_classes(params: Corr2CauseParams, n: int, seed: int) -> list[Class]:
 
 
 def split_classes(params: Corr2CauseParams, seed: int) -> dict[str, list[Class]]:
-    """The classes of each part: test, validation, sft (SFT only is empty), grpo (GRPO only), both.
+    """Return the classes of each part: test, validation, sft (always empty), grpo (GRPO only), both.
 
-    Drawn for each N by itself. Where only one class of an N has a valid claim (N = 3), it is used for training.
+    Each N is split separately. If only one class of an N has a valid claim (N = 3), it is used for training.
     """
     parts: dict[str, list[Class]] = {name: [] for name in ("test", "validation", "sft", "grpo", "both")}
     sizes = sorted({*params.n, *(n for phase in params.phases for n in phase.n)})
     for n in sizes:
         same: dict[str, list[Class]] = {}
         for mec in known_classes(params, n, seed):
-            same.setdefault(mec.id, []).append(mec)  # the published set tells six classes twice
+            same.setdefault(mec.id, []).append(mec)  # the published set has six classes twice
         known = list(same.values())
         random.Random(f"{seed}/classes/{n}").shuffle(known)
-        fruitful = [unit for unit in known if any(slot.gold == "Yes" for mec in unit for slot in claims_of(mec))]
-        if len(fruitful) == 1:
-            known.remove(fruitful[0])
-            known.append(fruitful[0])
+        with_yes = [unit for unit in known if any(claim.gold == "Yes" for mec in unit for claim in claims_of(mec))]
+        if len(with_yes) == 1:
+            known.remove(with_yes[0])
+            known.append(with_yes[0])
         test, validation = round(len(known) * params.test_classes), round(len(known) * params.validation_classes)
         training = known[test + validation :]
         held = round(len(training) * params.grpo_only_classes)
@@ -546,9 +529,9 @@ def split_classes(params: Corr2CauseParams, seed: int) -> dict[str, list[Class]]
 
 
 def claims_of(mec: Class, semantics: Semantics = PUBLISHED, *, three: bool = False) -> Iterator[ClassClaim]:
-    """Every claim about a class: unordered for the symmetric types, one direction for the others' inverses.
+    """Yield every claim about a class: unordered pairs for the symmetric types, one direction for inverse types.
 
-    Of a published class all six types of every pair i < j, with the published labels.
+    For a published class, yield all six types of every pair i < j, with the published labels.
     """
     if not isinstance(mec, EquivalenceClass):
         for i, j in combinations(range(mec.n), 2):
@@ -569,7 +552,7 @@ def claims_of(mec: Class, semantics: Semantics = PUBLISHED, *, three: bool = Fal
 def _split_summary(
     parts: dict[str, list[Class]], sft: list[Example], tests: dict[str, list[Example]]
 ) -> dict[str, Any]:
-    """Which canonical classes are where, and that no two parts share one."""
+    """Return the canonical classes of each part, and their overlap; raises AssertionError if two parts share one."""
     ids = {name: sorted({mec.id for mec in part}) for name, part in parts.items()}
     overlap = sum(len(set(a) & set(b)) for a, b in combinations(ids.values(), 2))
     trained = {example.group for example in sft}

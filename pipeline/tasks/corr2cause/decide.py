@@ -1,15 +1,16 @@
-"""What a class says of a claim, without listing its members: a complete graph of ten variables has 3,628,800 of them.
+"""Decide a claim about a class without listing its members: a complete graph of ten variables has 3,628,800 of them.
 
-    >>> decide(Pattern(3, frozenset({(0, 2), (1, 2)}), frozenset()), "parent", 0, 2)
+    >>> decide(CPDAG(3, frozenset({(0, 2), (1, 2)}), frozenset()), "parent", 0, 2)
     'entailed'
 
-Every relation only gains by more arrows (Semantics.indirect `strict` is a path between two that are not adjacent). So
-a pattern settles a claim for all its members where the arrows that they share make it hold, or where all arrows that
-any could have do not. Else one undirected edge is turned each way, Meek's rules R1-R4 draw what follows, and both are
-asked: every undirected edge of such a graph can be turned both ways (Meek 1995), so no branch is in vain.
+Every relation is monotone in the arrows (Semantics.indirect `strict` is a path between two that are not adjacent). So a
+claim is decided for all members of a CPDAG if it holds on the arrows that they share. It is also decided if it does not
+hold even on all arrows that any member may have. Otherwise one undirected edge is oriented each way, Meek's rules R1-R4
+add the arrows that follow, and both graphs are searched. Every undirected edge of such a graph can have both
+orientations (Meek 1995), so no branch is empty.
 
-It ends after LIMIT graphs with a ValueError; of 13,000 claims about ten variables the dearest took 1,036
-graphs and 0.2 s. `graphs.holds` over all members says the same, and the tests hold the two together.
+After LIMIT graphs it raises ValueError. Of 13,000 claims about ten variables, the most expensive took 1,036 graphs and
+0.2 s. The tests compare the result with `graphs.holds` over all members.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from pipeline.tasks.corr2cause.graphs import (
 )
 
 LIMIT = 20_000  # partly directed graphs that one claim may cost: a minute
-Graph = tuple[list[int], list[int]]  # for each node its children, and what an undirected edge joins it to
+Graph = tuple[list[int], list[int]]  # for each node: its children, and its neighbours by undirected edges
 
 
 def decide(pattern: CPDAG, relation: str, i: int, j: int, semantics: Semantics = PUBLISHED) -> str:
-    """`entailed`, `contradicted` or `undetermined`; ValueError where the limit is reached."""
+    """Return `entailed`, `contradicted` or `undetermined`. Raises ValueError after LIMIT graphs."""
     key, i, j = semantics.key(relation, i, j)
     kind = key.partition("/")[2]
     lines = [0] * pattern.n
@@ -41,7 +42,7 @@ def decide(pattern: CPDAG, relation: str, i: int, j: int, semantics: Semantics =
     out = list(dag_of(pattern.n, tuple(pattern.arrows)))
     if key == "strict":
         if pattern.adjacent(i, j):
-            return "contradicted"  # a path beside an arrow is direct, and against one it would be a cycle
+            return "contradicted"  # a path along an arrow is not strictly indirect, and one against it is a cycle
         key = "path"
     search = _Search(key, kind, i, j)
     some, every = search.exists((out, lines), True), not search.exists((out, lines), False)
@@ -49,38 +50,38 @@ def decide(pattern: CPDAG, relation: str, i: int, j: int, semantics: Semantics =
 
 
 class _Search:
-    """Whether a class has a member in which a claim holds, or one in which it does not."""
+    """The search of a class for a member in which a claim holds, or does not hold."""
 
     def __init__(self, key: str, kind: str, i: int, j: int) -> None:
-        self.key, self.kind, self.i, self.j, self.asked = key, kind, i, j, 0
+        self.key, self.kind, self.i, self.j, self.count = key, kind, i, j, 0
         self.backwards = key.startswith("confounder")  # a collider of the graph with its arrows turned
 
     def exists(self, graph: Graph, wanted: bool) -> bool:
-        """Whether a member of this partly directed graph is as wanted."""
-        self.asked += 1
-        if self.asked > LIMIT:
-            raise ValueError(f"the claim is not decided after {LIMIT:,} graphs of its class, which is the limit")
+        """Return whether the claim's truth is `wanted` in a member of this partially directed graph."""
+        self.count += 1
+        if self.count > LIMIT:
+            raise ValueError(f"the claim is not decided after {LIMIT:,} graphs of its class, the limit")
         out, lines = graph
-        shown = tuple(out) if not self.backwards else transpose(tuple(out))
-        if self.holds(shown):
+        arrows = tuple(out) if not self.backwards else transpose(tuple(out))
+        if self.holds(arrows):
             return wanted
-        if not self.may_hold(tuple(a | b for a, b in zip(shown, lines, strict=True))):
+        if not self.may_hold(tuple(a | b for a, b in zip(arrows, lines, strict=True))):
             return not wanted
-        a, b = self.edge(lines)  # there is one: else both would have said the same
+        a, b = self.edge(lines)  # one exists: without undirected edges, one of the two tests above decides
         for tail, head in ((a, b), (b, a)) if wanted != self.backwards else ((b, a), (a, b)):
             if self.exists(turned(graph, tail, head), wanted):
                 return True
         return False
 
     def edge(self, lines: list[int]) -> tuple[int, int]:
-        """The undirected edge to turn next: at one of the two variables, where it decides most."""
+        """Return the next undirected edge to orient: one at the claim's variables, if any, where it decides most."""
         for node in (self.i, self.j, *range(len(lines))):
             if lines[node]:
                 return node, bits(lines[node])[0]
         raise AssertionError("a graph without undirected edges is decided")
 
     def holds(self, dag: Dag) -> bool:
-        """Of the arrows that are certain (they have no cycle)."""
+        """Return whether the claim holds on the arrows of all members (they have no cycle)."""
         i, j = self.i, self.j
         if self.key == "direct":
             return bool(dag[i] >> j & 1)
@@ -89,7 +90,7 @@ class _Search:
         return bool(common_effects(dag, i, j, self.kind))
 
     def may_hold(self, upper: Dag) -> bool:
-        """Of all arrows that could be, lines both ways: False only where it holds in no member."""
+        """Return whether the claim holds on all possible arrows, lines both ways; False only if no member has it."""
         i, j = self.i, self.j
         if self.key == "direct":
             return bool(upper[i] >> j & 1)
@@ -104,12 +105,12 @@ class _Search:
 
 
 def _avoiding(step: Dag, start: int, avoid: int) -> int:
-    """All nodes reached from `start` without a set."""
+    """Return all nodes reached from `start` on paths that avoid a set."""
     return reachable(tuple(children & ~avoid for children in step), start & ~avoid)
 
 
 def turned(graph: Graph, tail: int, head: int) -> Graph:
-    """The graph with one undirected edge made an arrow, and with all that follows from it."""
+    """Return the graph with one undirected edge oriented, and all orientations that follow by Meek's rules."""
     out, lines = list(graph[0]), list(graph[1])
     near = [a | b for a, b in zip(out, lines, strict=True)]
     for v, children in enumerate(out):
@@ -127,7 +128,7 @@ def turned(graph: Graph, tail: int, head: int) -> Graph:
 
 
 def _forced(a: int, b: int, out: list[int], into: Dag, lines: list[int], near: list[int]) -> bool:
-    """Whether one of Meek's rules makes a - b the arrow a to b."""
+    """Return whether one of Meek's rules orients a - b as a → b."""
     far = ~near[b] & ~(1 << b)
     if into[a] & far or out[a] & into[b]:  # R1, R2
         return True

@@ -1,10 +1,10 @@
-"""Every class on n nodes at once, in arrays: what `graphs.classes` and the published program are made from.
+"""Enumerate every class on n nodes at once, in numpy arrays, for `graphs.classes` and the published program.
 
 A DAG on n unlabelled nodes can be written with all arrows from a lower to a higher node: a code with one bit for each
-pair, in lexicographic order. Two codes are the same DAG under other names when swaps of neighbouring nodes without an
-arrow between them lead from one to the other (any two topological orders are connected so); they are Markov
-equivalent when swaps over a covered arrow are allowed as well (Chickering 1995, theorem 2). So both partitions are
-the connected components of one table of swaps, and no graph is ever compared with another.
+pair, in lexicographic order. Two codes are isomorphic DAGs if swaps of neighbouring nodes without an arrow between them
+lead from one to the other, because such swaps connect any two topological orders. They are Markov equivalent if swaps
+over a covered arrow are allowed too (Chickering 1995, theorem 2). So both partitions are the connected components of
+one table of swaps, and graphs are never compared pairwise.
 
     >>> [(len(dags(n)), len(equivalence_classes(n))) for n in (2, 3, 4, 5)]
     [(2, 2), (6, 5), (31, 20), (302, 142)]
@@ -28,12 +28,12 @@ Bools = NDArray[np.bool_]
 
 @cache
 def pairs_of(n: int) -> tuple[tuple[int, int], ...]:
-    """The pairs of nodes, in the order of the bits of a code."""
+    """Return the pairs of nodes, in the order of a code's bits."""
     return tuple(combinations(range(n), 2))
 
 
 def children_of(codes: Ints, n: int) -> Ints:
-    """(codes, n): the child set of each node as a bitmask, all arrows from lower to higher."""
+    """Return (codes, n): the child set of each node as a bitmask, all arrows from lower to higher."""
     out = np.zeros((len(codes), n), dtype=np.uint16)
     for bit, (i, j) in enumerate(pairs_of(n)):
         out[:, i] |= ((codes >> bit & 1) << j).astype(np.uint16)
@@ -42,7 +42,7 @@ def children_of(codes: Ints, n: int) -> Ints:
 
 @cache
 def _swaps(n: int) -> tuple[list[Ints], list[Bools], list[Bools]]:
-    """For each k: the code with nodes k and k+1 swapped, where no arrow is between them, and where it is covered."""
+    """Return for each k: the codes with nodes k and k+1 swapped, whether no arrow is between them, or a covered one."""
     pairs = pairs_of(n)
     bit = {pair: k for k, pair in enumerate(pairs)}
     codes = np.arange(1 << len(pairs), dtype=np.int32)
@@ -64,7 +64,7 @@ def _swaps(n: int) -> tuple[list[Ints], list[Bools], list[Bools]]:
 
 
 def _components(n: int, *, equivalent: bool) -> Ints:
-    """The least code of each code's component."""
+    """Return the least code of each code's component."""
     swapped, free, covered = _swaps(n)
     least = np.arange(len(swapped[0]), dtype=np.int32)
     while True:
@@ -80,22 +80,22 @@ def _components(n: int, *, equivalent: bool) -> Ints:
 
 @cache
 def dags(n: int) -> Ints:
-    """The least code of each DAG on n unlabelled nodes, ascending."""
+    """Return the least code of each DAG on n unlabelled nodes, ascending."""
     least = _components(n, equivalent=False)
     return np.flatnonzero(least == np.arange(len(least)))
 
 
 @cache
 def equivalence_classes(n: int) -> Ints:
-    """The least code of each Markov equivalence class on n unlabelled nodes, ascending."""
+    """Return the least code of each Markov equivalence class on n unlabelled nodes, ascending."""
     least = _components(n, equivalent=True)
     return np.flatnonzero(least == np.arange(len(least)))
 
 
 def members(children: Ints) -> tuple[Ints, Ints]:
-    """All DAGs of the classes of the given DAGs (rows, n): (members, n), sorted by class, and each one's class.
+    """Return all DAGs of the classes of the given DAGs (rows, n): (members, n), sorted by class, and each one's class.
 
-    Found by turning covered arrows until nothing new appears (Chickering 1995).
+    Covered arrows are reversed until no new DAG appears (Chickering 1995).
     """
     n = children.shape[1]
     found_keys = _keys(np.arange(len(children)), children)
@@ -127,7 +127,7 @@ def members(children: Ints) -> tuple[Ints, Ints]:
 
 
 def _keys(owner: Ints, children: Ints) -> Ints:
-    """A number for each (class, DAG): the n·(n-1) bits off the diagonal below the class."""
+    """Return a number for each (class, DAG): the class in the high bits, the n·(n-1) cells off the diagonal below."""
     n = children.shape[1]
     key = owner.astype(np.uint64)
     for i in range(n):
@@ -138,7 +138,7 @@ def _keys(owner: Ints, children: Ints) -> Ints:
 
 
 def transposed(children: Ints) -> Ints:
-    """The parent sets of each node."""
+    """Return the parent set of each node: (rows, n) bitmasks."""
     n = children.shape[1]
     out = np.zeros_like(children)
     for i in range(n):
@@ -148,7 +148,7 @@ def transposed(children: Ints) -> Ints:
 
 
 def _union(step: Ints, nodes: Ints) -> Ints:
-    """The union of the step sets of the nodes: `step` (rows, n), `nodes` (rows, …) bitmasks."""
+    """Return the union of the step sets of the nodes: `step` (rows, n), `nodes` (rows, …) bitmasks."""
     shape = (len(step),) + (1,) * (nodes.ndim - 1)
     out = np.zeros_like(nodes)
     for v in range(step.shape[1]):
@@ -157,7 +157,7 @@ def _union(step: Ints, nodes: Ints) -> Ints:
 
 
 def closures(step: Ints) -> Ints:
-    """Everything reached from each node, itself included: (rows, n) bitmasks."""
+    """Return all nodes reached from each node, including itself: (rows, n) bitmasks."""
     n = step.shape[1]
     out: Ints = step | (1 << np.arange(n, dtype=step.dtype))
     for k in range(n):
@@ -166,14 +166,14 @@ def closures(step: Ints) -> Ints:
 
 
 def independent(children: Ints) -> Bools:
-    """(rows, pairs, 2^n): whether the pair is d-separated by the set, for all pairs and sets at once.
+    """Return (rows, pairs, 2^n): whether the set d-separates the pair, for all pairs and sets at once.
 
-    Reachability by active trails (Koller & Friedman 2009, algorithm 3.1); false where the set holds one of the pair.
+    By reachability along active trails (Koller & Friedman 2009, algorithm 3.1). False if the set has one of the pair.
     """
     rows, n = children.shape
     parents = transposed(children)
     sets = np.arange(1 << n, dtype=np.uint16)
-    above = _union(closures(parents), np.broadcast_to(sets, (rows, len(sets))).copy())  # ancestors of the set, and it
+    above = _union(closures(parents), np.broadcast_to(sets, (rows, len(sets))).copy())  # the set and its ancestors
     out = np.zeros((rows, len(pairs_of(n)), len(sets)), dtype=bool)
     for i in range(n - 1):
         up = np.full((rows, len(sets)), 1 << i, dtype=np.uint16)  # nodes entered from a child
@@ -192,19 +192,19 @@ def independent(children: Ints) -> Bools:
 
 
 def matrix_of(masks: Ints) -> Bools:
-    """(rows, n) bitmasks as (rows, n, n) booleans."""
+    """Convert (rows, n) bitmasks to (rows, n, n) booleans."""
     cells: Bools = (masks[:, :, None] >> np.arange(masks.shape[1], dtype=masks.dtype) & 1).astype(bool)
     return cells
 
 
 def rows_of(cells: Bools) -> list[list[int]]:
-    """(rows, n, n) booleans as bitmasks."""
+    """Convert (rows, n, n) booleans to rows of bitmasks."""
     masks: list[list[int]] = (cells.astype(np.int64) << np.arange(cells.shape[2])).sum(axis=2).tolist()
     return masks
 
 
 def relations(children: Ints) -> dict[str, Bools]:
-    """Each relation of `graphs.Semantics.key` by name: (rows, n, n), whether it holds of (i, j) in each DAG."""
+    """Return each relation of `graphs.Semantics.key` by name: (rows, n, n), whether it holds of (i, j) in each DAG."""
     n = children.shape[1]
     parents = transposed(children)
     direct, reach = matrix_of(children), matrix_of(closures(children))
@@ -229,14 +229,14 @@ def relations(children: Ints) -> dict[str, Bools]:
 
 
 def _meet(step: Ints) -> Bools:
-    """(rows, n, n): whether paths from i and from j lead into one node and share nothing else.
+    """Return (rows, n, n): whether directed paths from i and j lead into one node and share no other node.
 
-    Two tokens walk; one that the other can no longer reach takes a step (Fortune, Hopcroft & Wyllie 1980). The node
-    they meet at must lie beyond both, so a token that has not walked yet may not be walked into.
+    Two tokens move along the paths; a token that the other can no longer reach takes the next step (Fortune, Hopcroft &
+    Wyllie 1980). Both must move before they meet, so a token may not enter the start of one that has not moved.
     """
     n = step.shape[1]
     arrow, reach = matrix_of(step), matrix_of(closures(step))
-    # walked[a][b]: both tokens have walked; stays[a][b]: b has not
+    # walked[a][b]: both tokens have moved; stays[a][b]: b has not
     walked = np.zeros_like(arrow)
     while True:
         before = walked.copy()
@@ -260,7 +260,7 @@ def _meet(step: Ints) -> Bools:
                     onward = np.zeros(len(step), dtype=bool)
                     for c in range(n):
                         if c not in (a, b):
-                            # b takes its first step as soon as the other cannot reach it any more
+                            # b takes its first step as soon as the other token can no longer reach it
                             leaves = np.zeros(len(step), dtype=bool)
                             for d in range(n):
                                 if d != b:
@@ -271,26 +271,26 @@ def _meet(step: Ints) -> Bools:
 
 
 def all_of(found: Bools, owner: Ints, count: int) -> Bools:
-    """The AND over the members of each class: (members, …) to (classes, …); `owner` ascending."""
+    """Return the AND over the members of each class: (members, …) to (classes, …); `owner` must be ascending."""
     starts = np.searchsorted(owner, np.arange(count))
     return np.logical_and.reduceat(found, starts, axis=0)
 
 
 def any_of(found: Bools, owner: Ints, count: int) -> Bools:
-    """The OR over the members of each class."""
+    """Return the OR over the members of each class: (members, …) to (classes, …); `owner` must be ascending."""
     starts = np.searchsorted(owner, np.arange(count))
     return np.logical_or.reduceat(found, starts, axis=0)
 
 
 @cache
 def renaming_weights(n: int) -> Ints:
-    """(n!, n·n): what the cell (i, j) adds to the code of a renamed graph; exact, as n·n < 53."""
+    """Return (n!, n·n): the weight of cell (i, j) in the code of each renamed graph; exact floats, because n·n < 53."""
     orders = np.array(list(permutations(range(n))), dtype=np.int64)
     return 2.0 ** (orders[:, :, None] * n + orders[:, None, :]).reshape(len(orders), n * n)
 
 
 def canonical_codes(arrows: Bools) -> Ints:
-    """(rows, n, n) adjacency to the least code over all renamings, bit i·n+j for i → j (as `Pattern.code`)."""
+    """Return the least code over all renamings of (rows, n, n) adjacencies, bit i·n+j for i → j (as `CPDAG.code`)."""
     n = arrows.shape[1]
     cells = arrows.reshape(len(arrows), n * n).astype(np.float64)
     least = [np.min(renaming_weights(n) @ part.T, axis=0) for part in np.array_split(cells, 1 + len(cells) // 512)]

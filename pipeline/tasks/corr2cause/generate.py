@@ -1,10 +1,10 @@
-"""Whole sets of rows as files:   python -m pipeline generate corr2cause --n 2 3 4 5 6 --out DIR
+"""Write whole sets of rows as files:   python -m pipeline generate corr2cause --n 2-6 --out DIR
 
-Every claim about every class (N = 2…6; of drawn classes for N ≥ 7), each row under letters of its own, in
-`train.parquet`, `validation.parquet` and `test.parquet`, split by canonical class, with `splits.json` (which class is
-where) and a data card, `README.md`. Rows are written as they are made, so a set need not fit in memory; `--copies K`
-makes each claim under K renamings. The same seed gives the same bytes, whatever the number of processes: a group of
-rows depends on the seed and its classes alone, and groups are written in their order.
+A set has every claim about every class (N = 2…6; sampled classes for N ≥ 7), each row with its own variable names. The
+files `train.parquet`, `validation.parquet` and `test.parquet` are split by canonical class. `splits.json` lists the
+classes of each, and `README.md` is a data card. Rows are written as they are made, so a set need not fit in memory.
+`--copies K` makes each claim under K renamings. The same seed gives the same bytes with any number of processes: a
+group of rows depends only on the seed and its classes, and groups are written in order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from hashlib import sha256
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,28 +25,29 @@ import pyarrow.parquet as pq
 
 from pipeline.config.recipe import TaskChoice
 from pipeline.core.errors import DataError
+from pipeline.core.hashing import file_sha256
 from pipeline.tasks.corr2cause import Class, ClassClaim, Corr2Cause, Corr2CauseParams, split_classes
 from pipeline.tasks.corr2cause.graphs import EquivalenceClass
 from pipeline.tasks.task import task_of
 
-MOST_ROWS = 1_000_000_000  # of a set: a day's work of a large machine
-CLASSES = {2: 2, 3: 5, 4: 20, 5: 142, 6: 2201}  # of N unlabelled nodes; beyond, as many as are drawn
+MOST_ROWS = 1_000_000_000  # of a set: about a day on a large machine
+CLASSES = {2: 2, 3: 5, 4: 20, 5: 142, 6: 2201}  # on N unlabelled nodes; for larger N the number of sampled classes
 GROUP = 32  # classes in a group of rows
 SPLITS = {"train": ("sft", "both", "grpo"), "validation": ("validation",), "test": ("test",)}
 STATUS = {"Yes": "entailed", "No": "contradicted", "Unknown": "undetermined"}
 
 
 def most_rows(params: Corr2CauseParams, copies: int) -> int:
-    """How many rows a set can have at most: before anything is made."""
+    """Return an upper bound of the number of rows, before anything is generated."""
     classes = {n: CLASSES.get(n, params.sampled_classes) for n in set(params.n)}
     return copies * sum(count * 3 * n * (n - 1) for n, count in classes.items())
 
 
 @dataclass(frozen=True)
 class GenerationSpec:
-    """What is to be made: everything the bytes depend on."""
+    """The specification of a set: everything its bytes depend on."""
 
-    params: str  # the task's params as canonical JSON: it travels to the processes
+    params: str  # the task's params as canonical JSON, which is sent to the processes
     seed: int
     copies: int
     proof: str  # none, short or full
@@ -61,57 +61,58 @@ class GenerationSpec:
 
 
 @cache
-def _parts(order: GenerationSpec) -> dict[str, list[list[Class]]]:
-    """The groups of classes of each split, by N."""
-    task = order.task
-    found = split_classes(task.params, order.seed)
+def _parts(spec: GenerationSpec) -> dict[str, list[list[Class]]]:
+    """Return the groups of classes of each split, by N."""
+    task = spec.task
+    found = split_classes(task.params, spec.seed)
     parts = {}
     for split, names in SPLITS.items():
         groups = []
         for n in sorted(set(task.params.n)):
-            mine = sorted((mec for name in names for mec in found[name] if mec.n == n), key=lambda mec: mec.id)
-            groups += [mine[k : k + GROUP] for k in range(0, len(mine), GROUP)]
+            same_n = sorted((mec for name in names for mec in found[name] if mec.n == n), key=lambda mec: mec.id)
+            groups += [same_n[k : k + GROUP] for k in range(0, len(same_n), GROUP)]
         parts[split] = groups
     return parts
 
 
-Job = tuple[GenerationSpec, str, int, int]  # and split, group, copy
+Job = tuple[GenerationSpec, str, int, int]  # specification, split, group, copy
 
 
 def _group(job: Job) -> list[dict[str, Any]]:
-    """The rows of one group of classes under one renaming: a function of the order alone."""
-    order, split, number, copy = job
-    task, rows = order.task, []
-    for mec in _parts(order)[split][number]:
-        rng = random.Random(f"{order.seed}/rows/{copy}/{mec.id}")
+    """Return the rows of one group of classes under one renaming; they depend on the job alone."""
+    spec, split, number, copy = job
+    task, rows = spec.task, []
+    for mec in _parts(spec)[split][number]:
+        rng = random.Random(f"{spec.seed}/rows/{copy}/{mec.id}")
         chosen = enumerate(_chosen(task, rng, mec))
-        rows += [_row(task, rng, slot, f"{split}/{copy}/{mec.id}/{k}", order) for k, slot in chosen]
+        rows += [_row(task, rng, claim, f"{split}/{copy}/{mec.id}/{k}", spec) for k, claim in chosen]
     return rows
 
 
 def _chosen(task: Corr2Cause, rng: random.Random, mec: Class) -> list[ClassClaim]:
-    """All claims about a class; of even sets, as many with each answer within each type."""
-    slots = list(task.claims(mec))
+    """Return all claims about a class; for balanced sets, equally many with each answer within each type."""
+    claims = list(task.claims(mec))
     if task.params.balance == "natural":
-        return slots
+        return claims
     kept = []
-    for relation in dict.fromkeys(slot.relation for slot in slots):
+    for relation in dict.fromkeys(claim.relation for claim in claims):
         by_gold: dict[str, list[ClassClaim]] = {gold: [] for gold in task.golds}
-        for slot in slots:
-            if slot.relation == relation:
-                by_gold[slot.gold].append(slot)
-        fewest = min(len(mine) for mine in by_gold.values())
-        kept += [slot for mine in by_gold.values() for slot in rng.sample(mine, fewest)]
+        for claim in claims:
+            if claim.relation == relation:
+                by_gold[claim.gold].append(claim)
+        fewest = min(len(same) for same in by_gold.values())
+        kept += [claim for same in by_gold.values() for claim in rng.sample(same, fewest)]
     return kept
 
 
-def _row(task: Corr2Cause, rng: random.Random, slot: ClassClaim, id: str, order: GenerationSpec) -> dict[str, Any]:
-    draw = task.rename(rng, slot, with_trace=order.proof != "none", shuffle=False)
-    example = task.example(replace(draw, proof=order.proof), id)
-    tags, mec = example.tags, draw.mec
+def _row(task: Corr2Cause, rng: random.Random, claim: ClassClaim, id: str, spec: GenerationSpec) -> dict[str, Any]:
+    """Return one row as a record of the parquet schema."""
+    drawn = task.rename(rng, claim, with_proof=spec.proof != "none", shuffle=False)
+    example = task.example(replace(drawn, proof=spec.proof), id)
+    tags, mec = example.tags, drawn.mec
     exact = isinstance(mec, EquivalenceClass)
     arrows = sorted(mec.pattern.arrows) if exact else []  # type: ignore[attr-defined]
-    names = tags["names"].split(" ") if draw.who else list(tags["names"])
+    names = tags["names"].split(" ") if drawn.who else list(tags["names"])
     row = {
         "id": id,
         "input": example.question,
@@ -125,14 +126,14 @@ def _row(task: Corr2Cause, rng: random.Random, slot: ClassClaim, id: str, order:
         "names": names,
         "mode": tags["mode"],
         "style": tags["style"],
-        "seed": order.seed,
+        "seed": spec.seed,
         "forced_edges": [[names[a], names[b]] for a, b in arrows] if exact else None,
         "num_edges": len(arrows) if exact else None,
         "completion": example.target,
     }
     if tags["style"] == "plusplus":
-        premise, claim = example.question.removeprefix("Premise: ").split("\nHypothesis: ")
-        row["query"] = f"Premise:\n{premise}\n\nHypothesis: {claim}"
+        premise, hypothesis = example.question.removeprefix("Premise: ").split("\nHypothesis: ")
+        row["query"] = f"Premise:\n{premise}\n\nHypothesis: {hypothesis}"
     return row
 
 
@@ -162,63 +163,63 @@ def _schema(style: str) -> pa.Schema:
 def generate(
     out: Path, params: Mapping[str, Any], *, seed: int = 0, copies: int = 1, proof: str = "none", processes: int = 1
 ) -> dict[str, Any]:
-    """Write the set to the empty or new folder `out`; returns what the data card counts.
+    """Write the set to the empty or new folder `out`. Returns the counts of the data card.
 
-    RecipeError for params that cannot be, DataError where the folder holds something already.
+    Raises RecipeError for invalid params, DataError if the folder is not empty.
     """
     if out.exists() and not out.is_dir():
         raise DataError(f"--out: {out} is a file; give a new folder")
-    if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):  # a broken run leaves such
+    if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):  # a killed run leaves hidden ones
         raise DataError(f"--out: {out} is not empty; give a new folder")
     settled = {"instruction": "", **params}
     if settled.get("mode") == "paper":
         settled.setdefault("phases", [{"n": list(settled.get("n", (3, 4, 5))), "rows": 1, "proof_fraction": 0.0}])
-    order = GenerationSpec(json.dumps(settled, sort_keys=True), seed, copies, proof)
-    task = order.task  # says what is wrong with the params before anything is written
+    spec = GenerationSpec(json.dumps(settled, sort_keys=True), seed, copies, proof)
+    task = spec.task  # raises errors about the params before anything is written
     if (most := most_rows(task.params, copies)) > MOST_ROWS:
         fits = max(1, copies * MOST_ROWS // most)
-        told = f"--copies: got {copies}, which is up to {most:,} rows; expected at most {MOST_ROWS:,} rows"
-        raise DataError(f"{told}. Fix: --copies {fits}")
+        problem = f"--copies: got {copies}, which is up to {most:,} rows; expected at most {MOST_ROWS:,} rows"
+        raise DataError(f"{problem}. Fix: --copies {fits}")
     out.mkdir(parents=True, exist_ok=True)
-    parts = _parts(order)
+    parts = _parts(spec)
     ids = {split: sorted({mec.id for group in groups for mec in group}) for split, groups in parts.items()}
     overlap = sum(len(set(ids[a]) & set(ids[b])) for a in ids for b in ids if a < b)
     counts: dict[str, Counter[tuple[int, str]]] = {split: Counter() for split in parts}
     hashes = {}
     context = get_context("spawn")
-    with context.Pool(processes) if processes > 1 else _Here() as pool:
+    with context.Pool(processes) if processes > 1 else _SerialPool() as pool:
         for split, groups in parts.items():
             if not groups:
                 continue
             partial, path = out / f".{split}.parquet", out / f"{split}.parquet"
             schema = _schema(task.params.style)
             with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-                jobs = ((order, split, k, copy) for copy in range(copies) for k in range(len(groups)))
+                jobs = ((spec, split, k, copy) for copy in range(copies) for k in range(len(groups)))
                 windows = _windows(jobs, 4 * processes)
                 for rows in (rows for window in windows for rows in pool.imap(_group, window)):
-                    if rows:  # a few groups are under way at a time, so none piles up
+                    if rows:  # a window of a few groups at a time bounds the memory
                         writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-                        said = ("status",) if len(task.golds) == 3 else ("label",)
-                        counts[split].update((row["num_variables"], str(row[said[0]])) for row in rows)
+                        label = "status" if len(task.golds) == 3 else "label"
+                        counts[split].update((row["num_variables"], str(row[label])) for row in rows)
             partial.replace(path)
-            hashes[path.name] = _sha256(path)
-    listed = {split: [[n, said, rows] for (n, said), rows in sorted(count.items())] for split, count in counts.items()}
-    record = {"overlap": overlap, "classes": {split: len(mine) for split, mine in ids.items()}, "rows": listed}
+            hashes[path.name] = file_sha256(path)
+    listed = {split: [[n, gold, rows] for (n, gold), rows in sorted(count.items())] for split, count in counts.items()}
+    record = {"overlap": overlap, "classes": {split: len(classes) for split, classes in ids.items()}, "rows": listed}
     (out / "splits.json").write_text(json.dumps({"overlap": overlap, "classes": ids}) + "\n", encoding="utf-8")
-    (out / "README.md").write_text(_card(order, record, hashes), encoding="utf-8")
+    (out / "README.md").write_text(_card(spec, record, hashes), encoding="utf-8")
     return record
 
 
 def _windows(jobs: Iterator[Job], size: int) -> Iterator[list[Job]]:
-    """The jobs, a few at a time."""
+    """Yield the jobs in lists of `size`."""
     while window := list(islice(jobs, size)):
         yield window
 
 
-class _Here:
-    """One process: no pool."""
+class _SerialPool:
+    """The interface of a process pool, in this process."""
 
-    def __enter__(self) -> _Here:
+    def __enter__(self) -> _SerialPool:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -228,17 +229,9 @@ class _Here:
         return map(function, jobs)
 
 
-def _sha256(path: Path) -> str:
-    found = sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
-
-
-def _card(order: GenerationSpec, record: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
-    """The data card: what the rows are, how they were made, how many there are, and that no class is in two splits."""
-    task = order.task
+def _card(spec: GenerationSpec, record: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
+    """Return the data card: description, settings, counts, fields, hashes, and the overlap of the splits."""
+    task = spec.task
     p = task.params
     sizes = ", ".join(map(str, sorted(set(p.n))))
     lines = [
@@ -255,8 +248,7 @@ def _card(order: GenerationSpec, record: Mapping[str, Any], hashes: Mapping[str,
         f"# Corr2Cause, {p.mode}, style {p.style}, N = {sizes}",
         "",
         "Does a causal claim about two of N variables hold in every causal graph that has exactly the independences of",
-        "the premise? Made from first principles by Therefore (`python -m pipeline generate corr2cause`), after",
-        "Jin et al. 2024.",
+        "the premise? Generated by Therefore (`python -m pipeline generate corr2cause`), after Jin et al. 2024.",
         "",
         (
             "The published rows with the wrong labels of their program, for comparison with published figures."
@@ -265,25 +257,25 @@ def _card(order: GenerationSpec, record: Mapping[str, Any], hashes: Mapping[str,
         ),
         "",
         f"- Semantics: {json.dumps(asdict(task.semantics))}",
-        f"- Answers: {', '.join(task.golds)}; share: {p.balance}; premises: {p.premise}; proofs: {order.proof}",
-        f"- Seed {order.seed}, {order.copies} renaming(s) a claim",
+        f"- Answers: {', '.join(task.golds)}; share: {p.balance}; premises: {p.premise}; proofs: {spec.proof}",
+        f"- Seed {spec.seed}, {spec.copies} renaming(s) per claim",
         f"- No class of isomorphic graphs is in two splits: overlap {record['overlap']} (`splits.json` lists them)",
         "",
         "| split | N | answer | rows |",
         "|---|---|---|---|",
-        *(f"| {split} | {n} | {said} | {rows} |" for split, mine in record["rows"].items() for n, said, rows in mine),
+        *(f"| {split} | {n} | {gold} | {rows} |" for split, part in record["rows"].items() for n, gold, rows in part),
         "",
         f"Classes: {', '.join(f'{split} {count}' for split, count in record['classes'].items())}.",
         "",
         "Fields: `input`, `label` (1: entailed), `status` (of three answers), `num_variables`, `relation_type`,",
         "`class` (canonical), `class_size` (members), `premise_tokens` (words and marks), `names` in the premise's",
         "order, `mode`, `style`, `seed`, `forced_edges` (compelled, tail and head), `completion` (with the proof,",
-        "where asked for).",
+        "if set).",
         "",
         "| file | sha256 |",
         "|---|---|",
         *(f"| {name} | {digest} |" for name, digest in hashes.items()),
         "",
-        f"Params: `{order.params}`",
+        f"Params: `{spec.params}`",
     ]
     return "\n".join(lines) + "\n"

@@ -1,10 +1,10 @@
 """Graphs, Markov equivalence classes and causal relations: the exact solver behind Corr2Cause.
 
-A node is an int 0…n-1, a set of nodes a bitmask, a DAG the tuple of its nodes' child sets. Up to n = 6 everything is
-enumerated: `classes(n)` lists one representative of every Markov equivalence class on n unlabelled nodes, each with
-its members, its compelled edges and its independences; up to n = 10 `sampled(n, …)` draws classes of random graphs.
-Nothing here knows about words. What is done for many graphs at once is in `enumeration` (arrays); this module says
-the same of one graph, plainly, and the tests hold the two together.
+A node is an int 0…n-1, a set of nodes is a bitmask, a DAG is the tuple of its nodes' child sets. Up to n = 6,
+`classes(n)` lists one representative of every Markov equivalence class on n unlabelled nodes, each with its members,
+compelled edges and independences. Up to n = 10, `sampled(n, …)` draws classes of random graphs. This module does not
+handle text. It has the plain algorithms for one graph; `enumeration` has those for many graphs at once (arrays), and
+the tests compare the two.
 
     >>> [len(classes(n)) for n in (2, 3, 4)]
     [2, 5, 20]
@@ -34,12 +34,12 @@ RELATIONS = ("parent", "child", "ancestor", "descendant", "collider", "confounde
 
 @dataclass(frozen=True)
 class Semantics:
-    """What the relations mean. The defaults are the published meaning; the others are options of the task.
+    """The meaning of the relations. The defaults are the published semantics; the others are options of the task.
 
-    indirect: `path`, a directed path of two arrows or more, whether or not there is a direct arrow too (published);
+    indirect: `path`, a directed path of two arrows or more, with or without a direct arrow (published);
     `strict`, a directed path and no direct arrow.
-    collider: `paths`, directed paths from both into one node that share nothing else (published); `descendant`, a
-    common descendant; `child`, a common child. confounder: the same of the graph with its arrows turned.
+    collider: `paths`, directed paths from both into one node that share no other node (published); `descendant`, a
+    common descendant; `child`, a common child. confounder: the same for the graph with its arrows reversed.
     """
 
     indirect: Literal["path", "strict"] = "path"
@@ -47,7 +47,7 @@ class Semantics:
     confounder: Literal["paths", "ancestor", "parent"] = "paths"
 
     def key(self, relation: str, i: int, j: int) -> tuple[str, int, int]:
-        """The table of `enumeration.relations` that answers for this relation, and the cell of it."""
+        """Return the table of `enumeration.relations` for this relation, and the cell (i, j) in it."""
         if relation in ("child", "descendant"):
             i, j = j, i
         if relation in ("parent", "child"):
@@ -64,12 +64,12 @@ PLUSPLUS = Semantics("strict", "child", "parent")  # of Corr2Cause++
 
 
 def bits(mask: int) -> list[int]:
-    """The nodes of a set, ascending."""
+    """Return the nodes of a set, ascending."""
     return [i for i in range(mask.bit_length()) if mask >> i & 1]
 
 
 def transpose(dag: Dag) -> Dag:
-    """The same graph with every arrow turned: child sets become parent sets."""
+    """Return the graph with every arrow reversed: child sets become parent sets."""
     out = [0] * len(dag)
     for i, children in enumerate(dag):
         for j in bits(children):
@@ -78,7 +78,7 @@ def transpose(dag: Dag) -> Dag:
 
 
 def reachable(step: Dag, start: int) -> int:
-    """All nodes reached from the set `start` along `step`, `start` included."""
+    """Return all nodes reached from the set `start` along `step`, including `start`."""
     seen = frontier = start
     while frontier:
         ahead = 0
@@ -90,12 +90,12 @@ def reachable(step: Dag, start: int) -> int:
 
 
 def is_acyclic(dag: Dag) -> bool:
-    """No node reaches itself."""
+    """Return whether no node reaches itself."""
     return not any(reachable(dag, dag[i]) >> i & 1 for i in range(len(dag)))
 
 
 def dag_of(n: int, edges: list[Edge] | tuple[Edge, ...]) -> Dag:
-    """The DAG on n nodes with these arrows (tail, head)."""
+    """Return the DAG on n nodes with these arrows (tail, head)."""
     out = [0] * n
     for tail, head in edges:
         out[tail] |= 1 << head
@@ -103,7 +103,7 @@ def dag_of(n: int, edges: list[Edge] | tuple[Edge, ...]) -> Dag:
 
 
 def d_separated(dag: Dag, i: int, j: int, given: int) -> bool:
-    """Whether i and j are d-separated by the set `given`: no path in the moral graph of their ancestors."""
+    """Return whether the set `given` d-separates i and j: no path in the moral graph of their ancestors."""
     parents = transpose(dag)
     kept = reachable(parents, 1 << i | 1 << j | given)
     moral = [0] * len(dag)
@@ -116,7 +116,7 @@ def d_separated(dag: Dag, i: int, j: int, given: int) -> bool:
 
 
 def holds(dag: Dag, relation: str, i: int, j: int, semantics: Semantics = PUBLISHED) -> bool:
-    """Whether `relation` holds of the ordered pair (i, j) in one graph."""
+    """Return whether `relation` holds of the ordered pair (i, j) in one graph."""
     key, i, j = semantics.key(relation, i, j)
     if key == "direct":
         return bool(dag[i] >> j & 1)
@@ -128,7 +128,7 @@ def holds(dag: Dag, relation: str, i: int, j: int, semantics: Semantics = PUBLIS
 
 
 def _paths(dag: Dag, start: int, end: int, avoid: int) -> Iterator[int]:
-    """The node sets of the directed paths start → … → end that avoid a set, `end` left out."""
+    """Yield the node sets, without `end`, of the directed paths start → … → end that avoid a set."""
     here = 1 << start
     for nxt in bits(dag[start] & ~avoid & ~here):
         if nxt == end:
@@ -139,7 +139,7 @@ def _paths(dag: Dag, start: int, end: int, avoid: int) -> Iterator[int]:
 
 
 def common_effects(dag: Dag, i: int, j: int, kind: str = "paths") -> list[int]:
-    """The nodes where i and j meet going forward: by `paths` that share nothing else, as any descendant, as a child."""
+    """Return the common effects of i and j: ends of disjoint `paths`, common descendants, or common children."""
     others = [k for k in range(len(dag)) if k not in (i, j)]
     if kind in ("child", "parent"):
         return bits(dag[i] & dag[j])
@@ -163,7 +163,7 @@ class CPDAG:
         return bool({(i, j), (j, i)} & self.arrows) or (min(i, j), max(i, j)) in self.lines
 
     def renamed(self, new: tuple[int, ...]) -> CPDAG:
-        """The same graph with node i called new[i]."""
+        """Return the graph with node i renamed to new[i]."""
         return CPDAG(
             self.n,
             frozenset((new[i], new[j]) for i, j in self.arrows),
@@ -196,9 +196,9 @@ class CPDAG:
         return [[bool(self.code >> (i * self.n + j) & 1) for j in range(self.n)] for i in range(self.n)]
 
     def canonical_code(self) -> int:
-        """One number for all renamings of the graph: equal exactly for isomorphic graphs.
+        """Return a number that is equal exactly for isomorphic graphs.
 
-        Up to n = 7 the least `code` over all renamings; beyond, the least over those that colour refinement leaves.
+        Up to n = 7 it is the least `code` over all renamings; beyond, over those that colour refinement leaves.
         """
         if self.n <= 7:
             import numpy as np
@@ -210,9 +210,9 @@ class CPDAG:
 
 
 def _refined_orders(graph: CPDAG) -> Iterator[tuple[int, ...]]:
-    """Renamings enough for a canonical form: nodes are told apart by their neighbours' colours, ties by trying each.
+    """Yield enough renamings for a canonical form: nodes are ordered by their neighbours' colours, ties by trying each.
 
-    Of nodes with the same neighbours (twins) only one is tried: swapping them changes nothing.
+    Of nodes with the same neighbours (twins) only one is tried, because swapping them changes nothing.
     """
     n, matrix = graph.n, graph.matrix
 
@@ -247,14 +247,14 @@ def _refined_orders(graph: CPDAG) -> Iterator[tuple[int, ...]]:
         for v in (v for v in range(n) if colours[v] == cell):
             if not any(twins(v, w) for w in tried):
                 tried.append(v)
-                # v stays first in its cell, the others move one place on
+                # v stays first in its cell, the others move one place back
                 yield from search([c + (c == cell and w != v) for w, c in enumerate(colours)])
 
     yield from search([0] * n)
 
 
 def v_structures(dag: Dag) -> frozenset[tuple[int, int, int]]:
-    """The (a, c, b), a < b, with a → c ← b and a, b not adjacent."""
+    """Return the (a, c, b), a < b, with a → c ← b and a, b not adjacent."""
     found = []
     for c, parents in enumerate(transpose(dag)):
         for a, b in combinations(bits(parents), 2):
@@ -264,12 +264,12 @@ def v_structures(dag: Dag) -> frozenset[tuple[int, int, int]]:
 
 
 def meek_step(pattern: CPDAG) -> tuple[Edge, str, int] | None:
-    """The first arrow that Meek's rules R1–R3 force next, with the rule and the node it argues from."""
+    """Return the next arrow that Meek's rules R1–R3 force, with the rule and the node that it uses, or None."""
     return next((found for line in sorted(pattern.lines) if (found := meek(pattern, line))), None)
 
 
 def meek(pattern: CPDAG, line: Edge) -> tuple[Edge, str, int] | None:
-    """The arrow that Meek's rules R1–R3 make of this line, with the rule and the node it argues from."""
+    """Return the arrow that Meek's rules R1–R3 make of this line, with the rule and the node that it uses, or None."""
     arrows, lines, n = pattern.arrows, pattern.lines, pattern.n
     for tail, head in (line, line[::-1]):
         for k in range(n):
@@ -287,13 +287,13 @@ def meek(pattern: CPDAG, line: Edge) -> tuple[Edge, str, int] | None:
 
 
 def oriented(pattern: CPDAG, edge: Edge) -> CPDAG:
-    """The pattern with one of its lines made the arrow `edge`."""
+    """Return the CPDAG with one of its lines oriented as the arrow `edge`."""
     line = (min(edge), max(edge))
     return CPDAG(pattern.n, pattern.arrows | {edge}, pattern.lines - {line})
 
 
 def completed(n: int, skeleton: frozenset[Edge], vees: frozenset[tuple[int, int, int]]) -> CPDAG:
-    """The CPDAG of the class with this skeleton and these v-structures, by Meek's rules."""
+    """Return the CPDAG of the class with this skeleton and these v-structures, by Meek's rules."""
     arrows = frozenset(arrow for a, c, b in vees for arrow in ((a, c), (b, c)))
     lines = frozenset(e for e in skeleton if e not in arrows and e[::-1] not in arrows)
     pattern = CPDAG(n, arrows, lines)
@@ -303,17 +303,17 @@ def completed(n: int, skeleton: frozenset[Edge], vees: frozenset[tuple[int, int,
 
 
 def cpdag_of(dag: Dag) -> CPDAG:
-    """The CPDAG of the class of one DAG."""
+    """Return the CPDAG of the class of one DAG."""
     n = len(dag)
     skeleton = frozenset((min(i, j), max(i, j)) for i in range(n) for j in bits(dag[i]))
     return completed(n, skeleton, v_structures(dag))
 
 
 def consistent_extension(pattern: CPDAG) -> Dag | None:
-    """A DAG with the pattern's arrows and skeleton and no other v-structure; None where there is none.
+    """Return a DAG with the CPDAG's arrows, skeleton and v-structures; None if there is none.
 
-    A node is taken away when it can be the last: no arrow leaves it, and each line's other end is adjacent to all its
-    other neighbours (Dor & Tarsi 1992).
+    A node is removed if it can be the last: no arrow leaves it, and the other end of each of its lines is adjacent to
+    all its other neighbours (Dor & Tarsi 1992).
     """
     n = pattern.n
     out = dag_of(n, tuple(pattern.arrows))
@@ -337,14 +337,14 @@ def consistent_extension(pattern: CPDAG) -> Dag | None:
 
 
 def equivalent_dags(dag: Dag, most: int | None = None) -> tuple[Dag, ...] | None:
-    """Every DAG of the class of this one, sorted, by turning covered arrows; None for more than `most`."""
+    """Return every DAG of this one's class, sorted, by reversing covered arrows; None if there are more than `most`."""
     seen, queue = {dag}, [dag]
-    for one in queue:  # the list grows while it is walked
-        parents = transpose(one)
-        for i, children in enumerate(one):
+    for member in queue:  # the list grows during the loop
+        parents = transpose(member)
+        for i, children in enumerate(member):
             for j in bits(children):
                 if parents[j] == parents[i] | 1 << i:
-                    turned = list(one)
+                    turned = list(member)
                     turned[i] &= ~(1 << j)
                     turned[j] |= 1 << i
                     if (other := tuple(turned)) not in seen:
@@ -364,9 +364,9 @@ def _renamed_dag(dag: Dag, new: tuple[int, ...]) -> Dag:
 
 @dataclass(frozen=True)
 class EquivalenceClass:
-    """One Markov equivalence class on nodes 0…n-1: what a premise describes.
+    """One Markov equivalence class on nodes 0…n-1, which a premise describes.
 
-    `origin` is a class of which this one is a renaming: what is known of it is renamed, not found again.
+    `origin` is a class of which this one is a renaming: its properties are renamed and not computed again.
     """
 
     pattern: CPDAG
@@ -378,7 +378,7 @@ class EquivalenceClass:
 
     @cached_property
     def id(self) -> str:
-        """The canonical identity: equal exactly for classes that differ by a renaming of the nodes."""
+        """The canonical identity, equal exactly for classes that differ by a renaming of the nodes."""
         return self.origin[0].id if self.origin else f"{self.n}-{self.pattern.canonical_code():x}"
 
     @cached_property
@@ -410,14 +410,14 @@ class EquivalenceClass:
 
         from pipeline.tasks.corr2cause.enumeration import independent
 
-        member = consistent_extension(self.pattern)  # any: they have the same
+        member = consistent_extension(self.pattern)  # any member: all have the same independences
         if member is None:
             raise ValueError("no DAG has this skeleton and these v-structures")
         return independences_of(self.n, independent(np.array([member], dtype=np.uint16)))[0]
 
     @cached_property
     def tables(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-        """For each meaning of `Semantics.key`: the (i, j) it holds of in every member, and in some, as rows of bits."""
+        """For each key of `Semantics.key`: the (i, j) for which it holds in every member, and in some, as bit rows."""
         if self.origin:
             mec, new = self.origin
             return {
@@ -428,17 +428,17 @@ class EquivalenceClass:
         return _tables(np.array(self.members, dtype=np.uint16), np.zeros(len(self.members), dtype=np.int64), 1)[0]
 
     def entails(self, relation: str, i: int, j: int, semantics: Semantics = PUBLISHED) -> bool:
-        """Whether the relation holds in every member."""
+        """Return whether the relation holds in every member."""
         key, i, j = semantics.key(relation, i, j)
         return bool(self.tables[key][0][i] >> j & 1)
 
     def allows(self, relation: str, i: int, j: int, semantics: Semantics = PUBLISHED) -> bool:
-        """Whether the relation holds in some member; where not, the premise contradicts it."""
+        """Return whether the relation holds in some member; otherwise the premise contradicts it."""
         key, i, j = semantics.key(relation, i, j)
         return bool(self.tables[key][1][i] >> j & 1)
 
     def renamed(self, new: tuple[int, ...]) -> EquivalenceClass:
-        """The same class with node i called new[i]."""
+        """Return the class with node i renamed to new[i]."""
         return EquivalenceClass(self.pattern.renamed(new), (self, new))
 
 
@@ -456,13 +456,13 @@ def _tables(members: Any, owner: Any, count: int) -> list[dict[str, tuple[tuple[
 
 @cache
 def _sets(n: int) -> tuple[list[int], list[tuple[int, ...]]]:
-    """The subsets of the nodes in the order of their letters: as bitmasks, and as tuples."""
+    """Return the subsets of the nodes in the order of their letters: as bitmasks, and as tuples."""
     listed = sorted((tuple(bits(mask)), mask) for mask in range(1 << n))
     return [mask for _, mask in listed], [nodes for nodes, _ in listed]
 
 
 def independences_of(n: int, independent: Any) -> list[tuple[Independence, ...]]:
-    """Rows of `enumeration.independent` as independences in the published order."""
+    """Convert rows of `enumeration.independent` to independences in the published order."""
     masks, sets = _sets(n)
     pairs = list(combinations(range(n), 2))
     found: list[list[Independence]] = [[] for _ in range(len(independent))]
@@ -472,9 +472,9 @@ def independences_of(n: int, independent: Any) -> list[tuple[Independence, ...]]
 
 
 def classes_of(children: Any, members: Any = None, owner: Any = None) -> list[EquivalenceClass]:
-    """The classes of these DAGs (rows, n), with all that is asked of them known.
+    """Return the classes of these DAGs (rows, n), with all cached properties computed.
 
-    `members` are the DAGs of all of them (found where not given), `owner` the row each belongs to, ascending.
+    `members` are the DAGs of all classes (computed if None), `owner` the row to which each belongs, ascending.
     """
     from pipeline.tasks.corr2cause import enumeration
 
@@ -502,12 +502,12 @@ def classes_of(children: Any, members: Any = None, owner: Any = None) -> list[Eq
 
 @cache
 def classes(n: int) -> tuple[EquivalenceClass, ...]:
-    """One representative of each class on n unlabelled nodes, by canonical code: 2, 5, 20, 142, 2201 for n = 2…6.
+    """Return one representative of each class on n unlabelled nodes, by code: 2, 5, 20, 142, 2201 for n = 2…6.
 
     The representative is the one whose DAG has the least code (`enumeration`), so letters follow a topological order.
     """
     if not 2 <= n <= ENUMERATED_N:
-        raise ValueError(f"n is {n}; classes can be enumerated for n = 2…{ENUMERATED_N}, and drawn up to {MAX_N}")
+        raise ValueError(f"n: got {n}; expected 2…{ENUMERATED_N} for all classes; `sampled` draws some up to {MAX_N}")
     from pipeline.tasks.corr2cause import enumeration
 
     children = enumeration.children_of(enumeration.equivalence_classes(n), n)
@@ -524,10 +524,10 @@ def sampled(
     most_members: int = 1000,
     most_independences: int | None = None,
 ) -> tuple[EquivalenceClass, ...]:
-    """`count` different classes of random DAGs on n nodes, each arrow there with probability `edge_probability`.
+    """Return `count` different classes of random DAGs on n nodes; `edge_probability` is that of each arrow.
 
-    Classes with more members or more independences are left out, and so is the class of a graph without arrows.
-    Fewer are given back where 50 draws for each do not find them. The same for the same seed on every machine.
+    Classes with more members or more independences are left out, and so is the class without arrows. Fewer classes are
+    returned if 50 draws for each do not find enough. Equal seeds give equal classes on every machine.
     """
     import numpy as np
 
@@ -544,8 +544,8 @@ def sampled(
             if members:
                 kept.append((dag, members))
         if most_independences is not None and kept:
-            told = independent(np.array([dag for dag, _ in kept], dtype=np.uint16)).sum(axis=(1, 2))
-            kept = [pair for pair, size in zip(kept, told.tolist(), strict=True) if size <= most_independences]
+            sizes = independent(np.array([dag for dag, _ in kept], dtype=np.uint16)).sum(axis=(1, 2))
+            kept = [pair for pair, size in zip(kept, sizes.tolist(), strict=True) if size <= most_independences]
         for start in range(0, len(kept), 256):
             part = kept[start : start + 256]
             children = np.array([dag for dag, _ in part], dtype=np.uint16)

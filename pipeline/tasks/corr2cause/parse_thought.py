@@ -1,9 +1,9 @@
-r"""What a thought says of the graph, in whatever words: the structure reward compares it with the premise's class.
+r"""Parse the graph that a thought states, in any wording, for the structure reward.
 
-Reads our proofs ("A B ->.", "A C apart given B"), arrows between names ("A -> B <- C", "A → B", "A — B"), the same in
+It parses proofs ("A B ->.", "A C apart given B"), arrows between names ("A -> B <- C", "A → B", "A — B"), the same in
 LaTeX ("A \to B \leftarrow C", "A \perp C \mid B") and plain sentences ("A directly causes B", "A and C are
-independent given B"). Of two statements about one pair the later counts. Sentences copied from the premise say nothing,
-and neither do lines about a case, a member or a supposition.
+independent given B"). Of two statements about one pair, the later counts. It ignores sentences copied from the premise,
+and lines about a case, a member or an assumption.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Pair = tuple[int, int]
 
 @dataclass
 class Structure:
-    """A graph as said, or as it is: each part is a set, so that precision and recall can be taken."""
+    """The stated or the true graph. Each part is a set, for precision and recall."""
 
     skeleton: set[Pair] = field(default_factory=set)
     separating_sets: set[tuple[int, int, tuple[int, ...]]] = field(default_factory=set)
@@ -33,18 +33,18 @@ class Structure:
 
 @lru_cache(maxsize=4096)
 def parse_question(question: str) -> tuple[Premise, EquivalenceClass, str] | None:
-    """The premise of a question, its class and its words; None where there is none that can be read."""
-    words = question.split("\nHypothesis:")[0].removeprefix("Premise:").strip()
+    """Return (premise, its class, the premise's text) of a question; None if it cannot be parsed or no DAG fits."""
+    text = question.split("\nHypothesis:")[0].removeprefix("Premise:").strip()
     try:
-        premise = read_premise(words)
+        premise = read_premise(text)
     except ValueError:
         return None
     mec = class_of(premise.n, premise.independences, minimal=premise.minimal)
-    return (premise, mec, words) if mec else None
+    return (premise, mec, text) if mec else None
 
 
 def true_structure(mec: EquivalenceClass) -> Structure:
-    """The graph as it is. Every set that separates is right, also where a minimal premise names one only."""
+    """Return the true graph. Every separating set counts as right, even if a minimal premise states only one."""
     graph = mec.pattern
     links = {(min(e), max(e)) for e in graph.arrows} | set(graph.lines)
     marks = {(i, j, "->" if (i, j) in graph.arrows else "<-" if (j, i) in graph.arrows else "--") for i, j in links}
@@ -55,8 +55,8 @@ _RIGHT, _LEFT, _LINE = r"-{1,2}>|→|⟶|⇒", r"<-{1,2}|←|⟵|⇐", r"--|—|
 _SUPPOSED = re.compile(r"^\s*(?:case|member|holds|fails|never|there|open|from|to|suppose|assume|if)\b.*$", re.I | re.M)
 
 
-MAX_CHARACTERS = 60_000  # characters of a thought that are read, its last ones: the later statement about a pair counts
-_LATEX = {  # what a command says
+MAX_CHARACTERS = 60_000  # the last characters of a thought are parsed: the later statement about a pair counts
+_LATEX = {  # the meaning of each command
     **dict.fromkeys(
         ("to", "rightarrow", "longrightarrow", "Rightarrow", "Longrightarrow", "implies", "mapsto"), " -> "
     ),
@@ -78,9 +78,9 @@ _FONTS = re.compile(
 
 
 def plain(thought: str) -> str:
-    r"""A thought without LaTeX and emphasis, one blank between words: `A \to B \leftarrow C`, `A \perp B \mid \{C\}`.
+    r"""Return a thought without LaTeX and emphasis, such as `A -> B <- C` for `A \to B \leftarrow C`.
 
-    Dependence (`A \not\perp B`) must not become independence.
+    Words are one blank apart. Dependence (`A \not\perp B`) does not become independence.
     """
     text = _one_blank(thought)[-MAX_CHARACTERS:].replace("*", "").replace("`", "")
     if re.search(r"[\\$̸̷]", text):
@@ -102,26 +102,25 @@ def _one_blank(text: str) -> str:
 
 
 def read_structure(thought: str, names: Sequence[str], copied: str = "") -> Structure:
-    """What the thought says of these variables; sentences of `copied` (the premise) are left out."""
+    """Return the graph that the thought states about these variables, without sentences of `copied` (the premise)."""
     thought = plain(thought)
     for sentence in re.split(r"(?<=\.)\s+", copied):
         words = sentence.removeprefix("However, ").split(" are as follows: ")[-1].strip()
         thought = thought.replace(words, " ") if words else thought
     words = _SUPPOSED.sub("", thought)
     node = {name.lower(): k for k, name in enumerate(names)}
-    # a name is a whole word; single letters only as capitals, or every "a" would be a variable
+    # a name is a whole word; single letters must be capitals, because otherwise every "a" would be a variable
     flags = 0 if all(len(name) == 1 for name in names) else re.I
     name = rf"(?<!\w)(?:{'|'.join(sorted(map(re.escape, names), key=len, reverse=True))})(?!\w)"
     found = Structure()
-    marks: list[tuple[int, int, int, str]] = []  # where it is said, tail or first, head or second, mark
+    marks: list[tuple[int, int, int, str]] = []  # position, tail or first, head or second, mark
 
-    def take(pattern: str, mark: str, text: str) -> str:
+    def take(pattern: str, mark: str, text: str) -> None:
         for match in re.finditer(pattern, text, flags):
             a, b = node[match["a"].lower()], node[match["b"].lower()]
-            told = match["mark"] if mark == "own" else mark
+            kind = match["mark"] if mark == "own" else mark
             if a != b:
-                marks.append((match.start(), a, b, "->" if re.fullmatch(_RIGHT, told) else told))
-        return text
+                marks.append((match.start(), a, b, "->" if re.fullmatch(_RIGHT, kind) else kind))
 
     two = rf"(?P<a>{name}) (?P<b>{name})"
     onward = r"(?!\s+(?:indep|⟂|⊥|⫫|_\|\|_|is\b))"  # not the first variable of the next statement
@@ -135,11 +134,11 @@ def read_structure(thought: str, names: Sequence[str], copied: str = "") -> Stru
     for pattern in apart:
         for match in re.finditer(pattern, words, flags):
             a, b = sorted((node[match["a"].lower()], node[match["b"].lower()]))
-            given = {node[one.lower()] for one in re.findall(name, match["set"] or "", flags)}
+            given = {node[listed_name.lower()] for listed_name in re.findall(name, match["set"] or "", flags)}
             if a != b:
                 found.separating_sets.add((a, b, tuple(sorted(given))))
                 marks.append((match.start(), a, b, "apart"))
-    # the end of a proof's links: "A B ->" comes before "A -> B", or "A D -> C D ->" would say D -> C
+    # a proof's links "A B ->" are taken before "A -> B", because otherwise "A D -> C D ->" would contain D -> C
     own = rf"{two} (?P<mark>->|<-|--)(?=[.,;\s]|$)"
     take(own, "own", words)
     rest = re.sub(own, lambda match: " " * len(match[0]), words, flags=flags)
@@ -158,12 +157,12 @@ def read_structure(thought: str, names: Sequence[str], copied: str = "") -> Stru
     )
 
     last: dict[Pair, tuple[int, int, str]] = {}
-    for _, a, b, mark in sorted(marks, key=lambda one: one[0]):
+    for _, a, b, mark in sorted(marks, key=lambda entry: entry[0]):
         pair = (min(a, b), max(a, b))
         if mark == "<-":
             a, b, mark = b, a, "->"
         if mark == "linked" and pair in last and last[pair][2] in ("->", "--"):
-            continue  # says no more than is known
+            continue  # adds nothing to the earlier statement
         last[pair] = a, b, mark
     for pair, (a, b, mark) in last.items():
         if mark == "apart":
@@ -173,36 +172,36 @@ def read_structure(thought: str, names: Sequence[str], copied: str = "") -> Stru
             found.compelled.add((a, b))
         if mark != "linked":
             found.cpdag.add((*pair, "--" if mark == "--" else "->" if a < b else "<-"))
-    # arrows into one variable from two that are not linked say it as well
+    # two arrows into one variable from variables that are not linked are a v-structure
     for c in range(len(names)):
         tails = sorted(a for a, b in found.compelled if b == c)
         found.v_structures |= {(a, c, b) for a, b in combinations(tails, 2) if (a, b) not in found.skeleton}
     return found
 
 
-def agreement(told: Structure, true: Structure) -> dict[str, float]:
-    """F1 of each part, from precision and recall. Of separating sets one for each pair that has one is enough.
+def agreement(stated: Structure, true: Structure) -> dict[str, float]:
+    """Return the F1 of each part. Of separating sets, one for each pair that has one is enough.
 
-    A part that is empty in truth is right when nothing is said of it, as far as the skeleton is right: saying nothing
-    at all earns nothing.
+    If a part is empty in the true graph and nothing is stated about it, its F1 is that of the skeleton: so a thought
+    that states nothing earns nothing.
     """
-    skeleton = _f1(told.skeleton, true.skeleton)
-    if not true.skeleton and not told.separating_sets:
+    skeleton = _f1(stated.skeleton, true.skeleton)
+    if not true.skeleton and not stated.separating_sets:
         skeleton = 0.0
     found = {"skeleton": skeleton}
-    right = told.separating_sets & true.separating_sets
-    pairs = {one[:2] for one in true.separating_sets}
-    precision = len(right) / len(told.separating_sets) if told.separating_sets else 0.0
-    recall = len({one[:2] for one in right}) / len(pairs) if pairs else 0.0
+    right = stated.separating_sets & true.separating_sets
+    pairs = {(i, j) for i, j, _ in true.separating_sets}
+    precision = len(right) / len(stated.separating_sets) if stated.separating_sets else 0.0
+    recall = len({(i, j) for i, j, _ in right}) / len(pairs) if pairs else 0.0
     found["separating_sets"] = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
     if not pairs:
-        found["separating_sets"] = 0.0 if told.separating_sets else skeleton
+        found["separating_sets"] = 0.0 if stated.separating_sets else skeleton
     for part in ("v_structures", "cpdag", "compelled"):
-        one, other = getattr(told, part), getattr(true, part)
-        found[part] = _f1(one, other) if other else (0.0 if one else skeleton)
+        stated_part, true_part = getattr(stated, part), getattr(true, part)
+        found[part] = _f1(stated_part, true_part) if true_part else (0.0 if stated_part else skeleton)
     return found
 
 
-def _f1(told: set[object] | set[Pair], true: set[object] | set[Pair]) -> float:
-    both = len(set(told) & set(true))
-    return 2 * both / (len(told) + len(true)) if both else float(not told and not true)
+def _f1(stated: set[object] | set[Pair], true: set[object] | set[Pair]) -> float:
+    both = len(set(stated) & set(true))
+    return 2 * both / (len(stated) + len(true)) if both else float(not stated and not true)

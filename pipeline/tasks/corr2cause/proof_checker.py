@@ -1,15 +1,15 @@
-"""Is a proof right? Every step of a thought, checked from the premise alone.
+"""Check every step of a proof against the premise.
 
-`check(question, thought)` reads the premise and the hypothesis, then the lines of `trace.proof` one by one, and says
-which step does not follow. It shares no code with the solver or with the module that writes proofs: graphs here are
-sets of named arrows and lines, paths are walked one by one, and that cases cover every member is shown by turning the
-open links both ways. What it accepts is therefore a proof, whoever wrote it.
+`check_proof(question, thought)` parses the premise and the hypothesis, then checks the lines of `proof_writer` one by
+one, and reports the first step that does not follow. It shares no code with the solver or with the proof writer: graphs
+here are sets of arrows and lines, and paths are enumerated. That the cases cover every member is verified by turning
+the open links both ways. So a thought that it accepts is a proof, from any author.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 
@@ -22,7 +22,7 @@ Arrows = frozenset[Arrow]
 
 @dataclass
 class ProofResult:
-    """The verdict that the proof arrives at (None where it arrives at none), and each step that does not follow."""
+    """The proof's verdict (None without one), and an error message for the step that does not follow."""
 
     verdict: str | None = None
     problems: list[str] = field(default_factory=list)
@@ -37,19 +37,19 @@ class _Wrong(Exception):
 
 
 def check_proof(question: str, thought: str, semantics: Semantics = PUBLISHED, *, three: bool = False) -> ProofResult:
-    """Check a thought (without its tags) against its question; ValueError where the question cannot be read."""
-    words = question.removeprefix("Premise: ").split("\nHypothesis: ")
-    premise = read_premise(words[0])
-    reader = _Reader(premise, read_claim(words[1].split("\n")[0], premise.names), semantics, three)
+    """Check a thought (without its tags) against its question. Raises ValueError if the question cannot be parsed."""
+    texts = question.removeprefix("Premise: ").split("\nHypothesis: ")
+    premise = read_premise(texts[0])
+    reader = _Reader(premise, read_claim(texts[1].split("\n")[0], premise.names), semantics, three)
     found = ProofResult()
     lines = [line for line in thought.strip().splitlines() if line.strip()]
     for number, line in enumerate(lines, 1):
         try:
             reader.step(line.strip())
         except (_Wrong, ValueError, IndexError, StopIteration, TypeError) as wrong:
-            why = wrong if isinstance(wrong, _Wrong) else "cannot be read"
-            found.problems.append(f"line {number}: {why}: {line}")
-            return found  # what follows stands on it
+            reason = wrong if isinstance(wrong, _Wrong) else "cannot be read"
+            found.problems.append(f"line {number}: {reason}: {line}")
+            return found  # the later steps depend on this one
     try:
         found.verdict = reader.end()
     except _Wrong as wrong:
@@ -57,8 +57,20 @@ def check_proof(question: str, thought: str, semantics: Semantics = PUBLISHED, *
     return found
 
 
+_BEFORE = {  # title -> the titles of which one must come directly before it
+    "Claim": ("", "Graph"),
+    "Pairs": ("Claim",),
+    "Links": ("Claim",),
+    "Neighbours": ("Pairs",),
+    "Between": ("Neighbours",),
+    "Arrows": ("Between",),
+    "Forced": ("Arrows", "Forced"),
+    "Graph": ("Forced", "Links"),
+}
+
+
 class _Reader:
-    """What has been shown so far, and the step that may come next."""
+    """The state of a proof: the facts shown so far, and the steps that may come next."""
 
     def __init__(self, premise: Premise, claim: Claim, semantics: Semantics, three: bool) -> None:
         self.premise, self.semantics, self.three = premise, semantics, three
@@ -74,45 +86,55 @@ class _Reader:
         self.arrows: Arrows = frozenset()  # shown so far
         self.seen: list[str] = []  # the titles of the lines so far
         self.cases: list[Arrows] = []
-        self.current: Arrows | None = None  # the arrows of the case or the member that is looked at
+        self.current: Arrows | None = None  # the arrows of the current case or member
         self.followed: list[int] = []
         self.holding = False  # a member with the claim has been shown
         self.verdict: str | None = None
+        self.steps: dict[str, Callable[[str], None]] = {
+            "Claim": self._claim,
+            "Pairs": self._pairs,
+            "Links": self._links,
+            "Neighbours": self._neighbours,
+            "Between": self._between,
+            "Arrows": self._arrows,
+            "Forced": self._forced,
+            "Graph": self._graph,
+            "Link": self._link,
+            "From": self._from,
+            "To": self._to,
+            "Case": self._case,
+            "Member": self._member,
+            "Holds": self._holds,
+            "Fails": self._fails,
+            "Never": self._never,
+            "There": self._there,
+            "Open": self._open,
+        }
 
     # ---- lines
 
     def step(self, line: str) -> None:
+        """Check one line. Raises _Wrong, or an error of a malformed line."""
         title = re.split(r"[: ]", line, maxsplit=1)[0]
         rest = line[len(title) :].lstrip(":").strip()
-        step = getattr(self, f"_{title.lower()}", None)
-        before = {
-            "Claim": ("", "Graph"),
-            "Pairs": ("Claim",),
-            "Links": ("Claim",),
-            "Neighbours": ("Pairs",),
-            "Between": ("Neighbours",),
-            "Arrows": ("Between",),
-            "Forced": ("Arrows", "Forced"),
-            "Graph": ("Forced", "Links"),
-        }
         last = self.seen[-1] if self.seen else ""
         if " has a direct causal effect on " in line or line == "No edge is shared.":
             return self._edges(line)
-        if title in before:
-            if last not in before[title]:
+        if title not in self.steps:
+            raise _Wrong("not a step of a proof")
+        if title in _BEFORE:
+            if last not in _BEFORE[title]:
                 raise _Wrong(f"{title} cannot come after {last or 'nothing'}")
-        elif title not in ("Link", "From", "To", "Case", "Member", "Holds", "Fails", "Never", "There", "Open"):
-            raise _Wrong("no step of a proof")
         elif "Graph" not in self.seen:
             raise _Wrong("the graph has not been shown yet")
         elif self.verdict is not None and not (self.cases and title == "Case"):
             raise _Wrong("the claim has been decided already")
-        assert step is not None
-        step(rest)
+        self.steps[title](rest)
         self.seen.append(title)
         return None
 
     def end(self) -> str:
+        """Return the verdict. Raises _Wrong without one, or if the cases do not cover every member."""
         if self.verdict is None:
             raise _Wrong("no decision")
         if self.cases and not self._covered(self.arrows):
@@ -134,17 +156,17 @@ class _Reader:
             pair = self._pair(words[0], words[1])
             named.append(pair)
             if words[2:] == ["linked"]:
-                self._need(pair in self.links, f"{item}: the premise says they are independent")
+                self._need(pair in self.links, f"{item}: in the premise they are independent")
                 continue
             self._need(words[2:4] == ["apart", "given"], f"{item}: neither linked nor apart")
             given = tuple(sorted(self._node(name) for name in words[4:])) if words[4:] != ["nothing"] else ()
-            self._need(given in self.apart.get(pair, []), f"{item}: the premise does not say so")
+            self._need(given in self.apart.get(pair, []), f"{item}: the premise does not state this")
             self.cited[pair] = given
         self._need(sorted(named) == list(combinations(range(self.premise.n), 2)), "not every pair once")
 
     def _links(self, rest: str) -> None:
         named = [self._pair(*item.split(" ")) for item in _items(rest)]
-        self._need(sorted(named) == sorted(self.links), "these are not the pairs that nothing makes independent")
+        self._need(sorted(named) == sorted(self.links), "not exactly the pairs that no set separates")
         self.cited = {pair: sets[0] for pair, sets in self.apart.items()}
 
     def _neighbours(self, rest: str) -> None:
@@ -163,35 +185,36 @@ class _Reader:
             given = tuple(sorted(self._node(name) for name in words[3:])) if words[3:] != ["nothing"] else ()
             self._need(words[2] == "given" and self.cited.get(pair) == given, f"{item}: another set was cited")
             between = {k for k in self.node.values() if self._linked(pair[0], k) and self._linked(pair[1], k)}
-            for one in listed.split(", ") if listed != "none" else []:
-                k = self._node(one.split(" ")[0])
-                self._need(k in between, f"{one}: not between {head}")
+            for entry in listed.split(", ") if listed != "none" else []:
+                k = self._node(entry.split(" ")[0])
+                self._need(k in between, f"{entry}: not between {head}")
                 between.discard(k)
-                if one.endswith(" passes"):
-                    self._need(k in given, f"{one}: not in the set")
+                if entry.endswith(" passes"):
+                    self._need(k in given, f"{entry}: not in the set")
                     continue
-                said = {self._arrow(*mark) for mark in re.findall(r"(\S+) (\S+) (->|<-)", one.partition("collides")[2])}
-                self._need(k not in given and said == {(pair[0], k), (pair[1], k)}, f"{one}: does not follow")
-                shown |= said
+                marks = re.findall(r"(\S+) (\S+) (->|<-)", entry.partition("collides")[2])
+                arrows = {self._arrow(*mark) for mark in marks}
+                self._need(k not in given and arrows == {(pair[0], k), (pair[1], k)}, f"{entry}: does not follow")
+                shown |= arrows
             self._need(not between, f"{item}: a variable between the two is missing")
         self._need(sorted(named) == sorted(self.apart), "not every pair that is apart once")
         self.arrows = frozenset(shown)
 
     def _arrows(self, rest: str) -> None:
-        self._need(self._marks(rest) == self.arrows, "not what has been shown of each link")
+        self._need(self._marks(rest) == self.arrows, "not the orientations shown so far")
 
     def _forced(self, rest: str) -> None:
         for item in _items(rest):
-            head, told, mark = item.split(": ")
+            head, listed, mark = item.split(": ")
             pair = self._pair(*head.split(" "))
             self._need(pair in self._left(), f"{item}: the link is not open")
             others = {}
-            for one in told.split(", ") if told != "none" else []:
-                k, *ends = one.split(" ")
+            for entry in listed.split(", ") if listed != "none" else []:
+                k, *ends = entry.split(" ")
                 others[self._node(k)] = tuple(ends)
             right = {k: tuple(self._seen(k, end) for end in pair) for k in self.node.values() if k not in pair}
             right = {k: ends for k, ends in right.items() if {"into", "from"} & set(ends)}
-            self._need(others == right, f"{item}: not what is known of the others")
+            self._need(others == right, f"{item}: not the arrows at its ends")
             forced = [arrow for arrow in (pair, pair[::-1]) if self._rule(arrow)]
             if mark == "--":
                 self._need(not forced, f"{item}: a rule forces it")
@@ -202,7 +225,7 @@ class _Reader:
                 self.arrows |= {arrow}
 
     def _graph(self, rest: str) -> None:
-        if self.seen[-1] == "Links":  # a short proof: the look-ups were done in silence
+        if self.seen[-1] == "Links":  # a short proof leaves the look-ups out
             self.arrows = frozenset(
                 arrow
                 for (a, b), given in self.cited.items()
@@ -213,7 +236,7 @@ class _Reader:
             while forced := {arrow for pair in self._left() for arrow in (pair, pair[::-1]) if self._rule(arrow)}:
                 self.arrows |= {min(forced)}
         self._need(not any(self._rule(e) for pair in self._left() for e in (pair, pair[::-1])), "a rule forces more")
-        self._need(self._marks(rest) == self.arrows, "not the arrows that were shown")
+        self._need(self._marks(rest) == self.arrows, "not the arrows shown so far")
 
     # ---- the decision
 
@@ -221,14 +244,14 @@ class _Reader:
         start, seen, end = rest.rstrip(".").split(" ")
         a, b = self._node(start), self._node(end)
         self._need({a, b} == {self.i, self.j}, "not the pair of the claim")
-        self._need(self._seen(a, b) == seen and seen != "from", "not what the graph says of the link")
+        self._need(self._seen(a, b) == seen and seen != "from", "not the link's orientation in the graph")
 
     def _from(self, rest: str) -> None:
         self._follow(rest, self.current if self.current is not None else self.arrows)
 
     def _to(self, rest: str) -> None:
         arrows = self.current if self.current is not None else self.arrows
-        self._need(self.relation == "confounder", "only a common cause is looked for upwards")
+        self._need(self.relation == "confounder", "only a common cause is searched among ancestors")
         self._follow(rest, frozenset((b, a) for a, b in arrows))
 
     def _follow(self, rest: str, arrows: Arrows) -> None:
@@ -237,7 +260,7 @@ class _Reader:
         starts = (self.i,) if self.relation == "ancestor" else (self.i, self.j)
         self._need(start == starts[len(self.followed) % len(starts)], "not the variable of the claim that is next")
         for node, ahead in found.items():
-            self._need(ahead == {b for a, b in arrows if a == node}, f"what {self._name(node)} leads to")
+            self._need(ahead == {b for a, b in arrows if a == node}, f"not the nodes that follow {self._name(node)}")
         reached = {start}.union(*found.values())
         self._need(reached == set(found), "not followed to the end")
         self.followed.append(start)
@@ -259,12 +282,12 @@ class _Reader:
         self.verdict = "Yes"
 
     def _there(self, rest: str) -> None:
-        self._need(self.three and self.seen.count("Member") == 1, "no member is looked at")
+        self._need(self.three and self.seen.count("Member") == 1, "there must be exactly one Member before")
         self._shown(rest)
         self.holding = True
 
     def _fails(self, rest: str) -> None:
-        self._need(not self.three and not self.cases, "of three answers, this is none")
+        self._need(not self.three and not self.cases, "not a decision with three answers, or by cases")
         if rest == "there.":
             self._need("Member" in self.seen and not self._true(self.current or frozenset()), "it holds there")
         elif rest == "not shared.":
@@ -274,20 +297,18 @@ class _Reader:
         self.verdict = "No"
 
     def _never(self, rest: str) -> None:
-        self._need(self.three, "of two answers, this is none")
+        self._need(self.three, "not a decision with two answers")
         if rest == "not shared.":
-            said = (self.i, self.j) not in self.arrows and (
-                min(self.i, self.j),
-                max(self.i, self.j),
-            ) not in self._left()
-            self._need(self.relation == "parent" and said, "a member has it")
+            link = (min(self.i, self.j), max(self.i, self.j))
+            absent = (self.i, self.j) not in self.arrows and link not in self._left()
+            self._need(self.relation == "parent" and absent, "a member has the arrow")
         else:
             self._impossible(rest, self.current if self.cases and self.current is not None else self.arrows)
         self.verdict = "No"
 
     def _open(self, rest: str) -> None:
         if rest == "it can turn.":
-            self._need(self.relation == "parent", "only of a link")
+            self._need(self.relation == "parent", "only a claim about a direct cause is decided by a link")
             self._need((min(self.i, self.j), max(self.i, self.j)) in self._left(), "the link cannot turn")
         else:
             self._need(
@@ -297,20 +318,20 @@ class _Reader:
         self.verdict = "Unknown"
 
     def _edges(self, line: str) -> None:
-        said = re.findall(r"(\S+) has a direct causal effect on (\S+)\.", line)
-        self._need({(self._node(a), self._node(b)) for a, b in said} == self.arrows, "not the edges that are shared")
+        edges = re.findall(r"(\S+) has a direct causal effect on (\S+)\.", line)
+        self._need({(self._node(a), self._node(b)) for a, b in edges} == self.arrows, "not the edges that are shared")
 
-    # ---- what the steps stand on
+    # ---- helpers of the steps
 
     def _shown(self, rest: str) -> None:
-        """A witness: the shared arrow, a path of two arrows or more, or the variable where two paths meet."""
+        """Check a witness: the shared arrow, a path of two arrows or more, or the variable where two paths meet."""
         arrows = self.current if self.current is not None else self.arrows
         witness = rest.rstrip(".")
         if self.relation == "parent":
             self._need(witness == "shared" and (self.i, self.j) in arrows, "the arrow is not there")
         elif self.relation == "ancestor":
             path = [self._node(name) for name in witness.split(" -> ")]
-            self._need(len(path) > 2 and (path[0], path[-1]) == (self.i, self.j), "no path of the claim")
+            self._need(len(path) > 2 and (path[0], path[-1]) == (self.i, self.j), "not a path of the claim")
             self._need(all(step in arrows for step in pairwise(path)), "not a path")
             strict = self.semantics.indirect == "strict"
             self._need(not (strict and self._linked(self.i, self.j)), "the two are linked")
@@ -327,7 +348,7 @@ class _Reader:
         self._need(not self._true(arrows | turned | {e[::-1] for e in turned}), "there is a way")
 
     def _true(self, arrows: Arrows) -> bool:
-        """Whether the claim (not of a direct cause) holds on these arrows."""
+        """Return whether the claim (of an indirect relation) holds on these arrows."""
         if self.relation == "ancestor":
             strict = self.semantics.indirect == "strict"
             paths = any(len(path) > 2 for path in _paths(arrows, self.i, self.j))
@@ -335,33 +356,34 @@ class _Reader:
         return bool(self._meet(arrows))
 
     def _meet(self, arrows: Arrows) -> set[int]:
+        """Return the variables where directed paths from both of the claim's variables meet, by the semantics."""
         kind = self.semantics.collider if self.relation == "collider" else self.semantics.confounder
         if self.relation == "confounder":
             arrows = frozenset((b, a) for a, b in arrows)
         found = set()
         for k in set(self.node.values()) - {self.i, self.j}:
-            one, other = list(_paths(arrows, self.i, k)), list(_paths(arrows, self.j, k))
+            from_i, from_j = list(_paths(arrows, self.i, k)), list(_paths(arrows, self.j, k))
             if kind in ("child", "parent"):
-                meets = any(len(p) == 2 for p in one) and any(len(p) == 2 for p in other)
+                meets = any(len(p) == 2 for p in from_i) and any(len(p) == 2 for p in from_j)
             elif kind in ("descendant", "ancestor"):
-                meets = bool(one and other)
+                meets = bool(from_i and from_j)
             else:
-                meets = any(set(p) & set(q) == {k} for p in one for q in other)
+                meets = any(set(p) & set(q) == {k} for p in from_i for q in from_j)
             if meets:
                 found.add(k)
         return found
 
     def _covered(self, arrows: Arrows) -> bool:
-        """Whether every member with these arrows is in one of the cases."""
+        """Return whether every member with these arrows is in one of the cases."""
         if any(case <= arrows for case in self.cases):
             return True
         if _cyclic(arrows) or _meetings(arrows, self.links) != _meetings(self.arrows, self.links):
-            return True  # there is no such member
+            return True  # no member has these arrows
         left = [pair for pair in sorted(self.links) if pair not in arrows and pair[::-1] not in arrows]
         return bool(left) and all(self._covered(arrows | {turn}) for turn in (left[0], left[0][::-1]))
 
     def _rule(self, arrow: Arrow) -> bool:
-        """Whether Meek's R1, R2 or R3 forces this arrow."""
+        """Return whether Meek's R1, R2 or R3 forces this arrow."""
         a, b = arrow
         others = [k for k in self.node.values() if k not in arrow]
         if any((k, a) in self.arrows and not self._linked(k, b) for k in others):
@@ -372,7 +394,7 @@ class _Reader:
         return any(not self._linked(k, m) for k, m in combinations(between, 2))
 
     def _left(self) -> list[tuple[int, int]]:
-        """The links without an arrow."""
+        """Return the links without an arrow."""
         return [pair for pair in sorted(self.links) if pair not in self.arrows and pair[::-1] not in self.arrows]
 
     def _seen(self, k: int, end: int) -> str:
@@ -386,7 +408,7 @@ class _Reader:
         return (min(a, b), max(a, b)) in self.links
 
     def _marks(self, rest: str) -> Arrows:
-        """The arrows of a list of all links."""
+        """Return the arrows in a list of all links."""
         found, named = set(), []
         for item in _items(rest):
             a, b, mark = item.split(" ")
@@ -409,18 +431,18 @@ class _Reader:
         return found
 
     def _pair(self, a: str, b: str) -> tuple[int, int]:
-        one, other = self._node(a), self._node(b)
-        self._need(one < other, f"{a} {b}: not in the order of the premise")
-        return one, other
+        i, j = self._node(a), self._node(b)
+        self._need(i < j, f"{a} {b}: not in the order of the premise")
+        return i, j
 
     def _arrow(self, a: str, b: str, mark: str) -> Arrow:
-        one, other = self._pair(a, b)
-        self._need(mark in ("->", "<-"), f"{mark}: no arrow")
-        return (one, other) if mark == "->" else (other, one)
+        i, j = self._pair(a, b)
+        self._need(mark in ("->", "<-"), f"{mark}: not an arrow")
+        return (i, j) if mark == "->" else (j, i)
 
     def _node(self, name: str) -> int:
         if name not in self.node:
-            raise _Wrong(f"{name!r} is none of the variables")
+            raise _Wrong(f"{name!r} is not one of the variables")
         return self.node[name]
 
     def _name(self, node: int) -> str:
@@ -436,7 +458,7 @@ def _items(rest: str) -> list[str]:
 
 
 def _paths(arrows: Arrows, start: int, end: int, walked: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
-    """Every directed path from start to end that meets no variable twice."""
+    """Yield every directed path from start to end that visits no variable twice."""
     walked = (*walked, start)
     if start == end:
         yield walked
@@ -458,9 +480,9 @@ def _cyclic(arrows: Arrows) -> bool:
 
 
 def _meetings(arrows: Arrows, links: set[tuple[int, int]]) -> set[tuple[Arrow, Arrow]]:
-    """The v-structures of these arrows."""
+    """Return the v-structures of these arrows, as pairs of arrows."""
     return {
-        (one, other)
-        for one, other in combinations(sorted(arrows), 2)
-        if one[1] == other[1] and (min(one[0], other[0]), max(one[0], other[0])) not in links
+        (first, second)
+        for first, second in combinations(sorted(arrows), 2)
+        if first[1] == second[1] and (min(first[0], second[0]), max(first[0], second[0])) not in links
     }

@@ -1,29 +1,29 @@
-"""The proof that decides a Corr2Cause row: what a model learns to think.
+"""Write the proof of a Corr2Cause row: the thought that SFT teaches.
 
-Each line is one step that can be checked from the lines before it and the premise:
+Each line is one step that follows from the lines before it and the premise:
 
-    Claim       what the hypothesis says, in two words and two letters
+    Claim       the hypothesis, in two words and two letters
     Pairs       every pair is linked, or apart with a separating set that the premise states (two look-ups)
     Neighbours  the links of each variable
-    Between     for each pair that is apart, every variable linked to both: it `passes` where it is in their
-                separating set, else it `collides`, with the two arrows into it that this shows
-    Arrows      every link with what has been shown: A to B is `A B ->`, B to A is `A B <-`, nothing yet is `A B --`
-    Forced      what Meek's rules make of each open link, in rounds until nothing changes: `A B: C into apart: ->` (C
-                has an arrow into A and is apart from B, so by R1 A has an arrow into B)
+    Between     for each pair that is apart, every variable linked to both: it `passes` if it is in their separating
+                set, else it `collides`, with the two arrows into it that follow
+    Arrows      the orientation of every link so far: A to B is `A B ->`, B to A is `A B <-`, none is `A B --`
+    Forced      Meek's rules for each open link, in rounds until nothing changes: `A B: C into apart: ->` (C has an
+                arrow into A and is apart from B, so by R1 A has an arrow into B)
     Graph       every link: an arrow that all members share, or a line that can turn (`--`)
-    Claim       once more, where it is needed
-    Link        what is known of the pair, where the claim is of a direct cause
-    From / To   children (parents) lists, followed from the claim's variables
-    Holds, Fails, Case, Member    the decision, on the shared arrows where they decide it, else by cases that
+    Claim       repeated, next to where it is needed
+    Link        the orientation of the pair, if the claim is about a direct cause
+    From / To   lists of children (parents), followed from the claim's variables
+    Holds, Fails, Case, Member    the decision, on the shared arrows if they decide it, else by cases that
                 cover all members (yes) or by one member in which the claim fails (no)
 
-A link always names the earlier letter first and then its mark, so that what is known of a pair can be found by its
-two letters: a model that writes left to right settles which pair before what is true of it.
+A link always has the earlier letter first, then the later one, then its mark. So its two letters identify it in every
+list: a model that writes left to right first settles the pair, then its orientation.
 
 A `short` proof leaves the look-ups out: Claim, Links (the linked pairs), Graph and the decision.
 
-Of three answers `Holds` is Yes; `Never`, that no member allows the claim, is No; and one member with the claim and one
-without it are Unknown, `Open`.
+With three answers, `Holds` is Yes. `Never`, no member allows the claim, is No. `Open`, one member with the claim and
+one without it, is Unknown.
 
 Sources: Verma & Pearl 1990, Meek 1995.
 """
@@ -52,6 +52,7 @@ from pipeline.tasks.corr2cause.graphs import (
     reachable,
     transpose,
 )
+from pipeline.tasks.corr2cause.parse_premise import Claim
 
 # child and descendant are parent and ancestor of the turned pair
 _TURNED = {"child": "parent", "descendant": "ancestor"}
@@ -60,33 +61,33 @@ _TURNED = {"child": "parent", "descendant": "ancestor"}
 def write_proof(
     mec: EquivalenceClass,
     names: Sequence[str],
-    relation: str,
-    i: int,
-    j: int,
-    told: Sequence[Independence] | None = None,
+    claim: Claim,
+    stated: Sequence[Independence] | None = None,
     semantics: Semantics = PUBLISHED,
     *,
     short: bool = False,
     three: bool = False,
 ) -> str:
-    """The thought, without its tags: the steps above as lines. The verdict follows from the last line.
+    """Return the thought, without its tags: the steps above as lines. The verdict follows from the last line.
 
-    `told` are the independences in the order of the premise: the first of each pair is cited.
+    `stated` are the independences in the order of the premise: the first of each pair is cited.
     """
+    relation, i, j = claim.relation, claim.i, claim.j
     if relation in _TURNED:
         relation, i, j = _TURNED[relation], j, i
-    told = mec.independences if told is None else told
-    claim = _claim(names, relation, i, j)
+    stated = mec.independences if stated is None else stated
+    first = _claim(names, relation, i, j)
     decision = _Decision(mec, names, relation, i, j, semantics).lines(three=three)
     if short:
         links = [f"{names[a]} {names[b]}" for a, b in combinations(range(mec.n), 2) if mec.pattern.adjacent(a, b)]
-        return "\n".join([claim, _line("Links:", links), _line("Graph:", _edges(mec.pattern, names)), *decision])
-    return "\n".join([claim, *_steps(mec, names, told), claim, *decision])
+        return "\n".join([first, _line("Links:", links), _line("Graph:", _edges(mec.pattern, names)), *decision])
+    return "\n".join([first, *_steps(mec, names, stated), first, *decision])
 
 
-def _steps(mec: EquivalenceClass, names: Sequence[str], told: Sequence[Independence]) -> list[str]:
+def _steps(mec: EquivalenceClass, names: Sequence[str], stated: Sequence[Independence]) -> list[str]:
+    """Return the lines from Pairs to Graph."""
     graph, nodes = mec.pattern, range(mec.n)
-    given = {(a, b): cut for a, b, cut in reversed(told)}  # the first that the premise lists
+    given = {(a, b): cut for a, b, cut in reversed(stated)}  # the first one in the premise of each pair
     pairs = []
     for a, b in combinations(nodes, 2):
         if (a, b) in given:
@@ -119,10 +120,10 @@ def _steps(mec: EquivalenceClass, names: Sequence[str], told: Sequence[Independe
 
 
 def _forced(current: CPDAG, names: Sequence[str]) -> list[str]:
-    """Rounds through the open links, in order, until a round changes nothing or no link is open.
+    """Return the Forced lines: rounds through the open links, until a round changes nothing or no link is open.
 
-    Before its mark each link names every variable that has an arrow at one of its ends, and what it is to both: the
-    rules are read off from there.
+    Each link lists, before its mark, every variable that has an arrow at one of its ends, with its relation to both
+    ends. Meek's rules follow from this list.
     """
     rounds = []
     changed = bool(current.arrows)  # the rules argue from arrows
@@ -130,17 +131,17 @@ def _forced(current: CPDAG, names: Sequence[str]) -> list[str]:
         changed, items = False, []
         for line in sorted(current.lines):
             others = {k: [_seen(current, k, end) for end in line] for k in range(current.n) if k not in line}
-            told = [f"{names[k]} {' '.join(ends)}" for k, ends in others.items() if {"into", "from"} & set(ends)]
+            shown = [f"{names[k]} {' '.join(ends)}" for k, ends in others.items() if {"into", "from"} & set(ends)]
             mark = "--"
             if found := meek(current, line):
                 mark, current, changed = _mark(*found[0]), oriented(current, found[0]), True
-            items.append(f"{names[line[0]]} {names[line[1]]}: {', '.join(told) or 'none'}: {mark}")
+            items.append(f"{names[line[0]]} {names[line[1]]}: {', '.join(shown) or 'none'}: {mark}")
         rounds.append(_line("Forced:", items))
     return rounds or [_line("Forced:", [])]
 
 
 def _seen(graph: CPDAG, k: int, end: int) -> str:
-    """What a variable is to one end of a link: an arrow into it, an arrow from it, an open link, or apart."""
+    """Return a variable's relation to one end of a link: an arrow `into` it, `from` it, an `open` link, `apart`."""
     if (k, end) in graph.arrows:
         return "into"
     if (end, k) in graph.arrows:
@@ -153,14 +154,15 @@ def _mark(tail: int, head: int) -> str:
 
 
 def _arrow(names: Sequence[str], tail: int, head: int) -> str:
-    """`A C ->` from A to C, `A C <-` from C to A: the earlier letter first."""
+    """Format an arrow, the earlier letter first: `A C ->` from A to C, `A C <-` from C to A."""
     return f"{names[min(tail, head)]} {names[max(tail, head)]} {_mark(tail, head)}"
 
 
 def _edges(graph: CPDAG, names: Sequence[str]) -> list[str]:
+    """Format every link with its mark, sorted by pair."""
     lines = [(edge, f"{names[edge[0]]} {names[edge[1]]} --") for edge in graph.lines]
     arrows = [((min(edge), max(edge)), _arrow(names, *edge)) for edge in graph.arrows]
-    return [words for _, words in sorted(lines + arrows)]
+    return [text for _, text in sorted(lines + arrows)]
 
 
 def _line(title: str, items: list[str]) -> str:
@@ -168,20 +170,21 @@ def _line(title: str, items: list[str]) -> str:
 
 
 def _with_colliders(graph: CPDAG) -> CPDAG:
-    """The skeleton with only its v-structures oriented."""
+    """Return the skeleton with only its v-structures oriented."""
     arrows = frozenset(arrow for a, c, b in graph.v_structures for arrow in ((a, c), (b, c)))
     edges = {(min(e), max(e)) for e in graph.arrows} | graph.lines
     return CPDAG(graph.n, arrows, frozenset(e for e in edges if e not in arrows and e[::-1] not in arrows))
 
 
 def _claim(names: Sequence[str], relation: str, i: int, j: int) -> str:
-    words = {
+    """Return the Claim line."""
+    forms = {
         "parent": f"{names[i]} direct {names[j]}",
         "ancestor": f"{names[i]} indirect {names[j]}",
         "collider": f"effect {names[i]} {names[j]}",
         "confounder": f"cause {names[i]} {names[j]}",
     }
-    return f"Claim: {words[relation]}."
+    return f"Claim: {forms[relation]}."
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,7 @@ class _Decision:
     semantics: Semantics
 
     def lines(self, *, three: bool) -> list[str]:
+        """Return the lines after the second Claim."""
         graph, names, i, j = self.mec.pattern, self.names, self.i, self.j
         lines: list[str] = []
         if self.relation == "parent" or (self.relation == "ancestor" and self.semantics.indirect == "strict"):
@@ -240,16 +244,16 @@ class _Decision:
         return holds(dag, self.relation, self.i, self.j, self.semantics)
 
     def plainest(self, *, holding: bool) -> Dag:
-        """The member with (or without) the claim that has the fewest arrows to follow."""
+        """Return the member with (or without) the claim that has the fewest arrows to follow."""
         found = [dag for dag in self.mec.members if self.holds(dag) == holding]
         return min(found, key=lambda dag: (_size(dag, self.relation, self.i, self.j), dag))
 
     def witness(self, dag: Dag) -> str:
-        """What shows the claim on these arrows: a path of two arrows or more, or the node where two paths meet."""
+        """Return the witness of the claim on these arrows: a path of two or more, or the node where two paths meet."""
         i, j, names = self.i, self.j, self.names
         if self.relation == "ancestor":
             paths: list[tuple[int, ...]] = [(i, k) for k in bits(dag[i]) if k != j]
-            for path in paths:  # grows: the shortest comes first
+            for path in paths:  # the list grows during the loop: the shortest path comes first
                 if dag[path[-1]] >> j & 1:
                     return " -> ".join(names[k] for k in (*path, j))
                 paths.extend((*path, k) for k in bits(dag[path[-1]]) if k not in path)
@@ -258,13 +262,13 @@ class _Decision:
 
 
 def _turned(names: Sequence[str], graph: CPDAG, dag: Dag) -> list[str]:
-    """The arrows of a DAG that are lines of the graph, in the order of their links."""
+    """Format the arrows of a DAG that are lines of the graph, in the order of their links."""
     arrows = [(a, b) for a in range(len(dag)) for b in bits(dag[a]) if (a, b) not in graph.arrows]
     return [_arrow(names, *arrow) for arrow in sorted(arrows, key=sorted)]
 
 
 def _turning(graph: CPDAG) -> Dag:
-    """Every arrow, and every line both ways: what no member can go beyond."""
+    """Return every arrow, and every line both ways: a supergraph of all members."""
     both = list(dag_of(graph.n, tuple(graph.arrows)))
     for a, b in graph.lines:
         both[a] |= 1 << b
@@ -273,29 +277,29 @@ def _turning(graph: CPDAG) -> Dag:
 
 
 def _shared(members: Sequence[Dag], n: int) -> Dag:
-    """The arrows that all of these members have."""
+    """Return the arrows that all of these members have."""
     return tuple(reduce(and_, (dag[node] for dag in members)) for node in range(n))
 
 
 def _either(members: Sequence[Dag], n: int) -> Dag:
-    """The arrows that some of these members have."""
+    """Return the arrows that some of these members have."""
     return tuple(reduce(or_, (dag[node] for dag in members)) for node in range(n))
 
 
 def _cases(
     graph: CPDAG, members: tuple[Dag, ...], decided: Callable[[tuple[Dag, ...]], bool]
 ) -> tuple[tuple[Dag, ...], ...]:
-    """The fewest sets of members, split line by line, in each of which the claim is decided."""
+    """Return the fewest sets of members, split line by line, in each of which the claim is decided."""
     lines = sorted(graph.lines)
-    failed: dict[tuple[Dag, ...], int] = {}  # no split into so many
+    failed: dict[tuple[Dag, ...], int] = {}  # members -> a number of cases that is not enough
 
     @cache
     def split(members: tuple[Dag, ...]) -> list[tuple[tuple[Dag, ...], tuple[Dag, ...]]]:
         parts = []
         for a, b in lines:
-            one = tuple(dag for dag in members if dag[a] >> b & 1)
-            if one and len(one) < len(members):
-                parts.append((one, tuple(dag for dag in members if not dag[a] >> b & 1)))
+            forward = tuple(dag for dag in members if dag[a] >> b & 1)
+            if forward and len(forward) < len(members):
+                parts.append((forward, tuple(dag for dag in members if not dag[a] >> b & 1)))
         return parts
 
     def search(members: tuple[Dag, ...], most: int) -> tuple[tuple[Dag, ...], ...] | None:
@@ -303,10 +307,10 @@ def _cases(
             return None
         if decided(members):
             return (members,)
-        for one, other in split(members) if most > 1 else []:
+        for forward, backward in split(members) if most > 1 else []:
             for size in range(1, most):
-                if (first := search(one, size)) is not None:
-                    if (second := search(other, most - len(first))) is not None:
+                if (first := search(forward, size)) is not None:
+                    if (second := search(backward, most - len(first))) is not None:
                         return first + second
                     break
         failed[members] = most
@@ -332,12 +336,12 @@ def _size(dag: Dag, relation: str, i: int, j: int) -> int:
 
 
 def _follow(names: Sequence[str], dag: Dag, relation: str, i: int, j: int) -> list[str]:
-    """Children (for a confounder: parents) of each start and of all that they lead to, breadth first."""
+    """Return the From (confounder: To) lines: children (parents) of each start and all that follow, breadth first."""
     step, title = _step(dag, relation), "To" if relation == "confounder" else "From"
     lines = []
     for start in _starts(relation, i, j):
         queue, items = [start], []
-        for node in queue:  # the list grows while it is walked
+        for node in queue:  # the list grows during the loop
             ahead = bits(step[node])
             items.append(f"{names[node]}: {' '.join(names[k] for k in ahead) or 'none'}")
             queue.extend(k for k in ahead if k not in queue)

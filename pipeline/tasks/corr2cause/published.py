@@ -1,14 +1,14 @@
-"""The published data set as its program made it, mistakes and all: `task.params.mode: paper`.
+"""Reproduce the published data set, including the errors of its program: `task.params.mode: paper`.
 
-Figures that were measured on the published rows can be compared with ours only on the same rows. The program behind
-them (Jin et al. 2024) has three defects, and this module repeats them and nothing else:
+Published figures can only be compared with figures on the same rows. The original program (Jin et al. 2024) has three
+defects, and this module reproduces exactly these:
 
-    D1  a relation of a renamed graph is looked up by the renaming where its inverse is meant: wrong labels from n = 4
-    D2  the search for descendants passes a child over when the *next* node has been seen: colliders seem closed that
-        are open, so at n = 6 premises are wrong, and classes fall apart
-    D3  a path that shows a confounder counts only when the confounder is a direct parent of the second variable
+    D1  it looks up a relation of a renamed graph by the renaming instead of its inverse: wrong labels from n = 4
+    D2  its search for descendants skips a child if the *next* node has been visited: open colliders appear closed, so
+        at n = 6 some premises are wrong and some classes are split
+    D3  a path counts for a confounder only if the confounder is a direct parent of the second variable
 
-Letters follow the node numbers, which are a topological order of one member, and rows name the earlier letter first.
+Letters follow the node numbers, which are a topological order of one member. Rows name the earlier letter first.
 
     >>> [len(published_classes(n)) for n in (2, 3, 4, 5)]
     [2, 5, 20, 142]
@@ -30,14 +30,14 @@ from pipeline.tasks.corr2cause.parse_premise import class_of
 
 @dataclass(frozen=True)
 class PublishedClass:
-    """A class of the published set: its premise as told, and the labels as told."""
+    """A class of the published set, with the published premise and labels."""
 
     n: int
-    id: str  # the canonical identity of its graph's class; at n = 6 six identities have two classes
+    id: str  # the canonical identity of its graph's class; at n = 6 six identities have two published classes
     dag: Dag  # the graph whose topological order the letters follow
     independences: tuple[Independence, ...]
-    labels: dict[str, tuple[int, ...]]  # by relation: the pairs that it is said to hold of, as rows of bits
-    size: int  # how many graphs the program found in it
+    labels: dict[str, tuple[int, ...]]  # by relation: the pairs labelled Yes, as rows of bits
+    size: int  # the number of graphs that the program found in it
 
     def entails(self, relation: str, i: int, j: int) -> bool:
         return bool(self.labels[relation][i] >> j & 1)
@@ -45,10 +45,10 @@ class PublishedClass:
 
 @cache
 def published_classes(n: int) -> tuple[PublishedClass, ...]:
-    """The classes of n variables in the order in which the program found them: 2, 5, 20, 142, 2207 for n = 2…6."""
+    """Return the classes of n variables in the order of the original program: 2, 5, 20, 142, 2207 for n = 2…6."""
     children = enumeration.children_of(enumeration.dags(n), n)
     apart = _independent(children)
-    told = _relations(children)
+    relations = _relations(children)
     candidates: dict[bytes, list[int]] = {}
     signatures = [_signature(rows) for rows in apart]
     for k, signature in enumerate(signatures):
@@ -73,17 +73,18 @@ def published_classes(n: int) -> tuple[PublishedClass, ...]:
             continue
         seen.update(other for other, _ in members)
         labels = {}
-        for relation, cells in told.items():
-            # D1: cell (i, j) of a member is looked up at (order[i], order[j])
+        for relation, cells in relations.items():
+            # D1: cell (i, j) of a member is read at (order[i], order[j])
             shared = np.logical_and.reduce([cells[other][np.ix_(orders[r], orders[r])] for other, r in members])
             labels[relation] = tuple(int(row) for row in enumeration.rows_of(shared[None])[0])
         dag = tuple(int(mask) for mask in children[k])
         found.append(PublishedClass(n, "", dag, listed[k], labels, len(members)))
-    codes = _identities(np.array([one.dag for one in found], dtype=np.uint16))
-    return tuple(replace(one, id=f"{n}-{code:x}") for one, code in zip(found, codes, strict=True))
+    codes = _identities(np.array([mec.dag for mec in found], dtype=np.uint16))
+    return tuple(replace(mec, id=f"{n}-{code:x}") for mec, code in zip(found, codes, strict=True))
 
 
 def _identities(children: Ints) -> list[int]:
+    """Return the canonical code of each graph's class."""
     members, owner = enumeration.members(children)
     some = enumeration.any_of(enumeration.matrix_of(members), owner, len(children))
     codes: list[int] = enumeration.canonical_codes(some).tolist()
@@ -92,39 +93,39 @@ def _identities(children: Ints) -> list[int]:
 
 @cache
 def published_index(n: int) -> dict[tuple[Independence, ...], PublishedClass]:
-    """The classes by premise, in the published letters."""
-    return {one.independences: one for one in published_classes(n)}
+    """Return the classes by premise, in the published letters."""
+    return {mec.independences: mec for mec in published_classes(n)}
 
 
 def wrong_labels(n: int) -> dict[str, int]:
-    """What is wrong with the rows of n variables, i < j, by the exact solver.
+    """Count the errors in the published rows of n variables, i < j, by the exact solver.
 
-    `false no` and `false yes` count rows of sound classes; `premises` counts classes whose premise is not that of
-    their graph, `unfaithful` those among them that no DAG is faithful to, `told twice` classes told a second time
-    (D2 takes one class for two): the labels of all these mean nothing.
+    `false no` and `false yes` count rows of correct classes. `premises` counts classes with a premise that is not their
+    graph's, `unfaithful` those among them to which no DAG is faithful, `duplicates` classes that occur a second time
+    (D2 splits one class in two): the labels of all these are meaningless.
     """
-    found = {"false no": 0, "false yes": 0, "premises": 0, "unfaithful": 0, "told twice": 0}
-    told: set[str] = set()
-    listed = published_classes(n)
-    right = classes_of(np.array([one.dag for one in listed], dtype=np.uint16))
-    for one, true in zip(listed, right, strict=True):
-        if one.independences != true.independences:
+    found = {"false no": 0, "false yes": 0, "premises": 0, "unfaithful": 0, "duplicates": 0}
+    seen: set[str] = set()
+    published = published_classes(n)
+    exact = classes_of(np.array([mec.dag for mec in published], dtype=np.uint16))
+    for mec, true in zip(published, exact, strict=True):
+        if mec.independences != true.independences:
             found["premises"] += 1
-            found["unfaithful"] += class_of(n, one.independences) is None
-        elif true.id in told:
-            found["told twice"] += 1
+            found["unfaithful"] += class_of(n, mec.independences) is None
+        elif true.id in seen:
+            found["duplicates"] += 1
         else:
-            for relation in one.labels:
+            for relation in mec.labels:
                 for i, j in combinations(range(n), 2):
-                    said, holds = one.entails(relation, i, j), true.entails(relation, i, j)
-                    found["false no"] += holds and not said
-                    found["false yes"] += said and not holds
-        told.add(true.id)
+                    label, holds = mec.entails(relation, i, j), true.entails(relation, i, j)
+                    found["false no"] += holds and not label
+                    found["false yes"] += label and not holds
+        seen.add(true.id)
     return found
 
 
 def _descendants(dag: Dag) -> list[int]:
-    """The descendants of each node and itself, as D2 finds them."""
+    """Return each node and its descendants, with D2."""
 
     def visit(node: int, found: int) -> int:
         found |= 1 << node
@@ -137,7 +138,7 @@ def _descendants(dag: Dag) -> list[int]:
 
 
 def _independent(children: Ints) -> Bools:
-    """As `enumeration.independent`, with D2: path by path where a descendant is missed."""
+    """Return the result of `enumeration.independent` with D2: path by path for graphs where D2 misses a descendant."""
     out = enumeration.independent(children)
     right = enumeration.closures(children)
     for k, row in enumerate(children.tolist()):
@@ -148,7 +149,7 @@ def _independent(children: Ints) -> Bools:
 
 
 def _by_paths(dag: Dag, below: list[int]) -> Bools:
-    """(pairs, 2^n): whether every path between the pair is blocked by the set; a collider opens by `below`."""
+    """Return (pairs, 2^n): whether the set blocks every path between the pair; a node of `below` opens its collider."""
     n = len(dag)
     sets = np.arange(1 << n)
     out = np.zeros((n * (n - 1) // 2, 1 << n), dtype=bool)
@@ -175,7 +176,7 @@ def _by_paths(dag: Dag, below: list[int]) -> Bools:
 
 
 def _relations(children: Ints) -> dict[str, Bools]:
-    """What the program finds of each pair in each graph, with D3."""
+    """Return each relation of each pair in each graph, with D3."""
     n = children.shape[1]
     right = enumeration.relations(children)
     confounder = np.zeros_like(right["direct"])
@@ -183,7 +184,7 @@ def _relations(children: Ints) -> dict[str, Bools]:
         without = (children & np.uint16(0xFFFF ^ (1 << j))) * (np.arange(n) != j)
         reach = enumeration.matrix_of(enumeration.closures(without.astype(np.uint16))) & ~np.eye(n, dtype=bool)
         for k in range(n):
-            # D3: the confounder k is a direct parent of j, and leads to i by any path past j
+            # D3: the confounder k is a direct parent of j, and has a path to i that avoids j
             confounder[:, :, j] |= right["direct"][:, k, j, None] & reach[:, k, :]
     turned = {name: right[name].transpose(0, 2, 1) for name in ("direct", "path")}
     return {
@@ -197,13 +198,13 @@ def _relations(children: Ints) -> dict[str, Bools]:
 
 
 def _signature(apart: Bools) -> bytes:
-    """Equal for premises that differ by a renaming; few others share it."""
+    """Return a value that is equal for premises that differ by a renaming, and for few others."""
     return bytes(np.sort(apart.sum(axis=1)).astype(np.uint8)) + bytes(np.sort(apart.sum(axis=0)).astype(np.uint8))
 
 
 @cache
 def _renamings(n: int) -> tuple[Ints, Ints, Ints]:
-    """For every renaming, in lexicographic order: where each pair and each set of nodes goes, and the renaming."""
+    """Return, for every renaming in lexicographic order: the image of each pair, of each set, and the renaming."""
     orders = np.array(list(permutations(range(n))))
     place = np.zeros((n, n), dtype=np.int64)
     for k, (i, j) in enumerate(combinations(range(n), 2)):
@@ -215,7 +216,7 @@ def _renamings(n: int) -> tuple[Ints, Ints, Ints]:
 
 
 def _first_renamings(dag: Ints, orders: Ints) -> Ints:
-    """The first renaming that leads to each labelled graph."""
+    """Return the first renaming that yields each labelled graph."""
     n = len(dag)
     code = np.zeros(len(orders), dtype=np.int64)
     for i in range(n):

@@ -1,15 +1,15 @@
-"""The words of Corr2Cause: premises and hypotheses, as published, as perturbed, and in other styles.
+"""Write the premises and hypotheses of Corr2Cause, in the published, perturbed and other styles.
 
     published     correlations and independences as in the published set
     paraphrased   the same premise, the hypothesis in other words
     refactored    published words, A, B, C… called Z, Y, X…
-    plusplus      Corr2Cause++: the assumptions are stated, `A indep B | C`, and every compelled edge is asked for
-    story         the variables have names out of a study of something, and things go together
+    plusplus      Corr2Cause++: stated assumptions, `A indep B | C`, and the instruction to list every compelled edge
+    story         the variables are named after quantities in a study, in everyday language
 
-A `minimal` premise lists one smallest separating set for each pair that has one, and says so: it describes the same
-class in a fraction of the words, which large graphs need.
+A `minimal` premise lists one smallest separating set for each pair that has one, and states this. It describes the same
+class in far fewer words, which large graphs need.
 
-Sources: Jin et al. 2024 (https://arxiv.org/abs/2306.05836), whose rows the tests compare the words with; Corr2Cause++
+Sources: Jin et al. 2024 (https://arxiv.org/abs/2306.05836), with whose rows the tests compare the wording; Corr2Cause++
 (https://github.com/MarkusEnglberger/Corr2Cause_PP).
 """
 
@@ -64,7 +64,7 @@ CLAIMS = {
     "plusplus": PLUSPLUS,
     "story": STORY,
 }
-# who measured, and what can be measured: any N of one list, one word each
+# the institution of a study, and its quantities: any N of one list, one word each
 STUDIES = (
     ("A hospital", "age smoking exercise stress sleep weight pressure pain fever recovery coffee mood"),
     ("A school", "attendance homework noise sleep motivation grades tutoring reading breakfast stress praise age"),
@@ -84,12 +84,12 @@ INSTRUCTION = (
 
 
 def series(words: Sequence[str]) -> str:
-    """`A`, `A and B`, `A, B and C`: no Oxford comma, as published."""
+    """Join words as published, without an Oxford comma: `A`, `A and B`, `A, B and C`."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 class HasIndependences(Protocol):
-    """What has a premise: any class."""
+    """A class: the part of it that a premise describes."""
 
     @property
     def n(self) -> int: ...
@@ -98,17 +98,17 @@ class HasIndependences(Protocol):
 
 
 def relations(mec: HasIndependences) -> tuple[list[tuple[int, int]], list[Independence]]:
-    """The dependent pairs and the independences of a class, in the published order."""
+    """Return the dependent pairs and the independences of a class, in the published order."""
     independences = list(mec.independences)
     apart = {(i, j) for i, j, given in independences if not given}
     return [pair for pair in combinations(range(mec.n), 2) if pair not in apart], independences
 
 
 def smallest(independences: Sequence[Independence]) -> list[Independence]:
-    """One independence a pair: the first with the fewest nodes given."""
+    """Return one independence per pair: the first with the smallest separating set."""
     found: dict[tuple[int, int], Independence] = {}
-    for one in sorted(independences, key=lambda one: (len(one[2]), one)):
-        found.setdefault(one[:2], one)
+    for i, j, given in sorted(independences, key=lambda item: (len(item[2]), item)):
+        found.setdefault((i, j), (i, j, given))
     return sorted(found.values())
 
 
@@ -121,9 +121,9 @@ def premise(
     minimal: bool = False,
     who: str = "",
 ) -> str:
-    """Every correlation and every independence, the nodes called by `names`, told in the order given.
+    """Return the premise with every correlation and every independence, in the given order, with these names.
 
-    `minimal`: the independences are one for each pair, and correlations are not told. `who` opens a story.
+    `minimal`: the independences are one per pair, and correlations are left out. `who` is a story's institution.
     """
     system = f"closed system of {len(names)} variables"
     if style == "plusplus":
@@ -157,7 +157,8 @@ MINIMAL = "The pairs that some set of the others makes independent, each with on
 
 
 def _plusplus(names: Sequence[str], independent: Sequence[Independence], system: str, *, minimal: bool) -> str:
-    told = [
+    """Return the premise in the style of Corr2Cause++."""
+    statements = [
         f"{names[i]} indep {names[j]}" + (f" | {', '.join(names[k] for k in given)}" if given else "")
         for i, j, given in independent
     ]
@@ -167,22 +168,22 @@ def _plusplus(names: Sequence[str], independent: Sequence[Independence], system:
         "faithfulness. "
     )
     relations = f"{MINIMAL} are: " if minimal else "All the conditional independence relations are: "
-    return f"{opening}{relations}{'; '.join(told) or 'none'}."
+    return f"{opening}{relations}{'; '.join(statements) or 'none'}."
 
 
 def hypothesis(relation: str, i: str, j: str, *, wording: int = 0, style: str = "published") -> str:
-    """The claim that `relation` holds of the variables called i and j."""
+    """Return the claim that `relation` holds between the variables with the names i and j."""
     options = CLAIMS[style][relation]
     return options[wording % len(options)].format(i=i, j=j)
 
 
 def refactored(names: Sequence[str]) -> list[str]:
-    """The published renaming of the refactored test set: A, B, C… become Z, Y, X…"""
+    """Rename variables as in the published refactored test set: A, B, C… become Z, Y, X…"""
     return [ascii_uppercase[-1 - ascii_uppercase.index(name)] for name in names]
 
 
 def question(premise_text: str, hypothesis_text: str, instruction: str) -> str:
-    """The whole user message."""
+    """Return the whole user message."""
     return "\n".join(
         [f"Premise: {premise_text}", f"Hypothesis: {hypothesis_text}", *([instruction] if instruction else [])]
     )
