@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from pipeline import __version__
 from pipeline.config.model_files import FORMATS
@@ -32,6 +32,7 @@ from pipeline.models.loading import (
     input_device,
     load_tokenizer,
     merge_adapter,
+    nf4_config,
     revision_of,
 )
 from pipeline.models.weight_checks import NO_CODE, NO_PICKLE, check_computes, loading_errors
@@ -118,9 +119,7 @@ def merge_dtype(recipe: Recipe, checkpoint: Checkpoint) -> torch.dtype:
 def quantize_nf4(folder: Path) -> Any:
     """A model folder of 16 bit in bitsandbytes' nf4, as its own serialization has it."""
     dtype = AutoConfig.from_pretrained(folder, **NO_CODE).dtype
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
+    quantization = nf4_config(dtype)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=quantization, **NO_PICKLE)
 
 

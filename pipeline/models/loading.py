@@ -431,18 +431,24 @@ def add_lora(base: PreTrainedModel, lora: Lora, *, keep_dtype: bool) -> PeftMode
     return get_peft_model(base, config, autocast_adapter_dtype=not keep_dtype)
 
 
+def nf4_config(dtype: torch.dtype, **options: Any) -> BitsAndBytesConfig:
+    """Return bitsandbytes' config for nf4 with double quantization, which computes in `dtype`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        **options,
+    )
+
+
 def _quantization(model: Model, dtype: torch.dtype, *, spread: bool = False) -> BitsAndBytesConfig | None:
+    """Return the config of the recipe's quantization. `spread` allows layers on the CPU."""
     if model.quantization == "nf4":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype,
-            llm_int8_enable_fp32_cpu_offload=spread,
-        )
-    whole = BitsAndBytesConfig(load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=spread)
-    return whole if model.quantization == "int8" else None
+        return nf4_config(dtype, bnb_4bit_quant_storage=dtype, llm_int8_enable_fp32_cpu_offload=spread)
+    if model.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=spread)
+    return None
 
 
 def revision_of(checkpoint: Checkpoint, model: Model) -> str | None:

@@ -179,7 +179,7 @@ def tensor_names(file: Path) -> list[str]:
 
 
 def file_of(name: str, file: str, revision: str | None) -> Path | None:
-    """Return the path of a file in a model folder, or in the local cache of a hub model; None if there is none."""
+    """Return the path of a file in a model folder, or in the local cache of a hub model; None if it does not exist."""
     if Path(name).exists():
         return Path(name) / file if (Path(name) / file).is_file() else None
     found = cached_file(

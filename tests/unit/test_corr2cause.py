@@ -625,7 +625,7 @@ def test_a_broken_line_is_named_by_file_and_line(tmp_path: Path, line: str, told
 
 
 @pytest.mark.parametrize(
-    ("name", "told"), [("none.csv", "does not exist"), ("rows.xlsx", "give .jsonl, .json, .csv or .parquet")]
+    ("name", "told"), [("none.csv", "does not exist"), ("rows.xlsx", "expected .jsonl, .json, .csv or .parquet")]
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, told: str) -> None:
     if name != "none.csv":

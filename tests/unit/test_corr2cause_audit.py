@@ -261,7 +261,7 @@ def test_a_row_that_cannot_be_read_is_named_by_its_line(tmp_path: Path, capsys: 
         ("none.csv", None, "does not exist"),
         ("empty.jsonl", "", "no rows"),
         ("rows.parquet", "x", "not a parquet file"),
-        ("rows.xlsx", "x", "give .jsonl, .json, .csv or .parquet"),
+        ("rows.xlsx", "x", "expected .jsonl, .json, .csv or .parquet"),
     ],
 )
 def test_a_file_that_cannot_be_audited_is_a_users_mistake(

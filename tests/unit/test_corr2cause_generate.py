@@ -139,11 +139,15 @@ def test_three_answers(tmp_path: Path) -> None:
     ("words", "error", "told"),
     [
         (["--n", "11"], RecipeError, "task.params.n[0]: got 11; expected a whole number from 2 to 10"),
-        (["--n", "three"], PlanError, "write 6, or 3,5 or 2-6"),
+        (["--n", "three"], PlanError, "Fix: --n 6, or --n 3,5 or --n 2-6"),
         (["--n", "3", "stile=story"], RecipeError, "did you mean 'style'?"),
         (["--n", "3", "--copies", "0"], PlanError, "--copies: got 0; expected"),
         (["--n", "7", "mode=paper"], RecipeError, "ends at n = 6"),
-        (["--n", "3", "mode=paper", "style=story"], RecipeError, "mode paper has published"),
+        (
+            ["--n", "3", "mode=paper", "style=story"],
+            RecipeError,
+            "got story; expected published, paraphrased or refactored in mode",
+        ),
     ],
 )
 def test_a_set_that_cannot_be_made_says_why(

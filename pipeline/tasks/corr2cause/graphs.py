@@ -310,7 +310,7 @@ def cpdag_of(dag: Dag) -> CPDAG:
 
 
 def consistent_extension(pattern: CPDAG) -> Dag | None:
-    """Return a DAG with the CPDAG's arrows, skeleton and v-structures; None if there is none.
+    """Return a DAG with the CPDAG's arrows, skeleton and v-structures, or None if no DAG has them.
 
     A node is removed if it can be the last: no arrow leaves it, and the other end of each of its lines is adjacent to
     all its other neighbours (Dor & Tarsi 1992).
