@@ -84,7 +84,7 @@ def test_without_gpus_in_the_cluster_nothing_is_asked(monkeypatch: pytest.Monkey
 def test_a_smoke_test_runs_on_a_cpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     without_cuda(monkeypatch, "13.0", [])
     (told,) = devices.check_devices(cluster_of(), smoke_test=True)
-    assert told.startswith("cluster.gpus: got 2, but this ran on the CPU: no driver")
+    assert told.startswith("cluster.gpus: got 2, but this ran on the CPU: there is no device file")
 
 
 def test_cards_as_the_cluster_says_need_no_word(monkeypatch: pytest.MonkeyPatch) -> None:

