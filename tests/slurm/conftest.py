@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from slurm_lab import Lab
 
+from pipeline.core import slurm_client
+
 SCRIPTS = Path(__file__).parent / "cluster"
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "slurmdbd", "mariadbd", "unshare")
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "slurmdbd", "mariadb-server")
@@ -52,10 +54,12 @@ def lab() -> Iterator[Lab]:
             missing.append(why)
             pytest.skip(f"no Slurm cluster: {why}")
         os.environ["SLURM_CONF"] = str(folder / "etc" / "slurm.conf")
+        slurm_client.current_cluster.cache_clear()
         yield Lab(folder, SCRIPTS)
     finally:
         subprocess.run(["bash", str(SCRIPTS / "stop.sh")], env=env, check=True, capture_output=True)
         os.environ.pop("SLURM_CONF", None)
+        slurm_client.current_cluster.cache_clear()
         shutil.rmtree(folder, ignore_errors=True)
 
 

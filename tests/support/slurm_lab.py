@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from running import NANO, only, run_cli
+
+from pipeline.cli.main import command
 
 YAML = """\
 launcher: slurm
@@ -64,10 +68,11 @@ def submit(lab: Lab, runs: Path, *words: str, recipes: tuple[str, ...] = ("tiny"
 
 
 def rows(runs: Path) -> dict[str, dict[str, Any]]:
-    """`status --json`, by step without its fingerprint."""
-    done = run_cli("status", "--json", "--runs", str(runs))
-    assert done.returncode == 0, done.stderr
-    return {row["step"].rpartition("-")[0]: row for row in json.loads(done.stdout)}
+    """`status --json`, by step without its fingerprint; in this process, because tests wait for what it says."""
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        assert command(["status", "--json", "--runs", str(runs)]) == 0
+    return {row["step"].rpartition("-")[0]: row for row in json.loads(told.getvalue())}
 
 
 def wait_until(condition: Callable[[], object], runs: Path, what: str, seconds: float = 400) -> None:
@@ -77,7 +82,7 @@ def wait_until(condition: Callable[[], object], runs: Path, what: str, seconds: 
         if time.time() > until:
             logs = "".join(f"== {p}\n{p.read_text(errors='replace')[-1500:]}" for p in runs.glob("*/*/**/*log*"))
             raise AssertionError(f"no {what} in {seconds} s\n{run_cli('status', '--runs', str(runs)).stdout}\n{logs}")
-        time.sleep(0.3)
+        time.sleep(0.5)
 
 
 def wait_for_end(runs: Path, seconds: float = 400) -> dict[str, dict[str, Any]]:
