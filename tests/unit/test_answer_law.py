@@ -384,6 +384,7 @@ def repeated(read: Callable[[str], object], before: str, separator: str, after: 
     return work
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separator", SEPARATORS, ids=repr)
 def test_a_megabyte_of_any_separator_costs_little(separator: str) -> None:
     """Quadratic reading of a megabyte takes hours."""

@@ -315,6 +315,7 @@ def test_refactored_letters() -> None:
 # ---------------------------------------------------------------- proofs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
 def test_every_proof_ends_in_the_label_and_says_only_what_holds(n: int) -> None:
     """All claims about all classes: the last line decides; pairs, arrows, cases and members are checked."""
@@ -460,6 +461,7 @@ def test_type_and_letter_order_predict_no_better_than_type_alone_after_renaming(
     assert gain([(turned.get(s.relation, s.relation), s.relation not in turned, s.gold) for s in theirs]) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("balance", ["balanced", "natural"])
 def test_rows_of_six_variables_have_the_share_that_was_asked_for(balance: str) -> None:
     phases = [{"n": [6], "rows": 200}]

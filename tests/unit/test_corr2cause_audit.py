@@ -42,6 +42,7 @@ def test_the_published_counts_of_classes(n: int, count: int) -> None:
     assert len(found) == len({one.independences for one in found}) == count
 
 
+@pytest.mark.slow
 def test_the_published_count_of_rows_and_share_of_positive_ones() -> None:
     """207,972 rows; 18.57 % positive over ordered pairs (415,944 rows)."""
     listed = [one for n in range(2, 7) for one in published_classes(n)]
@@ -51,6 +52,7 @@ def test_the_published_count_of_rows_and_share_of_positive_ones() -> None:
     assert round(sum(one.entails(r, i, j) for one, r, i, j in asked) / len(asked), 4) == 0.1857
 
 
+@pytest.mark.slow
 def test_the_wrong_labels_of_the_published_set() -> None:
     found = {n: wrong_labels(n) for n in range(2, 7)}
     labels = {n: one["false no"] + one["false yes"] for n, one in found.items()}

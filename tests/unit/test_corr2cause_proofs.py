@@ -44,6 +44,7 @@ def told(mec: EquivalenceClass, *asked: object, short: bool = False, three: bool
     return write_proof(mec, "ABCDEFGHIJ"[: mec.n], claim, None, semantics, short=short, three=three)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("three", [False, True])
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_every_proof_of_every_length_in_every_semantics_is_valid(n: int, three: bool) -> None:

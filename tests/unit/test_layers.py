@@ -109,6 +109,7 @@ def test_the_report_imports_nothing_heavy() -> None:
     assert not set(ast.literal_eval(done.stdout)) & HEAVY
 
 
+@pytest.mark.slow
 def test_an_evaluation_imports_no_trainer_and_no_peft() -> None:
     """PEFT imports bitsandbytes and with it a compiler: a quarter of the time, for nothing without an adapter."""
     code = "import sys, pipeline.evaluate; print(sorted(name for name in sys.modules))"

@@ -411,6 +411,7 @@ def test_a_step_that_is_queued_is_not_run_here_as_well(tmp_path: Path, fake: Pat
     assert "is with Slurm, as job 41 (PENDING)" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_that_was_copied_from_a_cluster_runs_where_there_is_no_slurm(tmp_path: Path, fake: Path) -> None:
     """Nobody can be asked about the job that its job.json names, and nobody has to be."""
     run_plan(make_plan(["tiny"], NANO, cluster="slurm", stages=("preprocess",), runs=tmp_path / "runs"))

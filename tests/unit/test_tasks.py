@@ -473,6 +473,7 @@ def blocks(kind: str) -> list[str]:
     return re.findall(rf"```{kind}\n(.*?)```", (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_task_of_the_document_is_built_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its three files are written as the page says; preprocess, grading, audit and a smoke test's plan take them."""
     (code,), (rows,), (recipe_text,) = blocks("python"), blocks("json"), blocks("yaml")
