@@ -89,7 +89,7 @@ def export_command(args: argparse.Namespace) -> int:
     if options.quant:
         _refuse_missing_packages(options.quant)
     if args.public and not args.push:
-        raise PlanError("--public: says how to push; add --push OWNER/NAME, or leave it out")
+        raise PlanError("--public: got no --push; expected the repository to make public. Fix: add --push OWNER/NAME")
     if plan.cluster.submits:
         if args.push:
             raise PlanError(

@@ -88,7 +88,7 @@ def command(argv: Sequence[str], typed_in: Path | None = None) -> int:
     flags = [word for word in rest if word.startswith("-")]
     if flags or (rest and not hasattr(args, "words")):
         raise PlanError(
-            *(f"unknown option or word {word!r}: see python -m pipeline {argv[0]} --help" for word in flags or rest)
+            *(f"{word}: got an unknown argument. Fix: python -m pipeline {argv[0]} --help" for word in flags or rest)
         )
     if rest:
         args.words += rest

@@ -1,4 +1,4 @@
-"""The plan that a command's words and options ask for."""
+"""Make the plan that a command's arguments and options describe."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def cluster_of(args: argparse.Namespace) -> tuple[str, list[str]]:
 
 
 def plan_of(args: argparse.Namespace, changes: Sequence[str] = ()) -> Plan:
-    """The plan that the words and options ask for; `changes` are overrides that theirs come after."""
+    """Make the plan that the arguments and options describe; their overrides come after `changes`."""
     names = [word for word in args.words if "=" not in word]
     overrides = [word for word in args.words if "=" in word]
     if not names:
-        raise RecipeError(f"no recipe; name one or more of {', '.join(recipe_names())}")
+        raise RecipeError(f"recipe: got none; expected one or more of {', '.join(recipe_names())}. Fix: name one")
     stages = [stage for stage in args.stages.split(",") if stage]
     cluster, more = cluster_of(args)
     overrides = [*changes, *more, *overrides]

@@ -1,13 +1,13 @@
-"""How a training stage is shared out, what a checkpoint was shared out by, and whether one resumes in the other.
+"""The layout of a training stage over processes and ZeRO stages, and which checkpoints resume in it.
 
-    layout = stage_layout(recipe, cluster, "sft")           of a run that begins
-    saved = saved_layout(Path("…/checkpoint-400"))          of a checkpoint: its layout.json, or its files' names
-    misfit(saved, layout, checkpoint, "sft", cluster)       None, or the sentence that says what it needs
-    refusals(folder, recipe, cluster, "sft")                before anything is queued: why its checkpoints are refused
+    layout = stage_layout(recipe, cluster, "sft")                    of a run that begins
+    saved = saved_layout(Path("…/checkpoint-400"))                   of a checkpoint: its layout.json, or file names
+    layout_mismatch(saved, layout, checkpoint, "sft", cluster)       None, or why it cannot resume and what would
+    resume_problems(folder, recipe, cluster, "sft")                  before a job is queued: why checkpoints are refused
 
-DeepSpeed 0.19 keeps optimizer states in one part for each process, in a form of each ZeRO stage, and refuses or
-misreads them in any other layout; transformers loads a plain checkpoint in any number of processes. Imports no torch,
-loads no weights.
+DeepSpeed 0.19 stores optimizer states in one shard per process, in a format of its own for each ZeRO stage. It refuses
+or misreads them in any other layout. transformers loads a plain checkpoint in any number of processes. This module
+imports no torch and loads no weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class Layout:
-    """What decides how a checkpoint's optimizer states are stored."""
+    """The settings that decide how a checkpoint stores its optimizer states."""
 
     processes: int  # of all nodes
     zero_stage: int  # 0: without DeepSpeed
@@ -48,7 +48,7 @@ class Layout:
 def stage_layout(
     recipe: Recipe, cluster: Cluster, stage: str, *, processes: int | None = None, precision: str = UNKNOWN
 ) -> Layout:
-    """The layout of a training stage; `processes` are those that run, else those that the cluster would start."""
+    """Return the layout of a training stage; `processes` are those that run, else those of the cluster."""
     settings, name = recipe.training(stage), cluster.layout(stage).deepspeed
     zero = (deepspeed_file(name) or {}).get("zero_optimization", {})
     return Layout(
@@ -67,10 +67,10 @@ def write_layout(checkpoint: Path, layout: Layout) -> None:
 
 
 def saved_layout(checkpoint: Path) -> Layout | None:
-    """The layout a checkpoint was written in; None where its files do not tell.
+    """Return the layout that a checkpoint was written in; None where its files do not show it.
 
-    Checkpoints from before layouts were recorded are read from the names of their shards: one `*_optim_states.pt` a
-    process, model states of every process under ZeRO-3 only, and `rng_state_N.pth` where there is no DeepSpeed.
+    Older checkpoints have no layout.json. The names of their shards show it: one `*_optim_states.pt` per process,
+    model states of every process under ZeRO-3 only, and `rng_state_N.pth` without DeepSpeed.
     """
     record = read_json(checkpoint / LAYOUT)
     if isinstance(record, dict) and {f.name for f in fields(Layout)} == set(record):
@@ -89,7 +89,7 @@ def saved_layout(checkpoint: Path) -> Layout | None:
 
 
 def layout_mismatch(saved: Layout, now: Layout, checkpoint: Path, stage: str, cluster: Cluster) -> str | None:
-    """Why a checkpoint cannot be resumed in this layout, with the words that resume it; None where it can.
+    """Explain why a checkpoint cannot resume in this layout, with the overrides that resume it; None where it can.
 
     Without DeepSpeed on both sides the number of processes may differ: every process reads the whole state.
     """
@@ -115,9 +115,9 @@ def layout_mismatch(saved: Layout, now: Layout, checkpoint: Path, stage: str, cl
 def resume_problems(
     folder: Path, recipe: Recipe, cluster: Cluster, stage: str, processes: int | None = None
 ) -> list[str]:
-    """Why a step's checkpoints cannot be resumed on this cluster: someone else's, or of another layout.
+    """Explain why a step's checkpoints cannot resume on this cluster: another user's, or of another layout.
 
-    No file is hashed. `processes`: those that run, where the step has started already.
+    Hashes no file. `processes`: those that run, where the step has started already.
     """
     whole = [path.parent for path in folder.glob(f"checkpoints/checkpoint-*/{MANIFEST}")]
     whole = [path for path in whole if path.name.rpartition("-")[2].isdigit()]
@@ -138,10 +138,10 @@ def _same_optimizer(saved: Layout, now: Layout) -> list[tuple[str, str, str]]:
 
 
 def resume_overrides(saved: Layout, stage: str, cluster: Cluster) -> str:
-    """The overrides that give a run the layout of a checkpoint."""
-    words = [f"cluster.{stage}.deepspeed={saved.deepspeed_name}"]
+    """Return the overrides that give a run the layout of a checkpoint."""
+    overrides = [f"cluster.{stage}.deepspeed={saved.deepspeed_name}"]
     if saved.zero_stage:
         nodes = cluster.nodes if saved.processes % cluster.nodes == 0 else 1
-        words += [f"cluster.nodes={nodes}"] if nodes != cluster.nodes else []
-        words.append(f"cluster.processes={saved.processes // nodes}")
-    return " ".join(words)
+        overrides += [f"cluster.nodes={nodes}"] if nodes != cluster.nodes else []
+        overrides.append(f"cluster.processes={saved.processes // nodes}")
+    return " ".join(overrides)

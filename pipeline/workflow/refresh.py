@@ -1,11 +1,11 @@
-"""Finished steps whose task or reward code has changed since, and how `run --refresh` makes them again.
+"""Repeat finished steps whose task or reward code has changed (`run --refresh`).
 
     python -m pipeline run gsm8k --refresh preprocess,grpo   these, if their code has changed, and what depends on them
     python -m pipeline run gsm8k --refresh changed           every step whose code has changed
 
-A result that is made again is not deleted: its folder is moved to `runs/.replaced/`, whole, and so are the results that
-were made from it, those of other recipes too. A step whose recorded code is the present code stays, so the same command
-resumes after an interruption.
+A repeated result is not deleted: its folder moves to `runs/.replaced/`, with every result that was made from it, also
+of other recipes. A step whose recorded code is the present code stays, so the same command resumes after an
+interruption.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ REPLACED = ".replaced"
 
 
 def code_notes(plan: Plan) -> list[str]:
-    """A sentence for each finished step of the plan whose code has changed since."""
+    """Return a sentence for each finished step of the plan whose code has changed since."""
     return [f"{step.label} is {text}" for step in plan.steps if (text := step.outdated)]
 
 
 def outdated_folders(plan: Plan, names: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """The results that `--refresh names` makes again, inputs before what was made from them; and notes on what stays.
+    """Return the results that `--refresh names` repeats, inputs first, and notes on those that stay.
 
-    Raises PlanError for names of no step that the plan may start, and where a step that is asked for would need a
-    result that is moved aside and not made again.
+    Raises PlanError for a name that is not a step of the plan, and where a requested step needs a result that is moved
+    aside and not repeated.
     """
     steps = [step for step in plan.steps if step.label in plan.wanted]
     known = {CHANGED, *(step.name for step in steps), *(step.stage for step in steps)}
@@ -70,7 +70,7 @@ def _why_kept(step: Step) -> str:
 
 
 def _with_dependents(runs: Path, first: Iterable[Step]) -> list[Path]:
-    """The folders of these steps and of all that were made from them, of every recipe; each after its inputs."""
+    """Return the folders of these steps and of all that were made from them, of every recipe, inputs first."""
     steps = {path.parent: _fingerprints(path.parent) for path in sorted(runs.glob(f"*/*/{STEP}"))}
     found = {step.folder: step.fingerprint for step in first}
     queue = list(found)
@@ -83,7 +83,7 @@ def _with_dependents(runs: Path, first: Iterable[Step]) -> list[Path]:
 
 
 def _fingerprints(folder: Path) -> tuple[str, set[str]]:
-    """A step's fingerprint, and those of the steps that it was made from."""
+    """Return a step's fingerprint and those of its inputs."""
     try:
         record = read_mapping(folder / STEP) or {}
     except InvalidRecord:  # `status` shows it
@@ -95,9 +95,9 @@ def _fingerprints(folder: Path) -> tuple[str, set[str]]:
 
 
 def move_aside(folders: Sequence[Path], runs: Path) -> list[str]:
-    """Move results to `runs/.replaced/`, what was made from others first. Returns a sentence for each.
+    """Move results to `runs/.replaced/`, dependents first; return a sentence for each.
 
-    Raises ArtifactError or PlanError, before anything is moved, where one of them is being written or is with Slurm.
+    Raises ArtifactError or PlanError, before anything moves, where a step or a job of Slurm holds one.
     """
     for folder in folders:
         ensure_unlocked(folder)

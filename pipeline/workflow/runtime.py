@@ -74,7 +74,7 @@ class Deadline:
         self.begin()
 
     def begin(self) -> None:
-        """The first step begins now: what came before is no measure."""
+        """Start timing now: the time before the first step does not count."""
         self.last = time.time()
 
     def step(self) -> None:

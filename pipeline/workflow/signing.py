@@ -1,12 +1,12 @@
-"""Who wrote a checkpoint: its manifest is signed with a secret of the user's, so that only own checkpoints are resumed.
+"""Sign the manifests of checkpoints with a secret of the user, so that a run resumes the user's own checkpoints only.
 
     python -m pipeline.workflow.signing runs/tiny/sft-1a2b3c4d5e     sign the checkpoints of a folder that you trust
 
 DeepSpeed loads optimizer states by pickle, so resuming a checkpoint runs the code of whoever wrote it. A manifest of
-hashes shows that a checkpoint is whole, not where it is from. The secret is made on first use, with mode 0600, in
-$XDG_STATE_HOME/therefore/key (~/.local/state/therefore/key); THEREFORE_KEY_FILE names another file, such as one that a
-group shares with a runs folder. Weights that are only asked, evaluated or exported are safetensors and need no
-signature. Does not check that files are what the manifest says: `checkpoints.damage` does.
+hashes shows that a checkpoint is complete, not where it came from. The secret is made on first use, with mode 0600, in
+$XDG_STATE_HOME/therefore/key (~/.local/state/therefore/key). THEREFORE_KEY_FILE names another file, such as one that a
+group shares with a runs folder. Weights that are only evaluated, exported or used in a chat are safetensors and need
+no signature. `checkpoints.validation_error` compares the files with the manifest; this module does not.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KEY_BYTES = 32
 
 
 def key_path() -> Path:
-    """Where the secret is."""
+    """Return the path of the secret."""
     if named := os.environ.get(KEY_FILE):
         return Path(named).expanduser()
     state = os.environ.get("XDG_STATE_HOME")
@@ -39,7 +39,7 @@ def key_path() -> Path:
 
 
 def read_key() -> bytes | None:
-    """The secret, made on first use; None where there is no place for one (a home that cannot be written)."""
+    """Return the secret, made on first use; None where its folder cannot be written."""
     path = key_path()
     for _ in range(2):
         with contextlib.suppress(OSError, RuntimeError):
@@ -61,7 +61,7 @@ def read_key() -> bytes | None:
 
 
 def sign(checkpoint: Path, manifest: Any) -> None:
-    """Leave the signature of a manifest that is about to be written; nothing where there is no key."""
+    """Write the signature of a manifest that is about to be written; without a key write nothing."""
     if key := read_key():
         write_json(checkpoint / SIGNATURE, {"hmac_sha256": _signature(key, manifest)})
 
@@ -71,14 +71,14 @@ def _signature(key: bytes, manifest: Any) -> str:
 
 
 def origin_problem(checkpoint: Path) -> str | None:
-    """Why a checkpoint may not be resumed by this user, or None where this user wrote it.
+    """Explain why this user may not resume a checkpoint; None where this user wrote it.
 
-    A manifest without a signature is from before there were any: it counts when the file is this user's and has been
-    on this disk since before the key was made (`ctime`, which no archive brings along).
+    Older manifests have no signature. Such a one counts when this user owns the file and it was on this disk before
+    the key was made (`ctime`, which an archive does not restore).
     """
     manifest = read_json(checkpoint / MANIFEST)
     if manifest is None:
-        return None  # not whole, which is not a question of origin
+        return None  # incomplete: `checkpoints.validation_error` reports that
     key, record = read_key(), read_json(checkpoint / SIGNATURE)
     signature = record.get("hmac_sha256") if isinstance(record, dict) else None
     if isinstance(signature, str) and key and hmac.compare_digest(_signature(key, manifest), signature):
@@ -95,7 +95,7 @@ def origin_problem(checkpoint: Path) -> str | None:
 
 
 def _is_older(manifest: Path, key: bytes | None) -> bool:
-    """Whether a manifest is this user's own from before keys."""
+    """Return whether a manifest is this user's own and older than the key."""
     status = manifest.stat()
     if status.st_uid != os.getuid():
         return False

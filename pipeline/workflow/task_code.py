@@ -1,8 +1,8 @@
-"""The code that decides rows, grades and rewards: which modules a stage uses, and hashes to compare them by.
+"""Hash the code that decides rows, grades and rewards, to report finished steps whose code has changed since.
 
-It is no part of a fingerprint, because a changed comment must not train ten hours again. An artifact records it under
-`provenance["code"]` instead; `plan`, `run` and `status` report a finished step whose code has changed since, and
-`run --refresh` makes such steps again. The stages' own code has a revision (stage.py), and that is in the fingerprint.
+A fingerprint does not include it, because a changed comment must not repeat ten hours of training. An artifact records
+it under `provenance["code"]`. `plan`, `run` and `status` report a finished step whose code has changed, and
+`run --refresh` repeats such steps. The stages' own code has a revision (stage.py), which the fingerprint includes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FOLDERS = {"pipeline.tasks": pipeline.tasks.__path__, "pipeline.rewards": pipeli
 
 
 def code_of(stage: str, task: str, rewards: Iterable[str]) -> dict[str, str]:
-    """The modules that decide a stage's rows, grades and rewards, with the hash of each: `pipeline/tasks/gsm8k.py`.
+    """Return the modules that decide a stage's rows, grades and rewards, each path with its hash.
 
     `rewards` are the names that the recipe lists. Empty for a stage that uses no task code.
     """
@@ -50,7 +50,7 @@ def code_of(stage: str, task: str, rewards: Iterable[str]) -> dict[str, str]:
 
 
 def code_changes(folder: Path, stage: str, task: str, rewards: Iterable[str]) -> list[str]:
-    """The modules that have changed since the finished step of this folder was made.
+    """Return the modules that have changed since the finished step of this folder ran.
 
     Empty also for a step that recorded none, because an earlier version made it.
     """
@@ -62,7 +62,7 @@ def code_changes(folder: Path, stage: str, task: str, rewards: Iterable[str]) ->
 
 
 def code_changes_of(folder: Path) -> list[str]:
-    """The same of a folder alone: its step.json names stage, task and rewards."""
+    """Do the same for a folder alone: its step.json names stage, task and rewards."""
     try:
         record: Any = read_mapping(folder / STEP)
         recipe = record["recipe"]
@@ -72,7 +72,7 @@ def code_changes_of(folder: Path) -> list[str]:
 
 
 def recorded_code(folder: Path) -> dict[str, Any] | None:
-    """What the artifact of a folder recorded of its code; None where it recorded nothing, or there is no artifact."""
+    """Return the code hashes that a folder's artifact recorded; None without an artifact or without such a record."""
     try:
         record = read_mapping(folder / ARTIFACT) or {}
     except InvalidRecord:  # which counts as none
@@ -83,7 +83,7 @@ def recorded_code(folder: Path) -> dict[str, Any] | None:
 
 
 def _reachable(names: Sequence[str]) -> dict[str, Path]:
-    """These modules, and those of tasks and rewards that they import, with their files."""
+    """Return these modules, and those of tasks and rewards that they import, with their files."""
     found: dict[str, Path] = {}
     left = list(names)
     while left:
@@ -96,7 +96,7 @@ def _reachable(names: Sequence[str]) -> dict[str, Path]:
 
 
 def _file_of(name: str) -> Path | None:
-    """The file of a module; nothing is imported to find it."""
+    """Find the file of a module without importing anything."""
     if name in READERS:
         return Path(pipeline.scoring.__path__[0]) / f"{name.rpartition('.')[2]}.py"
     package = ".".join(name.split(".")[:2])
@@ -110,7 +110,7 @@ def _file_of(name: str) -> Path | None:
 
 @lru_cache(maxsize=256)
 def _module(path: Path, name: str, changed: int) -> tuple[str, list[str]]:
-    """The hash of what a module does, without comments, docstrings and positions; and what it imports of FOLDERS."""
+    """Hash a module without comments, docstrings and positions; list the modules of FOLDERS that it imports."""
     tree = _tree(path)
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     wanted = tuple(f"{folder}." for folder in FOLDERS)
@@ -119,7 +119,7 @@ def _module(path: Path, name: str, changed: int) -> tuple[str, list[str]]:
 
 
 def _imports(tree: ast.Module, package: str) -> Iterator[str]:
-    """Every name that a module of this package imports and that may be a module."""
+    """Yield every imported name of a module of this package that may be a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -131,7 +131,7 @@ def _imports(tree: ast.Module, package: str) -> Iterator[str]:
 
 
 def _tree(path: Path) -> ast.Module:
-    """The syntax tree; that of a file which is no Python is its text, so that a change of it shows."""
+    """Parse a file; one that is not Python becomes its text, so that a change of it shows."""
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
         return ast.parse(text)
@@ -140,7 +140,7 @@ def _tree(path: Path) -> ast.Module:
 
 
 def _plain(node: Any) -> Any:
-    """A syntax tree as nested tuples. Empty fields are left out: later Pythons add some, and the hash has to stay."""
+    """Turn a syntax tree into nested tuples, without empty fields: later Pythons add some, and the hash has to stay."""
     if isinstance(node, list):
         return tuple(_plain(item) for item in node)
     if not isinstance(node, ast.AST):

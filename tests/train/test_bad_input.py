@@ -27,7 +27,7 @@ ONE = ["cluster.processes=1"]
     [
         (["run", "tinny"], "unknown recipe 'tinny' in configs/; did you mean 'tiny'?"),
         (["run"], "the following arguments are required"),
-        (["run", "sft.epochs=1"], "no recipe; name one or more of"),
+        (["run", "sft.epochs=1"], "recipe: got none; expected one or more of"),
         (["plan", "tiny", "grpo.num_generation=4"], "grpo.num_generation: unknown setting; did you mean"),
         (
             ["plan", "tiny", "sft.optimizer.learning_rate=fast"],
@@ -42,7 +42,7 @@ ONE = ["cluster.processes=1"]
             "cluster.sft.deepspeed: got 'zero9'; expected a file of deepspeed/",
         ),
         (["plan", "tiny", "cluster.sft.deepspeed=none"], "got 'muon', which is DeepSpeed's"),
-        (["plan", "tiny", "--verbose"], "unknown option or word '--verbose'"),
+        (["plan", "tiny", "--verbose"], "--verbose: got an unknown argument. Fix: python -m pipeline plan --help"),
         (["status", "tinny"], "nothing has run"),
         (["evaluate", "--ckpt", "no/such/folder"], "checkpoint no/such/folder: no such folder"),
         (["evaluate", "tiny", "--ckpt", "owner/name", "--task", "corr2caus"], "unknown task 'corr2caus'"),
