@@ -99,7 +99,7 @@ def test_comments_docstrings_and_layout_are_no_change(plan: Plan, code: Path) ->
     task = code / "tasks" / "gsm8k.py"
     edit(task, "class Gsm8k(Task):", 'class Gsm8k(Task):  # a comment\n    """Another docstring."""\n\n')
     edit(task, '"""GSM8K: grade-school word problems', '"""Other words')
-    edit(task, '"""(steps, number) of a published answer."""', '"""What it returns."""')
+    edit(task, "Split a row's answer into steps and final number.", "What it returns.")
     assert outdated(plan) == set()
     edit(task, 'end with "####" and the number.', 'end with "####" and one number.')
     assert outdated(plan) == {"preprocess", "grpo", "evaluate-base", "evaluate-sft", "evaluate-grpo"}
