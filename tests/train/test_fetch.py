@@ -21,7 +21,7 @@ def recipe(tmp_path: Path) -> str:
     return str(file)
 
 
-SMALL = [word for word in NANO if "scratch" not in word]
+SMALL = [word for word in NANO if "random_init" not in word]
 
 
 def test_a_fetched_model_is_evaluated_without_the_hub(nano: Path, tmp_path: Path, recipe: str) -> None:
@@ -30,7 +30,7 @@ def test_a_fetched_model_is_evaluated_without_the_hub(nano: Path, tmp_path: Path
     before = run_cli("run", recipe, *SMALL, "--launcher", "slurm", *runs, env=home)
     assert before.returncode == 2
     assert f"model {NAME} is not in the local cache (no file)" in before.stderr
-    assert "run python -m pipeline download mine" in before.stderr
+    assert "Fix: python -m pipeline download mine" in before.stderr
     assert not (tmp_path / "runs").exists()
 
     model = only(nano, "tiny/sft-*") / "model"

@@ -27,6 +27,8 @@ from pipeline.workflow.plan import make_plan, spec_of
 from pipeline.workflow.progress import ProgressFile, many_attempts, too_many_restarts
 from pipeline.workflow.stage import write_spec
 
+pytestmark = pytest.mark.slow  # most tests start several commands
+
 
 def calls(fake: Path, *names: str) -> list[str]:
     """The calls of these commands so far."""

@@ -21,6 +21,8 @@ from pipeline.workflow import status
 from pipeline.workflow.artifact import _checked
 from pipeline.workflow.plan import make_plan
 
+pytestmark = pytest.mark.slow  # each test starts several commands
+
 RECIPE = "tiny-smoke-test"
 STEPS = ("preprocess", "sft", "grpo", "evaluate-base", "evaluate-sft", "evaluate-grpo", "report")
 FILES = ("artifact.json", "progress.json", "owner.json", "job.json", "step.json", "history.json", "log.txt", "stop")

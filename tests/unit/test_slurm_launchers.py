@@ -33,6 +33,8 @@ from pipeline.workflow.plan import make_plan, spec_of
 from pipeline.workflow.progress import ProgressFile
 from pipeline.workflow.stage import STAGES, write_spec
 
+pytestmark = pytest.mark.slow  # most tests start several commands
+
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
