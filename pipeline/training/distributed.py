@@ -182,6 +182,10 @@ def reset() -> None:
         GradientState._reset_state()
     if "transformers.integrations.deepspeed" in sys.modules:
         sys.modules["transformers.integrations.deepspeed"].unset_hf_deepspeed_config()
+    if zero := sys.modules.get("deepspeed.runtime.zero.partition_parameters"):
+        # ZeRO-3 replaces this function for the rest of the process, and keeps the original under this name
+        original = getattr(zero.InsertPostInitMethodToModuleSubClasses, "linear_bk", torch.nn.functional.linear)
+        torch.nn.functional.linear = original
     gc.collect()  # a model and its optimizer form a reference cycle
 
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from running import NANO, only, run_here
 
@@ -20,9 +21,10 @@ ONE = [*NANO, "cluster.processes=1"]
 
 
 def test_it_leaves_what_processes_leave_and_its_own_process_as_it_was(nano: Path, tmp_path: Path) -> None:
-    before = dict(os.environ)
-    run_here("run", "tiny", *ONE, "--runs", str(tmp_path))
+    before, linear = dict(os.environ), torch.nn.functional.linear
+    run_here("run", "tiny", *ONE, "cluster.grpo.deepspeed=zero3", "--runs", str(tmp_path))
     assert dict(os.environ) == before
+    assert torch.nn.functional.linear is linear  # which ZeRO-3 replaces
     assert not dist.is_initialized()
     ours, theirs = ({path.name: path for path in runs.glob("tiny/*")} for runs in (tmp_path, nano))
     assert set(ours) == set(theirs)  # the same steps: where they run decides nothing
