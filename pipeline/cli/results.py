@@ -113,6 +113,6 @@ def show_metrics(step: Step) -> None:
             if figure := overall.get(name):
                 print(f"  {name:<18} {figure.value:7.3f}   {figure.low:.3f} … {figure.high:.3f}")
         if "proxy" in overall:
-            print(f"  proxy is no correctness: {task.proxy}")
+            print(f"  proxy is not correctness: {task.proxy}")
     print(printable("".join(f"warning: {warning}\n" for warning in artifact.warnings)), end="")
     print(f"\n{step.folder}/predictions.jsonl and metrics.json")

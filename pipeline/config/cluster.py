@@ -64,7 +64,7 @@ class Cluster:
     keep_checkpoints: PositiveInt
     logging_steps: PositiveInt
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...]
-    kill_timeout: PositiveInt  # seconds a process has to end after it was asked to
+    kill_timeout: PositiveInt  # seconds between the request to stop and the kill
     slurm: Slurm
     max_idle_steps: PositiveInt | None = added(None)  # GRPO steps in a row without spread that end it; None: only warn
 

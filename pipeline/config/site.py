@@ -53,7 +53,7 @@ SIGNAL_BEFORE_LIMIT = {"preprocess": 120, "sft": 300, "grpo": 1200, "evaluate": 
 
 @dataclass(frozen=True)
 class SignalBeforeLimit:
-    """How many seconds before its limit each stage is asked to save; None: see SIGNAL_BEFORE_LIMIT."""
+    """Seconds before the limit at which each stage is signalled to save; None: see SIGNAL_BEFORE_LIMIT."""
 
     preprocess: PositiveInt | None = None
     sft: PositiveInt | None = None
@@ -75,7 +75,7 @@ class Slurm:
     cpus: PositiveInt | None  # of each node, shared by its processes
     memory: str | None  # of each node, such as 64G
     time: Times
-    signal_before_limit: PositiveInt | SignalBeforeLimit  # seconds before the limit at which a step is asked to save
+    signal_before_limit: PositiveInt | SignalBeforeLimit  # seconds before the limit at which a step must save
     extra_sbatch_args: tuple[str, ...]  # further options of sbatch, such as --exclude=node7
     modules: tuple[Module, ...]  # loaded on the node before Python starts
     environment: dict[str, str]  # variables of the job; $NAME in a value is filled in there

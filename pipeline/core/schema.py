@@ -13,11 +13,11 @@ import math
 import re
 import types
 import typing
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
+from pipeline import former_names
 from pipeline.core.errors import did_you_mean
 
 T = TypeVar("T")
@@ -69,13 +69,7 @@ FORMER = {  # what a task that someone wrote may import
     "build": "parse",
 }
 if not TYPE_CHECKING:  # a type checker shall know the present names only
-
-    def __getattr__(name: str) -> Any:
-        """Return what a former name stands for, with a warning that names the present one."""
-        if name not in FORMER:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        warnings.warn(f"{__name__}.{name} is now {FORMER[name]}", FutureWarning, stacklevel=2)
-        return globals()[FORMER[name]]
+    __getattr__ = former_names(__name__, FORMER)
 
 
 RESERVED = ("evaluations", "exports")  # folders of runs/ that belong to no recipe

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import former_names
 from pipeline.core.errors import DataError, join_first
@@ -105,6 +105,6 @@ def has_fields(values: Any, names: Sequence[str]) -> bool:
     return isinstance(values, dict) and all(not is_missing(values.get(name)) for name in names)
 
 
-__getattr__ = former_names(
-    __name__, {"lacks": "missing_fields", "no_text": "empty_fields", "sorted_out": "filter_rows"}
-)
+FORMER = {"lacks": "missing_fields", "no_text": "empty_fields", "sorted_out": "filter_rows"}
+if not TYPE_CHECKING:  # a type checker shall know the present names only
+    __getattr__ = former_names(__name__, FORMER)

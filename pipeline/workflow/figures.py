@@ -48,7 +48,7 @@ def _count_split(predictions: Sequence[Prediction], task: Task, settings: Report
 
 
 def _solver_outcomes(predictions: Sequence[Prediction], task: Task) -> list[Outcome]:
-    """The task's exact program as if it were a model; empty where it cannot answer every row: then it is no ceiling."""
+    """Score the task's exact program like a model; empty where it cannot answer every row: no ceiling then."""
     if not all(prediction.solved for prediction in predictions):
         return []
     return [

@@ -136,9 +136,12 @@ def make_plan(
     """
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
-        raise PlanError(*(f"unknown stage {stage!r}; {did_you_mean(stage, STAGES)}" for stage in unknown))
+        raise PlanError(*(f"--stages: got {stage!r}; {did_you_mean(stage, STAGES)}" for stage in unknown))
     if "export" in stages:
-        raise PlanError("an export is no part of a run: python -m pipeline export --ckpt DIR --format merged16")
+        raise PlanError(
+            "--stages: got export; expected stages of a run. "
+            "Fix: python -m pipeline export --ckpt DIR --format merged16"
+        )
     if skip_sft:
         overrides = [*overrides, "grpo.init_from=base"]
     recipes, where = _resolve(names, overrides, cluster, smoke_test)

@@ -35,7 +35,7 @@ class Runtime:
         return (self.folder / STOP).exists()
 
     def raise_if_stopping(self) -> None:
-        """Raise Stopped where asked to, for a stage whose ranks work apart and keep their work as they go."""
+        """Raise Stopped after a stop request, for a stage whose ranks work apart and keep their work as they go."""
         self.check_lock()
         if self.stop_requested():
             raise Stopped(f"stopped at {self.progress.now.done} of {self.progress.now.total}, kept")
@@ -59,9 +59,9 @@ class Runtime:
 class Deadline:
     """Stops a step early whose own steps take longer than the time Slurm gives it to save.
 
-    `signal_before_limit` seconds before the job's limit the step is asked to save, which it does at the end of the step
-    or batch that it is in. Where one takes longer than that, the limit comes first, and Slurm does not start the job
-    again. So this asks for the stop as soon as another one as long as the longest may not end in time.
+    `signal_before_limit` seconds before the job's limit Slurm signals the step to save. It saves at the end of the
+    step or batch that it is in. Where one takes longer than that, the limit comes first, and Slurm does not start the
+    job again. So this requests the stop as soon as another one as long as the longest may not end in time.
     """
 
     def __init__(self, runtime: Runtime, stage: str) -> None:

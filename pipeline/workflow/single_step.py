@@ -79,7 +79,7 @@ def _whole_file(words: Sequence[str]) -> tuple[list[str], Path | None]:
     if not path or path == "null":
         return list(words), None
     if not Path(path).is_file():
-        raise PlanError(f"{', '.join(named)}: got {path[:80]}, which is no file; expected the rows to evaluate")
+        raise PlanError(f"{', '.join(named)}: got {path[:80]}, which is not a file; expected the rows to evaluate")
     others = [word for word in words if not word.startswith(("task.source=", "task.validation_path=", *keys))]
     cleared = ["task.source=path", "task.path=null", "task.validation_path=null"]
     return [*others, *cleared, f"task.test_path={path}"], Path(path)

@@ -49,7 +49,7 @@ def find_checkpoint(where: str) -> Checkpoint:
     elif (folder / STEP).exists():
         raise ArtifactError(
             f"checkpoint {where}: that step has not ended (no {ARTIFACT}); run it again, "
-            f"or give one of its checkpoints: {_names(folder / 'checkpoints') or 'there is none yet'}"
+            f"or give one of its checkpoints: {_names(folder / 'checkpoints') or 'none yet'}"
         )
     for inside in ("model", "adapter"):  # a step's folder
         if (folder / inside).is_dir():

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from recipes import recipe_of
 
 from pipeline.config.cluster import Cluster, read_cluster
-from pipeline.config.recipe import Recipe, read
 from pipeline.core.errors import LaunchError
 from pipeline.sizing.model_sizes import GIB
 from pipeline.training import devices
@@ -20,12 +20,6 @@ def cluster_of(name: str = "2x2080ti", *words: str) -> Cluster:
     cluster, problems = read_cluster(name, words)
     assert cluster is not None, problems
     return cluster
-
-
-def recipe_of(name: str, *words: str) -> Recipe:
-    recipe, problems = read(name, words)
-    assert recipe is not None, problems
-    return recipe
 
 
 def with_card(

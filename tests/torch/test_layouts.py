@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from recipes import recipe_of
 from running import NANO, only, run_cli
 
 from pipeline.config.cluster import Cluster, read_cluster
-from pipeline.config.recipe import Recipe, read
 from pipeline.core.files import read_json
 from pipeline.training.checkpoints import write_manifest
 from pipeline.workflow.layouts import LAYOUT, Layout, layout_mismatch, saved_layout, stage_layout
@@ -24,12 +24,6 @@ def cluster_of(*words: str) -> Cluster:
     cluster, problems = read_cluster("local", words)
     assert cluster is not None, problems
     return cluster
-
-
-def recipe_of(name: str, *words: str) -> Recipe:
-    recipe, problems = read(name, words)
-    assert recipe is not None, problems
-    return recipe
 
 
 def test_the_layout_of_a_run_is_read_from_recipe_and_cluster() -> None:

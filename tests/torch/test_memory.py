@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from live_bytes import LiveBytes, LiveTensors
 from peft import LoraConfig, get_peft_model
 from published import PUBLISHED
+from recipes import cluster_of, recipe_of
 from running import run_cli
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from trl.trainer import utils as trl_utils
@@ -36,18 +37,6 @@ from pipeline.workflow.plan import make_plan, spec_of
 
 LORA = Lora(True, 8, 16.0, 0.05, ("all-linear",))
 KINDS = {"qwen2": "qwen1.5b", "llama": "llama8b", "phi3": "phi3.5", "qwen3": "qwen3-4b", "gemma3_text": "gemma3-1b"}
-
-
-def recipe_of(name: str, *words: str) -> Recipe:
-    recipe, problems = read(name, words)
-    assert recipe is not None, problems
-    return recipe
-
-
-def cluster_of(name: str, *words: str) -> Cluster:
-    cluster, problems = read_cluster(name, words)
-    assert cluster is not None, problems
-    return cluster
 
 
 def config_of(kind: str, **changes: Any) -> dict[str, Any]:

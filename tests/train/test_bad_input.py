@@ -33,7 +33,7 @@ ONE = ["cluster.processes=1"]
             ["plan", "tiny", "sft.optimizer.learning_rate=fast"],
             "sft.optimizer.learning_rate: got 'fast'; expected a number > 0",
         ),
-        (["plan", "tiny", "--stages", "stf"], "unknown stage 'stf'; did you mean 'sft'?"),
+        (["plan", "tiny", "--stages", "stf"], "--stages: got 'stf'; did you mean 'sft'?"),
         (["plan", "tiny", "evaluate.splits=[tests]"], "has no split 'tests'; did you mean 'test'?"),
         (["plan", "tiny", "task.name=corr2caus"], "unknown task 'corr2caus'; did you mean 'corr2cause'?"),
         (["plan", "tiny", "--cluster", "locall"], "unknown cluster 'locall'"),

@@ -505,7 +505,9 @@ def test_what_cannot_be_exported_is_told(learned: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(PlanError, match="there is something else in it already"):
         export_plan(ckpt, ["tiny"], format="merged16", out=tmp_path)
-    with pytest.raises(PlanError, match="an export is no part of a run: python -m pipeline export"):
+    with pytest.raises(
+        PlanError, match=r"--stages: got export; expected stages of a run\. Fix: python -m pipeline export --ckpt DIR"
+    ):
         make_plan(["tiny"], stages=["export"])
     done = run_cli("export", "--ckpt", ckpt, "--format", "merged15")
     assert done.returncode == 2

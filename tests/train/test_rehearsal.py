@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 from published import PUBLISHED
+from recipes import recipe_of
 from running import only, run_cli, run_here
 
 from pipeline import preprocess
 from pipeline.config.cluster import cluster_names
 from pipeline.config.model_files import BUNDLED, model_config
-from pipeline.config.recipe import Recipe, read, recipe_names
+from pipeline.config.recipe import recipe_names
 from pipeline.core.errors import RecipeError
 from pipeline.core.files import read_json
 from pipeline.models.loading import load_tokenizer, prompt_ids
@@ -22,12 +23,6 @@ from pipeline.workflow.plan import make_plan
 from pipeline.workflow.progress import ProgressFile
 from pipeline.workflow.runtime import Runtime
 from pipeline.workflow.weights import find_checkpoint
-
-
-def recipe_of(name: str) -> Recipe:
-    recipe, problems = read(name)
-    assert recipe is not None, problems
-    return recipe
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from every_way import LAYOUTS, WAYS, cells
+from recipes import recipe_of
 from running import ROOT
 from safetensors.torch import load_file
 
 from pipeline.config.cluster import read_cluster
-from pipeline.config.recipe import Model, Recipe, read
+from pipeline.config.recipe import Model
 from pipeline.core.files import read_json
 from pipeline.models.loading import choose_attention, choose_dtype
 from pipeline.sizing.fitting import needs
@@ -25,12 +26,6 @@ from pipeline.sizing.memory import states_of, zero_of
 from pipeline.training.trainer import preserve_adapter_dtype
 
 CELLS = [(layout, *cell) for layout in LAYOUTS for cell in cells(layout)]
-
-
-def recipe_of(name: str, *words: str) -> Recipe:
-    recipe, problems = read(name, words)
-    assert recipe is not None, problems
-    return recipe
 
 
 @pytest.fixture(scope="module")

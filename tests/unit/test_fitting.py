@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from recipes import cluster_of, recipe_of
 from running import run_cli
 
-from pipeline.config.cluster import Cluster, read_cluster
 from pipeline.config.model_files import model_config
-from pipeline.config.recipe import Recipe, read
 from pipeline.core import nvidia
 from pipeline.launchers.torchrun import environment
 from pipeline.preflight import checks as preflight
@@ -23,18 +22,6 @@ from pipeline.workflow.stage import STAGES
 
 TWO_CARDS = "0, GPU-aa11, 11264, 7.5\n1, GPU-bb22, 24576, 8.6\n"
 FULL = ["lora.enabled=false", "model.quantization=none"]
-
-
-def recipe_of(name: str, *words: str) -> Recipe:
-    recipe, problems = read(name, words)
-    assert recipe is not None, problems
-    return recipe
-
-
-def cluster_of(name: str, *words: str) -> Cluster:
-    cluster, problems = read_cluster(name, words)
-    assert cluster is not None, problems
-    return cluster
 
 
 @pytest.fixture

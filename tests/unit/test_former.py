@@ -19,7 +19,6 @@ from pipeline.config.recipe import Recipe, TaskChoice, read
 from pipeline.core.hashing import plain
 from pipeline.core.schema import Renames, parse, value_at
 from pipeline.tasks.gsm8k import Gsm8k, Gsm8kParams
-from pipeline.tasks.task import Task
 from pipeline.workflow.plan import make_plan
 from pipeline.workflow.stage import STAGES
 
@@ -273,11 +272,11 @@ def test_a_smoke_test_by_its_former_word_is_the_same_plan(tmp_path: Path, capsys
 
 
 def test_a_task_that_names_its_small_params_by_the_former_word_is_smoke_tested() -> None:
-    class Mine(Gsm8k):
-        smoke_test_params = Task.smoke_test_params
+    with pytest.warns(FutureWarning, match=r"Mine\.rehearsal is now smoke_test_params"):
 
-        def rehearsal(self) -> dict[str, Any]:
-            return {"rows": 7}
+        class Mine(Gsm8k):
+            def rehearsal(self) -> dict[str, Any]:
+                return {"rows": 7}
 
     choice = TaskChoice("gsm8k", "sample", None, None, "error", {})
     assert Mine(choice, Gsm8kParams(), 0).smoke_test_params() == {"rows": 7}

@@ -110,7 +110,7 @@ def test_a_combination_that_cannot_be_is_told_with_what_can(overrides: list[str]
     [
         (["tinny"], [], "local", "unknown recipe 'tinny' in configs/; did you mean 'tiny'?"),
         (["nowhere/tiny.yaml"], [], "local", "recipe 'nowhere/tiny.yaml': no such file; did you mean 'tiny'?"),
-        (["tiny"], ["sfft"], "local", "unknown stage 'sfft'; did you mean 'sft'?"),
+        (["tiny"], ["sfft"], "local", "--stages: got 'sfft'; did you mean 'sft'?"),
         (["tiny"], [], "locl", "unknown cluster 'locl' in configs/clusters/; did you mean 'local'?"),
     ],
 )

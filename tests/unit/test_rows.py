@@ -300,7 +300,7 @@ def test_an_evaluation_takes_the_whole_file(tmp_path: Path) -> None:
     gsm8k_file(mine, range(21))
     again = evaluation_plan(str(checkpoints[0]), [f"task.path={mine}"], task="gsm8k", runs=tmp_path)
     assert again.steps[0].fingerprint != before  # other rows are another evaluation
-    with pytest.raises(PlanError, match=r"task\.path: got none.jsonl, which is no file"):
+    with pytest.raises(PlanError, match=r"task\.path: got none.jsonl, which is not a file"):
         evaluation_plan(str(checkpoints[0]), ["task.path=none.jsonl"], task="gsm8k", runs=tmp_path)
 
 
