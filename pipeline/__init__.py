@@ -10,7 +10,7 @@ this table.
     preflight/   every check that can run before a job is queued
     *.py         the stages and commands that users run: preprocess sft grpo evaluate report export ask
     training/    trainers, callbacks, checkpoints, process groups, the harness of a stage      (torch)
-    engines/     generation                                                                     (torch)
+    engines/     generation: the interface, transformers                                        (torch)
     models/      loading, chat formats, random initialisation, checks of weights, GGUF         (torch)
     workflow/    plan, stages, artifacts, locks, progress, status
     hub/         download, upload
@@ -44,7 +44,7 @@ _FORMER = {  # folder -> modules that were `pipeline.NAME` before they moved int
     "workflow": "artifact progress runtime stage plan status step_folders jobs "
     "refresh task_code layouts signing faults",
     "models": "modeling=loading weight_checks template_trial to_gguf=gguf kernels",
-    "engines": "generation",
+    "engines": "generation=engine",
     "training": "training=trainer monitor=callbacks checkpoints distributed devices operators",
     "preflight": "preflight=checks",
 }

@@ -22,7 +22,9 @@ from pipeline.config.cluster import MaxMemory
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import PlanError, printable, run_main
 from pipeline.core.schema import parse
-from pipeline.engines.generation import Completion, Sampling, TokenStreamer, generate_batch, seed_of, stop_ids
+from pipeline.engines.engine import Completion, Engine, Request, Sampling
+from pipeline.engines.text import TextStream, stop_ids
+from pipeline.engines.transformers import TransformersEngine
 from pipeline.models.loading import check_tokenizer, load_for_chat, load_tokenizer, prompt_ids, template_opens_think
 from pipeline.scoring.answers import CLOSE, OPEN, REASONS, split_thought
 from pipeline.tasks.task import Grade, Message, Task, task_of
@@ -67,7 +69,9 @@ class LoadedModel:
     """A model that is loaded, and the conversation with it."""
 
     name: str
-    model: Any
+    engine: Engine
+    stops: list[int]
+    context: int  # tokens that it reads
     tokenizer: Any
     task: Task
     sampling: Sampling
@@ -143,11 +147,12 @@ def load(wanted: CheckpointRequest, options: Options) -> LoadedModel:
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     model = load_for_chat(checkpoint, recipe.model, options.max_memory)
     check_tokenizer(tokenizer, model, checkpoint)
-    model.eval()
     print(f"loaded in {time.time() - started:.1f} s", file=sys.stderr, flush=True)
     return LoadedModel(
         wanted.checkpoint,
-        model,
+        TransformersEngine(model, tokenizer, rows=1),
+        stop_ids(model, tokenizer),
+        model.config.get_text_config().max_position_embeddings,
         tokenizer,
         task_of(recipe.task, recipe.seed),
         sampling_of(recipe, options),
@@ -172,7 +177,7 @@ def answer_question(loaded: LoadedModel, question: str, out: TextIO) -> Answer:
     messages = loaded.task.messages(example)
     turns = [*loaded.turns, *(messages[-1:] if loaded.turns else messages)]
     prompt = prompt_ids(loaded.tokenizer, [turns])[0]
-    context = loaded.model.config.get_text_config().max_position_embeddings
+    context = loaded.context
     if len(prompt) >= context:
         raise PlanError(
             f"the question has {len(prompt)} tokens with its chat format and what was said before, {loaded.name} reads "
@@ -181,10 +186,10 @@ def answer_question(loaded: LoadedModel, question: str, out: TextIO) -> Answer:
     room = min(loaded.sampling.max_new_tokens, context - len(prompt))
     sampling = Sampling(loaded.sampling.temperature, loaded.sampling.top_p, loaded.sampling.top_k, room)
     screen = Screen(loaded.prompt_opens_think, out)
-    stream = TokenStreamer(loaded.tokenizer, stop_ids(loaded.model, loaded.tokenizer), screen.show)
+    stream = TextStream(loaded.tokenizer, loaded.stops, screen.show)
     started = time.time()
-    seeds = [seed_of(loaded.seed, prompt)]
-    completion = generate_batch(loaded.model, loaded.tokenizer, [prompt], sampling, seeds, stream)[0]
+    [answered] = loaded.engine.generate([Request(prompt, loaded.seed)], sampling, watch=stream.watch)
+    completion = answered.completion
     screen.end(completion.text)
     verdict = loaded.task.judge(example, completion.text, loaded.prompt_opens_think, completion.truncated)
     answer = Answer(completion, verdict, time.time() - started)

@@ -19,13 +19,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.cluster import AUTO_EVALUATE
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import DataError
 from pipeline.core.files import write_json
-from pipeline.engines.generation import Sampling, generate, mean_log_likelihood
+from pipeline.engines.engine import Engine, Request, Sampling
+from pipeline.engines.families import share_out
+from pipeline.engines.transformers import TransformersEngine
 from pipeline.models.loading import (
     check_tokenizer,
     encode_rows,
@@ -80,21 +82,15 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     left = [(split, row) for split, row in test_cases if (split, row["id"]) not in answered]
     distributed.barrier()  # every rank has to see the same rows left before any writes
     prompts = prompt_ids(tokenizer, [row["prompt"] for _, row in left])
-    total, mine, batch_size = len(test_cases), 0, runtime.cluster.evaluate_batch_size
+    requests = [Request(prompt, recipe.seed) for prompt in prompts]
+    mine = share_out(requests, runtime.rank, runtime.world)
+    total, rows_at_once = len(test_cases), runtime.cluster.evaluate_batch_size
+    engine = TransformersEngine(model, tokenizer, AUTO_EVALUATE if rows_at_once == "auto" else rows_at_once)
     runtime.progress.update(state="running", done=len(answered), first=len(answered), total=total, note="")
     deadline = Deadline(runtime, "evaluate")
     with (out / f"partial-{runtime.rank}-{time.time_ns()}.jsonl").open("w", encoding="utf-8") as file:
-        completions = generate(
-            model,
-            tokenizer,
-            prompts,
-            sampling,
-            AUTO_EVALUATE if batch_size == "auto" else batch_size,
-            recipe.seed,
-            rank=runtime.rank,
-            world=runtime.world,
-        )
-        for index, completion in completions:
+        for finished, answer in enumerate(engine.generate([requests[k] for k in mine], sampling), 1):
+            index, completion = mine[answer.request], answer.completion
             split, row = left[index]
             example = example_of(row)
             verdict = task.judge(example, completion.text, prompt_opens_think, completion.truncated)
@@ -112,15 +108,14 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
                 reason=verdict.reason,
                 solved=task.solve(example),
                 thought=has_thought(completion.text, prompt_opens_think),
-                preferred=prefers(model, tokenizer, row),
+                preferred=prefers(engine, tokenizer, row),
                 completion=completion.text,
                 tokens=completion.tokens,
                 truncated=completion.truncated,
             )
             file.write(json.dumps(prediction.to_json(), ensure_ascii=False) + "\n")
             file.flush()
-            mine += 1
-            runtime.progress.update(done=min(total, len(answered) + mine * runtime.world))
+            runtime.progress.update(done=min(total, len(answered) + finished * runtime.world))
             deadline.step()
             runtime.raise_if_stopping()
     distributed.barrier()
@@ -128,8 +123,9 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     # ---- the questions whose answers are only shown
     if runtime.rank == 0 and settings.prompts:
         shown = prompt_ids(tokenizer, [task.messages(task.example_from_text(prompt)) for prompt in settings.prompts])
-        completions_shown = dict(generate(model, tokenizer, shown, sampling, 1, recipe.seed))
-        answers = [{"prompt": prompt, "answer": completions_shown[k].text} for k, prompt in enumerate(settings.prompts)]
+        asked = engine.generate([Request(ids, recipe.seed) for ids in shown], sampling)
+        texts = {answer.request: answer.completion.text for answer in asked}
+        answers = [{"prompt": prompt, "answer": texts[k]} for k, prompt in enumerate(settings.prompts)]
         write_json(out / PROMPTS, answers)
 
     # ---- count
@@ -150,7 +146,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     return metrics
 
 
-def prefers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> bool | None:
+def prefers(engine: Engine, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> bool | None:
     """Whether the row's wanted answer is likelier, by its mean log-probability a token, than its rejected one.
 
     None for a row without a rejected answer.
@@ -160,7 +156,7 @@ def prefers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: dic
         return None
     pair = [row["completion"], [{"role": "assistant", "content": rejected}]]
     wanted, other = (
-        mean_log_likelihood(model, one["input_ids"], one["labels"])
+        engine.log_likelihood(one["input_ids"], one["labels"])
         for one in encode_rows(tokenizer, [row["prompt"]] * 2, pair)
     )
     return wanted > other

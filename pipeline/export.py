@@ -23,7 +23,7 @@ from pipeline import __version__
 from pipeline.config.model_files import FORMATS
 from pipeline.config.recipe import Evaluate, Recipe
 from pipeline.core.markdown import cell, fenced
-from pipeline.engines.generation import stop_ids
+from pipeline.engines.text import stop_ids
 from pipeline.models.gguf import write_gguf
 from pipeline.models.loading import (
     check_adapter_alone,

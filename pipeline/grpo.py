@@ -26,18 +26,21 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 from pipeline.config.cluster import generation_sizes
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import RecipeError
-from pipeline.engines.generation import decode, kv_cache_type, stop_ids
+from pipeline.engines.engine import Sampling
+from pipeline.engines.text import decode, stop_ids
+from pipeline.engines.transformers import TransformersEngine
 from pipeline.models.kernels import choose_head
-from pipeline.models.loading import device, initial_checkpoint, load_tokenizer, prompt_lengths, template_opens_think
+from pipeline.models.loading import initial_checkpoint, load_tokenizer, prompt_lengths, template_opens_think
 from pipeline.rewards.reward import RewardFunction, find_rewards, make_sample
 from pipeline.tasks.task import Task, example_of, task_of
 from pipeline.training import distributed
 from pipeline.training.harness import main
+from pipeline.training.rollouts import EngineTrainer
 from pipeline.training.trainer import (
     layout_and_batches,
     load_for_training,
@@ -99,7 +102,6 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         loss_type=settings.loss_type,
         scale_rewards=settings.scale_rewards,
         mask_truncated_completions=settings.mask_truncated_completions,
-        cache_implementation=kv_cache_type(device(), mixed=not recipe.lora.enabled and layout.deepspeed == "none"),
         # of the reference that TRL loads by itself where all weights are trained: the commit that the policy is of
         model_init_kwargs={"revision": recipe.model.revision} if _has_full_reference(recipe, checkpoint) else None,
         reward_weights=[reward.weight for reward in settings.rewards.values()],
@@ -112,9 +114,11 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     stops = {*model.generation_config.eos_token_id, tokenizer.pad_token_id}
     rewards = [as_trl_reward(task, name, f, tokenizer, stops) for name, f in functions.items()]
     with preserve_adapter_dtype(model), logger_environment(out, runtime):
-        trainer = GRPOTrainer(
+        trainer = EngineTrainer(
             model, reward_funcs=rewards, args=config, train_dataset=prompts.select(kept), processing_class=tokenizer
         )
+    trainer.engine = TransformersEngine(model, tokenizer, rows=at_once)
+    trainer.sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_completion_length)
 
     # ---- train, save
     metrics = train(trainer, recipe, "grpo", out, runtime)

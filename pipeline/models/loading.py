@@ -350,7 +350,7 @@ def load_for_chat(checkpoint: Checkpoint, model: Model, limits: MaxMemory | None
     """
     dtype = choose_dtype(model)
     if limits is None:
-        loaded = load_model(checkpoint, model, dtype=dtype).to(device())
+        loaded = load_model(checkpoint, model, dtype=dtype).to(device()).eval()
         check_computes(loaded, str(checkpoint.adapter or checkpoint.base), device())
         return loaded
     gpus = [device().index] if int(os.environ.get("WORLD_SIZE", "1")) > 1 else range(torch.cuda.device_count())
@@ -363,7 +363,7 @@ def load_for_chat(checkpoint: Checkpoint, model: Model, limits: MaxMemory | None
     atexit.register(shutil.rmtree, offload, ignore_errors=True)
     max_memory = {where: int(size * 2**30) for where, size in sizes.items()} or None
     spread = {"device_map": "auto", "max_memory": max_memory, "offload_folder": offload}
-    loaded = load_model(checkpoint, model, dtype=dtype, spread=spread)
+    loaded = load_model(checkpoint, model, dtype=dtype, spread=spread).eval()
     if "disk" not in getattr(loaded, "hf_device_map", {}).values():  # a second read of the weights takes long
         check_computes(loaded, str(checkpoint.adapter or checkpoint.base), input_device(loaded))
     return loaded

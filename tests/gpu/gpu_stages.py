@@ -319,13 +319,16 @@ def step_time(model: Any, place: Place, rows: int, more: dict[str, Any]) -> floa
 
 @check("the same 16 answers at batch 16 and at batch 4", "16 of 16 on a CPU; on a GPU a figure without a bound")
 def same_answers(place: Place) -> Measured:
-    from pipeline.engines.generation import Sampling, generate
+    from pipeline.engines.engine import Request, Sampling
+    from pipeline.engines.transformers import TransformersEngine
     from pipeline.models.loading import load_for_chat, load_tokenizer
 
     checkpoint, choice = nf4_seven(place)
     model, tokenizer = load_for_chat(checkpoint, choice, None), load_tokenizer(checkpoint, choice)
     prompts = [torch.randint(10, 500, (50 + 7 * k,)).tolist() for k in range(16)]
     sampling = Sampling(0.6, 0.95, 0, 8 if place.small else 48)
-    first, second = (dict(generate(model, tokenizer, prompts, sampling, size, 0)) for size in (16, 4))
-    same = sum(first[k].text == second[k].text for k in range(16))
+    asked = [Request(prompt) for prompt in prompts]
+    engines = [TransformersEngine(model, tokenizer, rows) for rows in (16, 4)]
+    first, second = ({one.request: one.completion.text for one in e.generate(asked, sampling)} for e in engines)
+    same = sum(first[k] == second[k] for k in range(16))
     return Measured(f"{same} of 16", same == 16 if place.small else None)

@@ -21,11 +21,13 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, Trainer, TrainingArguments
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 from pipeline.config.recipe import Lora, Model, RandomInit
 from pipeline.core.errors import ArtifactError, PipelineError
-from pipeline.engines.generation import Sampling, generate_batch, stop_ids
+from pipeline.engines.engine import Request, Sampling
+from pipeline.engines.text import stop_ids
+from pipeline.engines.transformers import TransformersEngine
 from pipeline.models import weight_checks
 from pipeline.models.loading import (
     add_lora,
@@ -39,6 +41,7 @@ from pipeline.models.loading import (
     prompt_ids,
 )
 from pipeline.preflight import checks as preflight
+from pipeline.training.rollouts import EngineTrainer
 from pipeline.workflow.plan import make_plan
 from pipeline.workflow.weights import Checkpoint, find_checkpoint
 
@@ -110,8 +113,9 @@ def use(where: Path, model: Model = MODEL) -> list[int]:
     tokenizer = load_tokenizer(checkpoint, model)
     loaded = load_for_chat(checkpoint, model, None)
     check_tokenizer(tokenizer, loaded, checkpoint)
-    answer = generate_batch(loaded, tokenizer, prompt_ids(tokenizer, [QUESTION]), Sampling(0.0, 1.0, 0, 6), [0])
-    return [*tokenizer(answer[0].text)["input_ids"], answer[0].tokens]
+    engine = TransformersEngine(loaded, tokenizer, rows=1)
+    [answer] = engine.generate([Request(prompt_ids(tokenizer, [QUESTION])[0])], Sampling(0.0, 1.0, 0, 6))
+    return [*tokenizer(answer.completion.text)["input_ids"], answer.completion.tokens]
 
 
 def refused(where: Path, *told: str, model: Model = MODEL) -> None:
@@ -667,8 +671,10 @@ def test_no_setting_of_the_checkpoint_changes_an_answer(copy: Path, sound: Path)
     prompts = prompt_ids(tokenizer, [QUESTION, [{"role": "user", "content": "Premise"}]])
 
     def answers(model: Any) -> list[Any]:
-        greedy = generate_batch(model, tokenizer, prompts, Sampling(0.0, 1.0, 0, 8), [0, 1])
-        return greedy + generate_batch(model, tokenizer, prompts, Sampling(1.0, 0.9, 20, 8), [0, 1])
+        engine = TransformersEngine(model, tokenizer, rows=2)
+        asked = [Request(prompt) for prompt in prompts]
+        found = [engine.generate(asked, Sampling(*how, 8)) for how in ((0.0, 1.0, 0), (1.0, 0.9, 20))]
+        return [one.completion for answers in found for one in sorted(answers, key=lambda one: one.request)]
 
     model = load_for_chat(checkpoint, MODEL, None)
     wanted = answers(model)
@@ -722,7 +728,9 @@ def rollouts(folder: Path, out: Path) -> list[list[int]]:
         save_strategy="no",
     )
     rows = Dataset.from_list([{"prompt": QUESTION}] * 4)
-    GRPOTrainer(model, reward_funcs=reward, args=settings, train_dataset=rows, processing_class=tokenizer).train()
+    trainer = EngineTrainer(model, reward_funcs=reward, args=settings, train_dataset=rows, processing_class=tokenizer)
+    trainer.engine, trainer.sampling = TransformersEngine(model, tokenizer, rows=4), Sampling(1.0, 1.0, 0, 8)
+    trainer.train()
     return drawn
 
 

@@ -33,7 +33,9 @@ from pipeline.core.errors import PlanError
 from pipeline.core.files import read_lines
 from pipeline.core.hashing import plain
 from pipeline.core.schema import parse
-from pipeline.engines.generation import Sampling, TokenStreamer, generate_batch, stop_ids
+from pipeline.engines.engine import Request, Sampling
+from pipeline.engines.text import TextStream, stop_ids
+from pipeline.engines.transformers import TransformersEngine
 from pipeline.models.loading import input_device, load_for_chat, load_tokenizer, make_random_model, prompt_ids
 from pipeline.scoring.answers import CLOSE, OPEN
 from pipeline.workflow.stage import read_spec
@@ -131,9 +133,10 @@ def test_the_stream_ends_with_the_completion_and_only_grows(wild: Path) -> None:
     for words in ("A correlates with B.", "你好", "naïve →"):
         told: list[str] = []
         prompt = prompt_ids(tokenizer, [[{"role": "user", "content": words}]])[0]
-        stream = TokenStreamer(tokenizer, stop_ids(model, tokenizer), told.append)
-        answer = generate_batch(model, tokenizer, [prompt], Sampling(1.5, 1.0, 0, 40), [1], stream)[0]
-        assert told[-1] == answer.text
+        stream = TextStream(tokenizer, stop_ids(model, tokenizer), told.append)
+        engine = TransformersEngine(model, tokenizer, rows=1)
+        [answer] = engine.generate([Request(prompt, 1)], Sampling(1.5, 1.0, 0, 40), watch=stream.watch)
+        assert answer.completion.text.startswith(told[-1])
         assert len(told) > 5
         assert all(not text.endswith("\ufffd") for text in told[:-1])
 
@@ -229,7 +232,8 @@ def test_a_model_too_large_for_its_memory_answers_from_the_disk(wild: Path) -> N
     assert "disk" in spread.hf_device_map.values()
     assert input_device(spread) == torch.device("cpu")
     greedy = Sampling(0.0, 1.0, 0, 16)
-    one, other = (generate_batch(model, tokenizer, prompt, greedy, [0])[0] for model in (whole, spread))
+    engines = [TransformersEngine(model, tokenizer, rows=1) for model in (whole, spread)]
+    one, other = (list(engine.generate([Request(prompt[0])], greedy)) for engine in engines)
     assert one == other
 
 
