@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -13,6 +14,16 @@ from running import NANO, ROOT, run_cli
 # the same examples in every run, and no clock: the machines are shared
 settings.register_profile("therefore", deadline=None, derandomize=True)
 settings.load_profile("therefore")
+
+gc.disable()  # while tests are collected: what is imported stays
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_not_collected() -> None:
+    """Leave what is there already out of garbage collections: with torch loaded each one costs half a second."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

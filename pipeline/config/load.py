@@ -109,7 +109,8 @@ def _with_present_names(layer: Any, renames: Renames) -> Any:
     """A layer that someone wrote, under the present names, references included; each former name is noticed once."""
     from omegaconf import OmegaConf
 
-    values, notices = renames.apply(OmegaConf.to_container(layer))
+    given = OmegaConf.to_container(layer)
+    values, notices = renames.apply(given)
     for notice in notices:
         notify(notice)
     former = {old: new for old, new in renames.names.items() if new and "[]" not in old}
@@ -122,7 +123,8 @@ def _with_present_names(layer: Any, renames: Renames) -> Any:
             return {key: refer(item) for key, item in value.items()}
         return [refer(item) for item in value] if isinstance(value, list) else value
 
-    return OmegaConf.create(refer(values))
+    present = refer(values)
+    return layer if present == given else OmegaConf.create(present)
 
 
 # ---------------------------------------------------------------- one layer

@@ -25,6 +25,7 @@ import yaml
 
 from pipeline.config.cluster import CLUSTERS, Cluster
 from pipeline.config.recipe import CONFIGS, Recipe
+from pipeline.core.errors import run_main
 from pipeline.core.schema import Constraint
 
 DOCS = Path("docs")
@@ -194,4 +195,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

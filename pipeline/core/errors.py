@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import gc
 import os
 import re
 import shutil
@@ -110,6 +111,8 @@ def explain_disk(error: Exception, folder: Path | None = None) -> str | None:
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command line's `main` and exit. A PipelineError is printed without a traceback and sets the exit code."""
+    gc.enable()
+    gc.freeze()  # what a command has imported stays; trainers collect often, and would look through all of it
     try:
         code = main() or 0
     except PipelineError as error:

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import ArtifactError
+from pipeline.core.errors import ArtifactError, run_main
 
 CPU_SECONDS = 2  # of CPU time, for all the chats below
 MEMORY_BYTES = 1 << 30  # in addition to the libraries' memory
@@ -89,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

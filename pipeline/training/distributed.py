@@ -219,4 +219,4 @@ def torchrun(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(torchrun(sys.argv[1:]))
+    errors.run_main(lambda: torchrun(sys.argv[1:]))

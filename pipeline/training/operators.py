@@ -20,6 +20,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.core.errors import run_main
+
 BATON = "lock"  # torch.utils.file_baton's
 OWN_LOCK = ".therefore.flock"
 LOCK_TIMEOUT = 60.0  # seconds
@@ -179,4 +181,4 @@ def explain(problem: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -53,6 +53,7 @@ def run_stage(
 
     from pipeline import evaluate, grpo, preprocess, sft
 
+    gc.freeze()  # each trainer collects several times, and would look through all that is imported
     runs = {"preprocess": preprocess.run, "sft": sft.run, "grpo": grpo.run, "evaluate": evaluate.run}
     folder.mkdir(parents=True, exist_ok=True)
     if torch.cuda.is_available():

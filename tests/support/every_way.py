@@ -74,6 +74,8 @@ def main(layout: str, out: Path) -> None:
     training.save = observed(training.save)  # type: ignore[assignment]
     grpo_trainer.unwrap_model_for_generation = weighed(grpo_trainer.unwrap_model_for_generation)
     distributed.start(deepspeed=layout != "none")
+    gc.collect()
+    gc.freeze()  # what is imported stays: each trainer collects several times, and would look through all of it
     where = [f"cluster.{stage}.deepspeed={layout}" for stage in ("sft", "grpo")]
     for name, way in cells(layout):
         plan = make_plan([name], [*SHORT, *where, *WAYS[way]], smoke_test=True, runs=out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -60,6 +61,7 @@ def run_cli(
 
 def run_here(*words: str) -> None:
     """`python -m pipeline …` in this process, its stages too (`--launcher debug`); raises what would end it."""
+    gc.freeze()  # each trainer collects several times; what the tests before have imported is none of its business
     with warnings.catch_warnings():
         warnings.simplefilter("default")  # what libraries say to each other in a stage is no error
         code = command([*words, "--launcher", "debug"])
