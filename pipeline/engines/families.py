@@ -27,8 +27,8 @@ class Family:
 def find_families(requests: Sequence[Request]) -> list[Family]:
     """Group samples by what their prompts have in common, the longest prompts first.
 
-    Prompts of one sample are grouped where they share at least SHARED tokens and half of each. The samples of a prompt
-    share all of it but the last token, which is what the first logits come from.
+    Prompts of one sample are grouped where they share at least SHARED tokens and half of each, if most of them can be.
+    The samples of a prompt share all of it but the last token, which is what the first logits come from.
     """
     order = sorted(range(len(requests)), key=lambda k: list(requests[k].prompt))
     groups: list[tuple[int, list[int]]] = []  # length of what is shared, requests
@@ -42,6 +42,8 @@ def find_families(requests: Sequence[Request]) -> list[Family]:
                 groups[-1] = common, [*members, k]
                 continue
         groups.append((len(prompt) - 1, [k]))
+    if 2 * sum(len(members) for _, members in groups if len(members) > 1) < sum(one.samples == 1 for one in requests):
+        groups = [(len(requests[k].prompt) - 1, [k]) for k in order]  # every row would pay for what few of them share
     families = []
     for shared, members in groups:
         waiting = deque((k, sample) for k in sorted(members) for sample in range(requests[k].samples))

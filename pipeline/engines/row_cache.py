@@ -52,6 +52,7 @@ class Part:
 
     rows: slice
     longest: int  # tokens of its own that a row holds, at most
+    shortest: int  # at least; all rows see what stands before
 
 
 @dataclass
@@ -203,7 +204,8 @@ def _own(
     scores = own if scores is None else torch.cat([scores, own], -1)
     mask = _mask(now, part, tokens, border, window, query.device)
     lined = scores.float().view(*scores.shape[:2], -1, tokens, scores.shape[3])
-    weights = torch.softmax(lined.masked_fill_(mask, -torch.inf), -1).to(values.dtype).view_as(scores)
+    lined[..., -mask.shape[-1] :].masked_fill_(mask, -torch.inf)
+    weights = torch.softmax(lined, -1).to(values.dtype).view_as(scores)
     return weights[..., :border], torch.matmul(weights[..., border:], values)
 
 
@@ -217,13 +219,14 @@ def _joined(parts: list[torch.Tensor], heads: int, tokens: int, more: torch.Tens
 def _mask(now: Going, part: Part, tokens: int, border: int, window: int | None, device: torch.device) -> torch.Tensor:
     """Return what the new tokens of some rows may not look at; it is the same for all layers.
 
-    Its shape is (rows, 1, 1, tokens, prefix + own).
+    Its shape is (rows, 1, 1, tokens, last columns): columns before those are seen by all.
     """
     key = part.rows.start, window, device
     if key not in now.masks:
         lengths, prefix = (t[part.rows].to(device)[:, None, None] for t in (now.lengths, now.prefix))
         at = lengths + torch.arange(tokens, device=device)[:, None]  # of each new token, in its row's own part
-        own = torch.arange(part.longest + tokens, device=device)
+        first = 0 if border or window is not None else part.shortest
+        own = torch.arange(first, part.longest + tokens, device=device)
         hidden = own > at
         if window is not None:
             hidden |= own <= at - window

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.engines.drafts import LENGTHS, Costs, Drafts
 from pipeline.engines.engine import Answer, Completion, Request, Sampling, Watch, seed_of
 from pipeline.engines.families import Family, find_families
 from pipeline.engines.row_cache import Going, Part, Reading, RowCache, rows_attention
@@ -27,7 +28,7 @@ from pipeline.models.loading import input_device
 
 SEATS = 16  # rows that share a prefix at once, at most
 READ = 8192  # tokens that are read in one forward pass, padding included; a longer prompt is read alone
-PART, PARTS = 8, 6  # rows of a part of the attention, at least; parts, at most
+PART, PARTS = 32, 4  # rows of a part of the attention, at least; parts, at most
 ADMIT = 8  # prompts wait until an eighth of the rows is free: reading them a few at a time costs more
 
 
@@ -110,10 +111,15 @@ class _Run:
         self.capacity = max(1, min(engine.rows, total))
         self.seats = min(SEATS, self.capacity, max((len(family.waiting) for family in sharing), default=1))
         places = min(len(sharing), 2 * -(-self.capacity // self.seats))
-        own = max((family.longest - len(family.prefix) for family in families), default=1) + sampling.max_new_tokens
+        own = (
+            max((family.longest - len(family.prefix) for family in families), default=1)
+            + sampling.max_new_tokens
+            + LENGTHS[-1]
+        )
         # a CPU reads no further than the longest row of each part; a GPU would rather start fewer kernels
         self.part = max(PART, -(-self.capacity // PARTS)) if self.device.type == "cpu" else self.capacity
         self.cache = RowCache(self.capacity, own, places, max((len(f.prefix) for f in sharing), default=0))
+        self.drafts, self.costs = Drafts(), costs_of(engine.model, self.device, own)
         self.free_places = list(range(places))[::-1]
         self.waiting = deque(families)
         self.begun: list[Family] = []  # have a prefix in the cache, and samples that wait for a row
@@ -208,27 +214,52 @@ class _Run:
         """Compute the next token of every row; yield the rows that end, and let others take their places."""
         rows = self.active
         held = [len(row.own) + len(row.ids) - 1 for row in rows]
+        length = self.costs.best_length(len(rows), self.drafts.accepted)
+        drafts = [self.drafts.guess(row.ids, length) for row in rows]
+        fed = [[row.ids[-1] if row.ids else row.own[-1], *draft] for row, draft in zip(rows, drafts, strict=True)]
+        tokens = self._padded(fed)
         self.cache.now = now = self._going(rows, held, None)
-        tokens = torch.tensor([[row.ids[-1] if row.ids else row.own[-1]] for row in rows], device=self.device)
-        logits = self._forward(tokens, (now.prefix + now.lengths)[:, None])[:, -1]
+        positions = (now.prefix + now.lengths)[:, None] + torch.arange(tokens.shape[1], device=self.device)
+        logits = self._forward(tokens, positions, keep=tokens.shape[1])
+        before = [len(row.ids) for row in rows]
+        going = list(range(len(rows)))  # rows whose tokens so far were guessed right
+        for at in range(tokens.shape[1]):
+            self._write(going, logits[going, at])
+            going = [
+                k
+                for k in going
+                if at < len(drafts[k]) and drafts[k][at] == rows[k].ids[-1] and not self._ended(rows[k])
+            ]
+            if not going:
+                break
+        for row, draft, start in zip(rows, drafts, before, strict=True):
+            new = len(row.ids) - start
+            self.drafts.learn(row.ids, new)
+            self.drafts.count(new - 1, min(len(draft), new))
+            if self.watch:
+                for end in range(start + 1, len(row.ids) + 1):
+                    self.watch(row.request, row.sample, row.ids[:end])
+        ended = [place for place, row in enumerate(rows) if self._ended(row)]
+        finished = [rows[place] for place in ended]
+        if ended:
+            self._leave(ended, max(held) + tokens.shape[1])
+        for row in finished:
+            yield Answer(row.request, row.sample, self._completion(row))
+
+    def _write(self, places: list[int], logits: torch.Tensor) -> None:
+        """Give rows their next token, chosen by its logits."""
+        rows = [self.active[place] for place in places]
         chosen, scores = self.sampler.choose(
             logits, [row.stream for row in rows], [row.written for row in rows], logprobs=self.logprobs
         )
-        ended = []
-        for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
+        for k, (row, token) in enumerate(zip(rows, chosen, strict=True)):
             row.ids.append(token)
             row.written.append(token)
             if scores is not None:
-                row.logprobs.append(scores[place])
-            if self.watch:
-                self.watch(row.request, row.sample, row.ids)
-            if token in self.engine.stops or len(row.ids) == self.sampling.max_new_tokens:
-                ended.append(place)
-        finished = [rows[place] for place in ended]
-        if ended:
-            self._leave(ended, max(held) + 1)
-        for row in finished:
-            yield Answer(row.request, row.sample, self._completion(row))
+                row.logprobs.append(scores[k])
+
+    def _ended(self, row: Row) -> bool:
+        return row.ids[-1] in self.engine.stops or len(row.ids) == self.sampling.max_new_tokens
 
     def _leave(self, ended: list[int], length: int) -> None:
         """Take rows out; the last rows move into the holes, so that active rows lie densely."""
@@ -274,8 +305,9 @@ class _Run:
             places,
             lengths=torch.tensor(held, device=self.device),
             parts=[
-                Part(slice(first, min(first + self.part, len(held))), max(held[first : first + self.part]))
+                Part(slice(first, first + len(part)), max(part), min(part))
                 for first in range(0, len(held), self.part)
+                if (part := held[first : first + self.part])
             ],
             longest_prefix=max(len(row.family.prefix) if row.family else 0 for row in rows),
             seats=self.seats + 1,
@@ -284,14 +316,30 @@ class _Run:
         )
 
     @torch.no_grad()
-    def _forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return the logits of each row's last token, of shape (rows, 1, vocabulary)."""
+    def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, keep: int = 1) -> torch.Tensor:
+        """Return the logits of each row's last tokens, of shape (rows, keep, vocabulary)."""
         with rows_attention(self.engine.model):
             output = self.engine.model(
-                input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=1, row_cache=self.cache
+                input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=keep, row_cache=self.cache
             )
         logits: torch.Tensor = output.logits
         return logits
+
+
+def costs_of(model: PreTrainedModel, device: torch.device, length: int) -> Costs:
+    """Return rough costs of a pass; they follow from the model alone, so that the same run does the same again.
+
+    Args:
+        model: the model.
+        device: where it computes.
+        length: tokens that a row's cache may hold; half of them are counted.
+    """
+    flops, bandwidth, overhead = (5e10, 1e10, 1.2e-3) if device.type == "cpu" else (1e14, 1e12, 3e-4)
+    config = model.config.get_text_config()
+    weights = sum(one.numel() for name, one in model.named_parameters() if "embed" not in name)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * width  # bytes of a token in 16 bit
+    return Costs(config.num_hidden_layers * overhead, length / 2 * cache / bandwidth, 2 * weights / flops)
 
 
 def _batches(items: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:

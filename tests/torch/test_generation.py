@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from hypothesis.strategies import integers, lists, tuples
+from hypothesis.strategies import floats, integers, lists, tuples
 from peft import LoraConfig, get_peft_model
 from plain_generate import GumbelSampler, plain_batch, plain_generate
 from tokenizers import AddedToken
@@ -20,6 +20,7 @@ from pipeline.config.architectures import ARCHITECTURES
 from pipeline.config.cluster import MaxMemory
 from pipeline.config.recipe import read
 from pipeline.core.errors import LaunchError, RecipeError
+from pipeline.engines.drafts import LENGTHS, Costs, Drafts
 from pipeline.engines.engine import Completion, Request, Sampling, seed_of
 from pipeline.engines.families import find_families, share_out
 from pipeline.engines.sampler import Sampler, Stream, penalize
@@ -239,6 +240,45 @@ def test_a_premise_is_read_once_for_all_its_hypotheses(tokenizer: Any) -> None:
     prompts = prompts_of([110] * 6, shared=100)
     found = asked(model, tokenizer, prompts, GREEDY, rows=6)
     assert sum(read) == 100 + 6 * 9 + sum(one.tokens for one in found.values())
+
+
+def test_tokens_that_were_guessed_right_need_no_pass_of_their_own(tokenizer: Any) -> None:
+    """The second of two like completions is guessed from the first, several tokens at a time, and is the same."""
+    model, [prompt] = small_model("qwen2"), prompts_of([12])
+    passes: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda module, given, output: passes.append(output.shape[1]))
+    sampling = Sampling(0.0, 1.0, 0, 60)
+    [wanted] = plain_generate(model, tokenizer, [prompt], sampling, 1, 0)
+    del passes[:]
+    once = asked(model, tokenizer, [prompt], sampling, rows=1)
+    alone = len(passes)
+    twice = asked(model, tokenizer, [prompt, prompt], sampling, rows=1)
+    assert [once[0, 0].token_ids, twice[0, 0].token_ids, twice[1, 0].token_ids] == [wanted] * 3
+    assert len(wanted) > 30
+    assert len(passes) - alone < 1.6 * alone
+
+
+def test_a_guess_goes_by_what_followed_before() -> None:
+    drafts = Drafts()
+    text = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]
+    drafts.learn(text, len(text))
+    assert drafts.guess([0, 0, 9, 2, 6, 5], 3) == [3, 5, 8]
+    assert drafts.guess(text[:13], 8) == [7, 9]
+    assert drafts.guess([6, 5], 3) == []
+    drafts.learn([9, 2, 6, 5, 1], 1)
+    assert drafts.guess([9, 2, 6, 5], 1) == [1]
+
+
+@given(integers(1, 500), floats(0, 1), floats(0, 1e-2), floats(0, 1e-3), floats(1e-9, 1e-3))
+def test_more_is_guessed_where_guesses_are_right_and_cheap(
+    rows: int, accepted: float, fixed: float, row: float, token: float
+) -> None:
+    length = Costs(fixed, row, token).best_length(rows, accepted)
+    assert length in LENGTHS
+    assert Costs(fixed, row, token).best_length(rows, 0.0) == 0
+    assert Costs(fixed, row, token).best_length(rows, min(1.0, accepted + 0.1)) >= length
+    assert Costs(fixed, row, token * 2).best_length(rows, accepted) <= length
+    assert Costs(1.0, 0.0, 1e-9).best_length(rows, 0.99) == LENGTHS[-1]
 
 
 @given(
