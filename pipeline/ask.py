@@ -18,18 +18,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from pipeline.config.cluster import MaxMemory
+from pipeline.config.cluster import EvaluationEngine, MaxMemory
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import PlanError, printable, run_main
-from pipeline.core.schema import parse
+from pipeline.core.schema import added, parse
 from pipeline.engines.engine import Completion, Engine, Request, Sampling
-from pipeline.engines.text import TextStream, stop_ids
-from pipeline.engines.transformers import TransformersEngine
-from pipeline.models.loading import check_tokenizer, load_for_chat, load_tokenizer, prompt_ids, template_opens_think
+from pipeline.engines.loading import load_engine
+from pipeline.engines.text import TextStream
+from pipeline.models.loading import load_tokenizer, prompt_ids, template_opens_think
 from pipeline.scoring.answers import CLOSE, OPEN, REASONS, split_thought
 from pipeline.tasks.task import Grade, Message, Task, task_of
 from pipeline.workflow.weights import find_checkpoint
 
+CONVERSATION = 16_384  # tokens, at most, that vLLM keeps memory for
 DIM, PLAIN = "\x1b[2m", "\x1b[22m"
 
 
@@ -46,6 +47,7 @@ class Options:
     max_new_tokens: int | None
     seed: int | None
     max_memory: MaxMemory | None
+    generation: EvaluationEngine = added(EvaluationEngine())  # which engine answers
 
 
 @dataclass(frozen=True)
@@ -145,14 +147,22 @@ def load(wanted: CheckpointRequest, options: Options) -> LoadedModel:
     print(f"loading {wanted.checkpoint} …", file=sys.stderr, flush=True)
     checkpoint = find_checkpoint(wanted.checkpoint)
     tokenizer = load_tokenizer(checkpoint, recipe.model)
-    model = load_for_chat(checkpoint, recipe.model, options.max_memory)
-    check_tokenizer(tokenizer, model, checkpoint)
+    held = load_engine(
+        checkpoint,
+        recipe.model,
+        tokenizer,
+        options.generation,
+        rows=1,
+        length=CONVERSATION,
+        limits=options.max_memory,
+        eager=True,
+    )
     print(f"loaded in {time.time() - started:.1f} s", file=sys.stderr, flush=True)
     return LoadedModel(
         wanted.checkpoint,
-        TransformersEngine(model, tokenizer, rows=1),
-        stop_ids(model, tokenizer),
-        model.config.get_text_config().max_position_embeddings,
+        held.engine,
+        held.stops,
+        held.context,
         tokenizer,
         task_of(recipe.task, recipe.seed),
         sampling_of(recipe, options),

@@ -13,6 +13,7 @@ was interrupted resumes with the rows that have no answer yet.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from hashlib import sha256
@@ -27,12 +28,10 @@ from pipeline.core.errors import DataError
 from pipeline.core.files import write_json
 from pipeline.engines.engine import Engine, Request, Sampling
 from pipeline.engines.families import share_out
-from pipeline.engines.transformers import TransformersEngine
+from pipeline.engines.loading import load_engine
 from pipeline.models.loading import (
-    check_tokenizer,
     encode_rows,
     initial_checkpoint,
-    load_for_chat,
     load_tokenizer,
     prompt_ids,
     template_opens_think,
@@ -69,8 +68,6 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     given = runtime.options.checkpoint if isinstance(runtime.options, EvaluateCheckpoint) else None
     checkpoint = find_checkpoint(given) if given else initial_checkpoint(recipe.model, inputs)
     tokenizer = load_tokenizer(checkpoint, recipe.model)
-    model = load_for_chat(checkpoint, recipe.model, runtime.cluster.max_memory)
-    check_tokenizer(tokenizer, model, checkpoint)
     sampling = Sampling(
         settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens, settings.repetition_penalty
     )
@@ -82,13 +79,27 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     left = [(split, row) for split, row in test_cases if (split, row["id"]) not in answered]
     distributed.barrier()  # every rank has to see the same rows left before any writes
     prompts = prompt_ids(tokenizer, [row["prompt"] for _, row in left])
+    asked = [task.messages(task.example_from_text(text)) for text in settings.prompts]
+    shown = prompt_ids(tokenizer, asked) if asked else []
     requests = [Request(prompt, recipe.seed) for prompt in prompts]
-    mine = share_out(requests, runtime.rank, runtime.world)
     total, rows_at_once = len(test_cases), runtime.cluster.evaluate_batch_size
-    engine = TransformersEngine(model, tokenizer, AUTO_EVALUATE if rows_at_once == "auto" else rows_at_once)
+    chosen = runtime.cluster.generation.evaluate
+    together = 1 if chosen.tensor_parallel == "auto" or chosen.engine != "vllm" else chosen.tensor_parallel
+    leads = runtime.rank % together == 0  # of the processes that share a model, one writes
+    mine = share_out(requests, runtime.rank // together, runtime.world // together)
+    engine = load_engine(
+        checkpoint,
+        recipe.model,
+        tokenizer,
+        chosen,
+        rows=AUTO_EVALUATE if rows_at_once == "auto" else rows_at_once,
+        length=_longest(tokenizer, [*prompts, *shown], [row for _, row in left], settings.max_new_tokens),
+        limits=runtime.cluster.max_memory,
+    ).engine
     runtime.progress.update(state="running", done=len(answered), first=len(answered), total=total, note="")
     deadline = Deadline(runtime, "evaluate")
-    with (out / f"partial-{runtime.rank}-{time.time_ns()}.jsonl").open("w", encoding="utf-8") as file:
+    partial = out / f"partial-{runtime.rank}-{time.time_ns()}.jsonl" if leads else Path(os.devnull)
+    with partial.open("w", encoding="utf-8") as file:
         for finished, answer in enumerate(engine.generate([requests[k] for k in mine], sampling), 1):
             index, completion = mine[answer.request], answer.completion
             split, row = left[index]
@@ -115,18 +126,20 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
             )
             file.write(json.dumps(prediction.to_json(), ensure_ascii=False) + "\n")
             file.flush()
-            runtime.progress.update(done=min(total, len(answered) + finished * runtime.world))
+            runtime.progress.update(done=min(total, len(answered) + finished * (runtime.world // together)))
             deadline.step()
             runtime.raise_if_stopping()
     distributed.barrier()
 
     # ---- the questions whose answers are only shown
-    if runtime.rank == 0 and settings.prompts:
-        shown = prompt_ids(tokenizer, [task.messages(task.example_from_text(prompt)) for prompt in settings.prompts])
-        asked = engine.generate([Request(ids, recipe.seed) for ids in shown], sampling)
-        texts = {answer.request: answer.completion.text for answer in asked}
+    if shown and runtime.rank < together:
+        found = engine.generate([Request(ids, recipe.seed) for ids in shown], sampling)
+        texts = {answer.request: answer.completion.text for answer in found}
         answers = [{"prompt": prompt, "answer": texts[k]} for k, prompt in enumerate(settings.prompts)]
-        write_json(out / PROMPTS, answers)
+        if runtime.rank == 0:
+            write_json(out / PROMPTS, answers)
+
+    engine.close()
 
     # ---- count
     if runtime.rank != 0:
@@ -144,6 +157,15 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     figures = {name: main_split[name].value for name in PROGRESS_METRICS if name in main_split}
     runtime.progress.update(done=total, figures=figures)
     return metrics
+
+
+def _longest(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], rows: list[dict[str, Any]], new: int) -> int:
+    """Return the tokens of the longest prompt with its answer, or of the longest answer that is only scored."""
+    scored = [row for row in rows if (row["tags"] or {}).get("rejected")]
+    answers = [row["completion"] for row in scored]
+    answers += [[{"role": "assistant", "content": row["tags"]["rejected"]}] for row in scored]
+    both = encode_rows(tokenizer, [row["prompt"] for row in scored] * 2, answers) if scored else []
+    return max([len(prompt) + new for prompt in prompts] + [len(one["input_ids"]) + 1 for one in both], default=new)
 
 
 def prefers(engine: Engine, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> bool | None:

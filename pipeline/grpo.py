@@ -31,16 +31,23 @@ from trl import GRPOConfig
 from pipeline.config.cluster import generation_sizes
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import RecipeError
-from pipeline.engines.engine import Sampling
+from pipeline.engines.engine import Engine, Sampling
 from pipeline.engines.text import decode, stop_ids
 from pipeline.engines.transformers import TransformersEngine
 from pipeline.models.kernels import choose_head
-from pipeline.models.loading import initial_checkpoint, load_tokenizer, prompt_lengths, template_opens_think
+from pipeline.models.loading import (
+    choose_dtype,
+    initial_checkpoint,
+    load_tokenizer,
+    prompt_lengths,
+    revision_of,
+    template_opens_think,
+)
 from pipeline.rewards.reward import RewardFunction, find_rewards, make_sample
 from pipeline.tasks.task import Task, example_of, task_of
 from pipeline.training import distributed
 from pipeline.training.harness import main
-from pipeline.training.rollouts import EngineTrainer
+from pipeline.training.rollouts import EngineTrainer, mismatch
 from pipeline.training.trainer import (
     layout_and_batches,
     load_for_training,
@@ -117,12 +124,53 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         trainer = EngineTrainer(
             model, reward_funcs=rewards, args=config, train_dataset=prompts.select(kept), processing_class=tokenizer
         )
-    trainer.engine = TransformersEngine(model, tokenizer, rows=at_once)
+    if runtime.cluster.generation.grpo.engine == "vllm":
+        runtime.progress.update(note="starting vLLM")
+        trainer.use_own_weights(_vllm(recipe, checkpoint, tokenizer, trainer, at_once, runtime))
+    else:
+        trainer.engine = TransformersEngine(model, tokenizer, rows=at_once)
     trainer.sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_completion_length)
 
     # ---- train, save
     metrics = train(trainer, recipe, "grpo", out, runtime)
-    return {**metrics, "prompts": len(kept), "dropped_too_long": len(lengths) - len(kept)}
+    trainer.engine.close()
+    apart = {"engine_mismatch": found} if (found := mismatch(trainer.state.log_history)) else {}
+    return {**metrics, **apart, "prompts": len(kept), "dropped_too_long": len(lengths) - len(kept)}
+
+
+def _vllm(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    trainer: EngineTrainer,
+    rows: int,
+    runtime: Runtime,
+) -> Engine:
+    """Start vLLM beside the trainer, on the same devices, with the base model; the policy comes with each update."""
+    from pipeline.engines.vllm import VllmEngine, VllmSettings, adapter_rank
+
+    settings, chosen = recipe.grpo, runtime.cluster.generation.grpo
+    rank = adapter_rank(checkpoint.adapter) if checkpoint.adapter else recipe.lora.r if recipe.lora.enabled else None
+    engine = VllmEngine(
+        checkpoint.base,
+        tokenizer,
+        stop_ids(trainer.accelerator.unwrap_model(trainer.model), tokenizer),
+        VllmSettings(
+            dtype=choose_dtype(recipe.model),
+            rows=rows,
+            max_length=settings.max_prompt_length + settings.max_completion_length,
+            quantization=recipe.model.quantization,
+            revision=revision_of(checkpoint, recipe.model),
+            lora_rank=rank,
+            trains=True,
+            gpu_memory=chosen.gpu_memory,
+            sleep=chosen.sleep is True,
+            use="grpo",
+        ),
+        gather=trainer._dist.gather_params,
+    )
+    distributed.barrier()  # DeepSpeed may hang where its processes begin far apart
+    return engine
 
 
 def _has_full_reference(recipe: Recipe, checkpoint: Checkpoint) -> bool:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 
 from pipeline.cli.plans import evaluation_plan_of, export_plan_of
 from pipeline.cli.results import show_export, show_metrics
@@ -16,6 +17,7 @@ from pipeline.core.errors import (
     PlanError,
 )
 from pipeline.core.hashing import plain
+from pipeline.sizing.engines import ENVIRONMENT, resolve_engines, vllm_problems
 from pipeline.workflow import refresh
 from pipeline.workflow.single_step import recipe_of
 from pipeline.workflow.stage import Export
@@ -48,12 +50,17 @@ def chat_command(args: argparse.Namespace) -> int:
     for name, (value, least, most) in limits.items():
         if value is not None and not least <= value <= most:
             problems.append(f"{name}: got {value}; expected a number from {least:g} to {most:g}")
-    checkpoints, memory = [], None
+    checkpoints, memory, generation = [], None, None
     for checkpoint in args.ckpt:
         try:
             recipe, cluster, _ = recipe_of(checkpoint, args.words)
             checkpoints.append({"checkpoint": checkpoint, "recipe": plain(recipe)})
             memory = plain(cluster.max_memory)
+            chosen = resolve_engines(recipe, cluster).generation.evaluate
+            if chosen.engine == "vllm":
+                problems += vllm_problems(recipe, cluster, "evaluate")
+            # all of them are on the GPU together
+            generation = plain(replace(chosen, gpu_memory=chosen.gpu_memory / len(args.ckpt), tensor_parallel=1))
         except PipelineError as error:
             problems += error.problems
     if problems:
@@ -63,10 +70,13 @@ def chat_command(args: argparse.Namespace) -> int:
         "question": question,
         "interactive": interactive,
         "max_memory": memory,
+        "generation": generation,
     }
     order = json.dumps({"checkpoints": checkpoints, "options": options})
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", "pipeline.ask", "--order", order], QUIET | os.environ)
+    os.execve(
+        sys.executable, [sys.executable, "-m", "pipeline.ask", "--order", order], QUIET | ENVIRONMENT | os.environ
+    )
 
 
 def evaluate_command(args: argparse.Namespace) -> int:

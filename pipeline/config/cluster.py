@@ -45,6 +45,36 @@ class MaxMemory:
     cpu: PositiveFloat | None = None  # GiB; None: what is free
 
 
+EngineName = Literal["auto", "transformers", "vllm"]
+Share = Annotated[float, Constraint("a number from 0.05 to 0.95", lambda v: 0.05 <= v <= 0.95)]
+
+
+@dataclass(frozen=True)
+class RolloutEngine:
+    """What generates the completions of GRPO."""
+
+    engine: EngineName = "auto"  # auto: vllm on GPUs where it is installed and works with the recipe, else transformers
+    gpu_memory: Share = 0.35  # the share of each GPU that vLLM takes, beside the model that is trained
+    sleep: bool | Literal["auto"] = "auto"  # vLLM gives its memory back while the optimizer works; auto: on GPUs
+
+
+@dataclass(frozen=True)
+class EvaluationEngine:
+    """What generates the answers of an evaluation, and of chat."""
+
+    engine: EngineName = "auto"  # auto: as in GRPO
+    gpu_memory: Share = 0.9  # the share of each GPU that vLLM takes
+    tensor_parallel: PositiveInt | Literal["auto"] = "auto"  # GPUs that hold one copy of the model; auto: as few as can
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Which engine generates text, of GRPO and of evaluations separately; it decides no result's identity."""
+
+    grpo: RolloutEngine = added(RolloutEngine())
+    evaluate: EvaluationEngine = added(EvaluationEngine())
+
+
 @dataclass(frozen=True)
 class Cluster:
     name: Name
@@ -67,6 +97,7 @@ class Cluster:
     kill_timeout: PositiveInt  # seconds between the request to stop and the kill
     slurm: Slurm
     max_idle_steps: PositiveInt | None = added(None)  # GRPO steps in a row without spread that end it; None: only warn
+    generation: Generation = added(Generation())
 
     @property
     def submits(self) -> bool:

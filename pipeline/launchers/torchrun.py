@@ -22,6 +22,7 @@ from pipeline.config.cluster import Cluster, driver_devices, gpu_count, thread_c
 from pipeline.core import cgroups
 from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, PlanError, run_main
 from pipeline.core.slurm_client import first_host, this_job, this_restart
+from pipeline.sizing.engines import ENVIRONMENT as ENGINE_ENVIRONMENT
 from pipeline.workflow import faults
 from pipeline.workflow.artifact import STOP, is_done
 from pipeline.workflow.progress import read_progress
@@ -111,7 +112,7 @@ def environment(stage: Stage, cluster: Cluster) -> dict[str, str]:
         settings |= {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"} | dict.fromkeys(HIDE_GPUS, "")
     elif driver_devices()[0].startswith("nvidia") and not ALLOCATOR & os.environ.keys():
         settings["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # a growing cache then fragments memory less
-    return {**os.environ, **settings}
+    return {**ENGINE_ENVIRONMENT, **os.environ, **settings}
 
 
 def run_on_node(folder: Path) -> int:

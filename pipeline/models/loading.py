@@ -386,13 +386,21 @@ def merge_adapter(checkpoint: Checkpoint, model: Model, dtype: torch.dtype) -> P
         return adapted.merge_and_unload(safe_merge=True)
 
 
+def load_skeleton(checkpoint: Checkpoint, model: Model) -> PreTrainedModel:
+    """Return the base model of a checkpoint without weights, with the stop tokens that the whole model would have."""
+    name, revision = checkpoint.base, revision_of(checkpoint, model)
+    check_sizes(name, revision)
+    with loading_errors(f"model {name}"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(name, revision=revision, **NO_CODE)
+        skeleton = AutoModelForCausalLM.from_config(config, **NO_CODE)
+    forget_generation_config(skeleton, name, revision)
+    return skeleton
+
+
 def check_adapter_alone(checkpoint: Checkpoint, model: Model) -> None:
     """Raise ArtifactError if an adapter does not fit its base model; the base's weights are not loaded."""
     assert checkpoint.adapter is not None
-    with loading_errors(f"model {checkpoint.base}"), torch.device("meta"):
-        config = AutoConfig.from_pretrained(checkpoint.base, revision=revision_of(checkpoint, model), **NO_CODE)
-        skeleton = AutoModelForCausalLM.from_config(config, **NO_CODE)
-    check_adapter_fits(skeleton, checkpoint.adapter)
+    check_adapter_fits(load_skeleton(checkpoint, model), checkpoint.adapter)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

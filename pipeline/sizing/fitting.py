@@ -23,6 +23,7 @@ from pipeline.config.cluster import (
 )
 from pipeline.config.model_files import model_config
 from pipeline.config.recipe import Recipe
+from pipeline.sizing.engines import resolve_engines
 from pipeline.sizing.host_memory import HostMemoryEstimate, too_large
 from pipeline.sizing.memory import (
     CONTEXT,
@@ -50,7 +51,7 @@ def resolve_auto(recipe: Recipe, cluster: Cluster) -> Cluster:
     the most completions at once that are expected to fit, because a token takes as long for one row as for many.
     """
     cluster = replace(cluster, sft=_resolve_stage(recipe, cluster, "sft"), grpo=_resolve_stage(recipe, cluster, "grpo"))
-    return _resolve_generation(recipe, cluster)
+    return _resolve_generation(recipe, resolve_engines(recipe, cluster))
 
 
 def needs(recipe: Recipe, cluster: Cluster) -> list[MemoryEstimate] | None:
@@ -257,4 +258,8 @@ def _resolved_overrides(asked: Cluster, decided: Cluster) -> list[str]:
     for name in ("generation_batch_size", "evaluate_batch_size"):
         if getattr(asked, name) != getattr(decided, name):
             words.append(f"cluster.{name}={getattr(decided, name)}")
+    for use in ("grpo", "evaluate"):
+        old, new = getattr(asked.generation, use), getattr(decided.generation, use)
+        if old.engine != new.engine and new.engine != "transformers":
+            words.append(f"cluster.generation.{use}.engine={new.engine}")
     return [f"auto is {' '.join(words)}"] if words else []

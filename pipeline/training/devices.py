@@ -9,6 +9,8 @@ This module only reads torch and /dev. models/loading.py chooses precision and a
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import os
 import resource
 from typing import Any, Literal
@@ -19,6 +21,7 @@ from pipeline.config.cluster import Cluster, driver_devices, wanted_gpus
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import LaunchError
 from pipeline.models.loading import choose_attention, choose_dtype
+from pipeline.sizing.engines import PACKAGES as VLLM_PACKAGES
 from pipeline.sizing.fitting import needs
 from pipeline.sizing.model_sizes import GIB
 from pipeline.workflow.layouts import stage_layout
@@ -113,11 +116,23 @@ def describe_hardware(recipe: Recipe, cluster: Cluster, stage: str, world: int) 
         found["runtime"] = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
     if stage in ("sft", "grpo"):
         found["layout"] = str(stage_layout(recipe, cluster, stage, processes=world))
+    if stage in ("grpo", "evaluate"):
+        found["engine"] = engine_version(getattr(cluster.generation, stage).engine)
     planned = {need.phase: round(need.total / GIB, 2) for need in needs(recipe, cluster) or ()}
     mine = {phase: size for phase, size in planned.items() if phase.split()[0].rstrip(",:") == stage}
     if mine:
         found["planned_gib"] = mine
     return found
+
+
+def engine_version(engine: str) -> str:
+    """Return the engine that generates text, with its version."""
+    if engine != "vllm":
+        return "transformers"  # its version is among those of every step
+    for package in VLLM_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return f"{package} {importlib.metadata.version(package)}"
+    return engine
 
 
 def measured_usage() -> dict[str, float]:

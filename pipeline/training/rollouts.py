@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
+from statistics import fmean
 from typing import Any
 
 from trl import GRPOTrainer
@@ -25,7 +27,10 @@ class EngineTrainer(GRPOTrainer):  # type: ignore[misc]
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], *_: Any, **__: Any
     ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """Return the completion of each prompt of this process; the trainer computes log-probabilities itself."""
+        """Return the completion of each prompt of this process, and the log-probabilities of its tokens.
+
+        They are None for an engine that computes with the trainer's own model: the trainer's are the same.
+        """
         where = [self.state.global_step, self.accelerator.process_index]
         requests = []
         for _, places in groupby(range(len(prompt_ids)), key=lambda k: prompt_ids[k]):
@@ -35,16 +40,48 @@ class EngineTrainer(GRPOTrainer):  # type: ignore[misc]
         for request in requests:
             first.append(first[-1] + request.samples)
         found: list[list[int]] = [[] for _ in prompt_ids]
-        with (
-            profiling_context(self, "engine.generate"),
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as policy,
-        ):
+        scores: list[list[float]] = [[] for _ in prompt_ids]
+        with profiling_context(self, "engine.generate"), self._policy() as policy:
             self.engine.update(policy)
-            for answer in self.engine.generate(requests, self.sampling):
-                found[first[answer.request] + answer.sample] = answer.completion.token_ids
-        return found, None
+            for answer in self.engine.generate(requests, self.sampling, logprobs=self.use_vllm):
+                place = first[answer.request] + answer.sample
+                found[place] = answer.completion.token_ids
+                scores[place] = answer.completion.logprobs or []
+        return found, scores if self.use_vllm else None
+
+    def _policy(self) -> AbstractContextManager[Any]:
+        """Return the model that is trained: whole for an engine that computes with it."""
+        if self.use_vllm:
+            return nullcontext(self.accelerator.unwrap_model(self.model))
+        unwrapped: AbstractContextManager[Any] = unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        )
+        return unwrapped
+
+    def use_own_weights(self, engine: Engine) -> None:
+        """Generate with an engine that holds weights of its own, and correct for what it computes otherwise.
+
+        TRL then weighs each completion by the ratio of its probabilities in trainer and engine (importance sampling).
+        It happens after construction, because TRL would start an engine of its own.
+        """
+        self.engine, self.use_vllm = engine, True
+
+
+def mismatch(history: list[dict[str, Any]]) -> dict[str, float]:
+    """Return how far the log-probabilities of engine and trainer were apart over all steps that a trainer logged.
+
+    `mean` and `max` are of the difference of a token's log-probability, in nats; `ratio_*` of the importance weights
+    of completions, 1 where both agree and 0 where a completion was left out.
+    """
+    names = {"mean": "sampling_logp_difference/mean", "max": "sampling_logp_difference/max"}
+    names |= {f"ratio_{name}": f"importance_sampling_ratio/{name}" for name in ("min", "mean", "max")}
+    combine = {"min": min, "max": max}
+    found: dict[str, float] = {}
+    for name, logged in names.items():
+        values = [step[key] for step in history if (key := f"sampling/{logged}") in step]
+        if values:
+            found[name] = combine.get(name.removeprefix("ratio_"), fmean)(values)
+    return found
