@@ -10,7 +10,7 @@ this table.
     preflight/   every check that can run before a job is queued
     *.py         the stages and commands that users run: preprocess sft grpo evaluate report export ask
     training/    trainers, callbacks, checkpoints, process groups, the harness of a stage      (torch)
-    engines/     generation: the interface, transformers, vLLM                                  (torch)
+    engines/     generation: the interface, transformers, vLLM, servers of the OpenAI format    (torch)
     models/      loading, chat formats, random initialisation, checks of weights, GGUF         (torch)
     workflow/    plan, stages, artifacts, locks, progress, status
     hub/         download, upload

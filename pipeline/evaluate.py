@@ -1,60 +1,59 @@
 """Generate an answer to every test row, grade it, and compute metrics.
 
-    python -m pipeline.evaluate tiny                             the recipe's models: base, SFT, GRPO
+    python -m pipeline.evaluate tiny                             the recipe's models: base, SFT, GRPO, its endpoints
     python -m pipeline.evaluate --ckpt DIR [--task corr2cause] [--split test] [--limit N]    any checkpoint
+    python -m pipeline.evaluate --endpoint URL --model NAME [--task corr2cause] …            a model behind a server
 
 Each row gets one completion, drawn as `recipe.evaluate` says (greedy at temperature 0) with a seed of its own, whatever
 the batch size and the number of processes. `Task.grade` grades it, as it does for GRPO's rewards.
 
 Leaves `predictions.jsonl` (one line a row: prompt's hash, completion, grade) and `metrics.json`. An evaluation that
-was interrupted resumes with the rows that have no answer yet.
+was interrupted resumes with the rows that have no answer yet. An endpoint is asked by one process without torch; a row
+that it never answers is unanswered, with the reason.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.cluster import AUTO_EVALUATE
+from pipeline.config.endpoint import Endpoint
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import DataError
 from pipeline.core.files import write_json
-from pipeline.engines.engine import Engine, Request, Sampling
+from pipeline.engines.engine import Completion, Engine, Request, Sampling
 from pipeline.engines.families import share_out
-from pipeline.engines.loading import load_engine
-from pipeline.models.loading import (
-    encode_rows,
-    initial_checkpoint,
-    load_tokenizer,
-    prompt_ids,
-    template_opens_think,
-)
 from pipeline.scoring.answers import has_thought
-from pipeline.scoring.predictions import PREDICTIONS, Prediction, read_predictions
+from pipeline.scoring.predictions import FAILED, PREDICTIONS, Prediction, read_predictions
 from pipeline.scoring.results import to_json
 from pipeline.tasks.rows import skipped_note
-from pipeline.tasks.task import Task, example_of, rows, task_of
-from pipeline.training import distributed
+from pipeline.tasks.task import Example, Grade, Message, Task, example_of, rows, task_of
 from pipeline.training.harness import main
-from pipeline.workflow.artifact import PROMPTS, Artifact, read_split
+from pipeline.workflow.artifact import ENDPOINT, PROMPTS, Artifact, read_split
 from pipeline.workflow.figures import count
 from pipeline.workflow.runtime import Deadline, Runtime
-from pipeline.workflow.stage import EvaluateCheckpoint
+from pipeline.workflow.stage import EvaluateCheckpoint, EvaluateEndpoint
 from pipeline.workflow.weights import find_checkpoint
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
 PROGRESS_METRICS = ("f1", "balanced_accuracy", "accuracy", "proxy", "preference", "unanswered")
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runtime) -> dict[str, Any]:
     settings = recipe.evaluate
-    distributed.start(deepspeed=False)
+    endpoint = runtime.options.endpoint if isinstance(runtime.options, EvaluateEndpoint) else None
+    barrier = join_processes() if endpoint is None else lambda: None
 
     # ---- rows
     runtime.progress.update(note="reading rows", unit="rows")
@@ -63,83 +62,39 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     if skipped and runtime.rank == 0:
         runtime.warn(skipped_note(skipped))
 
-    # ---- the model
-    runtime.progress.update(note="loading the model")
-    given = runtime.options.checkpoint if isinstance(runtime.options, EvaluateCheckpoint) else None
-    checkpoint = find_checkpoint(given) if given else initial_checkpoint(recipe.model, inputs)
-    tokenizer = load_tokenizer(checkpoint, recipe.model)
-    sampling = Sampling(
-        settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens, settings.repetition_penalty
-    )
-    prompt_opens_think = template_opens_think(tokenizer)
-
-    # ---- ask and grade, one line a row, each line kept as soon as it is there
+    # ---- the rows that have no answer yet
     test_cases = [(split, row) for split, split_rows in tests.items() for row in split_rows]
     answered = read_partial_answers(out)
     left = [(split, row) for split, row in test_cases if (split, row["id"]) not in answered]
-    distributed.barrier()  # every rank has to see the same rows left before any writes
-    prompts = prompt_ids(tokenizer, [row["prompt"] for _, row in left])
-    asked = [task.messages(task.example_from_text(text)) for text in settings.prompts]
-    shown = prompt_ids(tokenizer, asked) if asked else []
-    requests = [Request(prompt, recipe.seed) for prompt in prompts]
-    total, rows_at_once = len(test_cases), runtime.cluster.evaluate_batch_size
-    chosen = runtime.cluster.generation.evaluate
-    together = 1 if chosen.tensor_parallel == "auto" or chosen.engine != "vllm" else chosen.tensor_parallel
-    leads = runtime.rank % together == 0  # of the processes that share a model, one writes
-    mine = share_out(requests, runtime.rank // together, runtime.world // together)
-    engine = load_engine(
-        checkpoint,
-        recipe.model,
-        tokenizer,
-        chosen,
-        rows=AUTO_EVALUATE if rows_at_once == "auto" else rows_at_once,
-        length=_longest(tokenizer, [*prompts, *shown], [row for _, row in left], settings.max_new_tokens),
-        limits=runtime.cluster.max_memory,
-    ).engine
+    shown = [task.messages(task.example_from_text(text)) for text in settings.prompts]
+    barrier()  # every rank has to see the same rows left before any writes
+
+    # ---- the model
+    runtime.progress.update(note="loading the model" if endpoint is None else f"asking {endpoint.url}")
+    if endpoint is None:
+        model = load_model(recipe, inputs, runtime, [row for _, row in left], shown)
+    else:
+        model = connect(endpoint, recipe, runtime, [row for _, row in left], shown)
+    sampling = Sampling(
+        settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens, settings.repetition_penalty
+    )
+
+    # ---- ask and grade, one line a row, each line kept as soon as it is there
+    total = len(test_cases)
     runtime.progress.update(state="running", done=len(answered), first=len(answered), total=total, note="")
-    deadline = Deadline(runtime, "evaluate")
-    partial = out / f"partial-{runtime.rank}-{time.time_ns()}.jsonl" if leads else Path(os.devnull)
-    with partial.open("w", encoding="utf-8") as file:
-        for finished, answer in enumerate(engine.generate([requests[k] for k in mine], sampling), 1):
-            index, completion = mine[answer.request], answer.completion
-            split, row = left[index]
-            example = example_of(row)
-            verdict = task.judge(example, completion.text, prompt_opens_think, completion.truncated)
-            prediction = Prediction(
-                split=split,
-                id=row["id"],
-                prompt_sha256=sha256(json.dumps(prompts[index]).encode()).hexdigest()[:16],
-                group=row["group"],
-                tags=row["tags"],
-                gold=row["gold"],
-                answer=verdict.answer,
-                correct=verdict.correct,
-                proxy=verdict.proxy,
-                answered=verdict.answered,
-                reason=verdict.reason,
-                solved=task.solve(example),
-                thought=has_thought(completion.text, prompt_opens_think),
-                preferred=prefers(engine, tokenizer, row),
-                completion=completion.text,
-                tokens=completion.tokens,
-                truncated=completion.truncated,
-            )
-            file.write(json.dumps(prediction.to_json(), ensure_ascii=False) + "\n")
-            file.flush()
-            runtime.progress.update(done=min(total, len(answered) + finished * (runtime.world // together)))
-            deadline.step()
-            runtime.raise_if_stopping()
-    distributed.barrier()
+    with contextlib.closing(model.engine) as engine:
+        for finished, _ in enumerate(answer_rows(task, left, model, sampling, out, runtime), 1):
+            runtime.progress.update(done=min(total, len(answered) + finished * (runtime.world // model.together)))
+            if endpoint is None:  # an endpoint's engine looks between answers, when it has handed on all it has
+                runtime.raise_if_stopping()
+        barrier()
 
-    # ---- the questions whose answers are only shown
-    if shown and runtime.rank < together:
-        found = engine.generate([Request(ids, recipe.seed) for ids in shown], sampling)
-        texts = {answer.request: answer.completion.text for answer in found}
-        answers = [{"prompt": prompt, "answer": texts[k]} for k, prompt in enumerate(settings.prompts)]
-        if runtime.rank == 0:
-            write_json(out / PROMPTS, answers)
-
-    engine.close()
+        # ---- the questions whose answers are only shown
+        if model.shown and runtime.rank < model.together:
+            texts = {answer.request: answer.completion.text for answer in engine.generate(model.shown, sampling)}
+            answers = [{"prompt": prompt, "answer": texts[k]} for k, prompt in enumerate(settings.prompts)]
+            if runtime.rank == 0:
+                write_json(out / PROMPTS, answers)
 
     # ---- count
     if runtime.rank != 0:
@@ -150,6 +105,12 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         file.writelines(json.dumps(one.to_json(), ensure_ascii=False) + "\n" for one in predictions)
     by_split = count(predictions, task, recipe.report, recipe.seed)
     metrics: dict[str, Any] = to_json(by_split)
+    if endpoint is not None:
+        metrics[ENDPOINT] = usage = calls_made(endpoint, predictions, engine)
+        if failed := usage["failed"]:
+            runtime.warn(f"{failed} of {total} rows have no answer from {endpoint.url}, and count as unanswered")
+        if not usage["completion_tokens"]:
+            runtime.warn(f"{endpoint.url} reports no usage: tokens are not known")
     write_json(out / "metrics.json", metrics)
     for path in out.glob("partial-*.jsonl"):
         path.unlink()
@@ -159,8 +120,111 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     return metrics
 
 
-def _longest(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], rows: list[dict[str, Any]], new: int) -> int:
+def answer_rows(
+    task: Task, left: Sequence[tuple[str, Row]], model: Asked, sampling: Sampling, out: Path, runtime: Runtime
+) -> Iterator[Prediction]:
+    """Yield this process's share of the rows, answered, graded and written."""
+    requests, shares = model.requests, runtime.world // model.together
+    mine = share_out(requests, runtime.rank // model.together, shares) if shares > 1 else list(range(len(requests)))
+    leads = runtime.rank % model.together == 0  # of the processes that share a model, one writes
+    deadline = Deadline(runtime, "evaluate")
+    partial = out / f"partial-{runtime.rank}-{time.time_ns()}.jsonl" if leads else Path(os.devnull)
+    with partial.open("w", encoding="utf-8") as file:
+        for answer in model.engine.generate([requests[k] for k in mine], sampling):
+            split, row = left[mine[answer.request]]
+            example, request, completion = example_of(row), requests[mine[answer.request]], answer.completion
+            verdict = judge(task, example, completion, model.prompt_opens_think)
+            prediction = Prediction(
+                split=split,
+                id=row["id"],
+                prompt_sha256=sha256(json.dumps(request.prompt or request.messages).encode()).hexdigest()[:16],
+                group=row["group"],
+                tags=row["tags"],
+                gold=row["gold"],
+                answer=verdict.answer,
+                correct=verdict.correct,
+                proxy=verdict.proxy,
+                answered=verdict.answered,
+                reason=verdict.reason,
+                solved=task.solve(example),
+                thought=has_thought(completion.text, model.prompt_opens_think),
+                preferred=model.prefers(row),
+                completion=completion.text,
+                tokens=completion.tokens,
+                truncated=completion.truncated,
+                call=asdict(completion.call) if completion.call else None,
+            )
+            file.write(json.dumps(prediction.to_json(), ensure_ascii=False) + "\n")
+            file.flush()
+            deadline.step()
+            yield prediction
+
+
+# ---------------------------------------------------------------- who answers
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The model that is evaluated, loaded here or behind a server."""
+
+    engine: Engine
+    requests: list[Request]  # of the rows, in their order
+    shown: list[Request]  # of the questions whose answers are only shown
+    prompt_opens_think: bool
+    prefers: Callable[[Row], bool | None]
+    together: int = 1  # processes that share the model
+
+
+def join_processes() -> Callable[[], None]:
+    """Join the process group. Returns its barrier."""
+    from pipeline.training import distributed
+
+    distributed.start(deepspeed=False)
+    return distributed.barrier
+
+
+def load_model(
+    recipe: Recipe,
+    inputs: Mapping[str, Artifact],
+    runtime: Runtime,
+    left: Sequence[Row],
+    shown: Sequence[Sequence[Message]],
+) -> Asked:
+    """Load the step's weights into the engine that the cluster chooses."""
+    from pipeline.engines.loading import load_engine
+    from pipeline.models.loading import initial_checkpoint, load_tokenizer, prompt_ids, template_opens_think
+
+    given = runtime.options.checkpoint if isinstance(runtime.options, EvaluateCheckpoint) else None
+    checkpoint = find_checkpoint(given) if given else initial_checkpoint(recipe.model, inputs)
+    tokenizer = load_tokenizer(checkpoint, recipe.model)
+    opens_think = template_opens_think(tokenizer)
+    prompts, others = (
+        prompt_ids(tokenizer, list(some)) if some else [] for some in ([row["prompt"] for row in left], shown)
+    )
+    chosen, rows_at_once = runtime.cluster.generation.evaluate, runtime.cluster.evaluate_batch_size
+    engine = load_engine(
+        checkpoint,
+        recipe.model,
+        tokenizer,
+        chosen,
+        rows=AUTO_EVALUATE if rows_at_once == "auto" else rows_at_once,
+        length=_longest(tokenizer, [*prompts, *others], left, recipe.evaluate.max_new_tokens),
+        limits=runtime.cluster.max_memory,
+    ).engine
+    return Asked(
+        engine,
+        [Request(ids, recipe.seed) for ids in prompts],
+        [Request(ids, recipe.seed) for ids in others],
+        opens_think,
+        lambda row: prefers(engine, tokenizer, row),
+        1 if chosen.tensor_parallel == "auto" or chosen.engine != "vllm" else chosen.tensor_parallel,
+    )
+
+
+def _longest(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], rows: Sequence[Row], new: int) -> int:
     """Return the tokens of the longest prompt with its answer, or of the longest answer that is only scored."""
+    from pipeline.models.loading import encode_rows
+
     scored = [row for row in rows if (row["tags"] or {}).get("rejected")]
     answers = [row["completion"] for row in scored]
     answers += [[{"role": "assistant", "content": row["tags"]["rejected"]}] for row in scored]
@@ -168,7 +232,46 @@ def _longest(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], rows:
     return max([len(prompt) + new for prompt in prompts] + [len(one["input_ids"]) + 1 for one in both], default=new)
 
 
-def prefers(engine: Engine, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> bool | None:
+def connect(
+    endpoint: Endpoint, recipe: Recipe, runtime: Runtime, left: Sequence[Row], shown: Sequence[Sequence[Message]]
+) -> Asked:
+    """Prepare to ask a model behind a server; nothing is sent yet."""
+    from pipeline.engines.endpoint import EndpointEngine, read_key
+
+    calls = runtime.cluster.endpoint
+    key = read_key(endpoint.key_variable or calls.key_variable, os.environ)
+    engine = EndpointEngine(endpoint, calls, key, while_waiting=runtime.raise_if_stopping)
+    rows, others = (
+        [Request((), recipe.seed, messages=messages) for messages in some]
+        for some in ([row["prompt"] for row in left], shown)
+    )
+    return Asked(engine, rows, others, False, lambda row: None)
+
+
+def judge(task: Task, example: Example, completion: Completion, prompt_opens_think: bool) -> Grade:
+    """Grade a completion; one that a server never gave is unanswered."""
+    grade = task.judge(example, completion.text, prompt_opens_think, completion.truncated)
+    if completion.call is None or completion.call.failure is None:
+        return grade
+    return replace(grade, answer=None, answered=False, reason=FAILED)
+
+
+def calls_made(endpoint: Endpoint, predictions: Sequence[Prediction], engine: Any) -> dict[str, Any]:
+    """What all answers took of a server, in every attempt of the evaluation."""
+    calls = [prediction.call or {} for prediction in predictions]
+    return {
+        "url": endpoint.url,
+        "model": endpoint.model,
+        "answered_by": sorted(engine.served),  # as the server names it, in this attempt
+        "failed": sum(call.get("failure") is not None for call in calls),
+        "requests": sum(call.get("attempts", 0) for call in calls),
+        "seconds": round(sum(call.get("seconds", 0.0) for call in calls), 3),  # of the requests, which overlap
+        "prompt_tokens": sum(call.get("prompt_tokens", 0) for call in calls),
+        "completion_tokens": sum(call.get("completion_tokens", 0) for call in calls),
+    }
+
+
+def prefers(engine: Engine, tokenizer: PreTrainedTokenizerBase, row: Row) -> bool | None:
     """Whether the row's wanted answer is likelier, by its mean log-probability a token, than its rejected one.
 
     None for a row without a rejected answer.
@@ -176,6 +279,8 @@ def prefers(engine: Engine, tokenizer: PreTrainedTokenizerBase, row: dict[str, A
     rejected = (row["tags"] or {}).get("rejected")
     if not rejected:
         return None
+    from pipeline.models.loading import encode_rows
+
     pair = [row["completion"], [{"role": "assistant", "content": rejected}]]
     wanted, other = (
         engine.log_likelihood(one["input_ids"], one["labels"])

@@ -29,7 +29,7 @@ from pipeline.core.hashing import plain
 from pipeline.core.markdown import cell, fenced
 from pipeline.scoring.charts import number
 from pipeline.scoring.metrics import LOWER_IS_BETTER, MAIN_METRICS, TITLES, compare, outcome_of, unanswered_rows
-from pipeline.scoring.predictions import PREDICTIONS, Prediction, read_predictions
+from pipeline.scoring.predictions import FAILED, FAILED_TITLE, PREDICTIONS, Prediction, read_predictions
 from pipeline.scoring.reading import REASONS
 from pipeline.scoring.report_charts import CURVES, Charts, draw
 from pipeline.scoring.results import (
@@ -46,13 +46,14 @@ from pipeline.scoring.results import (
 )
 from pipeline.tasks.task import Task, task_of
 from pipeline.training.harness import main
-from pipeline.workflow.artifact import HISTORY, PROMPTS, Artifact
-from pipeline.workflow.figures import metrics_of
+from pipeline.workflow.artifact import ENDPOINT, HISTORY, PROMPTS, Artifact
+from pipeline.workflow.figures import describe_calls, metrics_of
 from pipeline.workflow.runtime import Runtime, format_hardware
-from pipeline.workflow.stage import ROLES, STAGES, ReportModels, read_spec
+from pipeline.workflow.stage import ROLES, STAGES, ReportModels, endpoint_name, read_spec
 
 SMOKE_TEST_NOTICE = "SMOKE TEST of a shrunken model with random weights: no figure here is a result"
 ROLE_TITLES = {"sft": "SFT", "grpo": "GRPO"}
+ORDER = (*ROLES, ENDPOINT)  # of a recipe's models
 SAMPLES = 3  # of each kind
 
 
@@ -79,14 +80,16 @@ def gather(
     models = [
         _model(label, artifact, metrics_of(artifact, task, recipe.report, recipe.seed))
         for label, artifact in inputs.items()
-        if artifact.role in ROLES
+        if artifact.role in ROLES or endpoint_name(artifact.role)
     ]
-    models.sort(key=lambda model: (model.recipe, ROLES.index(model.role)))
+    models.sort(key=lambda model: (model.recipe, ORDER.index(model.role)))
     splits = list(recipe.evaluate.splits)
     main_split = splits[0] if splits else ""
     differences = []
     for name in dict.fromkeys(model.recipe for model in models):
-        for before, after in pairwise([model for model in models if model.recipe == name]):
+        own = [model for model in models if model.recipe == name and model.role != ENDPOINT]
+        others = [model for model in models if model.recipe == name and model.role == ENDPOINT]
+        for before, after in [*pairwise(own), *((other, own[-1]) for other in others)]:
             differences.append(_difference(before, after, inputs, task, recipe))
     trained = {label: artifact for label, artifact in inputs.items() if STAGES[artifact.stage].trains}
     data = {label: artifact for label, artifact in inputs.items() if artifact.stage == "preprocess"}
@@ -105,7 +108,7 @@ def gather(
         claims=[SMOKE_TEST_NOTICE] if recipe.smoke_test else [claim(one, main_split) for one in differences],
         headline=shown_metrics(models, main_split),
         unanswered=unanswered_rows(models, splits),
-        notes=notes(models, splits, task),
+        notes=[*notes(models, splits, task), *_calls(inputs)],
         warnings=[f"{label}: {text}" for label, artifact in inputs.items() for text in artifact.warnings],
         published=list(task.published),
         breakdowns=list(task.breakdowns),
@@ -114,7 +117,7 @@ def gather(
         data={label: artifact.metrics for label, artifact in data.items()},
         goals=_criteria(models, trained, main_split, criteria),
         prompts=_prompts(models, inputs),
-        samples=_samples(models[-1], inputs, main_split) if models else [],
+        samples=_samples(_own(models)[-1], inputs, main_split) if models else [],
         steps={label: _step_record(artifact) for label, artifact in inputs.items()},
         settings={artifact.recipe: _settings(artifact) for artifact in inputs.values()},
     )
@@ -144,7 +147,14 @@ def notes(models: Sequence[ModelResult], splits: Sequence[str], task: Task) -> l
 
 def _model(label: str, artifact: Artifact, splits: Mapping[str, SplitMetrics]) -> ModelResult:
     role = artifact.role or "base"
+    if name := endpoint_name(role):
+        return ModelResult(label, artifact.recipe, ENDPOINT, f"{artifact.recipe} {name}", splits)
     return ModelResult(label, artifact.recipe, role, f"{artifact.recipe} {ROLE_TITLES.get(role, role)}", splits)
+
+
+def _calls(inputs: Mapping[str, Artifact]) -> list[str]:
+    """What the answers of endpoints took."""
+    return [describe_calls(calls) for artifact in inputs.values() if (calls := artifact.metrics.get(ENDPOINT))]
 
 
 def _predictions(artifact: Artifact, split: str) -> list[Prediction]:
@@ -163,7 +173,8 @@ def _difference(
             for model in (before, after)
         )
         found[split] = compare(old, new, settings.bootstrap_samples, settings.confidence, recipe.seed)
-    return Difference(before.name, after.name, after.role, found)
+    role = ENDPOINT if before.role == ENDPOINT else after.role
+    return Difference(before.name, after.name, role, found)
 
 
 def claim(difference: Difference, split: str) -> str:
@@ -228,7 +239,7 @@ def _criteria(
 ) -> list[Criterion]:
     """The recipes' success criteria, each with the value of SFT's validation or of the last model."""
     found = []
-    for name, model in {model.recipe: model for model in models}.items():
+    for name, model in {model.recipe: model for model in _own(models)}.items():
         sft = next((a.metrics for a in trained.values() if a.stage == "sft" and a.recipe == name), {})
         for key, goal in criteria.get(name, {}).items():
             figure = model.splits[split].overall.get(key) if split else None
@@ -236,6 +247,11 @@ def _criteria(
             met = None if value is None else goal_met(goal, value)
             found.append(Criterion(name, key, goal.below, goal.above, value, met))
     return found
+
+
+def _own(models: Sequence[ModelResult]) -> list[ModelResult]:
+    """The models of the recipes, without those behind servers."""
+    return [model for model in models if model.role != ENDPOINT]
 
 
 def goal_met(goal: Goal, value: float) -> bool:
@@ -289,7 +305,13 @@ def render(name: str, report: Report, charts: Charts | None = None) -> str:
     environment.filters |= {"figure": format_figure, "number": number}
     environment.filters |= {"fenced": fenced, "cell": cell, "printable": printable}
     page = {f.name: getattr(report, f.name) for f in fields(report)}
-    more = {"report": report, "charts": charts, "titles": TITLES, "why": REASONS, "best": best_values(report)}
+    more = {
+        "report": report,
+        "charts": charts,
+        "titles": TITLES,
+        "why": REASONS | {FAILED: FAILED_TITLE},
+        "best": best_values(report),
+    }
     return environment.get_template(f"{name}.jinja").render(page | more)
 
 

@@ -10,7 +10,7 @@ download  download a recipe's model to the local cache, for nodes without intern
 list      recipes, tasks, rewards, stages, clusters
 chat      put questions to any checkpoint: thought and answer as they are written
 export    any checkpoint for others: adapter, merged in 16 or 4 bit, GGUF
-evaluate  any checkpoint: a step's folder, a Trainer checkpoint, an adapter, a model folder, a hub id
+evaluate  any checkpoint: a step's folder, a Trainer checkpoint, an adapter, a model folder, a hub id; or any endpoint
 audit     a file of a task's rows: which labels are wrong, by the task's exact solver
 generate  a task's rows as parquet files with a data card
 """
@@ -47,6 +47,7 @@ EPILOG = """examples:
   python -m pipeline status --watch                        how far they are
   python -m pipeline plan tiny                             what would run, and why
   python -m pipeline evaluate --ckpt runs/tiny/grpo-…      any checkpoint
+  python -m pipeline evaluate --endpoint URL --model NAME --task gsm8k     a model behind a server
   python -m pipeline chat --ckpt runs/tiny/grpo-… "…"       a question of your own
   python -m pipeline export --ckpt runs/tiny/grpo-… --format gguf
 """
@@ -206,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--public", action="store_true", help="with --push: a repository that everyone can read")
     where(sub)
     sub.set_defaults(dry_run=False)
-    sub = add("evaluate", evaluate_command, "ask any checkpoint a task's rows")
+    sub = add("evaluate", evaluate_command, "ask any checkpoint, or a model behind a server, a task's rows")
     sub.add_argument("words", nargs="*", metavar="RECIPE|key=value", help="default: what the checkpoint was made with")
     evaluation(sub, required=True)
     where(sub)
@@ -244,8 +245,20 @@ def where(sub: argparse.ArgumentParser) -> None:
 
 def evaluation(sub: argparse.ArgumentParser, *, required: bool) -> None:
     """What is evaluated."""
-    about = "a step's folder, a checkpoint, an adapter, a model, a hub id"
-    sub.add_argument("--ckpt", required=required, help=about if required else argparse.SUPPRESS)
+    about = {
+        "--ckpt": "a step's folder, a checkpoint, an adapter, a model, a hub id",
+        "--endpoint": "a server of the OpenAI format, such as https://host/v1; the key is in THEREFORE_API_KEY",
+    }
+    what = sub.add_mutually_exclusive_group(required=required)
+    for name, text in about.items():
+        what.add_argument(
+            name, metavar="DIR" if name == "--ckpt" else "URL", help=text if required else argparse.SUPPRESS
+        )
+    told = "of an endpoint: the model's name there"
+    sub.add_argument("--model", metavar="NAME", help=told if required else argparse.SUPPRESS)
+    told = "of an endpoint's requests, more than the recipe sets; null leaves one out. May be repeated"
+    told = told if required else argparse.SUPPRESS
+    sub.add_argument("--parameter", action="append", default=[], metavar="NAME=VALUE", help=told)
     sub.add_argument("--task", help="a task by name (default: the recipe's)" if required else argparse.SUPPRESS)
     sub.add_argument("--split", help="one split (default: the recipe's)" if required else argparse.SUPPRESS)
     sub.add_argument("--limit", type=int, help="rows of each split" if required else argparse.SUPPRESS)

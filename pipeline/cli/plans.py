@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Sequence
 
+from pipeline.config.endpoint import Endpoint
 from pipeline.config.recipe import recipe_names
 from pipeline.core.errors import (
     PlanError,
     RecipeError,
 )
 from pipeline.workflow.plan import RUNS, Plan, make_plan
-from pipeline.workflow.single_step import evaluation_plan, export_plan
+from pipeline.workflow.single_step import endpoint_plan, evaluation_plan, export_plan
 
 
 def cluster_of(args: argparse.Namespace) -> tuple[str, list[str]]:
@@ -67,15 +69,29 @@ def typed_again(args: argparse.Namespace) -> str:
 
 def evaluation_plan_of(args: argparse.Namespace, changes: Sequence[str] = ()) -> Plan:
     cluster, more = cluster_of(args)
-    return evaluation_plan(
-        args.ckpt,
-        [*changes, *more, *args.words],
-        task=args.task,
-        split=args.split,
-        limit=args.limit,
-        cluster=cluster,
-        runs=args.runs,
-    )
+    words = [*changes, *more, *args.words]
+    rows = {"task": args.task, "split": args.split, "limit": args.limit}
+    if args.endpoint is not None:
+        return endpoint_plan(_endpoint_of(args), words, **rows, cluster=cluster, runs=args.runs)
+    if args.model is not None or args.parameter:
+        raise PlanError("--model, --parameter: got one with --ckpt; expected --endpoint URL, whose model it names")
+    return evaluation_plan(args.ckpt, words, **rows, cluster=cluster, runs=args.runs)
+
+
+def _endpoint_of(args: argparse.Namespace) -> Endpoint:
+    """The endpoint that the options name. Raises PlanError."""
+    if args.model is None:
+        raise PlanError("--model: got none; expected the model's name at the server. Fix: --model NAME")
+    parameters = {}
+    for word in args.parameter:
+        name, equals, text = word.partition("=")
+        if not equals or not name:
+            raise PlanError(f"--parameter: got {word[:80]!r}; expected NAME=VALUE, such as reasoning_effort=low")
+        try:
+            parameters[name] = json.loads(text)
+        except ValueError:
+            parameters[name] = text
+    return Endpoint(args.endpoint, args.model, parameters)
 
 
 def export_plan_of(args: argparse.Namespace, changes: Sequence[str] = ()) -> Plan:

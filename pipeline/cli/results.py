@@ -10,7 +10,7 @@ from pipeline.core.errors import (
 )
 from pipeline.core.files import read_text
 from pipeline.core.records import MAX_BYTES
-from pipeline.workflow.artifact import open_artifact
+from pipeline.workflow.artifact import ENDPOINT, open_artifact
 from pipeline.workflow.plan import Plan, Step, explain
 from pipeline.workflow.stage import STAGES, Export
 
@@ -100,7 +100,7 @@ def show_export(step: Step, *, pushed: bool = False) -> Path:
 def show_metrics(step: Step) -> None:
     from pipeline.scoring.metrics import MAIN_METRICS
     from pipeline.tasks.task import task_of
-    from pipeline.workflow.figures import metrics_of
+    from pipeline.workflow.figures import describe_calls, metrics_of
 
     artifact, recipe = open_artifact(step.folder), step.recipe
     task = task_of(recipe.task, recipe.seed)
@@ -114,5 +114,7 @@ def show_metrics(step: Step) -> None:
                 print(f"  {name:<18} {figure.value:7.3f}   {figure.low:.3f} … {figure.high:.3f}")
         if "proxy" in overall:
             print(f"  proxy is not correctness: {task.proxy}")
+    if calls := artifact.metrics.get(ENDPOINT):
+        print(printable(describe_calls(calls)))
     print(printable("".join(f"warning: {warning}\n" for warning in artifact.warnings)), end="")
     print(f"\n{step.folder}/predictions.jsonl and metrics.json")

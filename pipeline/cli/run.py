@@ -129,7 +129,7 @@ def prepare_command(args: argparse.Namespace) -> int:
         if not args.ckpt or not args.format:
             raise PlanError("an export needs --ckpt DIR and --format: see python -m pipeline export --help")
         plan = export_plan_of(args, changes)
-    elif args.ckpt:
+    elif args.ckpt or args.endpoint:
         plan = evaluation_plan_of(args, changes)
     else:
         plan = plan_of(args, changes)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pipeline.config import former
+from pipeline.config.endpoint import EndpointCalls, calls_problems
 from pipeline.config.load import read_typed
 from pipeline.config.recipe import CONFIGS, Recipe, divisors, find_yaml
 from pipeline.config.site import Slurm, site_problems
@@ -96,6 +97,7 @@ class Cluster:
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...]
     kill_timeout: PositiveInt  # seconds between the request to stop and the kill
     slurm: Slurm
+    endpoint: EndpointCalls = added(EndpointCalls())
     max_idle_steps: PositiveInt | None = added(None)  # GRPO steps in a row without spread that end it; None: only warn
     generation: Generation = added(Generation())
 
@@ -135,7 +137,7 @@ class Cluster:
                 f"cluster.slurm.gpu_type: got {self.slurm.gpu_type!r} with cluster.gpus 0; expected GPUs. "
                 "Fix: cluster.gpus=N, or cluster.slurm.gpu_type=null"
             )
-        found += site_problems(self.slurm, submits=self.submits)
+        found += [*site_problems(self.slurm, submits=self.submits), *calls_problems(self.endpoint)]
         known = deepspeed_names()
         for name, stage in (("sft", self.sft), ("grpo", self.grpo)):
             if stage.deepspeed not in (*known, "auto"):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pipeline.config.architectures import ModelType
+from pipeline.config.endpoint import NAME, Endpoint
 from pipeline.config.former import recipe_renames, task_name
 from pipeline.config.load import read_typed
 from pipeline.config.trainer_names import LossName, OptimizerName, RewardScale, SchedulerName, scheduler_problems
@@ -210,6 +211,7 @@ class Evaluate:
     repetition_penalty: PositiveFloat  # 1: none; above, repeated tokens become less likely (Keskar et al. 2019)
     max_new_tokens: PositiveInt
     prompts: tuple[str, ...]  # questions whose answers stand side by side in the report, model by model
+    endpoints: dict[str, Endpoint] = added({})  # models behind servers, which stand beside the recipe's in the report
 
 
 @dataclass(frozen=True)
@@ -299,6 +301,12 @@ class Recipe:
         for key, path in {**paths, "model.chat_template": self.model.chat_template}.items():
             if path is not None and not is_path(path):
                 found.append(f"{key}: got {path[:40]!r}…; expected a name or path. Fix: shorten it, on one line")
+        for name in self.evaluate.endpoints:
+            if not NAME.fullmatch(name):
+                found.append(
+                    f"evaluate.endpoints: got the name {name[:60]!r}; expected at most 40 letters, digits and _ . -, "
+                    "the first a letter or digit"
+                )
         return [*found, *self.task.problems()]
 
     def _scratch_problems(self, scratch: RandomInit) -> list[str]:

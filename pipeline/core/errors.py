@@ -7,6 +7,7 @@
     ├── DataError                  exit code 2: rows that cannot be read
     ├── MissingDependency          exit code 2: a package or program that is not installed
     ├── LaunchError                exit code 1: a process that did not start, or that failed
+    ├── EndpointError              exit code 1: a server that does not answer, or answers nonsense
     └── Stopped                    exit code 75: stopped on request; the same command resumes
 
 All problems are reported at once: an error carries a list with one problem per line.
@@ -58,6 +59,10 @@ class MissingDependency(PipelineError):
 
 
 class LaunchError(PipelineError):
+    pass
+
+
+class EndpointError(PipelineError):
     pass
 
 

@@ -10,7 +10,7 @@ the sample's number, so that batches, processes and interruptions change no comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Protocol
@@ -31,9 +31,22 @@ class Sampling:
 class Request:
     """A prompt to be completed, once or several times."""
 
-    prompt: Sequence[int]  # token ids, including the generation prompt
+    prompt: Sequence[int]  # token ids, including the generation prompt; empty where the engine has no tokens
     seed: int = 0
     samples: int = 1
+    messages: Sequence[Mapping[str, str]] = ()  # the same as a conversation, for an engine without tokens
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a completion of a server took."""
+
+    seconds: float  # of the request that was answered
+    attempts: int
+    prompt_tokens: int  # as the server counts them; 0 where it does not
+    completion_tokens: int
+    failure: str | None = None  # why there is no completion
+    refused: bool = False  # whether the server does not want to answer it
 
 
 @dataclass(frozen=True)
@@ -45,11 +58,12 @@ class Completion:
     truncated: bool  # it reached max_new_tokens; else it ended with a stop token
     # of each token under the distribution that it was drawn from, in nats; None where they were not asked for
     logprobs: list[float] | None = None
+    call: Call | None = None  # of a server, whose tokens are not known here
 
     @property
     def tokens(self) -> int:
         """How many tokens were generated, including the stop token."""
-        return len(self.token_ids)
+        return self.call.completion_tokens if self.call else len(self.token_ids)
 
 
 @dataclass(frozen=True)

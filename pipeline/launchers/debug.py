@@ -22,7 +22,7 @@ from pipeline.launchers.torchrun import LOOPBACK, environment
 from pipeline.training.harness import run_spec
 from pipeline.workflow import faults
 from pipeline.workflow.plan import Plan, Step, spec_of
-from pipeline.workflow.stage import STAGES, write_spec
+from pipeline.workflow.stage import write_spec
 
 # read when a process starts, or valid for a child process alone
 START_ONLY = ("PYTHONHASHSEED", "PYTHONUNBUFFERED", "PYTHONWARNINGS", faults.PARENT)
@@ -30,7 +30,7 @@ START_ONLY = ("PYTHONHASHSEED", "PYTHONUNBUFFERED", "PYTHONWARNINGS", faults.PAR
 
 def run_step(step: Step, plan: Plan, title: str) -> None:
     """Run a step in this process. Raises the exception of its stage."""
-    stage = STAGES[step.stage]
+    stage = step.runs_as
     write_spec(step.folder, spec_of(step, plan.cluster))
     wanted = {name: value for name, value in environment(stage, plan.cluster).items() if name not in START_ONLY}
     print(f"{title} …", file=sys.stderr, flush=True)

@@ -80,7 +80,7 @@ def run_plan(plan: Plan) -> list[Step]:
 
 def run_step(step: Step, plan: Plan, title: str) -> None:
     """Start a step's processes, show their progress, and wait for them. Raises Stopped or the step's failure."""
-    stage = STAGES[step.stage]
+    stage = step.runs_as
     if stage.processes == "all":
         check_port()
     write_spec(step.folder, spec_of(step, plan.cluster))

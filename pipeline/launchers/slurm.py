@@ -45,7 +45,7 @@ from pipeline.workflow.artifact import LOG, SCRIPT
 from pipeline.workflow.jobs import add_dependency, is_ours, live_jobs, query
 from pipeline.workflow.lock import OWNER, LockHolder, ensure_unlocked
 from pipeline.workflow.plan import Plan, Step, spec_of
-from pipeline.workflow.stage import STAGES, write_spec
+from pipeline.workflow.stage import write_spec
 
 ENDING_TIMEOUT = 60  # seconds to wait for a job that is completing
 SUBMISSION_ROUNDS = 3  # rounds of submission, where Slurm cancels jobs meanwhile
@@ -248,7 +248,7 @@ def _submit(
 def sbatch(step: Step, plan: Plan, after: Sequence[str], record: JobRecord) -> JobRecord:
     """Write the step's batch script and submit it. Returns the record with the id. Raises LaunchError if refused."""
     path = step.folder / SCRIPT
-    path.write_text(script(STAGES[step.stage], plan.cluster, step, sys.prefix), encoding="utf-8")
+    path.write_text(script(step.runs_as, plan.cluster, step, sys.prefix), encoding="utf-8")
     done = run_slurm(*sbatch_line(path, after, record.token), env=exported(plan.cluster.slurm))
     if done.returncode:
         raise submission_error(step, plan, error_text(done.stderr))
@@ -291,7 +291,7 @@ def submission_error(step: Step, plan: Plan, reason: str) -> LaunchError:
         return LaunchError(
             f"{step.label}: Slurm cannot be reached: {reason}. Fix: try again when scontrol ping answers"
         )
-    requested = " ".join(resources(STAGES[step.stage], plan.cluster))
+    requested = " ".join(resources(step.runs_as, plan.cluster))
     error = LaunchError(
         f"{step.label}: Slurm refused the job: {reason}",
         f"the job requested {requested}",
@@ -333,7 +333,7 @@ def dry_run_text(submissions: list[Submission], plan: Plan) -> str:
             parts.append(f"# {step.label}: submitted before, as job {submission.job}\n")
             continue
         path = step.folder / SCRIPT
-        text = script(STAGES[step.stage], plan.cluster, step, sys.prefix)
+        text = script(step.runs_as, plan.cluster, step, sys.prefix)
         parts.append(f"# ---- {path}\n{text}\n{shlex.join(sbatch_line(path, submission.after, 'TOKEN'))}\n")
     return "\n".join(parts)
 

@@ -28,7 +28,6 @@ from pipeline.launchers.batch_script import resources, setup_lines, shell_value
 from pipeline.launchers.slurm import exported, submission_error
 from pipeline.workflow.artifact import STOP
 from pipeline.workflow.plan import Plan, Step
-from pipeline.workflow.stage import STAGES
 
 if TYPE_CHECKING:
     from submitit.core.utils import DelayedSubmission
@@ -93,7 +92,7 @@ def submit(step: Step, plan: Plan, after: Sequence[str], record: JobRecord) -> J
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    stage, slurm = STAGES[step.stage], plan.cluster.slurm
+    stage, slurm = step.runs_as, plan.cluster.slurm
     options = {"output", "error", "open-mode"}
     requested = dict(option.removeprefix("--").partition("=")[::2] for option in resources(stage, plan.cluster))
     extra: dict[str, str | bool] = {key: value or True for key, value in requested.items() if key not in options}

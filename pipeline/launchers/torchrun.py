@@ -26,7 +26,7 @@ from pipeline.sizing.engines import ENVIRONMENT as ENGINE_ENVIRONMENT
 from pipeline.workflow import faults
 from pipeline.workflow.artifact import STOP, is_done
 from pipeline.workflow.progress import read_progress
-from pipeline.workflow.stage import STAGES, Stage, read_spec, stage_processes
+from pipeline.workflow.stage import Stage, read_spec, stage_processes
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PORTS = range(15_000, 30_000)  # below the system's ephemeral ports
@@ -118,7 +118,7 @@ def environment(stage: Stage, cluster: Cluster) -> dict[str, str]:
 def run_on_node(folder: Path) -> int:
     """Run a step's processes of this node to their end. Returns the step's exit code."""
     spec = read_spec(folder)
-    stage, started = STAGES[spec.stage], time.time()
+    stage, started = spec.runs_as, time.time()
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: (folder / STOP).touch())
     kills = cgroups.memory_kills()

@@ -38,7 +38,7 @@ from pipeline.sizing.memory import usable
 from pipeline.sizing.model_sizes import GIB, adapter_parameters, known_dims
 from pipeline.tasks.task import task_of
 from pipeline.workflow.plan import Plan, resume_problems_of
-from pipeline.workflow.stage import STAGES
+from pipeline.workflow.stage import STAGES, EvaluateEndpoint
 
 PROJECT = "therefore-pipeline"
 LEAST_FREE = GIB // 4
@@ -48,7 +48,8 @@ QUANTIZED_SINCE = {"nf4": 6.0, "int8": 7.5}  # the compute capability that bitsa
 def problems(plan: Plan, *, audited: bool = False) -> tuple[list[str], list[str]]:
     """What would fail, and what is worth knowing, as sentences."""
     wrong, notes = [*_packages(), *_deepspeed(plan.cluster)], list[str]()
-    recipes = {step.recipe.name: step.recipe for step in plan.to_run}
+    # an endpoint's model is neither loaded nor trained here
+    recipes = {s.recipe.name: s.recipe for s in plan.to_run if not isinstance(s.options, EvaluateEndpoint)}
     unread = {step.recipe.name for step in plan.to_run if step.stage == "preprocess"}
     for name, recipe in recipes.items():
         checks = (_chat_format, _file, _attention, _lengths, _adapters)

@@ -16,6 +16,8 @@ from typing import Any
 from pipeline.core.files import read_lines
 
 PREDICTIONS = "predictions.jsonl"
+FAILED = "request_failed"  # the reason of a row that an endpoint did not answer
+FAILED_TITLE = "the endpoint gave no completion"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +41,14 @@ class Prediction:
     completion: str = ""
     tokens: int  # of the completion
     truncated: bool = False
+    # of an endpoint's answer: its seconds, attempts, tokens of the prompt, and the failure where there is no answer
+    call: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        record = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.call is None:
+            del record["call"]
+        return record
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Prediction:

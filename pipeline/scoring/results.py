@@ -102,7 +102,7 @@ class ModelResult:
 
     label: str  # of its evaluation: tiny/evaluate-sft
     recipe: str
-    role: str  # base, sft or grpo
+    role: str  # base, sft, grpo or endpoint
     name: str  # tiny SFT
     splits: Mapping[str, SplitMetrics]
 
@@ -113,7 +113,7 @@ class Difference:
 
     before: str
     after: str
-    role: str  # of the later one
+    role: str  # of the later one, or endpoint
     splits: Mapping[str, Mapping[str, Figure]]
 
 

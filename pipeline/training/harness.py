@@ -37,7 +37,7 @@ from pipeline.workflow.artifact import SCHEMA, WARNINGS, Artifact, finalize, is_
 from pipeline.workflow.lock import lock
 from pipeline.workflow.progress import ProgressFile, many_attempts
 from pipeline.workflow.runtime import Runtime, format_hardware
-from pipeline.workflow.stage import STAGES, StepSpec, read_spec
+from pipeline.workflow.stage import STAGES, EvaluateEndpoint, StepSpec, read_spec
 from pipeline.workflow.task_code import code_of
 
 
@@ -55,7 +55,7 @@ def main(stage: str, run: StageFunction) -> None:
 def _main(stage: str, run: StageFunction, argv: list[str]) -> int:
     given = argv[:1] == ["--step"] and len(argv) == 2
     if not given and "RANK" not in os.environ:  # started by hand: run the command line instead
-        alone = stage == "export" or "--ckpt" in " ".join(argv)
+        alone = stage == "export" or any(word in " ".join(argv) for word in ("--ckpt", "--endpoint"))
         command = ["export" if stage == "export" else "evaluate"] if alone else ["run", "--stages", stage]
         os.execv(sys.executable, [sys.executable, "-m", "pipeline", *command, *argv])
     argv, typed_in = enter_project(argv, STAGES[stage].module)
@@ -138,7 +138,9 @@ def _refuse_checkpoints(spec: StepSpec, folder: Path, world: int) -> None:
 
 def _hardware(spec: StepSpec, runtime: Runtime) -> dict[str, Any]:
     """Check the devices of a stage with a model. Returns its hardware for the provenance; {} for other stages."""
-    if STAGES[spec.stage].processes == "one":
+    if isinstance(spec.options, EvaluateEndpoint):
+        return {"device": f"{spec.options.endpoint.model} at {spec.options.endpoint.url}", "engine": "endpoint"}
+    if spec.runs_as.processes == "one":
         return {}
     from pipeline.training import devices
 
@@ -155,7 +157,7 @@ def _measured(spec: StepSpec, runtime: Runtime) -> dict[str, Any]:
 
     Warnings of ranks other than 0 (a different GPU on another node) are repeated here.
     """
-    if STAGES[spec.stage].processes == "one":
+    if spec.runs_as.processes == "one":
         return {}
     from pipeline.training import devices, distributed
 
@@ -183,7 +185,7 @@ def _leave_together(folder: Path, world: int) -> None:
 
 def _out_of_memory(error: Exception, spec: StepSpec) -> str | None:
     """Return the error message for a GPU that ran out of memory; None for other errors and without torch."""
-    if "torch" not in sys.modules or STAGES[spec.stage].processes == "one":
+    if "torch" not in sys.modules or spec.runs_as.processes == "one":
         return None
     from pipeline.training import devices
 

@@ -32,6 +32,7 @@ TRANSIENT = {
     "trackio",
     "submitit",
 }  # folders that may change or go without hurting the result
+ENDPOINT = "endpoint"  # the key of an evaluation's `metrics` that says what a server's answers took
 WARNINGS = "warnings"  # the key of `metrics` that lists them; absent where there are none
 
 

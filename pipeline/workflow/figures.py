@@ -8,8 +8,9 @@ Answers are never generated again for this: they are in predictions.jsonl.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from pipeline.config.recipe import Report as ReportSettings
 from pipeline.core.errors import ArtifactError
@@ -17,7 +18,7 @@ from pipeline.scoring.metrics import Outcome, baseline_metrics, outcome_of, summ
 from pipeline.scoring.predictions import PREDICTIONS, Prediction, count_reasons, read_predictions
 from pipeline.scoring.results import Metrics, SplitMetrics
 from pipeline.tasks.task import Task
-from pipeline.workflow.artifact import ARTIFACT, WARNINGS, Artifact
+from pipeline.workflow.artifact import ARTIFACT, ENDPOINT, WARNINGS, Artifact
 from pipeline.workflow.stage import read_spec
 
 
@@ -65,6 +66,16 @@ def metrics_of(artifact: Artifact, task: Task, settings: ReportSettings, seed: i
     return count(read_predictions(artifact.folder / PREDICTIONS), task, settings, seed)
 
 
+def describe_calls(calls: Mapping[str, Any]) -> str:
+    """Return a line on what the answers of a server took, as an evaluation's metrics record it."""
+    counts = {name: calls.get(name, 0) for name in ("requests", "failed", "prompt_tokens", "completion_tokens")}
+    return (
+        f"the model {calls.get('model')} at {calls.get('url')}: {counts['requests']:,} requests of "
+        f"{calls.get('seconds', 0):,.1f} s in all, {counts['prompt_tokens']:,} tokens of prompts and "
+        f"{counts['completion_tokens']:,} of completions, {counts['failed']:,} rows without an answer"
+    )
+
+
 def recorded_metrics(artifact: Artifact) -> dict[str, SplitMetrics]:
     """The metrics that an evaluation has recorded, by split; ArtifactError where they cannot be read."""
     path = artifact.folder / ARTIFACT
@@ -72,7 +83,7 @@ def recorded_metrics(artifact: Artifact) -> dict[str, SplitMetrics]:
         return {
             split: SplitMetrics.from_json(record, f"metrics.{split}")
             for split, record in artifact.metrics.items()
-            if split != WARNINGS
+            if split not in (ENDPOINT, WARNINGS)
         }
     except ValueError as error:
         raise ArtifactError(f"{path}: {error}. Fix: delete {path} and run the step again") from error

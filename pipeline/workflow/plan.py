@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.cluster import Cluster, batches, read_cluster
+from pipeline.config.endpoint import endpoint_problems
 from pipeline.config.former import identity, present_names
 from pipeline.config.model_files import gguf_file
 from pipeline.config.recipe import Recipe, local_files, local_problems, read
@@ -30,7 +31,18 @@ from pipeline.tasks.task import make_task, resolved_params, split_problems, task
 from pipeline.workflow.artifact import ARTIFACT, SCHEMA, STEP, Artifact, artifact_problem, is_done, read_artifact
 from pipeline.workflow.layouts import resume_problems
 from pipeline.workflow.lock import is_alive, read_holder
-from pipeline.workflow.stage import STAGES, EvaluateCheckpoint, Export, Options, ReportModels, StepSpec
+from pipeline.workflow.stage import (
+    ENDPOINT_ROLE,
+    STAGES,
+    EvaluateCheckpoint,
+    EvaluateEndpoint,
+    Export,
+    Options,
+    ReportModels,
+    Stage,
+    StepSpec,
+    stage_of,
+)
 from pipeline.workflow.task_code import code_changes
 
 RUNS = Path("runs")
@@ -55,7 +67,7 @@ class Step:
     inputs: dict[str, Step] = field(default_factory=dict)
     folders: dict[str, str] = field(default_factory=dict)  # inputs that are not a step of this plan
     options: Options | None = None
-    role: str | None = None  # of an evaluation: which of ROLES it is of
+    role: str | None = None  # of an evaluation: which of ROLES or endpoints it is of
 
     @property
     def fingerprint(self) -> str:
@@ -65,6 +77,10 @@ class Step:
     def label(self) -> str:
         """`tiny/sft`"""
         return f"{self.folder.parent.name}/{self.name}"
+
+    @property
+    def runs_as(self) -> Stage:
+        return stage_of(self.stage, self.options)
 
     @property
     def done(self) -> bool:
@@ -84,7 +100,7 @@ class Step:
     def outdated(self) -> str | None:
         """That the step is done and its task's or rewards' code has changed since, and the remedy; else None."""
         changed = code_changes(self.folder, self.stage, self.recipe.task.name, self.recipe.grpo.rewards)
-        alone = isinstance(self.options, EvaluateCheckpoint | Export)
+        alone = self.role is None and isinstance(self.options, EvaluateCheckpoint | EvaluateEndpoint | Export)
         again = f"delete {self.folder} to make it again" if alone else f"rerun with --refresh {self.name}"
         return f"done, but its code has changed since: {', '.join(changed)}; {again}" if changed else None
 
@@ -222,6 +238,9 @@ def _recipe_problems(recipe: Recipe, cluster: Cluster | None) -> list[str]:
     _, rewards = find_rewards(recipe.grpo.rewards)
     problems = [*problems, *rewards]
     if cluster is not None:
+        for name, endpoint in recipe.evaluate.endpoints.items():
+            key = f"evaluate.endpoints.{name}."
+            problems += endpoint_problems(endpoint, cluster.endpoint, f"{key}url", key)
         problems += [text for stage in recipe.stages for text in batches(cluster, recipe, stage)[1]]
     return problems
 
@@ -250,6 +269,9 @@ def _recipe_steps(recipe: Recipe, runs: Path) -> list[Step]:
     steps.append(_step("evaluate", recipe, {"data": data}, runs, role="base"))
     for role, step in trained.items():
         steps.append(_step("evaluate", recipe, {"data": data, "model": step}, runs, role=role))
+    for name, endpoint in recipe.evaluate.endpoints.items():
+        options = EvaluateEndpoint(endpoint)
+        steps.append(_step("evaluate", recipe, {"data": data}, runs, role=ENDPOINT_ROLE + name, options=options))
     return steps
 
 
@@ -270,14 +292,14 @@ def _step(
     *,
     role: str | None = None,
     place: str | None = None,
-    options: ReportModels | None = None,
+    options: ReportModels | EvaluateEndpoint | None = None,
 ) -> Step:
     """A step of a recipe, in the folder `place` of the runs (default: the recipe's)."""
     files = {} if inputs else local_files(recipe)
     if not inputs and (packed := gguf_file(recipe.model)):
         files["model.gguf"] = file_identity(packed)
     prints = {name: step.fingerprint for name, step in inputs.items()}
-    payload = step_payload(stage, recipe, inputs=prints, files=files, settings=plain(options) if options else {})
+    payload = step_payload(stage, recipe, inputs=prints, files=files, options=options)
     name = f"{stage}-{role}" if role else stage
     folder = runs / (place or recipe.name) / f"{name}-{fingerprint(payload)}"
     return Step(name, stage, recipe, payload, folder, inputs, options=options, role=role)
@@ -291,15 +313,25 @@ def step_payload(
     files: Mapping[str, str],
     reads: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
+    options: ReportModels | EvaluateEndpoint | None = None,
 ) -> dict[str, Any]:
     """Return what a step's fingerprint is the hash of: all that decides its result.
 
     `reads` are parts of the recipe beside those that every step of the stage reads; `settings` are no part of a recipe.
+    A recipe's endpoints decide no other model's answers, and the recipe's model none of theirs.
     """
+    values = plain(recipe)
+    values["evaluate"].pop("endpoints", None)
+    read = [*STAGES[stage].reads, *reads]
+    if isinstance(options, EvaluateEndpoint):
+        read.remove("model")
+        settings = {"endpoint": options.endpoint.identity}
+    elif options is not None:
+        settings = plain(options)
     return {
         "stage": stage,
         "revision": STAGES[stage].revision,
-        "settings": identity(plain(recipe), [*STAGES[stage].reads, *reads]) | dict(settings or {}),
+        "settings": identity(values, read) | dict(settings or {}),
         "inputs": dict(inputs),
         "files": dict(files),
     }
@@ -379,6 +411,7 @@ def _latest(step: Step) -> Artifact | None:
             found.append((path.stat().st_mtime, path))
     for _, path in sorted(found, reverse=True):
         with contextlib.suppress(InvalidRecord):  # another step's file: `status` shows it
-            if record := read_artifact(path.parent):
+            record = read_artifact(path.parent)
+            if record and record.step == step.name:  # not of a step whose name is longer
                 return record
     return None

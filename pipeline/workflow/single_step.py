@@ -1,17 +1,20 @@
-"""Plans of one step that belongs to no run: `evaluate --ckpt`, `export`; and the recipe a checkpoint is used with.
+"""Plans of one step that belongs to no run: `evaluate --ckpt` and `--endpoint`, `export`; and a checkpoint's recipe.
 
 plan = evaluation_plan("runs/tiny/grpo-1a2b3c4d5e", split="validation")
+plan = endpoint_plan(Endpoint("https://host/v1", "name"), task="gsm8k")
 plan = export_plan("runs/tiny/grpo-1a2b3c4d5e", format="merged16")
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.cluster import Cluster, read_cluster
+from pipeline.config.endpoint import Endpoint, endpoint_problems
 from pipeline.config.load import read_typed
 from pipeline.config.recipe import CONFIGS, Recipe, find_yaml, recipe_names
 from pipeline.core.errors import ArtifactError, PlanError, RecipeError
@@ -20,7 +23,7 @@ from pipeline.core.hashing import file_identity, fingerprint, plain
 from pipeline.tasks.task import make_task
 from pipeline.workflow.artifact import STEP, is_done, step_of
 from pipeline.workflow.plan import RUNS, Plan, Step, split_overrides, step_payload, task_problems, with_task_params
-from pipeline.workflow.stage import EvaluateCheckpoint, Export
+from pipeline.workflow.stage import EvaluateCheckpoint, EvaluateEndpoint, Export
 from pipeline.workflow.weights import find_checkpoint
 
 
@@ -40,8 +43,7 @@ def evaluation_plan(
     the defaults; the rows are those of the checkpoint's own preprocess step where task and split are the same.
     """
     words, file = _whole_file(words)
-    more = [f"evaluate.limit={limit}"] if limit is not None else []
-    more += [f"evaluate.splits=[{split or 'test'}]"] if split is not None or file else []
+    more = _rows_asked(split, limit, file)
     recipe, where, made_by = recipe_of(checkpoint, [*words, *more], task=task, cluster=cluster, splits=True)
     names = [word for word in words if "=" not in word]
     inputs = {}
@@ -60,6 +62,48 @@ def evaluation_plan(
     options = EvaluateCheckpoint(checkpoint)
     step = Step("evaluate-checkpoint", "evaluate", recipe, payload, folder, folders=inputs, options=options)
     return Plan((step,), frozenset([step.label]), where, runs)
+
+
+def endpoint_plan(
+    endpoint: Endpoint,
+    words: Sequence[str] = (),
+    *,
+    task: str | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    cluster: str = "local",
+    runs: Path = RUNS,
+) -> Plan:
+    """A plan of one step: ask a model behind a server a task's rows, as the recipe in `words` or the defaults say."""
+    words, file = _whole_file(words)
+    names = [word for word in words if "=" not in word]
+    overrides, for_cluster = split_overrides([word for word in words if "=" in word])
+    if not names and not any(word.startswith("evaluate.splits=") for word in overrides):
+        split = split or "test"  # the one that every task has
+    overrides += _rows_asked(split, limit, file) + ([f"task.name={task}"] if task is not None else [])
+    values: list[Path | dict[str, Any]] = [CONFIGS / "base.yaml"]
+    values += [find_yaml(names[0], "recipe", CONFIGS, recipe_names()) if names else {"model": {"name": "endpoint"}}]
+    name = values[1].stem if isinstance(values[1], Path) else "base"
+    recipe, problems = read_typed(Recipe, values, overrides, {"name": name})
+    where, found = read_cluster(cluster, for_cluster)
+    problems += found + (task_problems(recipe) if recipe is not None else [])
+    if where is not None:
+        problems += endpoint_problems(endpoint, where.endpoint, "--endpoint", "--")
+    if recipe is None or where is None or problems:
+        raise RecipeError(*problems)
+    recipe, options = with_task_params(recipe), EvaluateEndpoint(endpoint)
+    files = {"task.test_path": file_identity(file)} if file else {}
+    payload = step_payload("evaluate", recipe, inputs={}, files=files, reads=("task",), options=options)
+    model = re.sub(r"[^\w.+=@,-]+", "-", endpoint.model)[-60:].strip("-.")
+    folder = runs / "evaluations" / f"{model or 'endpoint'}-{fingerprint(payload)}"
+    step = Step("evaluate-endpoint", "evaluate", recipe, payload, folder, options=options)
+    return Plan((step,), frozenset([step.label]), where, runs)
+
+
+def _rows_asked(split: str | None, limit: int | None, file: Path | None) -> list[str]:
+    """Overrides for the rows that an evaluation is asked for by options, or by a file."""
+    more = [f"evaluate.limit={limit}"] if limit is not None else []
+    return more + ([f"evaluate.splits=[{split or 'test'}]"] if split is not None or file else [])
 
 
 def _present(recipe: dict[str, Any]) -> dict[str, Any]:

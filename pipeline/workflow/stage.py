@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config.cluster import Cluster, process_count
+from pipeline.config.endpoint import Endpoint
 from pipeline.config.recipe import Goal, Recipe
 from pipeline.core.errors import ArtifactError
 from pipeline.core.files import write_json
@@ -92,6 +93,7 @@ STAGES: dict[str, Stage] = {
 }
 TRAINING_STAGES = tuple(stage.name for stage in STAGES.values() if stage.trains)
 ROLES = ("base", *TRAINING_STAGES)  # of a run's models: the base model, and what each training stage leaves
+ENDPOINT_ROLE = "endpoint-"  # and the name: of an evaluation of a recipe's endpoint
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,13 @@ class EvaluateCheckpoint:
     """Evaluate weights that no step of the plan has made."""
 
     checkpoint: str  # a folder or a hub id
+
+
+@dataclass(frozen=True)
+class EvaluateEndpoint:
+    """Evaluate a model behind a server, which needs no weights and no device here."""
+
+    endpoint: Endpoint
 
 
 @dataclass(frozen=True)
@@ -119,8 +128,23 @@ class ReportModels:
     success_criteria: dict[str, dict[str, Goal]] = field(default_factory=dict)  # recipe -> metric -> bounds
 
 
-Options = EvaluateCheckpoint | Export | ReportModels
-OPTIONS: dict[str, type[Options]] = {"evaluate": EvaluateCheckpoint, "export": Export, "report": ReportModels}
+Options = EvaluateCheckpoint | EvaluateEndpoint | Export | ReportModels
+OPTIONS: dict[str, tuple[type[Options], ...]] = {
+    "evaluate": (EvaluateCheckpoint, EvaluateEndpoint),
+    "export": (Export,),
+    "report": (ReportModels,),
+}
+
+
+def stage_of(name: str, options: Options | None) -> Stage:
+    """Return the stage of a step: its row of the table, with one process where a server computes."""
+    stage = STAGES[name]
+    return replace(stage, processes="one") if isinstance(options, EvaluateEndpoint) else stage
+
+
+def endpoint_name(role: str | None) -> str | None:
+    """Return which of a recipe's endpoints an evaluation is of, by its role; None for other roles."""
+    return role.removeprefix(ENDPOINT_ROLE) if role and role.startswith(ENDPOINT_ROLE) else None
 
 
 @dataclass(frozen=True)
@@ -135,8 +159,12 @@ class StepSpec:
     cluster: Cluster
     inputs: dict[str, str]  # role -> folder
     options: Options | None = None
-    role: str | None = None  # of an evaluation of a run: which of ROLES it is of
+    role: str | None = None  # of an evaluation of a run: which of ROLES or endpoints it is of
     schema: int = 1  # of this file: see artifact.SCHEMA
+
+    @property
+    def runs_as(self) -> Stage:
+        return stage_of(self.stage, self.options)
 
 
 def write_spec(folder: Path, spec: StepSpec) -> None:
@@ -171,9 +199,13 @@ def read_spec(folder: Path) -> StepSpec:
 
 
 def _read_options(record: dict[str, Any]) -> tuple[Options | None, list[str]]:
-    kind = OPTIONS.get(str(record.get("stage")))
+    kinds = OPTIONS.get(str(record.get("stage")))
     value = record.get("options")
-    return parse(kind, value, "options") if kind and value is not None else (None, [])
+    if not kinds or value is None:
+        return None, []
+    names = set(value) if isinstance(value, dict) else set()
+    kind = next((one for one in kinds if names and names <= {f.name for f in fields(one)}), kinds[0])
+    return parse(kind, value, "options")
 
 
 def _upgrade(record: dict[str, Any]) -> dict[str, Any]:
