@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.sizing.memory import GUESSED
+
 ORDERS = (8, 4)  # tokens that a guess goes by; the longer ones first
 MEMORY = 2**17  # n-grams that are remembered; the oldest are forgotten
-LENGTHS = (0, 1, 2, 3, 5, 8)  # tokens that may be guessed at once
+LENGTHS = (0, 1, 2, 3, 5, GUESSED)  # tokens that may be guessed at once
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.engines.drafts import LENGTHS, Costs, Drafts
+from pipeline.engines.drafts import Costs, Drafts
 from pipeline.engines.engine import Answer, Completion, Request, Sampling, Watch, seed_of
 from pipeline.engines.families import Family, find_families
 from pipeline.engines.row_cache import Going, Part, Reading, RowCache, rows_attention
 from pipeline.engines.sampler import Sampler, Stream
 from pipeline.engines.text import before_stop, decode, stop_ids
 from pipeline.models.loading import input_device
+from pipeline.sizing.memory import GUESSED, READ
 
 SEATS = 16  # rows that share a prefix at once, at most
-READ = 8192  # tokens that are read in one forward pass, padding included; a longer prompt is read alone
+WORDS = 2**23  # logits of guessed tokens at once, at most: rows × tokens × vocabulary
 PART, PARTS = 32, 4  # rows of a part of the attention, at least; parts, at most
 ADMIT = 8  # prompts wait until an eighth of the rows is free: reading them a few at a time costs more
 
@@ -104,6 +105,7 @@ class _Run:
         self.engine, self.requests, self.sampling = engine, requests, sampling
         self.logprobs, self.watch = logprobs, watch
         self.device = input_device(engine.model)
+        self.words = engine.model.get_output_embeddings().weight.shape[0]
         self.sampler = Sampler(sampling)
         families = find_families(requests)
         total = sum(len(family.waiting) for family in families)
@@ -114,7 +116,7 @@ class _Run:
         own = (
             max((family.longest - len(family.prefix) for family in families), default=1)
             + sampling.max_new_tokens
-            + LENGTHS[-1]
+            + GUESSED
         )
         # a CPU reads no further than the longest row of each part; a GPU would rather start fewer kernels
         self.part = max(PART, -(-self.capacity // PARTS)) if self.device.type == "cpu" else self.capacity
@@ -215,6 +217,7 @@ class _Run:
         rows = self.active
         held = [len(row.own) + len(row.ids) - 1 for row in rows]
         length = self.costs.best_length(len(rows), self.drafts.accepted)
+        length = min(length, max(0, WORDS // (len(rows) * self.words) - 1))
         drafts = [self.drafts.guess(row.ids, length) for row in rows]
         fed = [[row.ids[-1] if row.ids else row.own[-1], *draft] for row, draft in zip(rows, drafts, strict=True)]
         tokens = self._padded(fed)

@@ -31,6 +31,8 @@ CONTEXT = 0.75 * GIB  # CUDA context, NCCL, cuBLAS work spaces: an estimate
 FRAGMENTATION = 0.15  # of everything else: an estimate; public runs had 8 to 46 %
 TIGHT = 0.9  # of the GPU's memory
 REUSE = 10**9  # elements: DeepSpeed's stage3_max_reuse_distance, below which a gathered layer is kept for its next use
+READ = 2048  # tokens of prompts that the transformers engine reads in one pass; a longer prompt is read alone
+GUESSED = 8  # tokens that it guesses at once, at most
 SAMPLED = 32  # bytes of each row and word while a token is drawn: logits in 32 bit, sorted, with their indices
 
 Stage = Literal["sft", "grpo"]
@@ -211,12 +213,15 @@ def training_estimates(recipe: Recipe, cluster: Cluster, dims: ModelDims, stage:
         held.append(_reference(dims, layout.trained, layout.zero, layout.world, layout.lora))
     if stage == "sft":
         return [_training_estimate("sft", layout, held, recipe.sft.max_length, recipe.sft.max_length)]
-    tokens = recipe.grpo.max_prompt_length + recipe.grpo.max_completion_length
+    grpo = recipe.grpo
+    tokens = grpo.max_prompt_length + grpo.max_completion_length
     together = cluster.generation_batch_size
     if together == "auto":  # not decided yet: the least there is
         together = generation_sizes(recipe, sizes)[-1] if sizes else layout.rows
     low = BYTES_16 if layout.zero.stage else BYTES_32
-    generation = _generation_term(recipe, dims, together, recipe.grpo.max_prompt_length, tokens, low)
+    generation = _generation_term(
+        recipe, dims, together, grpo.max_prompt_length, grpo.max_completion_length, grpo.num_generations, low
+    )
     return [
         _training_estimate("grpo, learning", layout, held, tokens, recipe.grpo.max_completion_length),
         MemoryEstimate("grpo, generating", (*held, *_whole_model(layout), *_unpacked(recipe, dims), generation)),
@@ -277,27 +282,34 @@ def _whole_model(layout: _Layout) -> list[Term]:
 # ---------------------------------------------------------------- generating
 
 
-def _generation_term(recipe: Recipe, dims: ModelDims, rows: int, prompt: int, tokens: int, low: int) -> Term:
-    """Return the larger of two moments: when a batch's prompts are read, and when its last token is sampled.
+def _generation_term(recipe: Recipe, dims: ModelDims, rows: int, prompt: int, new: int, samples: int, low: int) -> Term:
+    """Return the larger of two moments of the transformers engine: while prompts are read, and while tokens are drawn.
 
-    At the end the keys and values of one layer are there twice more: copied to be longer by a token, and repeated for
-    the heads that share them.
+    Args:
+        recipe: whose model generates.
+        dims: its sizes.
+        rows: completions at once.
+        prompt: tokens of a prompt.
+        new: tokens of a completion.
+        samples: completions of a prompt, which share its keys and values.
+        low: bytes of an element of the adapters.
     """
+    own, prompts = new + GUESSED + (1 if samples > 1 else prompt), -(-rows // samples) if samples > 1 else 0
+    cache = 2 * BYTES_16 * dims.key * dims.layers * (rows * own + prompts * prompt)
     held = prefill_bytes_per_token(dims, lora=recipe.lora.enabled, low=low)
-    reading = rows * (dims.cache_bytes(prompt) + prompt * held)
-    repeated = 2 * dims.query * BYTES_16 * (dims.query > dims.key)
-    longer = 2 * dims.key * BYTES_16
-    ending = rows * (dims.cache_bytes(tokens) + tokens * (longer + repeated) + dims.vocabulary * SAMPLED)
-    if reading > ending:
-        return Term(f"reading {rows} prompts of {prompt} tokens, with their key/value cache", reading)
-    return Term(f"key/value cache, {rows} × {tokens} tokens, and drawing the next", ending)
+    reading = cache + min((prompts or rows) * prompt, max(READ, prompt)) * held
+    scores = rows * dims.heads * (prompt + new) * (2 * BYTES_32 + BYTES_16)  # of one layer, and their softmax
+    drawing = cache + scores + rows * dims.vocabulary * SAMPLED
+    if reading > drawing:
+        return Term(f"key/value cache, {rows} × {prompt + new} tokens, and reading prompts", reading)
+    return Term(f"key/value cache, {rows} × {prompt + new} tokens, and drawing the next", drawing)
 
 
 def evaluation_estimate(recipe: Recipe, cluster: Cluster, dims: ModelDims) -> MemoryEstimate:
     """Estimate an evaluation; its adapters are held and computed in 32 bit, as PEFT loads them."""
     rows = AUTO_EVALUATE if cluster.evaluate_batch_size == "auto" else cluster.evaluate_batch_size
     prompt = recipe.grpo.max_prompt_length
-    generation = _generation_term(recipe, dims, rows, prompt, prompt + recipe.evaluate.max_new_tokens, BYTES_32)
+    generation = _generation_term(recipe, dims, rows, prompt, recipe.evaluate.max_new_tokens, 1, BYTES_32)
     weights = weights_of(recipe.model, dims)
     terms = [Term(weights.what, weights.total)]
     if recipe.lora.enabled:
