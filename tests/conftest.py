@@ -16,6 +16,11 @@ settings.register_profile("therefore", deadline=None, derandomize=True)
 settings.load_profile("therefore")
 
 gc.disable()  # while tests are collected: what is imported stays
+LONGEST = ("test_slurm", "test_training", "test_pipeline", "test_rehearsal")  # begin first: one worker has a file
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -19,14 +19,14 @@ from pathlib import Path
 
 import pytest
 from running import NANO, ROOT, only, run_cli
-from slurm_lab import Lab, copy_steps, is_running, jobs_of, rows, slurm, submit, wait_for_end, wait_until
+from slurm_lab import Lab, copy_steps, has_ended, is_running, jobs_of, rows, slurm, submit, wait_for_end, wait_until
 
 from pipeline.core.files import read_json
 from pipeline.training.checkpoints import validation_error
 from pipeline.workflow.artifact import open_artifact
 
 ALL = ["preprocess", "sft", "grpo", "evaluate-base", "evaluate-sft", "evaluate-grpo", "report"]
-LONG = ["sft.max_steps=500", "task.params.phases=[{n: [3, 4], rows: 4000}]"]
+LONG = ["sft.max_steps=300", "task.params.phases=[{n: [3, 4], rows: 2400}]"]
 ONE = "cluster.processes=1"
 FORTY = "sft.max_steps=40"  # long enough for a signal to come before the end
 LATER = "cluster.slurm.extra_sbatch_args=[--begin=now+1hour]"  # jobs that are queued and do not start
@@ -317,9 +317,9 @@ def test_a_stage_alone_by_its_committed_script(lab: Lab, runs: Path, nano: Path)
     env = {**os.environ, "THEREFORE_VENV": sys.prefix, "SBATCH_TIMELIMIT": "7", "THEREFORE_ALLOW_CPU": "1"}
 
     def sbatch(stage: str, *words: str) -> tuple[str, str]:
-        command = ["sbatch", "--wait", "--parsable", f"slurm/{stage}.slurm", *words]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=400)
-        job = done.stdout.strip()
+        command = ["sbatch", "--parsable", f"slurm/{stage}.slurm", *words]
+        job = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, check=True).stdout.strip()
+        wait_until(lambda: has_ended(job), runs, f"end of {stage}")  # sbatch --wait looks every ten seconds
         return job, Path(f"logs/{stage}-{job}.log").read_text()
 
     job, log = sbatch("grpo", "tiny", *NANO, ONE, "grpo.beta=0.01", "--runs", str(runs))
@@ -362,21 +362,22 @@ def saved(folder: Path) -> list[int]:
 
 def test_the_time_limit_is_not_the_end_of_a_run(lab: Lab, runs: Path) -> None:
     """A minute is too short for SFT: it saves, starts again by itself, and goes on with no step lost."""
-    submit(lab, runs, *LONG, "cluster.save_steps=1000", "cluster.slurm.time.sft=1m", ONE, "--stages", "preprocess,sft")
+    limit = ["cluster.slurm.time.sft=1m", "cluster.slurm.signal_before_limit=40"]
+    submit(lab, runs, *LONG, "cluster.save_steps=1000", *limit, ONE, "--stages", "preprocess,sft")
     wait_until(lambda: rows(runs).get("tiny/sft", {}).get("restarts") == 1, runs, "second attempt")
     folder = only(runs, "tiny/sft-*")
     stopped = saved(folder)
     assert len(stopped) == 1  # saved because it was asked to: save_steps is beyond the end
-    assert stopped[0] < 500
+    assert stopped[0] < 300
     job = jobs_of(runs)["tiny/sft"]
     slurm("scontrol", "update", f"jobid={job}", "timelimit=10")  # one restart is what is tested; it need not be four
     found = wait_for_end(runs)
     assert found["tiny/sft"]["state"] == "done"
     metrics = open_artifact(folder).metrics
     assert metrics["resumed_from"] == f"checkpoint-{stopped[0]}"
-    assert metrics["steps"] == 500
+    assert metrics["steps"] == 300
     steps = [entry["step"] for entry in read_json(folder / "history.json") if "loss" in entry]
-    assert steps == list(range(1, 501))  # each once: none lost, none twice
+    assert steps == list(range(1, 301))  # each once: none lost, none twice
     assert jobs_of(runs)["tiny/sft"] == job
 
 
@@ -408,7 +409,7 @@ def test_a_signal_to_every_process_of_a_step_is_a_wish_to_stop(lab: Lab, runs: P
 def test_a_node_that_loses_its_power_costs_no_more_than_save_steps(lab: Lab, runs: Path, nano: Path) -> None:
     """In the middle of GRPO every process of the node is gone at once; Slurm starts the job again on another."""
     copy_steps(nano, runs, "preprocess", "sft")
-    submit(lab, runs, "grpo.max_steps=30", "cluster.save_steps=5", ONE, "--stages", "grpo")
+    submit(lab, runs, "grpo.max_steps=20", "cluster.save_steps=5", ONE, "--stages", "grpo")
     wait_until(lambda: (runs / "tiny").is_dir() and list(runs.glob("tiny/grpo-*")), runs, "GRPO")
     folder = only(runs, "tiny/grpo-*")
     wait_until(lambda: saved(folder), runs, "first checkpoint")
@@ -424,7 +425,7 @@ def test_a_node_that_loses_its_power_costs_no_more_than_save_steps(lab: Lab, run
     artifact = open_artifact(folder)
     resumed = int(artifact.metrics["resumed_from"].rpartition("-")[2])
     assert reached - resumed <= 5
-    assert artifact.metrics["steps"] == 30
+    assert artifact.metrics["steps"] == 20
     until = time.time() + 30
     while "idle" not in slurm("sinfo", "-h", "-n", row["node"], "-o", "%T") and time.time() < until:
         time.sleep(0.5)

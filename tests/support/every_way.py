@@ -22,14 +22,13 @@ from accelerate.state import AcceleratorState
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from trl.trainer import grpo_trainer
 
 from pipeline import grpo, preprocess, sft
 from pipeline.config.cluster import Cluster, TrainingStage
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import LaunchError
 from pipeline.core.files import write_json
-from pipeline.training import distributed
+from pipeline.training import distributed, rollouts
 from pipeline.training import trainer as training
 from pipeline.workflow.artifact import Artifact
 from pipeline.workflow.plan import make_plan
@@ -72,7 +71,7 @@ def main(layout: str, out: Path) -> None:
     # DeepSpeed refuses float16 on a CPU without AVX512-FP16, and computes it there all the same
     CPU_Accelerator.is_fp16_supported = lambda self: True
     training.save = observed(training.save)  # type: ignore[assignment]
-    grpo_trainer.unwrap_model_for_generation = weighed(grpo_trainer.unwrap_model_for_generation)
+    rollouts.unwrap_model_for_generation = weighed(rollouts.unwrap_model_for_generation)  # type: ignore[attr-defined]
     distributed.start(deepspeed=layout != "none")
     gc.collect()
     gc.freeze()  # what is imported stays: each trainer collects several times, and would look through all of it

@@ -82,7 +82,7 @@ def wait_until(condition: Callable[[], object], runs: Path, what: str, seconds: 
         if time.time() > until:
             logs = "".join(f"== {p}\n{p.read_text(errors='replace')[-1500:]}" for p in runs.glob("*/*/**/*log*"))
             raise AssertionError(f"no {what} in {seconds} s\n{run_cli('status', '--runs', str(runs)).stdout}\n{logs}")
-        time.sleep(0.5)
+        time.sleep(0.2)
 
 
 def wait_for_end(runs: Path, seconds: float = 400) -> dict[str, dict[str, Any]]:
@@ -90,6 +90,11 @@ def wait_for_end(runs: Path, seconds: float = 400) -> dict[str, dict[str, Any]]:
     live = ("queued", "starting", "running", "saving", "ending")
     wait_until(lambda: not any(row["state"] in live for row in rows(runs).values()), runs, "end of the chain", seconds)
     return rows(runs)
+
+
+def has_ended(job: str) -> bool:
+    """Whether a job is over, and its epilogue too."""
+    return not slurm("squeue", "--noheader", "--states=PENDING,RUNNING,COMPLETING,SUSPENDED", f"--jobs={job}")
 
 
 def copy_steps(source: Path, runs: Path, *names: str) -> None:

@@ -230,12 +230,9 @@ def test_what_saves_memory_needs_less(word: str) -> None:
 @settings(max_examples=20)
 @given(st.sampled_from([name for name in recipe_names() if name != "tiny"]), st.integers(0, 5))
 def test_more_gpus_never_need_more_of_each(name: str, power: int) -> None:
-    def of(gpus: int) -> dict[str, float]:
-        words = [f"gpus={gpus}", "sft.per_device_batch_size=1", "grpo.per_device_batch_size=1"]
-        recipe = recipe_of(name, "sft.global_batch_size=64", "grpo.global_batch_size=64")
-        return total(recipe, cluster_of("h100", *words))
-
-    few, many = of(2**power), of(2 ** (power + 1))
+    recipe = recipe_of(name, "sft.global_batch_size=64", "grpo.global_batch_size=64")
+    cluster = cluster_of("h100", "sft.per_device_batch_size=1", "grpo.per_device_batch_size=1")
+    few, many = (total(recipe, replace(cluster, gpus=gpus)) for gpus in (2**power, 2 ** (power + 1)))
     assert all(many[phase] <= few[phase] * 1.0001 for phase in few if phase != "grpo, generating")
 
 
@@ -353,6 +350,9 @@ def test_auto_is_the_largest_batch_that_fits_and_keeps_the_global_one(name: str,
             assert set(more) != {"fits"}
 
 
+PHI, CARDS = recipe_of("phi3.5"), cluster_of("2x2080ti")
+
+
 @given(
     st.sampled_from([2, 4, 8]),
     st.sampled_from([1, 2, 4]),
@@ -365,9 +365,10 @@ def test_what_is_generated_at_once_is_a_whole_share_of_whole_groups(
 ) -> None:
     batch = processes * rows * accumulation
     assume(batch % group == 0)
-    recipe = recipe_of("phi3.5", f"grpo.global_batch_size={batch}", f"grpo.num_generations={group}")
-    words = [f"gpus={processes}", f"grpo.per_device_batch_size={rows}", f"gpu_memory={memory}"]
-    cluster = resolve_auto(recipe, cluster_of("2x2080ti", *words))
+    recipe, cards = PHI, CARDS
+    recipe = replace(recipe, grpo=replace(recipe.grpo, global_batch_size=batch, num_generations=group))
+    stage = replace(cards.grpo, per_device_batch_size=rows)
+    cluster = resolve_auto(recipe, replace(cards, gpus=processes, gpu_memory=float(memory), grpo=stage))
     at_once = cluster.generation_batch_size
     assert isinstance(at_once, int)
     assert rows * accumulation % at_once == 0
