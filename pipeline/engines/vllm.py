@@ -85,7 +85,10 @@ class VllmEngine:
             raise LaunchError(*(f"{self.key}: {text}" for text in problems))
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        self.core = self._start(base)
+        self.core: Any = self._start(base)
+        if "RANK" in os.environ:
+            # it ends the process group, which is the stage's, whenever the engine's memory happens to be collected
+            self.core.engine_core._finalizer.detach()
         self.limit = int(self.core.model_config.max_model_len)
         if settings.trains and settings.lora_rank is None and not all(p.numel() for p in self._model.parameters()):
             raise LaunchError(
@@ -247,10 +250,10 @@ class VllmEngine:
         """Give back memory and processes."""
         from vllm.distributed import parallel_state
 
-        self.core.engine_core.shutdown()
-        del self.core
+        self.core.model_executor.shutdown()
+        self.core = None
         parallel_state.destroy_model_parallel()
-        if parallel_state._WORLD is not None:  # made of the stage's process group, which another engine may replace
+        if parallel_state._WORLD is not None:  # made of a process group that another engine may not find
             parallel_state._WORLD.destroy()
             parallel_state._WORLD = None
 
@@ -300,9 +303,10 @@ class VllmEngine:
                     del waiting[output.request_id]
                     yield Answer(index, sample, self._completion(ids, output.outputs[0].logprobs))
         finally:
-            self.core.abort_request(list(waiting))
+            if self.core is not None:  # else it was closed in the meantime
+                self.core.abort_request(list(waiting))
             self.inbox = [output for output in self.inbox if output.request_id not in waiting]
-            if self.settings.sleep:
+            if self.settings.sleep and self.core is not None:
                 self._sleep()
 
     def _add(self, name: str, prompt: list[int], params: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import warnings
 
 import pytest
 
@@ -10,6 +12,9 @@ from pipeline.sizing.engines import ENVIRONMENT
 
 for name, value in {**ENVIRONMENT, "HF_HUB_OFFLINE": "1"}.items():  # before anything imports vllm
     os.environ.setdefault(name, value)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    importlib.import_module("trl.trainer.grpo_trainer")  # and vllm, whose modules warn while they are imported
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
