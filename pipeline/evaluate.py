@@ -4,12 +4,13 @@
     python -m pipeline.evaluate --ckpt DIR [--task corr2cause] [--split test] [--limit N]    any checkpoint
     python -m pipeline.evaluate --endpoint URL --model NAME [--task corr2cause] …            a model behind a server
 
-Each row gets one completion, drawn as `recipe.evaluate` says (greedy at temperature 0) with a seed of its own, whatever
-the batch size and the number of processes. `Task.grade` grades it, as it does for GRPO's rewards.
+Each row gets one completion, or `evaluate.samples` of them, drawn as `recipe.evaluate` says (greedy at temperature 0)
+with a seed of its own, whatever the batch size and the number of processes. `Task.grade` grades it, as it does for
+GRPO's rewards.
 
-Leaves `predictions.jsonl` (one line a row: prompt's hash, completion, grade) and `metrics.json`. An evaluation that
-was interrupted resumes with the rows that have no answer yet. An endpoint is asked by one process without torch; a row
-that it never answers is unanswered, with the reason.
+Leaves `predictions.jsonl` (a line for each completion: prompt's hash, completion, grade) and `metrics.json`. An
+evaluation that was interrupted resumes with the completions that are missing. An endpoint is asked by one process
+without torch; a row that it never answers is unanswered, with the reason.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -56,7 +57,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     barrier = join_processes() if endpoint is None else lambda: None
 
     # ---- rows
-    runtime.progress.update(note="reading rows", unit="rows")
+    runtime.progress.update(note="reading rows", unit="rows" if settings.samples == 1 else "answers")
     task = task_of(recipe.task, recipe.seed)
     tests, skipped = test_rows(recipe, task, inputs)
     if skipped and runtime.rank == 0:
@@ -65,22 +66,22 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     # ---- the rows that have no answer yet
     test_cases = [(split, row) for split, split_rows in tests.items() for row in split_rows]
     answered = read_partial_answers(out)
-    left = [(split, row) for split, row in test_cases if (split, row["id"]) not in answered]
+    left = unanswered_samples(test_cases, settings.samples, answered.keys())
     shown = [task.messages(task.example_from_text(text)) for text in settings.prompts]
     barrier()  # every rank has to see the same rows left before any writes
 
     # ---- the model
     runtime.progress.update(note="loading the model" if endpoint is None else f"asking {endpoint.url}")
     if endpoint is None:
-        model = load_model(recipe, inputs, runtime, [row for _, row in left], shown)
+        model = load_model(recipe, inputs, runtime, left, shown)
     else:
-        model = connect(endpoint, recipe, runtime, [row for _, row in left], shown)
+        model = connect(endpoint, recipe, runtime, left, shown)
     sampling = Sampling(
         settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens, settings.repetition_penalty
     )
 
     # ---- ask and grade, one line a row, each line kept as soon as it is there
-    total = len(test_cases)
+    total = len(test_cases) * settings.samples
     runtime.progress.update(state="running", done=len(answered), first=len(answered), total=total, note="")
     with contextlib.closing(model.engine) as engine:
         for finished, _ in enumerate(answer_rows(task, left, model, sampling, out, runtime), 1):
@@ -100,15 +101,16 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     if runtime.rank != 0:
         return {}
     done = read_partial_answers(out)
-    predictions = [done[split, row["id"]] for split, row in test_cases]
+    predictions = [done[split, row["id"], k] for split, row in test_cases for k in range(settings.samples)]
     with (out / PREDICTIONS).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(one.to_json(), ensure_ascii=False) + "\n" for one in predictions)
     by_split = count(predictions, task, recipe.report, recipe.seed)
     metrics: dict[str, Any] = to_json(by_split)
     if endpoint is not None:
         metrics[ENDPOINT] = usage = calls_made(endpoint, predictions, engine)
+        unit = runtime.progress.now.unit
         if failed := usage["failed"]:
-            runtime.warn(f"{failed} of {total} rows have no answer from {endpoint.url}, and count as unanswered")
+            runtime.warn(f"{failed} of {total} {unit} have no answer from {endpoint.url}, and count as unanswered")
         if not usage["completion_tokens"]:
             runtime.warn(f"{endpoint.url} reports no usage: tokens are not known")
     write_json(out / "metrics.json", metrics)
@@ -120,8 +122,33 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     return metrics
 
 
+@dataclass(frozen=True)
+class Missing:
+    """Samples of a row that have no answer yet."""
+
+    split: str
+    row: Row
+    first: int
+    samples: int
+
+
+def unanswered_samples(
+    test_cases: Sequence[tuple[str, Row]], samples: int, answered: Collection[tuple[str, str, int]]
+) -> list[Missing]:
+    """The samples without an answer, those of a row that follow each other together."""
+    found = []
+    for split, row in test_cases:
+        missing = [k for k in range(samples) if (split, row["id"], k) not in answered]
+        for k in missing:
+            if k - 1 not in missing:
+                found.append(Missing(split, row, k, 1))
+            else:
+                found[-1] = replace(found[-1], samples=found[-1].samples + 1)
+    return found
+
+
 def answer_rows(
-    task: Task, left: Sequence[tuple[str, Row]], model: Asked, sampling: Sampling, out: Path, runtime: Runtime
+    task: Task, left: Sequence[Missing], model: Asked, sampling: Sampling, out: Path, runtime: Runtime
 ) -> Iterator[Prediction]:
     """Yield this process's share of the rows, answered, graded and written."""
     requests, shares = model.requests, runtime.world // model.together
@@ -131,12 +158,13 @@ def answer_rows(
     partial = out / f"partial-{runtime.rank}-{time.time_ns()}.jsonl" if leads else Path(os.devnull)
     with partial.open("w", encoding="utf-8") as file:
         for answer in model.engine.generate([requests[k] for k in mine], sampling):
-            split, row = left[mine[answer.request]]
+            split, row = left[mine[answer.request]].split, left[mine[answer.request]].row
             example, request, completion = example_of(row), requests[mine[answer.request]], answer.completion
             verdict = judge(task, example, completion, model.prompt_opens_think)
             prediction = Prediction(
                 split=split,
                 id=row["id"],
+                sample=answer.sample,
                 prompt_sha256=sha256(json.dumps(request.prompt or request.messages).encode()).hexdigest()[:16],
                 group=row["group"],
                 tags=row["tags"],
@@ -148,7 +176,7 @@ def answer_rows(
                 reason=verdict.reason,
                 solved=task.solve(example),
                 thought=has_thought(completion.text, model.prompt_opens_think),
-                preferred=model.prefers(row),
+                preferred=model.prefers(row) if answer.sample == 0 else None,
                 completion=completion.text,
                 tokens=completion.tokens,
                 truncated=completion.truncated,
@@ -187,7 +215,7 @@ def load_model(
     recipe: Recipe,
     inputs: Mapping[str, Artifact],
     runtime: Runtime,
-    left: Sequence[Row],
+    left: Sequence[Missing],
     shown: Sequence[Sequence[Message]],
 ) -> Asked:
     """Load the step's weights into the engine that the cluster chooses."""
@@ -199,7 +227,7 @@ def load_model(
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     opens_think = template_opens_think(tokenizer)
     prompts, others = (
-        prompt_ids(tokenizer, list(some)) if some else [] for some in ([row["prompt"] for row in left], shown)
+        prompt_ids(tokenizer, list(some)) if some else [] for some in ([one.row["prompt"] for one in left], shown)
     )
     chosen, rows_at_once = runtime.cluster.generation.evaluate, runtime.cluster.evaluate_batch_size
     engine = load_engine(
@@ -208,12 +236,12 @@ def load_model(
         tokenizer,
         chosen,
         rows=AUTO_EVALUATE if rows_at_once == "auto" else rows_at_once,
-        length=_longest(tokenizer, [*prompts, *others], left, recipe.evaluate.max_new_tokens),
+        length=_longest(tokenizer, [*prompts, *others], [one.row for one in left], recipe.evaluate.max_new_tokens),
         limits=runtime.cluster.max_memory,
     ).engine
     return Asked(
         engine,
-        [Request(ids, recipe.seed) for ids in prompts],
+        [Request(ids, recipe.seed, one.samples, one.first) for ids, one in zip(prompts, left, strict=True)],
         [Request(ids, recipe.seed) for ids in others],
         opens_think,
         lambda row: prefers(engine, tokenizer, row),
@@ -233,7 +261,7 @@ def _longest(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], rows:
 
 
 def connect(
-    endpoint: Endpoint, recipe: Recipe, runtime: Runtime, left: Sequence[Row], shown: Sequence[Sequence[Message]]
+    endpoint: Endpoint, recipe: Recipe, runtime: Runtime, left: Sequence[Missing], shown: Sequence[Sequence[Message]]
 ) -> Asked:
     """Prepare to ask a model behind a server; nothing is sent yet."""
     from pipeline.engines.endpoint import EndpointEngine, read_key
@@ -241,10 +269,8 @@ def connect(
     calls = runtime.cluster.endpoint
     key = read_key(endpoint.key_variable or calls.key_variable, os.environ)
     engine = EndpointEngine(endpoint, calls, key, while_waiting=runtime.raise_if_stopping)
-    rows, others = (
-        [Request((), recipe.seed, messages=messages) for messages in some]
-        for some in ([row["prompt"] for row in left], shown)
-    )
+    rows = [Request((), recipe.seed, one.samples, one.first, one.row["prompt"]) for one in left]
+    others = [Request((), recipe.seed, messages=messages) for messages in shown]
     return Asked(engine, rows, others, False, lambda row: None)
 
 
@@ -314,10 +340,10 @@ def test_rows(
     return {name: found[name][:limit] for name in wanted}, skipped
 
 
-def read_partial_answers(out: Path) -> dict[tuple[str, str], Prediction]:
+def read_partial_answers(out: Path) -> dict[tuple[str, str, int], Prediction]:
     """Read the answers that every process and earlier attempt has left; a last line that was cut off is left out."""
     parts = [read_predictions(path) for path in sorted(out.glob("partial-*.jsonl"))]
-    return {(one.split, one.id): one for part in parts for one in part}
+    return {(one.split, one.id, one.sample): one for part in parts for one in part}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,15 @@ from pipeline.core.files import read_json, write_json
 from pipeline.core.hashing import plain
 from pipeline.core.markdown import cell, fenced
 from pipeline.scoring.charts import number
-from pipeline.scoring.metrics import LOWER_IS_BETTER, MAIN_METRICS, TITLES, compare, outcome_of, unanswered_rows
+from pipeline.scoring.metrics import (
+    LOWER_IS_BETTER,
+    MAIN_METRICS,
+    TITLES,
+    compare,
+    outcome_of,
+    sampled_metrics,
+    unanswered_rows,
+)
 from pipeline.scoring.predictions import FAILED, FAILED_TITLE, PREDICTIONS, Prediction, read_predictions
 from pipeline.scoring.reading import REASONS
 from pipeline.scoring.report_charts import CURVES, Charts, draw
@@ -221,6 +229,8 @@ def _samples(model: ModelResult, inputs: Mapping[str, Artifact], split: str) -> 
     questions = {row["id"]: row["question"] for row in table.to_pylist()}
     kinds: dict[str, list[Sample]] = {"right": [], "wrong": [], "unverified": [], "unanswered": []}
     for prediction in _predictions(inputs[model.label], split):
+        if prediction.sample:
+            continue
         kind = {True: "right", False: "wrong", None: "unverified"}[prediction.correct]
         kind = kind if prediction.answered else "unanswered"
         kinds[kind].append(Sample(prediction, kind, questions[prediction.id]))
@@ -304,11 +314,14 @@ def render(name: str, report: Report, charts: Charts | None = None) -> str:
     )
     environment.filters |= {"figure": format_figure, "number": number}
     environment.filters |= {"fenced": fenced, "cell": cell, "printable": printable}
+    figures = [name for model in report.models for name in report.overall(model).figures]
+    sampled = sampled_metrics(dict.fromkeys(figures))
     page = {f.name: getattr(report, f.name) for f in fields(report)}
     more = {
         "report": report,
         "charts": charts,
         "titles": TITLES,
+        "sampled": sampled,
         "why": REASONS | {FAILED: FAILED_TITLE},
         "best": best_values(report),
     }

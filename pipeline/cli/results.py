@@ -98,7 +98,7 @@ def show_export(step: Step, *, pushed: bool = False) -> Path:
 
 
 def show_metrics(step: Step) -> None:
-    from pipeline.scoring.metrics import MAIN_METRICS
+    from pipeline.scoring.metrics import MAIN_METRICS, sampled_metrics
     from pipeline.tasks.task import task_of
     from pipeline.workflow.figures import describe_calls, metrics_of
 
@@ -106,10 +106,11 @@ def show_metrics(step: Step) -> None:
     task = task_of(recipe.task, recipe.seed)
     for split, metrics in metrics_of(artifact, task, recipe.report, recipe.seed).items():
         overall = metrics.overall
-        print(f"{split}: {overall.rows} rows, {overall.groups} groups")
+        several = f", {metrics.samples} samples of each" if metrics.samples > 1 else ""
+        print(f"{split}: {overall.rows} rows{several}, {overall.groups} groups")
         if overall.verified < overall.rows:
             print(f"  {overall.verified} of them can be verified")
-        for name in MAIN_METRICS:
+        for name in [*MAIN_METRICS, *sampled_metrics(overall.figures)]:
             if figure := overall.get(name):
                 print(f"  {name:<18} {figure.value:7.3f}   {figure.low:.3f} … {figure.high:.3f}")
         if "proxy" in overall:

@@ -40,6 +40,7 @@ CONFIGS = Path("configs")
 Even = Annotated[int, Constraint("a whole number ≥ 2", lambda v: v >= 2)]
 Epochs = Annotated[float, Constraint("a number > 0 of at most 100000", lambda v: 0 < v <= 100_000)]
 Draws = Annotated[int, Constraint("a whole number from 1 to 1000000", lambda v: 1 <= v <= 1_000_000)]
+Samples = Annotated[int, Constraint("a whole number from 1 to 1024", lambda v: 1 <= v <= 1024)]
 MODEL_FILES = 10_000  # in a model's folder: more is another kind of folder
 
 
@@ -211,6 +212,7 @@ class Evaluate:
     repetition_penalty: PositiveFloat  # 1: none; above, repeated tokens become less likely (Keskar et al. 2019)
     max_new_tokens: PositiveInt
     prompts: tuple[str, ...]  # questions whose answers stand side by side in the report, model by model
+    samples: Samples = added(1)  # completions of each row, each drawn by itself; above 1 also pass@k and majority@k
     endpoints: dict[str, Endpoint] = added({})  # models behind servers, which stand beside the recipe's in the report
 
 
@@ -301,6 +303,11 @@ class Recipe:
         for key, path in {**paths, "model.chat_template": self.model.chat_template}.items():
             if path is not None and not is_path(path):
                 found.append(f"{key}: got {path[:40]!r}…; expected a name or path. Fix: shorten it, on one line")
+        if self.evaluate.samples > 1 and not self.evaluate.temperature:
+            found.append(
+                f"evaluate.samples: got {self.evaluate.samples} with evaluate.temperature 0, which gives one answer "
+                "each time; expected a temperature above 0. Fix: evaluate.temperature=0.7, or evaluate.samples=1"
+            )
         for name in self.evaluate.endpoints:
             if not NAME.fullmatch(name):
                 found.append(

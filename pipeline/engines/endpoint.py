@@ -129,7 +129,7 @@ class EndpointEngine:
         """
         if logprobs or watch:
             raise NotImplementedError("a server yields whole texts")
-        waiting = deque((k, sample) for k, request in enumerate(requests) for sample in range(request.samples))
+        waiting = deque((k, sample) for k, request in enumerate(requests) for sample in request.numbers)
         bodies = {k: self._body(request, sampling) for k, request in enumerate(requests)}
 
         def start(first: bool = False) -> asyncio.Task[Answer]:

@@ -34,7 +34,13 @@ class Request:
     prompt: Sequence[int]  # token ids, including the generation prompt; empty where the engine has no tokens
     seed: int = 0
     samples: int = 1
+    first: int = 0  # the number of the first sample: the others of a row may have been generated before
     messages: Sequence[Mapping[str, str]] = ()  # the same as a conversation, for an engine without tokens
+
+    @property
+    def numbers(self) -> range:
+        """The numbers of its samples."""
+        return range(self.first, self.first + self.samples)
 
 
 @dataclass(frozen=True)

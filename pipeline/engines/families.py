@@ -46,7 +46,7 @@ def find_families(requests: Sequence[Request]) -> list[Family]:
         groups = [(len(requests[k].prompt) - 1, [k]) for k in order]  # every row would pay for what few of them share
     families = []
     for shared, members in groups:
-        waiting = deque((k, sample) for k in sorted(members) for sample in range(requests[k].samples))
+        waiting = deque((k, sample) for k in sorted(members) for sample in requests[k].numbers)
         prefix = list(requests[members[0]].prompt[:shared]) if len(waiting) > 1 else []
         families.append(Family(prefix, waiting, max(len(requests[k].prompt) for k in members)))
     return sorted(families, key=lambda family: (-family.longest, family.waiting[0]))

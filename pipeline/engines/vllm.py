@@ -276,7 +276,7 @@ class VllmEngine:
         waiting: dict[str, tuple[int, int]] = {}
         for index, request in enumerate(requests):
             prompt = list(request.prompt)
-            for sample in range(request.samples):
+            for sample in request.numbers:
                 name = f"{self.calls}/{index}/{sample}"
                 waiting[name] = index, sample
                 params = SamplingParams(

@@ -6,13 +6,19 @@ can be verified. A proxy of correctness is counted apart, and never as accuracy.
 that resample whole groups (all rows of one premise), because rows of a group are not independent; the difference of
 two models is resampled on the same groups for both, so it is paired.
 
-Sources: Gorodkin 2004 (MCC of more than two predictions), Efron & Tibshirani 1993 (bootstrap), Cameron, Gelbach
-& Miller 2008 (few clusters: percentile intervals are then a little too narrow).
+Of several samples of a row each has its share of the row's weight, so that every metric is the mean over samples.
+pass@k is the chance that one of k samples is right, without bias; majority@k takes the answer that most samples give.
+
+Sources: Chen et al. 2021 (pass@k), Wang et al. 2023 (majority), Gorodkin 2004 (MCC of more than two predictions),
+Efron & Tibshirani 1993 (bootstrap), Cameron, Gelbach & Miller 2008 (few clusters: percentile intervals are then a
+little too narrow).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -57,6 +63,8 @@ class Outcome:
     proxy: bool | None = None  # what stands in for `correct` where that is None
     thought: bool = False  # whether the completion thinks before it answers
     preferred: bool | None = None  # whether the gold answer is likelier than the rejected one; None without one
+    sample: int = 0
+    answer: str | None = None  # as it was read
 
 
 def outcome_of(prediction: Prediction, positive: str | None) -> Outcome:
@@ -72,6 +80,8 @@ def outcome_of(prediction: Prediction, positive: str | None) -> Outcome:
         proxy=None if prediction.proxy is None else prediction.proxy and answered,
         thought=prediction.thought,
         preferred=prediction.preferred,
+        sample=prediction.sample,
+        answer=prediction.answer,
     )
 
 
@@ -108,20 +118,78 @@ class Counts:
 
 
 def count_groups(outcomes: Sequence[Outcome], groups: Sequence[str]) -> Counts:
-    """Count rows by group: every field has shape (groups,)."""
+    """Count rows by group: every field has shape (groups,). Each sample of a row counts as its share of it."""
     counts = Counts(**{f.name: np.zeros(len(groups)) for f in fields(Counts)})
     place = {group: i for i, group in enumerate(groups)}
+    samples = Counter(outcome.id for outcome in outcomes)
     for outcome in outcomes:
-        group = place[outcome.group]
-        _cell(outcome, counts)[group] += 1
+        group, share = place[outcome.group], 1 / samples[outcome.id]
+        _cell(outcome, counts)[group] += share
         if outcome.correct is None:
-            counts.with_proxy[group] += outcome.proxy is not None
-            counts.proxy_matches[group] += outcome.proxy is True
-        counts.tokens[group] += outcome.tokens
-        counts.thoughts[group] += outcome.thought
-        counts.with_rejected[group] += outcome.preferred is not None
-        counts.preferred[group] += outcome.preferred is True
+            counts.with_proxy[group] += share * (outcome.proxy is not None)
+            counts.proxy_matches[group] += share * (outcome.proxy is True)
+        counts.tokens[group] += share * outcome.tokens
+        counts.thoughts[group] += share * outcome.thought
+        counts.with_rejected[group] += share * (outcome.preferred is not None)
+        counts.preferred[group] += share * (outcome.preferred is True)
     return counts
+
+
+# ---------------------------------------------------------------- several samples of a row
+
+
+def pass_at(k: int, samples: int, correct: int) -> float:
+    """The chance that k of `samples` completions, drawn without replacement, hold one of the `correct` ones."""
+    return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def majority(row: Sequence[Outcome]) -> bool:
+    """Whether the answer that most samples of a row give is correct; of equally many, the one that came first.
+
+    A sample without an answer has no vote, and a row without votes is not correct.
+    """
+    votes: dict[str | None, list[Outcome]] = {}
+    for outcome in sorted(row, key=lambda one: one.sample):
+        if outcome.answered:
+            votes.setdefault(outcome.answer, []).append(outcome)
+    return bool(votes) and max(votes.values(), key=len)[0].correct is True
+
+
+def count_samples(outcomes: Sequence[Outcome], groups: Sequence[str]) -> dict[str, tuple[Array, Array]]:
+    """(hits, rows) by group of pass@k for each power of two, and of majority@k; {} for one sample a row.
+
+    Rows that cannot be verified are left out; k is at most the samples of the row that has the fewest.
+    """
+    by_row: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        by_row.setdefault(outcome.id, []).append(outcome)
+    rows = [row for row in by_row.values() if any(one.correct is not None for one in row)]
+    least = min(map(len, rows), default=1)
+    if least < 2:
+        return {}
+    place = {group: i for i, group in enumerate(groups)}
+    names = [*(f"pass@{2**power}" for power in range(least.bit_length())), f"majority@{least}"]
+    hits, total = {name: np.zeros(len(groups)) for name in names}, np.zeros(len(groups))
+    for row in rows:
+        group, correct = place[row[0].group], sum(one.correct is True for one in row)
+        total[group] += 1
+        for power in range(least.bit_length()):
+            hits[f"pass@{2**power}"][group] += pass_at(2**power, len(row), correct)
+        hits[f"majority@{least}"][group] += majority(row)
+    return {name: (found, total) for name, found in hits.items()}
+
+
+def sampled_metrics(figures: Iterable[str]) -> list[str]:
+    """Those of some metrics that need several samples of a row."""
+    return [name for name in figures if name.startswith(("pass@", "majority@"))]
+
+
+def _of_samples(counts: Mapping[str, tuple[Array, Array]], weights: Array) -> dict[str, tuple[float, Array]]:
+    """The value and the bootstrap values of each metric of several samples."""
+    return {
+        name: (float(_ratio(hits.sum(), rows.sum())), _ratio(weights @ hits, weights @ rows))
+        for name, (hits, rows) in counts.items()
+    }
 
 
 def _cell(outcome: Outcome, counts: Counts) -> Array:
@@ -206,14 +274,16 @@ def summarize(outcomes: Sequence[Outcome], samples: int, confidence: float, seed
     groups = sorted({outcome.group for outcome in outcomes})
     if not groups:
         return Metrics(rows=0, verified=0, groups=0, figures={})
-    counts = count_groups(outcomes, groups)
+    counts, weights = count_groups(outcomes, groups), resample_groups(len(groups), samples, seed)
     point = compute_metrics(counts.total())
-    resampled = compute_metrics(counts.resampled(resample_groups(len(groups), samples, seed)))
+    resampled = compute_metrics(counts.resampled(weights))
     figures = {
         name: Figure(float(point[name]), *percentile_interval(resampled[name], confidence))
         for name in applicable_metrics(outcomes)
     }
-    return Metrics(int(point["rows"]), int(point["verified"]), len(groups), figures)
+    for name, (value, values) in _of_samples(count_samples(outcomes, groups), weights).items():
+        figures[name] = Figure(value, *percentile_interval(values, confidence))
+    return Metrics(round(float(point["rows"])), round(float(point["verified"])), len(groups), figures)
 
 
 def compare(
@@ -231,13 +301,19 @@ def compare(
     old, new = (compute_metrics(one.total()) for one in counts)
     old_samples, new_samples = (compute_metrics(one.resampled(weights)) for one in counts)
     both = set(applicable_metrics(before)) & set(applicable_metrics(after))
-    return {
+    found = {
         name: Figure(
             float(new[name] - old[name]), *percentile_interval(new_samples[name] - old_samples[name], confidence)
         )
         for name in MAIN_METRICS
         if name in both
     }
+    first, second = (_of_samples(count_samples(outcomes, groups), weights) for outcomes in (before, after))
+    for name, (value, values) in second.items():
+        if name in first:
+            interval = percentile_interval(values - first[name][1], confidence)
+            found[name] = Figure(value - first[name][0], *interval)
+    return found
 
 
 def baseline_metrics(outcomes: Sequence[Outcome], solved: Sequence[Outcome] = ()) -> Baselines:
@@ -270,6 +346,6 @@ def unanswered_rows(models: Sequence[ModelResult], splits: Sequence[str]) -> lis
         for split in splits:
             metrics = model.splits[split]
             if reasons := metrics.reasons:
-                rows, count = metrics.overall.rows, sum(reasons.values())
+                rows, count = metrics.overall.rows * metrics.samples, sum(reasons.values())
                 found.append(Unanswered(model.name, model.role, split, rows, count, reasons))
     return found

@@ -26,6 +26,7 @@ class Prediction:
 
     split: str
     id: str
+    sample: int = 0  # which of the row's completions
     prompt_sha256: str = ""  # of the prompt's tokens
     group: str  # rows of a group are drawn together
     tags: Mapping[str, Any] | None = None
@@ -46,9 +47,7 @@ class Prediction:
 
     def to_json(self) -> dict[str, Any]:
         record = {f.name: getattr(self, f.name) for f in fields(self)}
-        if self.call is None:
-            del record["call"]
-        return record
+        return {name: value for name, value in record.items() if value or name not in ("call", "sample")}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Prediction:

@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.scoring.predictions import Prediction
 
 COUNTS = ("rows", "verified", "groups")  # of a Metrics: no figures of a sample, so without an interval
-NOT_TAGS = ("all", "baselines", "reasons")  # keys of a split's JSON that are not a breakdown
+NOT_TAGS = ("all", "baselines", "reasons", "samples")  # keys of a split's JSON that are not a breakdown
 Baselines = dict[str, dict[str, float]]  # always No, always Yes, coin, exact solver -> metric -> value
 
 
@@ -74,10 +74,18 @@ class SplitMetrics:
     baselines: Baselines = field(default_factory=dict)  # empty for a task without a positive class
     reasons: Mapping[str, int] | None = None  # unanswered rows by reason; None: an earlier version did not count them
     by_tag: Mapping[str, Mapping[str, Metrics]] = field(default_factory=dict)  # breakdown -> its value -> metrics
+    samples: int = 1  # completions of each row; `reasons` counts completions
 
     def to_json(self) -> dict[str, Any]:
         reasons = {} if self.reasons is None else {"reasons": dict(self.reasons)}
-        return {"all": self.overall.to_json(), "baselines": self.baselines, **reasons, **to_json(self.by_tag)}
+        samples = {"samples": self.samples} if self.samples > 1 else {}
+        return {
+            "all": self.overall.to_json(),
+            "baselines": self.baselines,
+            **reasons,
+            **samples,
+            **to_json(self.by_tag),
+        }
 
     @classmethod
     def from_json(cls, record: Any, where: str) -> SplitMetrics:
@@ -93,6 +101,7 @@ class SplitMetrics:
                 tag: {value: Metrics.from_json(one, f"{where}.{tag}.{value}") for value, one in values.items()}
                 for tag, values in tags.items()
             },
+            int(_number(record, "samples", where, 1)),
         )
 
 
@@ -124,7 +133,7 @@ class Unanswered:
     name: str
     role: str
     split: str
-    rows: int  # of the split
+    rows: int  # of the split; with several samples its completions
     count: int
     reasons: Mapping[str, int]
 

@@ -100,4 +100,4 @@ def _plain(stage: Sft | Grpo) -> Any:
 
 
 def _evaluate(given: Evaluate) -> Evaluate:
-    return replace(given, limit=4, max_new_tokens=WORDS)
+    return replace(given, limit=4, max_new_tokens=WORDS, samples=min(given.samples, 2))

@@ -44,8 +44,10 @@ def _count_split(predictions: Sequence[Prediction], task: Task, settings: Report
             str(value): summary([o for o, of_row in zip(outcomes, tags, strict=True) if of_row.get(tag) == value])
             for value in values
         }
-    baselines = baseline_metrics(outcomes, _solver_outcomes(predictions, task))
-    return SplitMetrics(summary(outcomes), baselines, count_reasons(predictions), by_tag)
+    one_each = [prediction for prediction in predictions if prediction.sample == 0]
+    baselines = baseline_metrics([outcome_of(one, task.positive) for one in one_each], _solver_outcomes(one_each, task))
+    samples = len(predictions) // max(1, len(one_each))
+    return SplitMetrics(summary(outcomes), baselines, count_reasons(predictions), by_tag, samples)
 
 
 def _solver_outcomes(predictions: Sequence[Prediction], task: Task) -> list[Outcome]:

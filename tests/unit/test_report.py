@@ -95,6 +95,22 @@ def test_the_texts_in_full(report: Report, name: str) -> None:
     assert render(name, report) == (FIXTURES / name).read_text(encoding="utf-8")
 
 
+def test_several_samples_have_a_table_of_their_own(report: Report) -> None:
+    assert "Several samples" not in render("report.md", report) + render("report.html", report, draw(report))
+    rows = [replace(one, sample=k, correct=k == 0, answer=str(k == 0)) for one in outcomes(40) for k in range(4)]
+    metrics = SplitMetrics(summarize(rows, 200, 0.95, 0), {}, {"no_verdict": 5}, samples=4)
+    models = [*report.models, model("tiny gpt", "endpoint", "test", metrics)]
+    sampled = replace(report, models=models, unanswered=unanswered_rows(models, ["test"]))
+    text, page = render("report.md", sampled), render("report.html", sampled, draw(sampled))
+    assert "| tiny gpt | test | 4 | pass@2 | 0.500 (0.500 … 0.500) |" in text
+    assert "| tiny gpt | test | 4 | majority@4 | 0.000 (0.000 … 0.000) |" in text
+    assert "| tiny gpt | test | 5 | 160 | no_verdict 5 |" in text
+    assert "<th>pass@1</th><th>pass@2</th><th>pass@4</th><th>majority@4</th>" in page
+    assert '<span class="dot endpoint"></span>tiny gpt' in page
+    assert "tiny gpt: pass@4 1.000 (1.000 … 1.000)" in render("summary.txt", sampled)
+    assert "40 rows of" in text
+
+
 HOSTILE = "x\n```\n````\n</pre><script>alert(1)</script>\n# Title ![i](http://x) | cell\x1b[2J\x9b1m\u202e\ud800"
 
 
