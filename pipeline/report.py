@@ -290,8 +290,16 @@ def _step_record(artifact: Artifact) -> StepRecord:
         python=made["python"],
         machine=made["machine"],
         git=made["git"],
-        hardware=format_hardware(made.get("hardware") or {}),
+        hardware="; ".join([format_hardware(made.get("hardware") or {}), *_mismatch(artifact)]),
     )
+
+
+def _mismatch(artifact: Artifact) -> list[str]:
+    """How far GRPO's engine and its trainer were apart; nothing where the trainer's own model generated."""
+    apart = artifact.metrics.get("engine_mismatch")
+    if not isinstance(apart, dict) or "mean" not in apart:
+        return []
+    return [f"engine and trainer differ by {apart['mean']:.2g} nats a token on average, {apart['max']:.2g} at most"]
 
 
 def _settings(artifact: Artifact) -> str:

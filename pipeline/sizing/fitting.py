@@ -26,7 +26,6 @@ from pipeline.config.recipe import Recipe
 from pipeline.sizing.engines import resolve_engines
 from pipeline.sizing.host_memory import HostMemoryEstimate, too_large
 from pipeline.sizing.memory import (
-    CONTEXT,
     FRAGMENTATION,
     MemoryEstimate,
     Stage,
@@ -50,8 +49,27 @@ def resolve_auto(recipe: Recipe, cluster: Cluster) -> Cluster:
     The first ZeRO stage under which a batch fits, the cheapest first, and under it the largest batch per device; then
     the most completions at once that are expected to fit, because a token takes as long for one row as for many.
     """
+    chosen = _resolve_sizes(recipe, resolve_engines(recipe, cluster))
+    asked, engine = cluster.generation.grpo.engine, chosen.generation.grpo.engine
+    if asked == "auto" and engine == "vllm" and not _grpo_fits(recipe, chosen):  # beside the trainer
+        plain = replace(cluster.generation, grpo=replace(cluster.generation.grpo, engine="transformers"))
+        return resolve_auto(recipe, replace(cluster, generation=plain))
+    return chosen
+
+
+def _resolve_sizes(recipe: Recipe, cluster: Cluster) -> Cluster:
+    """Return the cluster with layouts and batches decided, those of generation last."""
     cluster = replace(cluster, sft=_resolve_stage(recipe, cluster, "sft"), grpo=_resolve_stage(recipe, cluster, "grpo"))
-    return _resolve_generation(recipe, resolve_engines(recipe, cluster))
+    return _resolve_generation(recipe, cluster)
+
+
+def _grpo_fits(recipe: Recipe, cluster: Cluster) -> bool:
+    dims = known_dims(recipe.model)
+    if dims is None or not usable(cluster):
+        return True
+    return all(
+        need.fit(usable(cluster)) != "does not fit" for need in training_estimates(recipe, cluster, dims, "grpo")
+    )
 
 
 def needs(recipe: Recipe, cluster: Cluster) -> list[MemoryEstimate] | None:
@@ -185,6 +203,9 @@ def _changes(recipe: Recipe, cluster: Cluster) -> list[Change]:
         words = [f"cluster.{name}=auto" for name in names if getattr(cluster, name) != "auto"]
         auto = replace(cluster, generation_batch_size="auto", evaluate_batch_size="auto")
         found.append((words, (recipe, auto)))
+    if resolve_auto(recipe, cluster).generation.grpo.engine == "vllm":
+        plain = replace(cluster.generation, grpo=replace(cluster.generation.grpo, engine="transformers"))
+        found.append((["cluster.generation.grpo.engine=transformers"], (recipe, replace(cluster, generation=plain))))
     layouts = (("gradient_checkpointing", True), ("per_device_batch_size", 1), ("deepspeed", "zero2"))
     for change, value in (*layouts, ("deepspeed", "zero3"), ("deepspeed", "zero3_offload")):
         decided = resolve_auto(recipe, cluster)
@@ -225,8 +246,8 @@ def show(recipe: Recipe, cluster: Cluster) -> str:
     for need in found:
         verdict = f"{need.fit(gpu)} in {cluster.gpu_memory:g}" if gpu else "cluster.gpu_memory names no GPU"
         lines.append(f"{recipe.name}/{need.phase}: {need.total / GIB:.1f} GiB, {verdict}")
-        terms = [*need.terms, Term(f"fragmentation, {FRAGMENTATION:.0%} (estimate)", FRAGMENTATION * need.known)]
-        terms.append(Term("CUDA context and work spaces (estimate)", CONTEXT))
+        terms = [*need.terms, Term(f"fragmentation, {FRAGMENTATION:.0%} (estimate)", need.fragmentation)]
+        terms.append(Term("CUDA context and work spaces (estimate)", need.context))
         lines += [f"  {term.bytes / GIB:7.2f}  {term.what}" for term in terms if term.bytes >= GIB / 200]
     if gpu:
         lines.append(f"of {cluster.gpu_memory:g} GB torch can use about {gpu / GIB:.2f} GiB")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pipeline.config.cluster import Cluster, process_count, wanted_gpus
 from pipeline.config.recipe import Recipe
 from pipeline.core.cgroups import memory_limit
-from pipeline.sizing.memory import zero_of
+from pipeline.sizing.memory import weights_of, zero_of
 from pipeline.sizing.model_sizes import BYTES_16, BYTES_32, GIB, adapter_parameters, known_dims, random_dims
 
 PROCESS = 3 * GIB  # Python, torch, CUDA's libraries and buffers of one process: an estimate
@@ -68,17 +68,24 @@ def host_estimates(recipe: Recipe, cluster: Cluster) -> list[HostMemoryEstimate]
         moments = 2 if "8bit" in optimizer.name else 8
         offloaded = trained / cluster.nodes * (2 * BYTES_32 + moments) * zero.optimizer_on_cpu
         offloaded += dims.parameters / cluster.nodes * BYTES_16 * zero.weights_on_cpu
+        if stage == "grpo" and lora and cluster.generation.grpo.engine == "vllm" and cluster.generation.grpo.sleep:
+            offloaded += weights_of(recipe.model, dims).total * processes  # where vLLM's copy of the base sleeps
         loaded = 0.0  # a quantized model is read to its GPU, and ZeRO-3 maps the files
         if recipe.model.quantization == "none" and zero.stage < 3:
             loaded = dims.parameters * (BYTES_16 if lora else BYTES_32) * processes
         parts = [f"{processes * PROCESS / GIB:.0f} of {processes} processes (estimate)"]
         if offloaded > loaded:
-            parts.insert(0, f"{offloaded / GIB:.0f} of what {layout.deepspeed} keeps there")
+            parts.insert(0, f"{offloaded / GIB:.0f} of what {_keeper(layout.deepspeed, cluster, stage)} keeps there")
         elif loaded:
             wide = "16" if lora else "32"
             parts.insert(0, f"{loaded / GIB:.0f} of the weights in {wide} bit, which each process loads there first")
         found.append(HostMemoryEstimate(stage, max(offloaded, loaded) + processes * PROCESS, " and ".join(parts)))
     return found
+
+
+def _keeper(deepspeed: str, cluster: Cluster, stage: str) -> str:
+    sleeps = stage == "grpo" and cluster.generation.grpo.engine == "vllm" and cluster.generation.grpo.sleep
+    return "vLLM" if sleeps and not zero_of(deepspeed).optimizer_on_cpu else deepspeed
 
 
 def too_large(recipe: Recipe, cluster: Cluster) -> list[HostMemoryEstimate]:

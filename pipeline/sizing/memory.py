@@ -33,6 +33,8 @@ TIGHT = 0.9  # of the GPU's memory
 REUSE = 10**9  # elements: DeepSpeed's stage3_max_reuse_distance, below which a gathered layer is kept for its next use
 READ = 2048  # tokens of prompts that the transformers engine reads in one pass; a longer prompt is read alone
 GUESSED = 8  # tokens that it guesses at once, at most
+VLLM_SCORED = 256  # rows whose next tokens vLLM draws at once
+VLLM_WORK = 0.75 * GIB  # what its kernels, their graphs and its context take: an estimate
 SAMPLED = 32  # bytes of each row and word while a token is drawn: logits in 32 bit, sorted, with their indices
 
 Stage = Literal["sft", "grpo"]
@@ -42,6 +44,7 @@ Stage = Literal["sft", "grpo"]
 class Term:
     what: str
     bytes: float
+    reserved: bool = False  # taken at once, so that it does not fragment
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class MemoryEstimate:
 
     phase: str  # sft; grpo, learning; grpo, generating; evaluate
     terms: tuple[Term, ...]
+    context: float = CONTEXT
 
     @property
     def known(self) -> float:
@@ -57,8 +61,12 @@ class MemoryEstimate:
         return sum(term.bytes for term in self.terms)
 
     @property
+    def fragmentation(self) -> float:
+        return FRAGMENTATION * sum(term.bytes for term in self.terms if not term.reserved)
+
+    @property
     def total(self) -> float:
-        return self.known * (1 + FRAGMENTATION) + CONTEXT
+        return self.known + self.fragmentation + self.context
 
     def fit(self, gpu: float) -> Literal["fits", "tight", "does not fit"]:
         """Compare with the bytes of a GPU that can be used, as `usable` returns them."""
@@ -213,8 +221,15 @@ def training_estimates(recipe: Recipe, cluster: Cluster, dims: ModelDims, stage:
         held.append(_reference(dims, layout.trained, layout.zero, layout.world, layout.lora))
     if stage == "sft":
         return [_training_estimate("sft", layout, held, recipe.sft.max_length, recipe.sft.max_length)]
-    grpo = recipe.grpo
+    grpo, chosen = recipe.grpo, cluster.generation.grpo
     tokens = grpo.max_prompt_length + grpo.max_completion_length
+    if chosen.engine == "vllm":
+        share = vllm_share(cluster, chosen.gpu_memory)
+        learning = held if chosen.sleep is True else [*held, share]
+        return [
+            _training_estimate("grpo, learning", layout, learning, tokens, grpo.max_completion_length),
+            MemoryEstimate("grpo, generating", (*held, *_unpacked(recipe, dims), share)),
+        ]
     together = cluster.generation_batch_size
     if together == "auto":  # not decided yet: the least there is
         together = generation_sizes(recipe, sizes)[-1] if sizes else layout.rows
@@ -307,6 +322,8 @@ def _generation_term(recipe: Recipe, dims: ModelDims, rows: int, prompt: int, ne
 
 def evaluation_estimate(recipe: Recipe, cluster: Cluster, dims: ModelDims) -> MemoryEstimate:
     """Estimate an evaluation; its adapters are held and computed in 32 bit, as PEFT loads them."""
+    if cluster.generation.evaluate.engine == "vllm":  # it counts its own context
+        return MemoryEstimate("evaluate", (vllm_share(cluster, cluster.generation.evaluate.gpu_memory),), 0)
     rows = AUTO_EVALUATE if cluster.evaluate_batch_size == "auto" else cluster.evaluate_batch_size
     prompt = recipe.grpo.max_prompt_length
     generation = _generation_term(recipe, dims, rows, prompt, recipe.evaluate.max_new_tokens, 1, BYTES_32)
@@ -318,3 +335,22 @@ def evaluation_estimate(recipe: Recipe, cluster: Cluster, dims: ModelDims) -> Me
     if most and most < sum(term.bytes for term in terms):
         terms = [Term(f"{weights.what}, the others on the CPU", most)]
     return MemoryEstimate("evaluate", (*terms, *_unpacked(recipe, dims), generation))
+
+
+# ---------------------------------------------------------------- vLLM
+
+
+def vllm_share(cluster: Cluster, share: float) -> Term:
+    """Return what vLLM takes of each GPU: all of its share, for keys and values what the model leaves."""
+    return Term(f"vLLM, {share:.0%} of the GPU", share * usable(cluster), reserved=True)
+
+
+def vllm_minimum(recipe: Recipe, dims: ModelDims, prompt: int, new: int, rank: int, gpus: int = 1) -> float:
+    """Return the least bytes that vLLM can work with: the model, room for adapters of a rank, one sequence.
+
+    `gpus` share the model. What its kernels work with is an estimate.
+    """
+    weights = weights_of(recipe.model, dims).total
+    adapters = BYTES_16 * dims.layers * sum(rank * sum(widths) for widths in dims.linears.values())
+    words = VLLM_SCORED * dims.vocabulary * BYTES_32  # logits of the rows of a step, in 32 bit
+    return (weights + adapters + dims.cache_bytes(prompt + new)) / gpus + words + VLLM_WORK

