@@ -82,7 +82,8 @@ def endpoint_plan(
         split = split or "test"  # the one that every task has
     overrides += _rows_asked(split, limit, file) + ([f"task.name={task}"] if task is not None else [])
     values: list[Path | dict[str, Any]] = [CONFIGS / "base.yaml"]
-    values += [find_yaml(names[0], "recipe", CONFIGS, recipe_names()) if names else {"model": {"name": "endpoint"}}]
+    without = {"model": {"name": "endpoint"}, "grpo": {"init_from": "none"}}  # nothing is loaded or trained here
+    values += [find_yaml(names[0], "recipe", CONFIGS, recipe_names()) if names else without]
     name = values[1].stem if isinstance(values[1], Path) else "base"
     recipe, problems = read_typed(Recipe, values, overrides, {"name": name})
     where, found = read_cluster(cluster, for_cluster)

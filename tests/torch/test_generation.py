@@ -220,6 +220,13 @@ def test_the_samples_of_a_prompt_are_those_that_it_would_have_alone(dtype: torch
             if dtype == torch.float32:
                 assert found[k, sample].token_ids == alone
     assert found == asked(model, tokenizer, prompts, sampling, rows=7, samples=5)
+    some = [Request(prompts[0], 3, samples=2, first=3), Request(prompts[2], 3, samples=1, first=1)]
+    later = {
+        (2 * one.request, one.sample): one.completion
+        for one in TransformersEngine(model, tokenizer, 7).generate(some, sampling)
+    }
+    assert set(later) == {(0, 3), (0, 4), (2, 1)}
+    assert all(found[key].token_ids == one.token_ids for key, one in later.items())
 
 
 def test_log_probabilities_are_those_of_the_distribution_that_was_drawn_from(tokenizer: Any) -> None:

@@ -23,6 +23,7 @@ from pipeline.core.errors import EndpointError, PipelineError, PlanError, Recipe
 from pipeline.engines.endpoint import EndpointEngine, Refused, read_key, read_reply, retry_after, with_thought
 from pipeline.engines.engine import Answer, Request, Sampling
 from pipeline.scoring.answers import split_thought
+from pipeline.tasks.task import task_names
 from pipeline.workflow.plan import make_plan
 from pipeline.workflow.single_step import endpoint_plan
 from pipeline.workflow.stage import EvaluateEndpoint, read_spec, write_spec
@@ -365,6 +366,14 @@ def test_the_spec_of_an_endpoint_is_read_as_it_was_written(tmp_path: Path) -> No
     assert step.folder.name.startswith("org-m-")
     write_spec(step.folder, spec_of(step, plan.cluster))
     assert read_spec(step.folder).options == EvaluateEndpoint(Endpoint("https://host/v1", "org/m", {"seed": None}))
+
+
+@pytest.mark.parametrize("task", task_names())
+def test_a_task_alone_is_enough(task: str, tmp_path: Path) -> None:
+    [step] = endpoint_plan(Endpoint("https://host/v1", "m"), task=task, limit=3, runs=tmp_path).steps
+    assert (step.recipe.task.name, step.recipe.evaluate.splits, step.recipe.evaluate.limit) == (task, ("test",), 3)
+    named = endpoint_plan(Endpoint("https://host/v1", "m"), ["evaluate.splits=[validation]"], task=task, runs=tmp_path)
+    assert named.steps[0].recipe.evaluate.splits == ("validation",)
 
 
 def test_mistakes_of_an_endpoint_are_reported_together() -> None:
