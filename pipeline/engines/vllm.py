@@ -32,6 +32,7 @@ from pipeline.workflow.weights import ADAPTER
 CPU_BLOCK = 32  # tokens: what prompts share is cached in whole blocks; vLLM's default on a CPU is 128
 CPU_CACHE = 4 * GIB  # bytes of keys and values on a CPU, at most
 BATCHED = 8192  # tokens that one step reads, at least where a prompt is read whole
+BESIDE = 4096  # tokens that one step reads beside a trainer, at most
 ROWS = 256  # samples at once on a GPU, at least: vLLM lets those wait for which there is no memory
 MEMORY_FOLDER = Path("/dev/shm")  # adapters are handed over here, where there is one
 REFUSED_IN_ADAPTER = ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "trainable_token_indices")
@@ -80,7 +81,7 @@ class VllmEngine:
         self.adapter: Any = None  # vLLM's LoRARequest
         self.inbox: list[Any] = []  # outputs that another call has computed
         self.updates = self.calls = 0
-        self.asleep = False
+        self.sleeping: set[str] = set()  # of weights and kv_cache, as vLLM calls them: what has given its memory back
         if problems := list(package_problems(settings.quantization)):
             raise LaunchError(*(f"{self.key}: {text}" for text in problems))
         for name, value in ENVIRONMENT.items():
@@ -110,6 +111,8 @@ class VllmEngine:
             arguments = self._cpu_arguments(base)
             if settings.trains:
                 operators._supports_onednn = False  # else weights are packed, and pushed ones would have no effect
+        elif settings.trains:
+            arguments = {"max_num_batched_tokens": BESIDE}  # vLLM keeps memory for as many, beside the trainer
         if "RANK" in os.environ:
             arguments["distributed_executor_backend"] = "external_launcher"
         if settings.lora_rank is not None:
@@ -237,25 +240,29 @@ class VllmEngine:
     # ---- memory between two generations
 
     def _sleep(self) -> None:
-        """Give the GPU's memory back: to be filled again by a push of all weights, or kept in the host's memory."""
+        """Give the GPU's memory back: weights that are pushed anew are dropped, a base waits in the host's memory."""
         self.core.sleep(level=1 if self.settings.lora_rank is not None else 2)
-        self.asleep = True
+        self.sleeping = {"weights", "kv_cache"}
 
-    def _wake(self, *tags: str) -> None:
-        if self.asleep:
+    def _wake(self, part: str) -> None:
+        if part in self.sleeping:
             torch.cuda.empty_cache()  # what the optimizer left
-            self.core.wake_up(list(tags))
+            self.core.wake_up([part])
+            self.sleeping.remove(part)
 
     def close(self) -> None:
         """Give back memory and processes."""
         from vllm.distributed import parallel_state
 
+        self.core.engine_core._finalizer.detach()
         self.core.model_executor.shutdown()
         self.core = None
         parallel_state.destroy_model_parallel()
         if parallel_state._WORLD is not None:  # made of a process group that another engine may not find
             parallel_state._WORLD.destroy()
             parallel_state._WORLD = None
+        if "RANK" not in os.environ and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # vLLM's own
 
     # ---- text
 

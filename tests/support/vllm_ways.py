@@ -3,7 +3,8 @@
     torchrun --nproc_per_node=2 tests/support/vllm_ways.py OUT
 
 Leaves OUT/<way>/<layout>/ as GRPO does, with metrics.json; `stale` is a run whose engine misses every update but the
-first. OUT/<way>/evaluate-<engine>/ has the predictions of each engine. tests/vllm/test_training.py looks at them.
+first. OUT/<way>/evaluate-<engine>/ has the predictions of each engine, those of vllm after an interruption.
+tests/vllm/test_training.py looks at them.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from recipes import cluster_of
 from pipeline import evaluate, grpo
 from pipeline.config.cluster import Cluster
 from pipeline.config.recipe import Recipe
+from pipeline.core.errors import Stopped
 from pipeline.core.files import write_json
 from pipeline.engines.vllm import VllmEngine
 from pipeline.rewards.reward import Sample
 from pipeline.training import distributed
-from pipeline.workflow.artifact import Artifact
+from pipeline.workflow.artifact import STOP, Artifact
 from pipeline.workflow.plan import make_plan
 from pipeline.workflow.progress import ProgressFile
 from pipeline.workflow.runtime import Runtime
@@ -104,12 +106,33 @@ def without_updates(run: Callable[..., Artifact]) -> Callable[..., Artifact]:
     return stale
 
 
+def stop_after_the_first_answer(runtime: Runtime, evaluation: Callable[[], Any]) -> None:
+    """Run an evaluation that is told to stop; what was answered is kept."""
+    distributed.barrier()
+    stop = runtime.folder / STOP
+    stop.touch()
+    try:
+        evaluation()
+    except Stopped:
+        pass
+    else:
+        raise AssertionError("the evaluation did not stop")
+    distributed.barrier()
+    kept = sum(len(path.read_text().splitlines()) for path in runtime.folder.glob("partial-*"))
+    assert kept == runtime.world, kept  # one of each process
+    distributed.barrier()
+    stop.unlink(missing_ok=True)
+    distributed.barrier()
+
+
 def ask(recipe: Recipe, cluster: Cluster, inputs: dict[str, Artifact], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rank, world = distributed.rank(), distributed.world_size()
     recipe = replace(recipe, evaluate=replace(recipe.evaluate, temperature=0.0, max_new_tokens=12))
     runtime = Runtime(cluster, ProgressFile(None, "evaluate"), rank, world, folder, None, None)
     distributed.barrier()
+    if folder.name == "evaluate-vllm":
+        stop_after_the_first_answer(runtime, lambda: evaluate.run(recipe, inputs, folder, runtime))
     metrics = evaluate.run(recipe, inputs, folder, runtime)
     if rank == 0:
         write_json(folder / "metrics.json", metrics)

@@ -111,6 +111,8 @@ def test_a_sample_follows_from_its_seed_whatever_is_generated_beside_it(made: An
     assert alone == {key: one for key, one in found.items() if key in alone}
     last = answers(engine, [Request(requests[4].prompt, seed=7, samples=1, first=2)], DRAWN)
     assert last == {key: one for key, one in alone.items() if key in last}
+    third = answers(engine, [Request(requests[4].prompt, seed=7, samples=1, first=2)], DRAWN)
+    assert third == {(tuple(requests[4].prompt), 2): found[tuple(requests[4].prompt), 2]}
     others = answers(engine, [Request(requests[4].prompt, seed=8, samples=3)], DRAWN)
     assert all(others[key] != found[key] for key in others)
 

@@ -59,7 +59,7 @@ def test_an_engine_that_missed_an_update_would_be_seen(ways: Path, way: str, lay
 @pytest.mark.parametrize("way", ["full", "lora"])
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "transformers"])
 def test_an_evaluation_has_the_answers_of_the_transformers_engine(ways: Path, way: str, engine: str) -> None:
-    """With a copy of the model in each process, and with one that both share."""
+    """With a copy of the model in each process, interrupted after the first answer, and with one that both share."""
     found, wanted = (
         (ways / way / f"evaluate-{name}" / "predictions.jsonl").read_text() for name in (engine, "transformers")
     )
