@@ -25,6 +25,7 @@ from pipeline.core.errors import ArtifactError, DataError, LaunchError
 from pipeline.core.files import read_json
 from pipeline.engines.engine import Answer, Completion, Request, Sampling, Watch, seed_of
 from pipeline.engines.text import before_stop, decode
+from pipeline.models.weight_checks import NO_CODE
 from pipeline.sizing.engines import ENVIRONMENT, LORA_RANKS, engine_rank, package_problems
 from pipeline.sizing.model_sizes import GIB
 from pipeline.workflow.weights import ADAPTER
@@ -130,6 +131,7 @@ class VllmEngine:
             return LLM(
                 model=base,
                 revision=settings.revision,
+                trust_remote_code=False,
                 skip_tokenizer_init=True,  # prompts come as tokens, and answers are decoded here
                 generation_config="vllm",  # the checkpoint's own would change how tokens are drawn
                 dtype=str(settings.dtype).removeprefix("torch."),
@@ -156,7 +158,8 @@ class VllmEngine:
 
         A prompt that is read in parts would set back the random stream of its request, which a CPU's cannot.
         """
-        config = AutoConfig.from_pretrained(base, revision=self.settings.revision).get_text_config()
+        config = AutoConfig.from_pretrained(base, revision=self.settings.revision, **NO_CODE)
+        config = config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         token = 2 * config.num_hidden_layers * heads * width * self.settings.dtype.itemsize
