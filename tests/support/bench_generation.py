@@ -185,6 +185,8 @@ def engine_run(engine: Any) -> Run:
     def run(load: str, prompts: list[list[int]], sampling: Any) -> int:
         samples = 1 if load == "evaluation" else GROUP
         engine.rows = AT_ONCE[load]
+        if hasattr(engine, "core"):  # vLLM's: what it has kept of the prompts of an earlier run
+            engine.core.reset_prefix_cache()
         requests = [Request(prompt, 1, samples) for prompt in prompts]
         return sum(one.completion.tokens for one in engine.generate(requests, sampling))
 
