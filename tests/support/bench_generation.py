@@ -75,7 +75,10 @@ def read_options() -> argparse.Namespace:
     unknown = [kind for kind in options.engines if kind not in KINDS]
     if unknown:
         parser.error(f"--engines: got {', '.join(unknown)}; expected some of {', '.join(KINDS)}")
-    if not options.ckpt and not options.base:
+    if options.base:  # a model from a file or from nothing lies in the preprocess step
+        made = sorted(Path("runs", options.recipe).glob("preprocess-*/model"), key=lambda path: path.stat().st_mtime)
+        options.ckpt = str(made[-1]) if made else None
+    elif not options.ckpt:
         made = sorted(Path("runs", options.recipe).glob("grpo-*/artifact.json"), key=lambda path: path.stat().st_mtime)
         if not made:
             parser.error(f"--ckpt: no trained model in runs/. Fix: bash run_pipeline.sh {options.recipe}, or --base")
@@ -88,7 +91,8 @@ def start(options: argparse.Namespace, kind: str) -> subprocess.Popen[str]:
     python = sys.executable
     if kind == "vllm":
         python = str(Path(os.environ.get("THEREFORE_VLLM_VENV", ".venv-vllm"), "bin", "python"))
-    words = [python, __file__, *sys.argv[1:], *([] if options.base else ["--ckpt", options.ckpt]), "--worker", kind]
+    given = ["--ckpt", options.ckpt] if options.ckpt and not options.base else []
+    words = [python, __file__, *sys.argv[1:], *given, "--worker", kind]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     worker = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert worker.stdout is not None
