@@ -215,9 +215,8 @@ def test_the_samples_of_a_prompt_are_those_that_it_would_have_alone(dtype: torch
     assert len({one.tokens for one in found.values()}) > 3
     for k, prompt in enumerate(prompts):
         for sample in range(5):
-            streams = [seed_of(3, prompt, sample)]
-            [alone] = plain_batch(model, tokenizer, [prompt], sampling, streams)
-            if dtype == torch.float32:
+            if dtype == torch.float32:  # in 16 bit the attentions round differently
+                [alone] = plain_batch(model, tokenizer, [prompt], sampling, [seed_of(3, prompt, sample)])
                 assert found[k, sample].token_ids == alone
     assert found == asked(model, tokenizer, prompts, sampling, rows=7, samples=5)
     some = [Request(prompts[0], 3, samples=2, first=3), Request(prompts[2], 3, samples=1, first=1)]
@@ -307,7 +306,6 @@ def test_families_hold_every_sample_once_and_what_they_share_is_shared(
             assert len(family.prefix) < len(prompt) <= family.longest
     shares = [share_out(requests, rank, world) for rank in range(world)]
     assert sorted(k for share in shares for k in share) == list(range(len(requests)))
-    assert max(map(len, shares)) or not requests
 
 
 def test_a_policy_that_is_updated_answers_with_its_new_weights(tokenizer: Any) -> None:
@@ -325,7 +323,6 @@ def test_a_policy_that_is_updated_answers_with_its_new_weights(tokenizer: Any) -
 
 def test_a_model_that_trains_is_asked_without_dropout_and_goes_on_training(tokenizer: Any) -> None:
     model, prompts = small_model("qwen2"), prompts_of([9, 12])
-    wanted = plain_generate(model, tokenizer, prompts, GREEDY, 2, 0)
     adapted = get_peft_model(model, LoraConfig(r=4, lora_dropout=0.9, target_modules="all-linear"))
     for name, weights in adapted.named_parameters():
         if "lora_B" in name:
@@ -339,7 +336,6 @@ def test_a_model_that_trains_is_asked_without_dropout_and_goes_on_training(token
 
 
 def test_attention_that_it_cannot_compute_is_refused(tokenizer: Any) -> None:
-    model = small_model("qwen2")
     config = AutoConfig.for_model("gemma2", **SMALL)
     model = AutoModelForCausalLM.from_config(config).eval()
     model.generation_config = GenerationConfig()
