@@ -254,11 +254,11 @@ def evaluation(sub: argparse.ArgumentParser, *, required: bool) -> None:
         what.add_argument(
             name, metavar="DIR" if name == "--ckpt" else "URL", help=text if required else argparse.SUPPRESS
         )
-    told = "of an endpoint: the model's name there"
-    sub.add_argument("--model", metavar="NAME", help=told if required else argparse.SUPPRESS)
-    told = "of an endpoint's requests, more than the recipe sets; null leaves one out. May be repeated"
-    told = told if required else argparse.SUPPRESS
-    sub.add_argument("--parameter", action="append", default=[], metavar="NAME=VALUE", help=told)
+    text = "of an endpoint: the model's name there"
+    sub.add_argument("--model", metavar="NAME", help=text if required else argparse.SUPPRESS)
+    text = "of an endpoint's requests, more than the recipe sets; null leaves one out. May be repeated"
+    text = text if required else argparse.SUPPRESS
+    sub.add_argument("--parameter", action="append", default=[], metavar="NAME=VALUE", help=text)
     sub.add_argument("--task", help="a task by name (default: the recipe's)" if required else argparse.SUPPRESS)
     sub.add_argument("--split", help="one split (default: the recipe's)" if required else argparse.SUPPRESS)
     sub.add_argument("--limit", type=int, help="rows of each split" if required else argparse.SUPPRESS)
@@ -269,7 +269,7 @@ def exporting(sub: argparse.ArgumentParser, *, required: bool) -> None:
     about = "a step's folder, a checkpoint, an adapter, a model, a hub id"
     if required:
         sub.add_argument("--ckpt", required=True, metavar="DIR", help=about)
-    told = "; ".join(f"{name}: {text[0].lower()}{text[1:].rstrip('.')}" for name, text in FORMATS.items())
-    sub.add_argument("--format", required=required, choices=list(FORMATS), help=told if required else argparse.SUPPRESS)
-    told = "of a GGUF file (default: q8_0); q4_k_m needs llama-cpp-python"
-    sub.add_argument("--quant", choices=QUANTS, help=told if required else argparse.SUPPRESS)
+    text = "; ".join(f"{name}: {text[0].lower()}{text[1:].rstrip('.')}" for name, text in FORMATS.items())
+    sub.add_argument("--format", required=required, choices=list(FORMATS), help=text if required else argparse.SUPPRESS)
+    text = "of a GGUF file (default: q8_0); q4_k_m needs llama-cpp-python"
+    sub.add_argument("--quant", choices=QUANTS, help=text if required else argparse.SUPPRESS)

@@ -24,6 +24,15 @@ class Family:
     active: int = 0  # samples that have a row
 
 
+@dataclass
+class _Group:
+    """Requests whose prompts begin alike, while they are looked for."""
+
+    shared: int  # tokens that all begin with
+    longest: int  # tokens of a prompt
+    members: list[int]
+
+
 def find_families(requests: Sequence[Request]) -> list[Family]:
     """Group samples by what their prompts have in common, the longest prompts first.
 
@@ -31,24 +40,25 @@ def find_families(requests: Sequence[Request]) -> list[Family]:
     The samples of a prompt share all of it but the last token, which is what the first logits come from.
     """
     order = sorted(range(len(requests)), key=lambda k: list(requests[k].prompt))
-    groups: list[tuple[int, list[int]]] = []  # length of what is shared, requests
+    groups: list[_Group] = []
     for k in order:
-        prompt = requests[k].prompt
-        if groups and requests[k].samples == requests[groups[-1][1][-1]].samples == 1:
-            shared, members = groups[-1]
-            common = min(shared, _common(requests[members[-1]].prompt, prompt), len(prompt) - 1)
-            rest = max(len(requests[m].prompt) for m in (*members, k)) - common
-            if common >= SHARED and common >= rest and rest <= REST:
-                groups[-1] = common, [*members, k]
+        prompt, group = requests[k].prompt, groups[-1] if groups else None
+        if group and requests[k].samples == requests[group.members[-1]].samples == 1:
+            shared = min(group.shared, _common(requests[group.members[-1]].prompt, prompt), len(prompt) - 1)
+            longest = max(group.longest, len(prompt))
+            if shared >= max(SHARED, longest - shared) and longest - shared <= REST:
+                group.shared, group.longest = shared, longest
+                group.members.append(k)
                 continue
-        groups.append((len(prompt) - 1, [k]))
-    if 2 * sum(len(members) for _, members in groups if len(members) > 1) < sum(one.samples == 1 for one in requests):
-        groups = [(len(requests[k].prompt) - 1, [k]) for k in order]  # every row would pay for what few of them share
+        groups.append(_Group(len(prompt) - 1, len(prompt), [k]))
+    together = sum(len(group.members) for group in groups if len(group.members) > 1)
+    if 2 * together < sum(one.samples == 1 for one in requests):  # every row would pay for what few of them share
+        groups = [_Group(len(requests[k].prompt) - 1, len(requests[k].prompt), [k]) for k in order]
     families = []
-    for shared, members in groups:
-        waiting = deque((k, sample) for k in sorted(members) for sample in requests[k].numbers)
-        prefix = list(requests[members[0]].prompt[:shared]) if len(waiting) > 1 else []
-        families.append(Family(prefix, waiting, max(len(requests[k].prompt) for k in members)))
+    for group in groups:
+        waiting = deque((k, sample) for k in sorted(group.members) for sample in requests[k].numbers)
+        prefix = list(requests[group.members[0]].prompt[: group.shared]) if len(waiting) > 1 else []
+        families.append(Family(prefix, waiting, group.longest))
     return sorted(families, key=lambda family: (-family.longest, family.waiting[0]))
 
 

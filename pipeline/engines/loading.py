@@ -43,7 +43,7 @@ def load_engine(
     `eager` starts vLLM without compiling. Raises DataError if a prompt of that length leaves vLLM no room to answer.
     """
     if settings.engine == "vllm":
-        return _load_vllm(checkpoint, model, tokenizer, settings, rows=rows, length=length, eager=eager)
+        return _load_vllm(checkpoint, model, tokenizer, settings, rows, length, eager)
     loaded = load_for_chat(checkpoint, model, limits)
     check_tokenizer(tokenizer, loaded, checkpoint)
     return Loaded(TransformersEngine(loaded, tokenizer, rows), stop_ids(loaded, tokenizer), context_of(loaded))
@@ -54,7 +54,6 @@ def _load_vllm(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     settings: EvaluationEngine,
-    *,
     rows: int,
     length: int,
     eager: bool,
