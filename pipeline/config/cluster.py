@@ -100,6 +100,7 @@ class Cluster:
     endpoint: EndpointCalls = added(EndpointCalls())
     max_idle_steps: PositiveInt | None = added(None)  # GRPO steps in a row without spread that end it; None: only warn
     generation: Generation = added(Generation())
+    max_failures: PositiveInt = added(3)  # of one kind at one step that end a step's restarts; 1: it is never restarted
 
     @property
     def submits(self) -> bool:

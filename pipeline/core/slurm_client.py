@@ -24,6 +24,7 @@ from pipeline.core.files import write_json
 from pipeline.core.records import read_record
 
 JOB_FILE = "job.json"
+RETRY = "THEREFORE_RETRY"  # in the environment of a job's step: how often its script has started it again
 TIMEOUT = 60  # seconds that a Slurm command may take
 FINAL_STATES = {
     "BOOT_FAIL",
@@ -255,6 +256,12 @@ def this_cluster() -> str | None:
 def this_restart() -> int:
     """Return how often Slurm has restarted this job."""
     count = os.environ.get("SLURM_RESTART_COUNT", "")
+    return int(count) if count.isdigit() else 0
+
+
+def this_retry() -> int:
+    """Return how often this job's script has started the step again since Slurm started the job."""
+    count = os.environ.get(RETRY, "")
     return int(count) if count.isdigit() else 0
 
 

@@ -66,10 +66,7 @@ load() {
 }"""
 
 CHECK = """\
-if [ $# = 0 ]; then
-  echo "{stage}: got no arguments; expected a recipe. Fix: {usage}" >&2
-  exit 2
-fi
+[ $# -gt 0 ] || {{ echo "{stage}: got no arguments; expected a recipe. Fix: {usage}" >&2; exit 2; }}
 """
 
 PREPARE = """\
@@ -81,13 +78,16 @@ RUN = """
 for step in $steps; do
   rm -f "$step/stop"
   trap 'stopping=1; touch "$step/stop"' USR1 TERM  # all ranks read it at the same step, save, and exit with code 75
-  code=75
-  if [ -z "$stopping" ]; then
-    srun --wait=60 {srun}python -m pipeline.launchers.torchrun --step "$step" &
+  [ -z "${{SLURM_RESTART_COUNT:-}}" ] || python -m pipeline.launchers.retry "$step" || exit  # a crash loop ends here
+  code=75 retry=0
+  until [ -n "$stopping" ]; do
+    THEREFORE_RETRY=$retry srun --wait=60 {srun}python -m pipeline.launchers.torchrun --step "$step" &
     while kill -0 $! 2>/dev/null; do wait $!; done  # a trap ends wait, not the step
-    wait $!
-    code=$?
-  fi
+    wait $!; code=$?
+    case $code in 0 | 75 | 138 | 140 | 143) break ;; esac
+    python -m pipeline.launchers.retry "$step" $code || break  # it starts again after a failure that may pass
+    code=75 retry=$((retry + 1))
+  done
   # 75: saved; 138, 140, 143: USR1, USR2 or TERM ended it before its handlers were set. `requeue` skips a cancelled job
   case $code in 75 | 138 | 140 | 143) python -m pipeline.launchers.requeue "$step" ;; esac
   [ $code = 0 ] || exit $code

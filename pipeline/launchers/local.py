@@ -29,6 +29,7 @@ from pipeline.launchers import debug
 from pipeline.launchers.torchrun import command, environment
 from pipeline.workflow import faults
 from pipeline.workflow.artifact import STOP
+from pipeline.workflow.attempts import decide
 from pipeline.workflow.jobs import describe_job, live_jobs
 from pipeline.workflow.lock import ensure_unlocked
 from pipeline.workflow.plan import Plan, Step, spec_of
@@ -79,12 +80,31 @@ def run_plan(plan: Plan) -> list[Step]:
 
 
 def run_step(step: Step, plan: Plan, title: str) -> None:
+    """Run a step, again after a failure that may pass. Raises Stopped or the step's failure."""
+    write_spec(step.folder, spec_of(step, plan.cluster))
+    (step.folder / JOB_FILE).unlink(missing_ok=True)  # of an earlier attempt on Slurm
+    while True:
+        try:
+            return _attempt(step, plan, title)
+        except Stopped:
+            raise
+        except LaunchError as error:
+            decision = decide(step.folder, plan.cluster.max_failures, silent=error.problems[0])
+            if not decision.again:
+                failure = LaunchError(
+                    *error.problems, *[f"{step.label}: {decision.sentence}"] * bool(decision.sentence)
+                )
+                failure.exit_code = error.exit_code
+                raise failure from error
+            tqdm.write(f"{error.problems[0]}\nnote: {decision.sentence}", file=sys.stderr)
+            time.sleep(decision.delay)
+
+
+def _attempt(step: Step, plan: Plan, title: str) -> None:
     """Start a step's processes, show their progress, and wait for them. Raises Stopped or the step's failure."""
     stage = step.runs_as
     if stage.processes == "all":
         check_port()
-    write_spec(step.folder, spec_of(step, plan.cluster))
-    (step.folder / JOB_FILE).unlink(missing_ok=True)  # of an earlier attempt on Slurm
     started, attempt, kills = time.time(), uuid.uuid4().hex, cgroups.memory_kills()
     limit, stopping = _stop_at(step, plan), False
     log = step.folder / "log.txt"

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.site import Slurm, minutes
 from pipeline.core.errors import EXIT_STOPPED
-from pipeline.core.slurm_client import JobRecord, client_environment, error_text
+from pipeline.core.slurm_client import JobRecord, client_environment, error_text, this_restart
 from pipeline.launchers.batch_script import resources, setup_lines, shell_value
+from pipeline.launchers.retry import starts_again
 from pipeline.launchers.slurm import exported, submission_error
 from pipeline.workflow.artifact import STOP
 from pipeline.workflow.plan import Plan, Step
@@ -47,10 +48,15 @@ class StepCommand:
     folder: str
 
     def __call__(self) -> str:
-        if os.environ.get("SLURM_PROCID", "0") == "0":  # a slower node must not delete a stop file written since
+        first = os.environ.get("SLURM_PROCID", "0") == "0"  # of the nodes: it alone decides, and requeues
+        if first:  # a slower node must not delete a stop file written since
             (Path(self.folder) / STOP).unlink(missing_ok=True)
+        if first and this_restart() and not starts_again(Path(self.folder), None):
+            raise RuntimeError(f"{self.folder} does not start again; see the log above")
         code = self._run()
         if code == EXIT_STOPPED:  # stopped by another signal than submitit's own, which makes submitit requeue
+            signal.raise_signal(signal.SIGUSR2)
+        if code and first and starts_again(Path(self.folder), code):
             signal.raise_signal(signal.SIGUSR2)
         if code:
             raise RuntimeError(f"{self.folder} ended with exit code {code}; see the log above")

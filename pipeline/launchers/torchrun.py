@@ -21,7 +21,7 @@ from pathlib import Path
 from pipeline.config.cluster import Cluster, driver_devices, gpu_count, thread_count
 from pipeline.core import cgroups
 from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, PlanError, run_main
-from pipeline.core.slurm_client import first_host, this_job, this_restart
+from pipeline.core.slurm_client import first_host, this_job, this_restart, this_retry
 from pipeline.sizing.engines import ENVIRONMENT as ENGINE_ENVIRONMENT
 from pipeline.workflow import faults
 from pipeline.workflow.artifact import STOP, is_done
@@ -34,6 +34,7 @@ HIDE_GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # the user's own settings of torch's allocator
 LOOPBACK = "127.0.0.1"
 PORT_STRIDE = 7919  # distance between the ports of a job's attempts
+RETRY_STRIDE = 1009  # and between those of an attempt's retries
 SHUTDOWN_SECONDS = 10  # seconds that torchrun leaves the other processes after one has failed
 
 
@@ -56,13 +57,13 @@ def rendezvous(suffix: str | None = None) -> Rendezvous | None:
     job = this_job()
     if job is None:
         return None
-    attempt, nodes = this_restart(), int(os.environ["SLURM_JOB_NUM_NODES"])
-    name = f"{job}-{attempt}"
+    attempt, retry, nodes = this_restart(), this_retry(), int(os.environ["SLURM_JOB_NUM_NODES"])
+    name, port = f"{job}-{attempt}" + (f"-{retry}" if retry else ""), port_of(job, attempt, retry)
     if nodes == 1:
-        return Rendezvous(1, LOOPBACK, port_of(job, attempt), name, LOOPBACK)
+        return Rendezvous(1, LOOPBACK, port, name, LOOPBACK)
     first = fast_name(first_host(os.environ["SLURM_JOB_NODELIST"]), suffix)
     mine = fast_name(os.environ["SLURMD_NODENAME"], suffix) if suffix else None
-    return Rendezvous(nodes, first, port_of(job, attempt), name, mine)
+    return Rendezvous(nodes, first, port, name, mine)
 
 
 def fast_name(host: str, suffix: str | None) -> str:
@@ -71,12 +72,13 @@ def fast_name(host: str, suffix: str | None) -> str:
     return f"{name}{suffix or ''}{dot}{domain}"
 
 
-def port_of(job: str, attempt: int = 0) -> int:
+def port_of(job: str, attempt: int = 0, retry: int = 0) -> int:
     """Return the port of a job's attempt. Consecutive jobs, which may share a node, get different ports.
 
-    So do the attempts of a job: where only slurmd has died, processes of the previous attempt still hold its port.
+    So do the attempts of a job, and the retries of an attempt: where only slurmd has died, or a network was cut,
+    processes of the previous one still hold its port.
     """
-    return PORTS[(int(job) + PORT_STRIDE * attempt) % len(PORTS)]
+    return PORTS[(int(job) + PORT_STRIDE * attempt + RETRY_STRIDE * retry) % len(PORTS)]
 
 
 def command(stage: Stage, folder: Path, cluster: Cluster, at: Rendezvous | None = None) -> list[str]:

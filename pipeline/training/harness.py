@@ -34,8 +34,9 @@ from pipeline.core.errors import (
 from pipeline.core.project import TYPED_IN, enter_project
 from pipeline.workflow import faults
 from pipeline.workflow.artifact import SCHEMA, WARNINGS, Artifact, finalize, is_done, open_artifact
+from pipeline.workflow.attempts import MEMORY, keep, kind_of
 from pipeline.workflow.lock import lock
-from pipeline.workflow.progress import ProgressFile, many_attempts
+from pipeline.workflow.progress import ProgressFile, many_attempts, read_progress
 from pipeline.workflow.runtime import Runtime, format_hardware
 from pipeline.workflow.stage import STAGES, EvaluateEndpoint, StepSpec, read_spec
 from pipeline.workflow.task_code import code_of
@@ -87,6 +88,8 @@ def run_spec(folder: Path, run: StageFunction) -> int:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     started = time.time()
     with lock(folder) if rank == 0 else contextlib.nullcontext() as holder:
+        if rank == 0:
+            keep(folder, read_progress(folder))
         progress = ProgressFile(folder if rank == 0 else None, spec.name)
         runtime = Runtime(spec.cluster, progress, rank, world, folder, holder, spec.options)
         code = code_of(spec.stage, spec.recipe.task.name, spec.recipe.grpo.rewards)  # as this process imported it
@@ -120,7 +123,8 @@ def run_spec(folder: Path, run: StageFunction) -> int:
             first_line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             problem = memory or explain_disk(error, folder) or first_line
             with contextlib.suppress(OSError):  # the disk may be full
-                progress.update(state="failed", problems=(problem,), exit_code=EXIT_FAILURE)
+                kind = MEMORY if memory else kind_of(error)
+                progress.update(state="failed", problems=(problem,), exit_code=EXIT_FAILURE, kind=kind)
             if memory:
                 raise LaunchError(memory) from error
             raise

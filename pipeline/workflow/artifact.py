@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 ARTIFACT, STEP, PROGRESS, STOP = "artifact.json", "step.json", "progress.json", "stop"
 LOG, SCRIPT = "log.txt", "job.slurm"
+ATTEMPTS = "attempts.json"  # how the attempts of the step ended that did not finish it
 HISTORY = "history.json"  # of a training stage: what its trainer logged, step by step
 PROMPTS = "prompts.json"  # of an evaluation: the questions that are only shown, with their answers
-NOT_PAYLOAD = {ARTIFACT, OWNER, PROGRESS, STOP, LOG, SCRIPT, slurm.JOB_FILE}  # of the folder, not of the result
+NOT_PAYLOAD = {ARTIFACT, ATTEMPTS, OWNER, PROGRESS, STOP, LOG, SCRIPT, slurm.JOB_FILE}  # not of the result
 TRANSIENT = {
     "checkpoints",
     "tensorboard",

@@ -25,6 +25,7 @@ from pipeline.core.cgroups import memory_kills, memory_limit
 from pipeline.core.errors import EXIT_FAILURE
 from pipeline.core.files import write_json
 from pipeline.workflow.artifact import PROGRESS, is_done
+from pipeline.workflow.attempts import KILLED
 from pipeline.workflow.progress import ATTEMPT, Progress, read_progress
 from pipeline.workflow.step_folders import read_summary, short_name
 
@@ -109,7 +110,9 @@ def record_death(folder: Path, who: str, code: int, kills_before: int | None, si
     return sentence
 
 
-def record_failure(folder: Path, problems: Sequence[str], since: float, state: str = "failed") -> None:
+def record_failure(
+    folder: Path, problems: Sequence[str], since: float, state: str = "failed", kind: str = KILLED
+) -> None:
     """Write why a step ended into its progress file, when none of its processes can any more.
 
     What a peer of a dead process saw of it (a reset connection) is replaced. Rank 0 may run on another node: it gets
@@ -130,6 +133,7 @@ def record_failure(folder: Path, problems: Sequence[str], since: float, state: s
         progress = Progress(name, state, started=since, attempt=attempt, host=host, token=token)
     code = EXIT_FAILURE if state == "failed" else None
     ended = replace(progress, state=state, note="", problems=tuple(problems), exit_code=code, updated=time.time())
+    ended = replace(ended, kind=kind if state == "failed" else "")
     with contextlib.suppress(OSError):  # a full disk, which the launcher reports itself
         write_json(folder / PROGRESS, asdict(ended))
 

@@ -39,6 +39,7 @@ class LockHolder:
     cluster: str | None = None  # the job's, where the site has several
     restart: int | None = None  # how often Slurm had started the job again; None: not recorded
     user: str | None = None
+    retry: int = 0  # how often the job had started the step again by itself
 
     def __str__(self) -> str:
         who = f"Slurm job {self.job}" if self.job else f"process {self.pid}"
@@ -70,7 +71,7 @@ def is_alive(holder: LockHolder, jobs: QueueSnapshot | None = None) -> bool:
     if holder.job and slurm.is_this_job(holder.job, holder.cluster):
         if holder.restart is None and holder.host != socket.gethostname():
             return False  # a record from before restarts were counted
-        if holder.restart is not None and holder.restart < slurm.this_restart():
+        if holder.restart is not None and (holder.restart, holder.retry) < (slurm.this_restart(), slurm.this_retry()):
             return False
     same_site = not holder.cluster or not slurm.this_cluster() or holder.cluster == slurm.this_cluster()
     if holder.host == socket.gethostname() and same_site:
@@ -115,6 +116,7 @@ def lock(folder: Path) -> Iterator[LockHolder]:
         slurm.this_cluster() if job else None,
         slurm.this_restart() if job else None,
         slurm.this_user(),
+        slurm.this_retry() if job else 0,
     )
     path = folder / OWNER
     temporary = folder / f".{OWNER}.{token}"

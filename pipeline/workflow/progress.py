@@ -39,6 +39,7 @@ class Progress:
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()  # of this attempt: what the user should read before they trust the result
     exit_code: int | None = None
+    kind: str = ""  # of a failure whose cause may pass: see attempts.MAY_PASS
     attempt: int = 1
     host: str = ""
     pid: int = 0

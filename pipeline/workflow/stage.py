@@ -22,7 +22,9 @@ from pipeline.core.files import write_json
 from pipeline.core.hashing import plain
 from pipeline.core.records import read_mapping, read_record
 from pipeline.core.schema import parse
+from pipeline.core.slurm_client import this_restart
 from pipeline.workflow.artifact import STEP, STOP, refuse_newer, stage_and_role
+from pipeline.workflow.attempts import begin_count
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,10 @@ class StepSpec:
 
 
 def write_spec(folder: Path, spec: StepSpec) -> None:
-    """Write what the process in `folder` shall do; an earlier request to stop is over."""
+    """Write what the process in `folder` shall do. An earlier request to stop is over, and failures count anew."""
     folder.mkdir(parents=True, exist_ok=True)
+    if not this_restart():  # a committed script that Slurm starts again is not a new command
+        begin_count(folder)
     (folder / STOP).unlink(missing_ok=True)
     write_json(folder / STEP, plain(spec))
 

@@ -25,6 +25,7 @@ from pipeline.core.errors import LaunchError, PlanError, did_you_mean, explain_d
 from pipeline.core.slurm_client import Job, JobRecord, cluster_option, error_text, run_slurm
 from pipeline.core.slurm_words import end_reason, explain_exit_code, pending_reason
 from pipeline.workflow.artifact import LOG, STEP, STOP, stage_and_role
+from pipeline.workflow.attempts import describe_attempts
 from pipeline.workflow.jobs import QueueSnapshot, query
 from pipeline.workflow.lock import is_alive
 from pipeline.workflow.progress import describe, format_duration, too_many_restarts
@@ -158,6 +159,8 @@ def _row(
     if job and job.live and job.user and job.user != slurm.this_user():
         reasons = [*reasons, f"a job of {job.user}"]
     if progress and state in (*ACTIVE, "queued") and (sentence := too_many_restarts(progress)):
+        reasons = [*reasons, sentence]
+    if state in ACTIVE and (sentence := describe_attempts(files.attempts)):
         reasons = [*reasons, sentence]
     if state == "stopped" and record and not (job and job.live):
         command = record.command or "the run command that submitted it"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from pipeline.core.hashing import FINGERPRINT_LENGTH
 from pipeline.core.records import read_record, record_or_none
 from pipeline.core.slurm_client import JobRecord, read_job
 from pipeline.workflow.artifact import ARTIFACT, PROGRESS, STEP, artifact_problem, is_done, open_artifact
+from pipeline.workflow.attempts import Attempts, read_attempts
 from pipeline.workflow.lock import OWNER, LockHolder, read_holder
 from pipeline.workflow.progress import Progress
 
@@ -50,6 +51,7 @@ class StepFiles:
     inputs: tuple[Path, ...] = ()
     odd: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()  # that the step reported
+    attempts: Attempts = field(default_factory=Attempts)
 
 
 def step_folders(runs: Path, recipes: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -124,7 +126,8 @@ def read_step_files(folder: Path) -> StepFiles:
         odd.append(f"{folder / STEP}: missing; expected the spec that the step runs by")
     inputs = tuple(Path(place) for place in spec.inputs.values()) if spec else ()
     warnings = progress.warnings if progress else tried(_recorded_warnings) if done else ()
-    return StepFiles(bool(done), progress, holder, record, inputs, tuple(dict.fromkeys(odd)), warnings or ())
+    odd_files = tuple(dict.fromkeys(odd))
+    return StepFiles(bool(done), progress, holder, record, inputs, odd_files, warnings or (), read_attempts(folder))
 
 
 def _recorded_warnings(folder: Path) -> tuple[str, ...]:

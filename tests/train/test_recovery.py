@@ -1,0 +1,96 @@
+"""Recovery without a human: ranks that are killed or hang, and what the step is in the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from running import NANO, ROOT, only
+
+from pipeline.core.files import read_json
+from pipeline.core.hashing import file_sha256
+from pipeline.workflow.artifact import open_artifact
+from pipeline.workflow.attempts import KILLED, read_attempts
+from pipeline.workflow.progress import Progress, read_progress
+
+STEPS = 80
+LONG = [*NANO, f"sft.max_steps={STEPS}", "cluster.save_steps=10"]
+
+
+def start(runs: Path, *words: str, stages: str = "preprocess,sft") -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "run", "tiny", *LONG, *words, "--stages", stages, "--runs", str(runs)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(process: subprocess.Popen[str], runs: Path, pattern: str, what: Callable[[Progress], bool]) -> Path:
+    """Wait until the progress of a step is as `what` says. Returns its folder."""
+    until = time.time() + 120
+    while True:
+        for folder in runs.glob(pattern):
+            if (progress := read_progress(folder)) and what(progress):
+                return folder
+        assert process.poll() is None, process.communicate()[0]
+        assert time.time() < until
+        time.sleep(0.02)
+
+
+def pid_of_rank(rank: int, folder: Path) -> int:
+    """The process of a step that has this rank."""
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            command, environment = (place / "cmdline").read_bytes(), (place / "environ").read_bytes()
+        except OSError:
+            continue
+        wrapper = b"pipeline.training.distributed" in command
+        if str(folder).encode() in command and not wrapper and f"\0RANK={rank}\0".encode() in environment:
+            return int(place.name)
+    raise AssertionError(f"rank {rank} does not run")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("undisturbed")
+    process = start(runs)
+    assert process.wait(240) == 0, process.communicate()[0]
+    process.communicate()
+    return only(runs, "tiny/sft-*")
+
+
+def same_result(folder: Path, other: Path) -> None:
+    """To the last bit: two processes add two numbers in either order alike."""
+    losses = [[entry.get("loss") for entry in read_json(place / "history.json")] for place in (folder, other)]
+    assert losses[0] == losses[1]
+    for path in sorted((other / "model").glob("*.safetensors")):
+        assert file_sha256(folder / "model" / path.name) == file_sha256(path)
+
+
+def test_a_killed_rank_costs_no_more_than_save_steps_and_nobody_has_to_come(tmp_path: Path, undisturbed: Path) -> None:
+    process = start(tmp_path)
+    folder = wait_for(process, tmp_path, "tiny/sft-*", lambda progress: progress.done >= 15)
+    os.kill(pid_of_rank(1, folder), signal.SIGKILL)
+    killed = time.time()
+    wait_for(process, tmp_path, "tiny/sft-*", lambda progress: progress.attempt == 2 and progress.done > progress.first)
+    seconds = time.time() - killed
+    told = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, told
+    print(f"{seconds:.1f} s from the kill to the next step")
+    (attempt,) = read_attempts(folder).attempts
+    assert (attempt.number, attempt.state, attempt.kind) == (1, "failed", KILLED)
+    assert attempt.problem.startswith("rank 1 (process ")
+    assert "was killed by SIGKILL" in told
+    assert f"note: the step failed at step {attempt.last}; it starts again" in told
+    resumed = open_artifact(folder).metrics["resumed_from"]
+    assert attempt.last - int(resumed.removeprefix("checkpoint-")) <= 10 + 20  # and the steps of half a second
+    same_result(folder, undisturbed)
