@@ -101,6 +101,7 @@ class Cluster:
     max_idle_steps: PositiveInt | None = added(None)  # GRPO steps in a row without spread that end it; None: only warn
     generation: Generation = added(Generation())
     max_failures: PositiveInt = added(3)  # of one kind at one step that end a step's restarts; 1: it is never restarted
+    checkpoint_copy: str | None = added(None)  # a second folder that every checkpoint is copied to
 
     @property
     def submits(self) -> bool:

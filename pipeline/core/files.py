@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import json
 import os
 import stat
@@ -57,8 +58,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a temporary file in the same folder, then rename it: a reader never sees half a file."""
+def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
+    """Write JSON to a temporary file in the same folder, then rename it: a reader never sees half a file.
+
+    `durable`: the new name survives a power loss too, as a record must before anything that it replaces is deleted.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -67,8 +71,31 @@ def write_json(path: Path, value: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        if durable:
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of a file system that cannot sync folders
+            raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(descriptor)
+
+
+def drop_cache(path: Path) -> None:
+    """Have the kernel forget a synced file's content, so that the next reader gets it from the disk or its server."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
 
 
 def read_json(path: Path) -> Any:

@@ -1,40 +1,38 @@
-"""Verified checkpoints: a manifest that is written last, resume from the latest valid one, the coordinated stop.
+"""Verified checkpoints: a manifest that is written last, resume from the latest valid one, the ones that are kept.
 
 A checkpoint is valid only with its manifest (files, sizes, sha256). The manifest is signed (signing.py) and covers the
-training layout (layouts.py). Older checkpoints are deleted only after a newer one has its manifest. A stop is requested
-by a file in the step's folder: rank 0 reads it at a step boundary and broadcasts the decision; all ranks save and exit.
+training layout (layouts.py). saves.py writes them while training goes on.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
 from pipeline.core.errors import ArtifactError
-from pipeline.core.files import read_json, write_json
+from pipeline.core.files import read_json, sync, write_json
 from pipeline.core.hashing import file_sha256
 from pipeline.training import distributed
 from pipeline.workflow.artifact import hash_files
 from pipeline.workflow.layouts import Layout, layout_mismatch, saved_layout, write_layout
-from pipeline.workflow.runtime import Deadline, Runtime
+from pipeline.workflow.runtime import Runtime
 from pipeline.workflow.signing import MANIFEST, SIGNATURE, origin_problem, sign
 
 
 def write_manifest(folder: Path, layout: Layout | None = None) -> None:
-    """Record every file of a checkpoint. Written last: its existence means that the checkpoint is complete."""
+    """Record every file of a checkpoint. Written last, when all are on the disk: it makes the checkpoint complete."""
     if layout is not None:
         write_layout(folder, layout)
     entries = hash_files(folder, leave_out={MANIFEST, SIGNATURE})
     manifest = {name: asdict(entry) for name, entry in entries.items()}
     sign(folder, manifest)
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest, durable=True)
 
 
-def validation_error(folder: Path) -> str | None:
-    """Return why a checkpoint is not valid, or None."""
+def validation_error(folder: Path, *, stop: Callable[[], bool] = lambda: False, hashes: bool = True) -> str | None:
+    """Return why a checkpoint is not valid, or None. Reads every file, unless `stop` says otherwise or not `hashes`."""
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or not all(isinstance(entry, dict) for entry in manifest.values()):
         return "it is incomplete (no manifest)"
@@ -42,7 +40,8 @@ def validation_error(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry.get("size") or file_sha256(path) != entry.get("sha256"):
+        hashed = hashes and not stop()
+        if path.stat().st_size != entry.get("size") or (hashed and file_sha256(path) != entry.get("sha256")):
             return f"{name} has changed since it was written"
     return None
 
@@ -71,6 +70,7 @@ def latest_valid_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 def checkpoint_to_resume(folder: Path, layout: Layout, stage: str, runtime: Runtime) -> tuple[Path | None, list[str]]:
     """Return, in every process, (the checkpoint to resume from, messages about skipped ones); rank 0 verifies them.
 
+    Where the second place has a newer one, that is restored and returned.
     Raises ArtifactError in every process for a checkpoint that another user wrote or that needs another layout. One
     override fixes such an error, while a silent resume from an older checkpoint would lose work.
     """
@@ -80,6 +80,9 @@ def checkpoint_to_resume(folder: Path, layout: Layout, stage: str, runtime: Runt
             if problem := origin_problem(checkpoint):
                 raise ArtifactError(problem)
         found, skipped = latest_valid_checkpoint(folder)
+        if second := second_place(runtime.cluster.checkpoint_copy, folder.parent):
+            found, restored = restore_copy(folder, second, found)
+            skipped += restored
         saved = saved_layout(found) if found else None
         if found and saved and (problem := layout_mismatch(saved, layout, found, stage, runtime.cluster)):
             raise ArtifactError(problem)
@@ -89,54 +92,80 @@ def checkpoint_to_resume(folder: Path, layout: Layout, stage: str, runtime: Runt
     return (Path(found) if found else None), skipped
 
 
-def rotate(folder: Path, newest: Path, keep: int, best: str | None = None) -> None:
-    """Delete all but the `keep` most recent checkpoints; `newest` and the best are kept and count towards `keep`.
+def rotate(checkpoints: Sequence[Path], newest: Path, keep: int, best: str | None = None) -> None:
+    """Delete all but the `keep` most recent of them; `newest` and the best are kept and count towards `keep`.
 
+    `newest` has been read back; of the others the sizes are compared. Where `newest` lacks a file nothing is deleted.
     Steps later than `newest` are from an attempt whose checkpoints were invalid. They are always deleted, and so are
-    checkpoints without a manifest.
+    checkpoints that are incomplete.
     """
+    if validation_error(newest, hashes=False):
+        return
     kept = {newest.name, *([Path(best).name] if best else [])}
-    others = [path for path in numbered(folder) if path.name not in kept]
-    valid = [path for path in others if _step(path) < _step(newest) and (path / MANIFEST).is_file()]
+    others = [path for path in checkpoints if path.name not in kept]
+    valid = [path for path in others if _step(path) < _step(newest) and not validation_error(path, hashes=False)]
     recent = valid[len(valid) - max(0, keep - len(kept)) :] if keep > len(kept) else []
     for path in others:
         if path not in recent:
-            (path / MANIFEST).unlink(missing_ok=True)  # first: a partly deleted checkpoint must not look complete
-            shutil.rmtree(path, ignore_errors=True)
+            discard(path)
 
 
-class CheckpointCallback(TrainerCallback):
-    """Writes the manifest after each save, deletes older checkpoints, and ends all ranks together at a stop request."""
+def discard(checkpoint: Path) -> None:
+    """Delete a checkpoint, its manifest first: one that is partly deleted must not look complete."""
+    if checkpoint.is_dir():
+        (checkpoint / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
-    def __init__(self, runtime: Runtime, layout: Layout, deadline: Deadline) -> None:
-        self.runtime = runtime
-        self.deadline = deadline
-        self.layout = layout
-        self.stopped = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
-        self.deadline.begin()
+# ---------------------------------------------------------------- the second place
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> TrainerControl:
-        self.runtime.check_lock()  # before anything is written: a leftover process of an earlier attempt ends here
-        self.deadline.step()
-        if distributed.broadcast_flag(self.runtime.stop_requested()) and state.global_step < state.max_steps:
-            self.stopped = True
-            control.should_save = True
-            control.should_training_stop = True
-        return control
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        distributed.barrier()  # every rank writes its own shards
-        folder = Path(args.output_dir)
-        newest = folder / f"checkpoint-{state.global_step}"
+def second_place(copies: str | None, out: Path) -> Path | None:
+    """Return the folder of a step's copies below `cluster.checkpoint_copy`; None without one."""
+    return Path(copies).expanduser() / out.parent.name / out.name if copies else None
 
-        def record() -> None:
-            write_manifest(newest, self.layout)
-            rotate(folder, newest, self.runtime.cluster.keep_checkpoints, state.best_model_checkpoint)
 
-        distributed.from_rank_0(record)  # hashing a large model takes minutes: too long for a collective
+def copy_checkpoint(checkpoint: Path, place: Path, stop: Callable[[], bool] = lambda: False) -> None:
+    """Copy a committed checkpoint into a folder; it appears there whole and on the disk, or not at all.
+
+    Raises OSError, also where the copy differs. `stop` is looked at before each file.
+    """
+    for left in place.glob(".checkpoint-*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    manifest = read_json(checkpoint / MANIFEST)
+    partial = place / f".{checkpoint.name}.partial"
+    for name in [*manifest, *[name for name in (SIGNATURE, MANIFEST) if (checkpoint / name).is_file()]]:
+        if stop():
+            return
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint / name, partial / name)
+        sync(partial / name)
+    for folder in {(partial / name).parent for name in manifest}:
+        sync(folder)
+    if problem := validation_error(partial):
+        raise OSError(0, problem, str(partial))
+    discard(place / checkpoint.name)
+    partial.rename(place / checkpoint.name)
+    sync(place)
+
+
+def restore_copy(folder: Path, place: Path, found: Path | None) -> tuple[Path | None, list[str]]:
+    """Copy the newest valid checkpoint of the second place back, if it is newer than `found`, the first place's.
+
+    Returns the checkpoint to resume from and messages. The best checkpoint, which early stopping comes back to, is
+    restored with it.
+    """
+    messages: list[str] = []
+    for copy in reversed([path for path in numbered(place) if found is None or _step(path) > _step(found)]):
+        if problem := origin_problem(copy) or validation_error(copy):
+            messages.append(f"skipped the copy {copy}: {problem}")
+            continue
+        best = (read_json(copy / "trainer_state.json") or {}).get("best_model_checkpoint")
+        for one in [copy, *([place / Path(best).name] if best else [])]:
+            restored = folder / one.name
+            if (one / MANIFEST).is_file() and (one == copy or validation_error(restored)):
+                folder.mkdir(parents=True, exist_ok=True)
+                copy_checkpoint(one, folder)
+                messages.append(f"{one.name} is restored from {place}")
+        return folder / copy.name, messages
+    return found, messages

@@ -33,8 +33,9 @@ from pipeline.training.callbacks import (
     restore_callbacks,
     write_history,
 )
-from pipeline.training.checkpoints import CheckpointCallback, checkpoint_to_resume
+from pipeline.training.checkpoints import checkpoint_to_resume
 from pipeline.training.pace import PaceCallback
+from pipeline.training.saves import CheckpointCallback
 from pipeline.workflow.artifact import Artifact, read_split
 from pipeline.workflow.layouts import stage_layout
 from pipeline.workflow.runtime import Deadline, Runtime
@@ -149,7 +150,7 @@ def training_arguments(
         "deepspeed": deepspeed_settings(optimizer, layout),
         "save_strategy": "steps",
         "save_steps": cluster.save_steps,
-        "save_total_limit": None,  # checkpoints.rotate deletes older ones, after the newer one has its manifest
+        "save_total_limit": None,  # saves.py deletes older ones, after the newer one was read back
         "logging_steps": cluster.logging_steps,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
@@ -206,7 +207,7 @@ def train(trainer: Trainer, recipe: Recipe, stage: str, out: Path, runtime: Runt
     """
     precision = str(choose_dtype(recipe.model)).removeprefix("torch.")
     layout = stage_layout(recipe, runtime.cluster, stage, processes=runtime.world, precision=precision)
-    stopper = CheckpointCallback(runtime, layout, Deadline(runtime, stage))
+    stopper = CheckpointCallback(runtime, layout, Deadline(runtime, stage), out)
     progress, signal = ProgressCallback(runtime, trainer), LearningSignalCallback(runtime)
     save_adapter_alone(trainer)
     trainer.callback_handler.callbacks.insert(0, progress)  # first, so that the loggers get the figures that it adds
@@ -220,8 +221,11 @@ def train(trainer: Trainer, recipe: Recipe, stage: str, out: Path, runtime: Runt
         print(f"resumes from {resume.name}" if resume else "begins at step 0", flush=True)
     if resume:
         restore_callbacks(trainer, resume)
-    with logger_environment(out, runtime):
-        loss = run_trainer(trainer, progress, resume)
+    try:
+        with logger_environment(out, runtime):
+            loss = run_trainer(trainer, progress, resume)
+    finally:
+        stopper.finish()  # a failure loses no checkpoint that is written
     if runtime.rank == 0:
         write_history(trainer.state.log_history, out)
     raise_if_training_failed(trainer, progress, signal, stopped=stopper.stopped, out=out)

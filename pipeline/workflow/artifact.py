@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core import slurm_client as slurm
 from pipeline.core.errors import ArtifactError, DataError
-from pipeline.core.files import read_json, write_json
+from pipeline.core.files import read_json, sync, write_json
 from pipeline.core.hashing import file_sha256
 from pipeline.core.records import InvalidRecord, invalid_record, read_mapping, read_record
 from pipeline.workflow.lock import OWNER
@@ -72,12 +72,21 @@ class Artifact:
 
 
 def hash_files(folder: Path, *, leave_out: set[str] = NOT_PAYLOAD | TRANSIENT) -> dict[str, FileEntry]:
-    """Every file below `folder` with its size and sha256, top-level names in `leave_out` left out."""
+    """Every file below `folder` with its size and sha256, top-level names in `leave_out` left out.
+
+    Files and folders are on the disk when this returns, so a record written after it is never there without them.
+    """
     found = {}
+    folders = {folder}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         if path.is_file() and relative.parts[0] not in leave_out and not path.name.startswith("."):
-            found[relative.as_posix()] = FileEntry(path.stat().st_size, file_sha256(path))
+            digest = file_sha256(path)
+            sync(path)
+            found[relative.as_posix()] = FileEntry(path.stat().st_size, digest)
+            folders.add(path.parent)
+    for place in folders:
+        sync(place)
     return found
 
 
@@ -86,7 +95,7 @@ def finalize(artifact: Artifact) -> Artifact:
     record = asdict(artifact)
     del record["folder"]
     record["files"] = {name: asdict(entry) for name, entry in hash_files(artifact.folder).items()}
-    write_json(artifact.folder / ARTIFACT, record)
+    write_json(artifact.folder / ARTIFACT, record, durable=True)
     return open_artifact(artifact.folder)
 
 

@@ -63,7 +63,7 @@ def read_key() -> bytes | None:
 def sign(checkpoint: Path, manifest: Any) -> None:
     """Write the signature of a manifest that is about to be written; without a key write nothing."""
     if key := read_key():
-        write_json(checkpoint / SIGNATURE, {"hmac_sha256": _signature(key, manifest)})
+        write_json(checkpoint / SIGNATURE, {"hmac_sha256": _signature(key, manifest)}, durable=True)
 
 
 def _signature(key: bytes, manifest: Any) -> str:

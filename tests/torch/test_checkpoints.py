@@ -67,18 +67,18 @@ def test_one_kept_checkpoint_is_deleted_after_the_next_has_its_manifest(tmp_path
     new = saved(tmp_path, 4, manifest=False)  # written, not yet recorded: a node that dies here loses nothing
     assert latest_valid_checkpoint(tmp_path)[0] == tmp_path / "checkpoint-2"
     write_manifest(new)
-    rotate(tmp_path, new, 1)
+    rotate(numbered(tmp_path), new, 1)
     assert names(tmp_path) == ["checkpoint-4"]
 
 
 def test_as_many_are_kept_as_the_cluster_says_and_the_best_among_them(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
         new = saved(tmp_path, step)
-    rotate(tmp_path, new, 3)
+    rotate(numbered(tmp_path), new, 3)
     assert names(tmp_path) == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
-    rotate(tmp_path, new, 2, best=str(tmp_path / "checkpoint-4"))
+    rotate(numbered(tmp_path), new, 2, best=str(tmp_path / "checkpoint-4"))
     assert names(tmp_path) == ["checkpoint-4", "checkpoint-8"]
-    rotate(tmp_path, new, 1, best=str(tmp_path / "checkpoint-4"))
+    rotate(numbered(tmp_path), new, 1, best=str(tmp_path / "checkpoint-4"))
     assert names(tmp_path) == ["checkpoint-4", "checkpoint-8"]
 
 
@@ -88,7 +88,7 @@ def test_damaged_checkpoints_of_later_steps_do_not_push_out_good_ones(tmp_path: 
     saved(tmp_path, 3, manifest=False)
     (tmp_path / "checkpoint-notes").mkdir()
     new = saved(tmp_path, 4)
-    rotate(tmp_path, new, 2)
+    rotate(numbered(tmp_path), new, 2)
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
     assert (tmp_path / "checkpoint-notes").is_dir()
 

@@ -29,7 +29,7 @@ from pipeline.training.callbacks import (
     LearningSignalCallback,
     ProgressCallback,
 )
-from pipeline.training.checkpoints import CheckpointCallback
+from pipeline.training.saves import CheckpointCallback
 from pipeline.training.trainer import load_for_training, raise_if_training_failed
 from pipeline.workflow.artifact import STOP, Artifact
 from pipeline.workflow.plan import make_plan

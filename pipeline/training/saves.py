@@ -1,0 +1,208 @@
+"""Commit checkpoints while training goes on: hash, manifest, read back, second place; and the coordinated stop.
+
+    saves = Saves(folder, layout, keep=2, second=Path("/archive/tiny/sft-1a2b3c4d5e"))      rank 0
+    saves.begin(checkpoint, files, best)     every rank has written its files: returns at once, a thread does the rest
+    saves.wait()                             until that is done; raises what it raised
+
+A checkpoint is valid from the moment its manifest is there, and that is written last, when every file is on the disk.
+Then each file is read again, from the disk where the kernel can forget its copy, and compared with the manifest. Only
+then are older checkpoints deleted. A process that ends in between leaves an incomplete checkpoint, which is passed
+over, and the older ones. The next save waits for the one before, and so do a stop and the end of training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pipeline.core.errors import LaunchError, explain_disk
+from pipeline.core.files import drop_cache, sync
+from pipeline.training import distributed
+from pipeline.training.checkpoints import (
+    copy_checkpoint,
+    discard,
+    numbered,
+    rotate,
+    second_place,
+    validation_error,
+    write_manifest,
+)
+from pipeline.workflow.layouts import Layout
+from pipeline.workflow.runtime import Deadline, Runtime
+from pipeline.workflow.signing import MANIFEST
+
+VISIBLE_SECONDS = 120.0  # a network file system shows other nodes' files within a minute (acdirmax)
+POLL_SECONDS = 0.2
+
+
+class Saves:
+    """The checkpoints of a training step, committed one at a time in a thread of rank 0."""
+
+    def __init__(self, folder: Path, layout: Layout | None, keep: int, second: Path | None = None) -> None:
+        self.folder = folder
+        self.layout = layout
+        self.keep = keep
+        self.second = second  # the copies' folder
+        self.seconds = 0.0  # of the last commit, until its manifest was there
+        self.thread: threading.Thread | None = None
+        self.ending = threading.Event()  # nobody waits any longer for what can be done later
+        self.error: BaseException | None = None
+        self.warnings: list[str] = []
+
+    def begin(self, checkpoint: Path, files: Mapping[str, int], best: str | None) -> None:
+        """Commit a checkpoint in the background; `files`: the size of each, as the ranks that wrote them see it."""
+        self.wait()
+        present = numbered(self.folder)  # a later one that the trainer begins to write meanwhile is none to delete
+        self.thread = threading.Thread(target=self._run, args=(checkpoint, files, best, present), daemon=True)
+        self.thread.start()
+
+    def wait(self, *, ending: bool = False) -> None:
+        """Wait until the last checkpoint is committed. Raises what its commit raised.
+
+        `ending`: the process ends, so the older checkpoints may stay and the copy to the second place may be missing.
+        """
+        if ending:
+            self.ending.set()
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        if self.error:
+            error, self.error = self.error, None
+            raise error
+
+    def take_warnings(self) -> list[str]:
+        """Return the warnings since the last call."""
+        found, self.warnings = self.warnings, []
+        return found
+
+    def _run(self, checkpoint: Path, files: Mapping[str, int], best: str | None, present: list[Path]) -> None:
+        started = time.monotonic()
+        try:
+            wait_for_files(checkpoint, files)
+            write_manifest(checkpoint, self.layout)
+            sync(self.folder)
+            self.seconds = time.monotonic() - started
+            if problem := self._read_back(checkpoint):
+                self.warnings.append(f"{checkpoint.name} is damaged, so no older checkpoint is deleted: {problem}")
+                return
+            if not self.ending.is_set():
+                rotate(present, checkpoint, self.keep, best)
+        except Exception as error:
+            self.error = error
+            return
+        if self.second and not self.ending.is_set():
+            self._copy(checkpoint, best)
+
+    def _read_back(self, checkpoint: Path) -> str | None:
+        """Return what is wrong with a committed checkpoint on the disk; nothing is read where the process ends."""
+        for path in checkpoint.rglob("*"):
+            if path.is_file():
+                drop_cache(path)
+        return validation_error(checkpoint, stop=self.ending.is_set)
+
+    def _copy(self, checkpoint: Path, best: str | None) -> None:
+        """Copy a checkpoint to the second place. A failure is a warning: the first place has it."""
+        assert self.second is not None
+        try:
+            copy_checkpoint(checkpoint, self.second, stop=self.ending.is_set)
+            if best and not (self.second / Path(best).name / MANIFEST).is_file() and Path(best).is_dir():
+                copy_checkpoint(Path(best), self.second, stop=self.ending.is_set)
+            if (self.second / checkpoint.name / MANIFEST).is_file():
+                rotate(numbered(self.second), self.second / checkpoint.name, self.keep, best)
+        except OSError as error:
+            why = explain_disk(error, None) or f"{error.filename or self.second}: {error.strerror or error}"
+            self.warnings.append(f"cluster.checkpoint_copy: {checkpoint.name} has no copy: {why}")
+
+
+def wait_for_files(checkpoint: Path, files: Mapping[str, int], seconds: float = VISIBLE_SECONDS) -> None:
+    """Wait until this node sees every file in its full size; network file systems show other nodes' files late.
+
+    Raises LaunchError for a file that does not appear: a manifest without it would call a torn checkpoint whole.
+    """
+    until = time.monotonic() + seconds
+    while missing := [name for name, size in files.items() if _size(checkpoint / name) != size]:
+        if time.monotonic() > until:
+            raise LaunchError(
+                f"{checkpoint}: {missing[0]} was written by another process and is not seen here in its full size "
+                f"after {seconds:.0f} s. Fix: use a runs folder that all nodes share"
+            )
+        for folder in {(checkpoint / name).parent for name in missing}:
+            with contextlib.suppress(OSError):
+                list(folder.iterdir())  # has the client ask its server again
+        time.sleep(POLL_SECONDS)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def file_sizes(checkpoint: Path) -> dict[str, int]:
+    """Return the size of each file of a checkpoint by its relative name, as this process sees them."""
+    paths = (path for path in checkpoint.rglob("*") if path.is_file())
+    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in paths}
+
+
+# ---------------------------------------------------------------- the trainer's callback
+
+
+class CheckpointCallback(TrainerCallback):
+    """Commits each checkpoint in the background, and ends all ranks together at a stop request."""
+
+    def __init__(self, runtime: Runtime, layout: Layout | None, deadline: Deadline, out: Path) -> None:
+        self.runtime = runtime
+        self.deadline = deadline
+        self.folder = out / "checkpoints"
+        keep, second = runtime.cluster.keep_checkpoints, second_place(runtime.cluster.checkpoint_copy, out)
+        self.saves = Saves(self.folder, layout, keep, second)
+        self.stopped = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        self.deadline.begin()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> TrainerControl:
+        self.runtime.check_lock()  # before anything is written: a leftover process of an earlier attempt ends here
+        self.deadline.step()
+        self._warn()
+        if distributed.broadcast_flag(self.runtime.stop_requested()) and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_save = True
+            control.should_training_stop = True
+        if control.should_save:
+            distributed.from_rank_0(lambda: self._make_room(state.global_step))
+        return control
+
+    def _make_room(self, step: int) -> None:
+        """Wait for the save before, and delete what a passed-over attempt has left of this one."""
+        self.saves.wait()
+        discard(self.folder / f"checkpoint-{step}")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        newest = self.folder / f"checkpoint-{state.global_step}"
+        seen = distributed.to_rank_0(file_sizes(newest))  # every rank has written its own files
+        files = {name: max(sizes.get(name, 0) for sizes in seen) for name in {name for sizes in seen for name in sizes}}
+        distributed.from_rank_0(lambda: self.saves.begin(newest, files, state.best_model_checkpoint))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        distributed.from_rank_0(lambda: self.saves.wait(ending=self.stopped))
+        self._warn()
+
+    def finish(self) -> None:
+        """Commit what was saved before training failed; rank 0 calls it alone. Raises nothing."""
+        with contextlib.suppress(Exception):
+            self.saves.wait(ending=True)
+
+    def _warn(self) -> None:
+        for warning in self.saves.take_warnings():
+            self.runtime.warn(warning)
