@@ -47,20 +47,23 @@ class Times:
     export: Time
 
 
-# seconds before its limit that a stage is asked to save, where the cluster's file does not say: more than a step takes
+# seconds before its limit that a stage is asked to save, before anything is measured: more than a step takes
 SIGNAL_BEFORE_LIMIT = {"preprocess": 120, "sft": 300, "grpo": 1200, "evaluate": 600, "report": 120, "export": 120}
+
+
+SHORTEST_SIGNAL = 60  # seconds; Slurm sends signals up to 10 s off, and a node under load needs its time
 
 
 @dataclass(frozen=True)
 class SignalBeforeLimit:
-    """Seconds before the limit at which each stage is signalled to save; None: see SIGNAL_BEFORE_LIMIT."""
+    """Seconds before the limit at which each stage is signalled to save; auto, or None: see `Slurm.save_seconds`."""
 
-    preprocess: PositiveInt | None = None
-    sft: PositiveInt | None = None
-    grpo: PositiveInt | None = None
-    evaluate: PositiveInt | None = None
-    report: PositiveInt | None = None
-    export: PositiveInt | None = None
+    preprocess: PositiveInt | Literal["auto"] | None = None
+    sft: PositiveInt | Literal["auto"] | None = None
+    grpo: PositiveInt | Literal["auto"] | None = None
+    evaluate: PositiveInt | Literal["auto"] | None = None
+    report: PositiveInt | Literal["auto"] | None = None
+    export: PositiveInt | Literal["auto"] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class Slurm:
     cpus: PositiveInt | None  # of each node, shared by its processes
     memory: str | None  # of each node, such as 64G
     time: Times
-    signal_before_limit: PositiveInt | SignalBeforeLimit  # seconds before the limit at which a step must save
+    # seconds before the limit at which a step must save; auto: as long as its own steps and saves take
+    signal_before_limit: PositiveInt | Literal["auto"] | SignalBeforeLimit
     extra_sbatch_args: tuple[str, ...]  # further options of sbatch, such as --exclude=node7
     modules: tuple[Module, ...]  # loaded on the node before Python starts
     environment: dict[str, str]  # variables of the job; $NAME in a value is filled in there
@@ -89,13 +93,23 @@ class Slurm:
     host_suffix: str | None = added(None)  # what makes a node's name that of its fast network, such as -ib
     interface: str | None = added(None)  # the network interface of NCCL and gloo, such as ib0
 
-    def save_seconds(self, stage: str) -> int:
-        """How many seconds before its time limit a stage is asked to save."""
-        if isinstance(self.signal_before_limit, int):
-            return self.signal_before_limit
-        quarter = minutes(getattr(self.time, stage)) * 60 // 4
-        given = getattr(self.signal_before_limit, stage)
-        return min(SIGNAL_BEFORE_LIMIT[stage], quarter) if given is None else int(given)
+    def save_seconds(self, stage: str, measured: float | None = None) -> int:
+        """Return how many seconds before its time limit a stage is asked to save.
+
+        `measured`: what a step and a save need, by an earlier attempt; without one the stage's default stands in.
+        """
+        if fixed := self.fixed_save_seconds(stage):
+            return fixed
+        limit = minutes(getattr(self.time, stage)) * 60
+        if measured is None:
+            return min(SIGNAL_BEFORE_LIMIT[stage], limit // 4)
+        return min(max(SHORTEST_SIGNAL, round(measured)), limit // 2)
+
+    def fixed_save_seconds(self, stage: str) -> int | None:
+        """Return the number that the cluster's file gives for a stage; None where it follows from measured times."""
+        given = self.signal_before_limit
+        value = getattr(given, stage) if isinstance(given, SignalBeforeLimit) else given
+        return value if isinstance(value, int) else None
 
     @property
     def variables(self) -> dict[str, str]:

@@ -19,6 +19,7 @@ from pipeline.config.site import Slurm, minutes, option_words, parts, references
 from pipeline.core.errors import PlanError
 from pipeline.workflow.artifact import LOG, SCRIPT
 from pipeline.workflow.plan import Step
+from pipeline.workflow.runtime import read_times
 from pipeline.workflow.stage import STAGES, Stage
 
 SCRIPTS = Path("slurm")
@@ -105,7 +106,8 @@ def script(stage: Stage, cluster: Cluster, step: Step | None = None, venv: str |
     if step:
         check_path(step.folder)
     usage = f"sbatch {SCRIPTS}/{name}.slurm {USAGE.get(name, 'RECIPE [key=value …]')}"
-    seconds = str(slurm.save_seconds(name))
+    times = read_times(step.folder) if step else None
+    seconds = str(slurm.save_seconds(name, times.needed if times else None))
     head = HEAD.format(
         about=f"{step.label if step else name}: {stage.about}.",
         usage=f"sbatch {shlex.quote(str(step.folder / SCRIPT))}" if step else usage,

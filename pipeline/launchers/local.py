@@ -34,6 +34,7 @@ from pipeline.workflow.jobs import describe_job, live_jobs
 from pipeline.workflow.lock import ensure_unlocked
 from pipeline.workflow.plan import Plan, Step, spec_of
 from pipeline.workflow.progress import ATTEMPT, Progress, describe, format_duration, read_progress
+from pipeline.workflow.runtime import read_times
 from pipeline.workflow.stage import STAGES, write_spec
 
 POLL_SECONDS = 0.2  # seconds
@@ -158,7 +159,8 @@ def _stop_at(step: Step, plan: Plan) -> float:
     end = job_end() if this_job() and STAGES[step.stage].resumable else None
     if end is None:
         return math.inf
-    now, before = time.time(), plan.cluster.slurm.save_seconds(step.stage)
+    now, times = time.time(), read_times(step.folder)
+    before = plan.cluster.slurm.save_seconds(step.stage, times.needed if times else None)
     return max(end - before, now + (end - now) / 2)
 
 

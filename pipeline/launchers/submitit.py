@@ -29,6 +29,7 @@ from pipeline.launchers.retry import starts_again
 from pipeline.launchers.slurm import exported, submission_error
 from pipeline.workflow.artifact import STOP
 from pipeline.workflow.plan import Plan, Step
+from pipeline.workflow.runtime import read_times
 
 if TYPE_CHECKING:
     from submitit.core.utils import DelayedSubmission
@@ -98,7 +99,7 @@ def submit(step: Step, plan: Plan, after: Sequence[str], record: JobRecord) -> J
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    stage, slurm = step.runs_as, plan.cluster.slurm
+    stage, slurm, times = step.runs_as, plan.cluster.slurm, read_times(step.folder)
     options = {"output", "error", "open-mode"}
     requested = dict(option.removeprefix("--").partition("=")[::2] for option in resources(stage, plan.cluster))
     extra: dict[str, str | bool] = {key: value or True for key, value in requested.items() if key not in options}
@@ -111,7 +112,7 @@ def submit(step: Step, plan: Plan, after: Sequence[str], record: JobRecord) -> J
         executor.update_parameters(
             job_name=step.label,
             time=minutes(getattr(slurm.time, stage.name)),
-            signal_delay_s=slurm.save_seconds(stage.name),
+            signal_delay_s=slurm.save_seconds(stage.name, times.needed if times else None),
             stderr_to_stdout=True,
             setup=[*[LOGIN_SETUP] * bool(slurm.modules or slurm.setup), *setup_lines(slurm), path],
             srun_args=[*([f"--cpus-per-task={slurm.cpus}"] if slurm.cpus else []), "--wait=60"],

@@ -163,6 +163,8 @@ class CheckpointCallback(TrainerCallback):
         keep, second = runtime.cluster.keep_checkpoints, second_place(runtime.cluster.checkpoint_copy, out)
         self.saves = Saves(self.folder, layout, keep, second)
         self.stopped = False
+        self.ended = 0.0  # when the last step ended
+        self.writing = 0.0  # seconds from there until every rank had written its files
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
@@ -174,6 +176,8 @@ class CheckpointCallback(TrainerCallback):
     ) -> TrainerControl:
         self.runtime.check_lock()  # before anything is written: a leftover process of an earlier attempt ends here
         self.deadline.step()
+        self._note_save()
+        self.ended = time.monotonic()
         self._warn()
         if distributed.broadcast_flag(self.runtime.stop_requested()) and state.global_step < state.max_steps:
             self.stopped = True
@@ -193,15 +197,23 @@ class CheckpointCallback(TrainerCallback):
         seen = distributed.to_rank_0(file_sizes(newest))  # every rank has written its own files
         files = {name: max(sizes.get(name, 0) for sizes in seen) for name in {name for sizes in seen for name in sizes}}
         distributed.from_rank_0(lambda: self.saves.begin(newest, files, state.best_model_checkpoint))
+        self.writing = time.monotonic() - self.ended
+        self.deadline.begin()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         distributed.from_rank_0(lambda: self.saves.wait(ending=self.stopped))
+        self._note_save()
         self._warn()
 
     def finish(self) -> None:
         """Commit what was saved before training failed; rank 0 calls it alone. Raises nothing."""
         with contextlib.suppress(Exception):
             self.saves.wait(ending=True)
+
+    def _note_save(self) -> None:
+        if self.saves.seconds:
+            self.deadline.saved(self.writing + self.saves.seconds)
+            self.saves.seconds = 0.0
 
     def _warn(self) -> None:
         for warning in self.saves.take_warnings():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.cluster import Cluster
 from pipeline.core.errors import ArtifactError, Stopped
+from pipeline.core.files import write_json
+from pipeline.core.records import record_or_none
 from pipeline.core.slurm_client import job_end
 from pipeline.workflow.artifact import STOP
 from pipeline.workflow.lock import LockHolder, holds_lock
@@ -56,43 +60,95 @@ class Runtime:
             raise ArtifactError(f"{self.folder} now belongs to another attempt; this one ({self.holder}) ends here")
 
 
-class Deadline:
-    """Stops a step early whose own steps take longer than the time Slurm gives it to save.
+TIMES = ".times.json"  # in a step's folder; a hidden file is no part of its result
+MARGIN = 1.5  # of what is measured: the next step may be longer than the ones before
+SPARE_SECONDS = 15.0  # to leave with every process
+RECENT_STEPS = 50
 
-    `signal_before_limit` seconds before the job's limit Slurm signals the step to save. It saves at the end of the
-    step or batch that it is in. Where one takes longer than that, the limit comes first, and Slurm does not start the
-    job again. So this requests the stop as soon as another one as long as the longest may not end in time.
+
+@dataclass(frozen=True)
+class MeasuredTimes:
+    """What a step and a save took in the attempts so far; the content of TIMES."""
+
+    step: float  # seconds, the longest of the last ones
+    save: float | None  # seconds until a checkpoint is complete; None: none was saved
+    processes: int
+
+    @property
+    def needed(self) -> float:
+        """Seconds before a limit at which the last step must begin; an unknown save takes as long as a step."""
+        return MARGIN * (self.step + (self.step if self.save is None else self.save)) + SPARE_SECONDS
+
+
+def read_times(folder: Path) -> MeasuredTimes | None:
+    """Return what the earlier attempts of a step have measured; None before the first."""
+    return record_or_none(folder / TIMES, MeasuredTimes)
+
+
+class Deadline:
+    """Stops a step before its job's limit: as soon as what remains is less than one more step and a save.
+
+    Slurm signals the step to save `signal_before_limit` seconds before the limit, and it saves at the end of the step
+    or batch that it is in. Where that takes longer, or the signal is lost, the limit comes first, and Slurm does not
+    start the job again. What was measured is kept for the signal of the step's next job.
     """
 
     def __init__(self, runtime: Runtime, stage: str) -> None:
         self.runtime = runtime
         self.stage = stage
-        self.before = runtime.cluster.slurm.save_seconds(stage)
+        self.before = runtime.cluster.slurm.fixed_save_seconds(stage)
         self.end = job_end() if runtime.rank == 0 else None  # of the Slurm job, where there is one with a limit
-        self.longest = 0.0
+        known = read_times(runtime.folder) if runtime.rank == 0 else None
+        self.save = known.save if known and known.processes == runtime.world else None
+        self.first = 0.0  # also compiles and fills caches, so it counts only until there are others
+        self.steps: deque[float] = deque(maxlen=RECENT_STEPS)
+        self.count = 0
         self.warned = False
         self.begin()
 
+    @property
+    def longest(self) -> float:
+        return max(self.steps) if len(self.steps) > 1 else max(self.first, *self.steps, 0.0)
+
     def begin(self) -> None:
-        """Start timing now: the time before the first step does not count."""
+        """Start timing now: the time before the first step does not count, nor that of a save."""
         self.last = time.time()
+
+    def saved(self, seconds: float) -> None:
+        """Take note of how long a save took, until its checkpoint was complete."""
+        self.save = max(seconds, self.save or 0.0)
+        self._keep()
 
     def step(self) -> None:
         """Call it after each step or batch."""
         now = time.time()
-        self.longest, self.last = max(self.longest, now - self.last), now
-        if self.end is None or self.longest <= self.before:
+        if self.count:
+            self.steps.append(now - self.last)
+        else:
+            self.first = now - self.last
+        self.last, self.count = now, self.count + 1
+        if self.count & (self.count - 1) == 0:
+            self._keep()
+        if self.end is None:
             return
-        if not self.warned:
+        if self.before and self.longest > self.before and not self.warned:
             self.warned = True
             self.runtime.warn(
                 f"one step or batch took {format_duration(self.longest)}, more than "
                 f"cluster.slurm.signal_before_limit.{self.stage} ({format_duration(self.before)}), so this step "
                 "stops and saves early before a time limit. "
-                f"Fix: cluster.slurm.signal_before_limit.{self.stage}={math.ceil(round(2 * self.longest) / 60) * 60}"
+                f"Fix: cluster.slurm.signal_before_limit.{self.stage}=auto, or "
+                f"{math.ceil(round(2 * self.longest) / 60) * 60}"
             )
-        if now + 2 * self.longest > self.end:
+        if now + self.longest + (self.longest if self.save is None else self.save) > self.end:
             (self.runtime.folder / STOP).touch()
+
+    def _keep(self) -> None:
+        if self.runtime.rank == 0:
+            with contextlib.suppress(OSError):  # a full disk, which the next save reports
+                write_json(
+                    self.runtime.folder / TIMES, asdict(MeasuredTimes(self.longest, self.save, self.runtime.world))
+                )
 
 
 def format_hardware(found: Mapping[str, Any]) -> str:

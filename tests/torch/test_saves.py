@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from running import NANO, ROOT, only, run_here
+from running import NANO, only, run_here
 
 from pipeline.config.cluster import read_cluster
 from pipeline.core.errors import LaunchError
@@ -70,14 +70,12 @@ def test_training_goes_on_while_a_checkpoint_is_hashed_and_the_next_save_waits(t
 def test_a_process_that_dies_before_the_manifest_loses_no_older_checkpoint(tmp_path: Path) -> None:
     good = save(Saves(tmp_path, None, keep=1), 2)
     written(tmp_path, 4, LARGE)
-    code = (
-        "import os, signal, sys; from pathlib import Path; from pipeline.training.saves import Saves, file_sizes\n"
-        "folder = Path(sys.argv[1]); new = folder / 'checkpoint-4'\n"
-        "Saves(folder, None, keep=1).begin(new, file_sizes(new), None)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True)
-    assert done.returncode == -signal.SIGKILL
+    child = os.fork()
+    if child == 0:
+        new = tmp_path / "checkpoint-4"
+        Saves(tmp_path, None, keep=1).begin(new, file_sizes(new), None)
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     found, skipped = latest_valid_checkpoint(tmp_path)
     assert found == good
     assert skipped == ["skipped checkpoint-4: it is incomplete (no manifest)"]

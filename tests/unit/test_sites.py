@@ -31,7 +31,7 @@ from pipeline.preflight import checks as preflight
 from pipeline.workflow import status
 from pipeline.workflow.plan import Plan, make_plan
 from pipeline.workflow.progress import ProgressFile
-from pipeline.workflow.runtime import Deadline, Runtime
+from pipeline.workflow.runtime import Deadline, Runtime, read_times
 from pipeline.workflow.stage import STAGES
 
 SECRET = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz"
@@ -485,19 +485,64 @@ def test_a_stage_whose_steps_take_longer_than_the_time_to_save_stops_early(
     assert not deadline.runtime.stop_requested()
     (told,) = deadline.runtime.progress.now.warnings
     assert "one step or batch took 5:00, more than cluster.slurm.signal_before_limit.grpo (1:00)" in told
-    assert "Fix: cluster.slurm.signal_before_limit.grpo=600" in told
+    assert "Fix: cluster.slurm.signal_before_limit.grpo=auto, or 600" in told
     deadline.end = time.time() + 500  # and now they do not
     deadline.step()
     assert deadline.runtime.stop_requested()
     assert len(deadline.runtime.progress.now.warnings) == 1
 
 
-def test_a_stage_of_quick_steps_is_left_to_slurms_own_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    deadline = deadline_of(tmp_path, 10, monkeypatch)
+def test_a_stage_stops_by_itself_when_less_than_a_step_and_a_save_remains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm's own signal may be lost; a step that ends in time is left to it."""
+    deadline = deadline_of(tmp_path, 100, monkeypatch)
     deadline.last -= 30
     deadline.step()
     assert not deadline.runtime.stop_requested()
+    deadline.saved(80)  # 30 + 80 seconds do not fit into 100
+    deadline.step()
+    assert deadline.runtime.stop_requested()
     assert not deadline.runtime.progress.now.warnings
+
+
+def test_the_first_step_which_compiles_counts_until_others_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadline = deadline_of(tmp_path, 1000, monkeypatch)
+    longest = []
+    for seconds in (600, 10, 20, 10):
+        deadline.last -= seconds
+        deadline.step()
+        longest.append(round(deadline.longest))
+    assert longest == [600, 600, 20, 20]
+
+
+def test_the_signal_of_the_next_job_follows_from_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = make_plan(["tiny"], cluster="slurm", runs=tmp_path).steps[1]
+    step.folder.mkdir(parents=True)
+    assert "USR1@300 " in script(STAGES["sft"], cluster_of(), step)
+    deadline = deadline_of(step.folder, 10_000, monkeypatch)
+    for _ in range(2):
+        deadline.last -= 40
+        deadline.step()
+    known = read_times(step.folder)
+    assert known is not None
+    assert (round(known.step), known.save) == (40, None)
+    deadline.saved(200)
+    for words, seconds in (
+        ([], 375),  # 1.5 (40 + 200) + 15
+        (["slurm.signal_before_limit=auto"], 375),
+        (["slurm.signal_before_limit.sft=auto"], 375),
+        (["slurm.signal_before_limit.sft=77"], 77),
+        (["slurm.time.sft=10m"], 300),  # half of it
+    ):
+        assert f"USR1@{seconds} " in script(STAGES["sft"], cluster_of(*words), step)
+    assert Deadline(deadline.runtime, "sft").save == 200  # before its own first save
+    other = Runtime(deadline.runtime.cluster, deadline.runtime.progress, 0, 8, step.folder, None, None)
+    assert Deadline(other, "sft").save is None  # of another number of processes
 
 
 # ---------------------------------------------------------------- how a job ended
