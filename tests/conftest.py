@@ -16,7 +16,8 @@ settings.register_profile("therefore", deadline=None, derandomize=True)
 settings.load_profile("therefore")
 
 gc.disable()  # while tests are collected: what is imported stays
-LONGEST = ("test_slurm", "test_training", "test_pipeline", "test_rehearsal")  # begin first: one worker has a file
+# begin first: one worker has a file
+LONGEST = ("test_slurm", "test_resume", "test_training", "test_pipeline", "test_rehearsal")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

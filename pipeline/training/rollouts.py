@@ -7,11 +7,23 @@ from itertools import groupby
 from statistics import fmean
 from typing import Any
 
+import torch
 from trl import GRPOTrainer
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import RepeatSampler
 
 from pipeline.engines.engine import Engine, Request, Sampling, seed_of
+
+
+class EpochSampler(RepeatSampler):  # type: ignore[misc]
+    """TRL's sampler, whose order in an epoch follows from the epoch and not from how often it was iterated."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed)
+            for _ in range(epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
 
 
 class EngineTrainer(GRPOTrainer):  # type: ignore[misc]
@@ -48,6 +60,40 @@ class EngineTrainer(GRPOTrainer):  # type: ignore[misc]
                 found[place] = answer.completion.token_ids
                 scores[place] = answer.completion.logprobs or []
         return found, scores if self.use_vllm else None
+
+    def _get_train_sampler(self, dataset: Any = None) -> RepeatSampler:
+        sampler = super()._get_train_sampler(dataset)
+        sampler.__class__ = EpochSampler
+        return sampler
+
+    # A checkpoint inside a generation cycle has the completions that are left of it. The alternative, saves only where
+    # a cycle ends, would let a stop wait for num_iterations steps (minutes each), which a time limit may not leave, and
+    # every cause of a save (save_steps, stop, deadline, validation) would have to know of cycles. They take kilobytes.
+
+    def cycle(self) -> dict[str, torch.Tensor]:
+        """Return the completions of a generation cycle that is not at its end, by micro-batch; {} at its end."""
+        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+            return {}
+        return {
+            f"{number}.{name}": value.detach().cpu().contiguous().clone()
+            for number, batch in enumerate(self._buffered_inputs or [])
+            for name, value in batch.items()
+            if value is not None
+        }
+
+    def restore_cycle(self, saved: dict[str, torch.Tensor]) -> None:
+        """Continue a generation cycle; without its completions TRL draws the rest of it anew."""
+        batches: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in saved.items():
+            number, _, name = key.partition(".")
+            batches.setdefault(int(number), {})[name] = value.to(self.args.device)
+        self._buffered_inputs = [batches[number] for number in sorted(batches)] or None
+
+    def count_micro_batches(self) -> None:
+        """Set TRL's count of micro-batches to that of the step that it resumes at."""
+        batches, at_once = len(self.callback_handler.train_dataloader), self.args.gradient_accumulation_steps
+        epochs, steps = divmod(self.state.global_step, max(1, -(-batches // at_once)))
+        self._step = epochs * batches + steps * at_once
 
     def _policy(self) -> AbstractContextManager[Any]:
         """Return the model that is trained: whole for an engine that computes with it."""

@@ -35,6 +35,7 @@ from pipeline.training.callbacks import (
 )
 from pipeline.training.checkpoints import checkpoint_to_resume
 from pipeline.training.pace import PaceCallback
+from pipeline.training.resume import ResumeCallback
 from pipeline.training.saves import CheckpointCallback
 from pipeline.workflow.artifact import Artifact, read_split
 from pipeline.workflow.layouts import stage_layout
@@ -210,11 +211,12 @@ def train(trainer: Trainer, recipe: Recipe, stage: str, out: Path, runtime: Runt
     stopper = CheckpointCallback(runtime, layout, Deadline(runtime, stage), out)
     progress, signal = ProgressCallback(runtime, trainer), LearningSignalCallback(runtime)
     save_adapter_alone(trainer)
+    resume, skipped = checkpoint_to_resume(out / "checkpoints", layout, stage, runtime)
     trainer.callback_handler.callbacks.insert(0, progress)  # first, so that the loggers get the figures that it adds
+    trainer.add_callback(ResumeCallback(trainer, resume))
     trainer.add_callback(stopper)
     trainer.add_callback(signal)
     trainer.add_callback(PaceCallback(runtime, stage))
-    resume, skipped = checkpoint_to_resume(out / "checkpoints", layout, stage, runtime)
     if runtime.rank == 0:
         for message in skipped:
             print(message, flush=True)

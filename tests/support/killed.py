@@ -1,0 +1,199 @@
+"""Train small models straight, and again with SIGKILL in the middle and a resume, in every layout.
+
+    python tests/support/killed.py OUT [WAY …]
+
+Leaves OUT/WAY/{straight,killed}/ as a step's folder is left; tests/train/test_resume.py compares the two. The libraries
+are imported once: every run is a group of processes forked from this one, each of them a process of its own that joins
+a process group of its own and dies by its own signal.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from running import NANO
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pipeline import grpo, preprocess, sft
+from pipeline.core.files import read_json, write_json
+from pipeline.rewards.reward import Sample
+from pipeline.training import distributed
+from pipeline.training import trainer as training
+from pipeline.training.checkpoints import numbered
+from pipeline.training.harness import StageFunction
+from pipeline.workflow.artifact import Artifact
+from pipeline.workflow.plan import Plan, make_plan
+from pipeline.workflow.progress import ProgressFile
+from pipeline.workflow.runtime import Runtime
+from pipeline.workflow.signing import MANIFEST
+
+SFT = [
+    "task.params.phases=[{n: [3, 4], rows: 40}]",  # an epoch has 5 steps
+    "task.params.grpo_rows=8",
+    "sft.max_steps=11",
+    "sft.order=shuffled",
+    "sft.full_loss_fraction=0",
+    "sft.optimizer.name=adamw_torch",
+    "sft.optimizer.lr_scheduler_type=cosine",
+    "cluster.logging_steps=4",  # a log tells of steps before and after the checkpoint
+    "cluster.save_steps=7",
+    "cluster.keep_checkpoints=9",
+]
+GRPO = ["grpo.init_from=base", "grpo.max_steps=8", "cluster.save_steps=5"]  # two prompts a step
+LORA = ["lora.enabled=true", "lora.r=4", "lora.dropout=0.1"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train: its stage, its processes, and the step after which the killed run dies."""
+
+    stage: str
+    processes: int
+    layout: str
+    words: tuple[str, ...] = ()
+    kill: int = 8
+
+
+def two(layout: str) -> dict[str, Way]:
+    """SFT into its third epoch, and GRPO that is killed in a generation cycle, in two processes."""
+    return {
+        f"sft {layout}": Way("sft", 2, layout),
+        f"grpo {layout}": Way("grpo", 2, layout, (*GRPO, "task.params.grpo_rows=4", "grpo.num_iterations=2"), 6),
+    }
+
+
+MICRO = ("cluster.sft.per_device_batch_size=4", "cluster.grpo.per_device_batch_size=4")  # two micro-batches a step
+WAYS: dict[str, Way] = {
+    "sft": Way("sft", 1, "none", (*MICRO, *LORA)),
+    "sft early": Way(
+        "sft",
+        1,
+        "none",
+        (
+            "task.params.validation_rows=8",
+            "task.params.validation_classes=0.3",
+            "sft.eval_steps=2",
+            "sft.early_stopping_patience=2",
+            "sft.order=curriculum",
+            "sft.full_loss_fraction=0.45",
+            "sft.optimizer.learning_rate=0.3",
+        ),
+        9,
+    ),
+    "sft packed": Way("sft", 1, "zero2", ("sft.packing=true", "sft.max_length=256", "sft.global_batch_size=2")),
+    "sft muon": Way("sft", 2, "zero2", ("sft.optimizer.name=muon",)),
+    "grpo": Way("grpo", 1, "none", (*GRPO, *MICRO, "grpo.num_iterations=2"), 6),
+    "grpo lora": Way("grpo", 1, "zero2", (*GRPO, *MICRO, *LORA, "grpo.beta=0.1"), 6),
+    **two("none"),
+    **two("zero2"),
+    **two("zero3"),
+}
+
+
+def plan_of(way: Way, out: Path) -> Plan:
+    layout = [f"cluster.{stage}.deepspeed={way.layout}" for stage in ("sft", "grpo")]
+    return make_plan(["tiny"], [*NANO, *SFT, *way.words, *layout, f"cluster.processes={way.processes}"], runs=out)
+
+
+def main(out: Path, names: list[str]) -> None:
+    for name in names or WAYS:
+        way = WAYS[name]
+        plan = plan_of(way, out)
+        base = out / f"preprocess-{plan.steps[0].fingerprint}"
+        if not base.exists():
+            forked(1, base, partial(run, plan, "preprocess", base))
+        straight, killed = out / name / "straight", out / name / "killed"
+        forked(way.processes, straight, partial(run, plan, way.stage, straight, base))
+        forked(way.processes, killed, partial(run, plan, way.stage, killed, base, way.kill), dies=True)
+        forked(way.processes, killed, partial(run, plan, way.stage, killed, base))
+
+
+def forked(processes: int, folder: Path, work: Callable[[], None], *, dies: bool = False) -> None:
+    """Run `work` in forked processes of one group, as torchrun would start them; `dies`: by SIGKILL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    children: list[int] = []
+    for rank in range(processes):
+        if child := os.fork():
+            children.append(child)
+            os.setpgid(child, children[0])
+            continue
+        code = 1
+        try:
+            os.setpgid(0, children[0] if children else 0)
+            log = os.open(folder / f"log-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+            os.environ.update({key: str(value) for key, value in ranks.items()}, MASTER_ADDR="127.0.0.1")
+            work()
+            distributed.finish()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    for rank, child in enumerate(children):
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status != (-signal.SIGKILL if dies else 0):
+            raise SystemExit(f"{folder}: {status}\n" + (folder / f"log-{rank}.txt").read_text()[-6000:])
+
+
+class Killer(TrainerCallback):  # type: ignore[misc]
+    """Ends all processes of the run after a step, as the kernel or a node's power would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        if state.global_step == self.step:
+            distributed.barrier()
+            newest = numbered(Path(args.output_dir))[-1]
+            while not (newest / MANIFEST).is_file():  # it is committed while training goes on
+                time.sleep(0.05)
+            os.killpg(0, signal.SIGKILL)
+
+
+def letters(sample: Sample) -> float:
+    """A reward that tells the completions of a model that has learned nothing apart."""
+    return len(set(sample.completion)) / 10
+
+
+def run(plan: Plan, stage: str, folder: Path, base: Path | None = None, kill: int | None = None) -> None:
+    """One stage in this process, which dies after the step `kill`."""
+    if kill is not None:
+        train = training.train
+
+        def and_die(trainer: Trainer, *words: Any) -> dict[str, Any]:
+            trainer.add_callback(Killer(kill))
+            return train(trainer, *words)
+
+        sft.train = grpo.train = and_die  # type: ignore[assignment,attr-defined]
+    grpo.find_rewards = lambda wanted: (dict.fromkeys(wanted, letters), [])  # type: ignore[attr-defined]
+    rank, world = distributed.rank(), distributed.world_size()
+    runtime = Runtime(plan.cluster, ProgressFile(None, stage), rank, world, folder, None, None)
+    inputs = {}
+    if base is not None:
+        inputs["data"] = Artifact("", "", "", "", {}, {}, {}, read_json(base / "m.json"), {}, base)
+    stages: dict[str, StageFunction] = {"preprocess": preprocess.run, "sft": sft.run, "grpo": grpo.run}
+    metrics = stages[stage](plan.steps[0].recipe, inputs, folder, runtime)
+    if rank == 0:
+        write_json(folder / "m.json", metrics)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
