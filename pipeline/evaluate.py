@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.cluster import AUTO_EVALUATE
 from pipeline.config.endpoint import Endpoint
 from pipeline.config.recipe import Recipe
+from pipeline.core import heartbeat
 from pipeline.core.errors import DataError
 from pipeline.core.files import write_json
 from pipeline.engines.engine import Completion, Engine, Request, Sampling
@@ -100,6 +101,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     # ---- count
     if runtime.rank != 0:
         return {}
+    heartbeat.beat(long=True)
     done = read_partial_answers(out)
     predictions = [done[split, row["id"], k] for split, row in test_cases for k in range(settings.samples)]
     with (out / PREDICTIONS).open("w", encoding="utf-8") as file:
@@ -204,11 +206,11 @@ class Asked:
 
 
 def join_processes() -> Callable[[], None]:
-    """Join the process group. Returns its barrier."""
+    """Join the process group. Returns the function that waits for all of them, whose shares may end far apart."""
     from pipeline.training import distributed
 
     distributed.start(deepspeed=False)
-    return distributed.barrier
+    return distributed.meet
 
 
 def load_model(

@@ -30,6 +30,7 @@ from trl import GRPOConfig
 
 from pipeline.config.cluster import generation_sizes
 from pipeline.config.recipe import Recipe
+from pipeline.core import heartbeat
 from pipeline.core.errors import RecipeError
 from pipeline.engines.engine import Engine, Sampling
 from pipeline.engines.text import decode, stop_ids
@@ -191,9 +192,14 @@ def as_trl_reward(
         samples = []
         for k, ids in enumerate(completion_ids):
             row = {key: columns[key][k] for key in ("id", "question", "gold", "group", "tags")}
+            heartbeat.beat()
             truncated = not ids or ids[-1] not in stop_ids
             samples.append(make_sample(task, example_of(row), decode(tokenizer, ids), prompt_opens_think, truncated))
-        return [function(sample) for sample in samples]
+        found = []
+        for sample in samples:
+            heartbeat.beat()
+            found.append(function(sample))
+        return found
 
     reward.__name__ = name
     return reward

@@ -103,6 +103,8 @@ class Cluster:
     max_failures: PositiveInt = added(3)  # of one kind at one step that end a step's restarts; 1: it is never restarted
     checkpoint_copy: str | None = added(None)  # a second folder that every checkpoint is copied to
 
+    hang_timeout: PositiveInt | Literal["auto"] | None = added("auto")  # seconds without a sign of life; None: no end
+
     @property
     def submits(self) -> bool:
         """Whether steps become jobs of Slurm; else they run on this machine."""

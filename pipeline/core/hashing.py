@@ -15,6 +15,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from pipeline.core import heartbeat
 from pipeline.core.schema import is_neutral
 
 FINGERPRINT_LENGTH = 10  # hexadecimal characters of a fingerprint
@@ -59,10 +60,15 @@ def fingerprint(value: Any) -> str:
 
 def file_sha256(path: Path) -> str:
     """Return the sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, buffer = hashlib.sha256(), bytearray(READ_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            heartbeat.beat(long=True)  # a large model takes minutes
+    return digest.hexdigest()
 
 
+READ_BYTES = 1 << 20  # bytes of a file that are read and hashed at once
 FULL_HASH_LIMIT = 64 << 20  # bytes; the identity of a file up to this size is its whole content
 EDGE_BYTES = 1 << 20  # bytes hashed at the start and at the end of a larger file
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.core import heartbeat
 from pipeline.engines.drafts import Costs, Drafts
 from pipeline.engines.engine import Answer, Completion, Request, Sampling, Watch, seed_of
 from pipeline.engines.families import Family, find_families
@@ -130,6 +131,7 @@ class _Run:
 
     def answers(self) -> Iterator[Answer]:
         while self.waiting or self.begun or self.active:
+            heartbeat.beat()
             free = self.capacity - len(self.active)
             if free * ADMIT >= self.capacity or not self.active:
                 self._admit(free)

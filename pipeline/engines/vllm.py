@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from pipeline.core import heartbeat
 from pipeline.core.errors import ArtifactError, DataError, LaunchError
 from pipeline.core.files import read_json
 from pipeline.engines.engine import Answer, Completion, Request, Sampling, Watch, seed_of
@@ -332,6 +333,7 @@ class VllmEngine:
             elif not self.core.has_unfinished_requests():
                 raise LaunchError(f"vLLM lost {len(mine)} requests. Fix: run the same command again")
             else:
+                heartbeat.beat()
                 self.inbox += self.core.step()
 
     def _completion(self, ids: list[int], scores: Any) -> Completion:

@@ -26,16 +26,17 @@ from pipeline.core import cgroups
 from pipeline.core.errors import LaunchError, PipelineError, PlanError, Stopped, explain_disk, printable
 from pipeline.core.slurm_client import JOB_FILE, is_installed, job_end, this_job
 from pipeline.launchers import debug
-from pipeline.launchers.torchrun import command, environment
+from pipeline.launchers.torchrun import command, environment, hang_timeout
 from pipeline.workflow import faults
 from pipeline.workflow.artifact import STOP
-from pipeline.workflow.attempts import decide
+from pipeline.workflow.attempts import HANG, decide
 from pipeline.workflow.jobs import describe_job, live_jobs
 from pipeline.workflow.lock import ensure_unlocked
 from pipeline.workflow.plan import Plan, Step, spec_of
 from pipeline.workflow.progress import ATTEMPT, Progress, describe, format_duration, read_progress
 from pipeline.workflow.runtime import read_times
 from pipeline.workflow.stage import STAGES, write_spec
+from pipeline.workflow.watchdog import Watchdog, heartbeat_settings, heartbeats
 
 POLL_SECONDS = 0.2  # seconds
 TAIL_LINES = 15  # lines of a failed step's log that are shown
@@ -109,22 +110,30 @@ def _attempt(step: Step, plan: Plan, title: str) -> None:
     started, attempt, kills = time.time(), uuid.uuid4().hex, cgroups.memory_kills()
     limit, stopping = _stop_at(step, plan), False
     log = step.folder / "log.txt"
-    with log.open("ab") as file:
+    with log.open("ab") as file, heartbeats() as signs:
         process = subprocess.Popen(
             command(stage, step.folder, plan.cluster),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**environment(stage, plan.cluster), ATTEMPT: attempt},
+            env={**environment(stage, plan.cluster), ATTEMPT: attempt, **heartbeat_settings(signs)},
             start_new_session=True,
         )
         suspended = faults.StoppedProcesses(process.pid)
+        watchdog, hangs = Watchdog(signs, hang_timeout(stage, plan.cluster), POLL_SECONDS), None
         with _stopping(process, step, plan.cluster.kill_timeout, attempt) as stop_requests, _Bar(title) as bar:
             while process.poll() is None:
                 if progress := _progress(step, attempt):
                     bar.show(progress)
                 for warning in suspended.new():
                     tqdm.write(f"warning: {warning}", file=sys.stderr)
+                if hangs := watchdog.look():
+                    with log.open("a", encoding="utf-8") as text:
+                        print(f"error: {hangs}", file=text, flush=True)
+                        watchdog.dump(text)
+                    watchdog.end(process)
+                    faults.record_failure(step.folder, [hangs], started, kind=HANG)
+                    break
                 if time.time() > limit and not stopping:
                     stopping = True
                     (step.folder / STOP).touch()

@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pipeline.config.cluster import Cluster, driver_devices, gpu_count, thread_count
 from pipeline.core import cgroups
@@ -25,8 +26,10 @@ from pipeline.core.slurm_client import first_host, this_job, this_restart, this_
 from pipeline.sizing.engines import ENVIRONMENT as ENGINE_ENVIRONMENT
 from pipeline.workflow import faults
 from pipeline.workflow.artifact import STOP, is_done
+from pipeline.workflow.attempts import HANG
 from pipeline.workflow.progress import read_progress
 from pipeline.workflow.stage import Stage, read_spec, stage_processes
+from pipeline.workflow.watchdog import Watchdog, heartbeat_settings, heartbeats
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PORTS = range(15_000, 30_000)  # below the system's ephemeral ports
@@ -124,20 +127,31 @@ def run_on_node(folder: Path) -> int:
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: (folder / STOP).touch())
     kills = cgroups.memory_kills()
-    process = subprocess.Popen(
-        command(stage, folder, spec.cluster, rendezvous(spec.cluster.slurm.host_suffix)),
-        env={**environment(stage, spec.cluster), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS)},
-        preexec_fn=ignore_stop_signals,
-    )
-    code, suspended = None, faults.StoppedProcesses(process.pid)
-    while code is None:
-        for warning in suspended.new():
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            code = process.wait(faults.POLL_SECONDS)
+    words = command(stage, folder, spec.cluster, rendezvous(spec.cluster.slurm.host_suffix))
+    settings = {**environment(stage, spec.cluster), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS)}
+    with heartbeats() as signs:
+        settings |= heartbeat_settings(signs)
+        process = subprocess.Popen(words, env=settings, preexec_fn=ignore_stop_signals)
+        code, suspended = None, faults.StoppedProcesses(process.pid)
+        watchdog = Watchdog(signs, hang_timeout(stage, spec.cluster), faults.POLL_SECONDS)
+        while code is None:
+            for warning in suspended.new():
+                print(f"warning: {warning}", file=sys.stderr, flush=True)
+            if hangs := watchdog.look():
+                print(f"error: {hangs}", file=sys.stderr, flush=True)
+                watchdog.dump(sys.stderr)
+                watchdog.end(process)
+                faults.record_failure(folder, [hangs], started, kind=HANG)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(faults.POLL_SECONDS)
     if message := faults.record_death(folder, f"{spec.name} on {os.uname().nodename}", code, kills, started):
         print(f"error: {message}", file=sys.stderr, flush=True)
     return exit_code(folder, code, started)
+
+
+def hang_timeout(stage: Stage, cluster: Cluster) -> int | Literal["auto"] | None:
+    """Return `cluster.hang_timeout` for stages whose loops show signs of life; None for the others."""
+    return cluster.hang_timeout if stage.resumable else None
 
 
 def ignore_stop_signals() -> None:

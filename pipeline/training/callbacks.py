@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
+from pipeline.core import heartbeat
 from pipeline.core.files import read_json, write_json
 from pipeline.training import distributed
 from pipeline.workflow.artifact import HISTORY
@@ -117,6 +118,31 @@ class ProgressCallback(TrainerCallback, ExportableState):
         self.broken = reason
         control.should_training_stop = True
         control.should_evaluate = control.should_save = False  # a rerun would resume from the weights that diverged
+
+
+class HeartbeatCallback(TrainerCallback):
+    """Shows the launcher's watchdog that training goes on; the last of the callbacks, which knows what comes next."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        heartbeat.beat(long=True)  # the first step compiles
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        heartbeat.beat()
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        heartbeat.beat()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        heartbeat.beat(long=control.should_save or control.should_evaluate or control.should_training_stop)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        heartbeat.beat()
 
 
 class LearningSignalCallback(TrainerCallback, ExportableState):

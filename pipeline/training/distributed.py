@@ -24,7 +24,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from pipeline.core import cgroups, errors
+from pipeline.core import cgroups, errors, heartbeat
 from pipeline.core.errors import LaunchError, PipelineError
 from pipeline.training import operators
 from pipeline.workflow import faults
@@ -87,7 +87,15 @@ def load_operator() -> None:
 def barrier() -> None:
     """Wait for every process."""
     if dist.is_initialized():
+        heartbeat.wait()
         dist.barrier()
+        heartbeat.beat(long=True)
+
+
+def meet() -> None:
+    """Wait for every process, however long: work that is shared out may end far apart, and a barrier has a limit."""
+    to_rank_0(None)
+    from_rank_0(lambda: None)
 
 
 def broadcast_flag(flag: bool) -> bool:
@@ -110,6 +118,7 @@ def from_rank_0(make: Callable[[], T]) -> T:
     _shared += 1
     key, store = f"therefore/{_shared}", _store()
     if rank() == 0:
+        heartbeat.beat(long=True)
         try:
             value = make()
         except BaseException as error:
@@ -119,8 +128,10 @@ def from_rank_0(make: Callable[[], T]) -> T:
             raise
         store.set(key, json.dumps({"value": value}))
         return value
+    heartbeat.wait()
     while not store.check([key]):
         time.sleep(POLL)
+    heartbeat.beat(long=True)
     message = json.loads(store.get(key))
     if "error" in message:
         kind = getattr(errors, message["error"], LaunchError)
@@ -138,8 +149,10 @@ def to_rank_0(value: T) -> list[T]:
     store.set(keys[rank()], json.dumps(value))
     if rank() != 0:
         return []
+    heartbeat.wait()
     while not store.check(keys):
         time.sleep(POLL)
+    heartbeat.beat(long=True)
     return [cast("T", json.loads(store.get(key))) for key in keys]
 
 
@@ -158,6 +171,7 @@ def exit_together(done: Callable[[], bool]) -> None:
         if rank() == 0:
             _store().set("therefore/left", "1")
             return
+        heartbeat.wait()
         while not _store().check(["therefore/left"]):
             time.sleep(POLL)
     except (RuntimeError, ConnectionError) as error:

@@ -40,6 +40,7 @@ from pipeline.workflow.progress import ProgressFile, many_attempts, read_progres
 from pipeline.workflow.runtime import Runtime, format_hardware
 from pipeline.workflow.stage import STAGES, EvaluateEndpoint, StepSpec, read_spec
 from pipeline.workflow.task_code import code_of
+from pipeline.workflow.watchdog import dump_on_signal
 
 
 class StageFunction(Protocol):
@@ -75,6 +76,7 @@ def _main(stage: str, run: StageFunction, argv: list[str]) -> int:
 def _run_stage(folder: Path, run: StageFunction) -> int:
     """Run a step in this process, which its launcher or torchrun started; end the process if its parent dies."""
     faults.die_with_parent()
+    dump_on_signal()
     return run_spec(folder, run)
 
 

@@ -22,11 +22,13 @@ from transformers import PreTrainedModel, Trainer
 
 from pipeline.config.cluster import Batches, TrainingStage, batches, deepspeed_file, zero_stage
 from pipeline.config.recipe import Optimizer, Recipe
+from pipeline.core import heartbeat
 from pipeline.core.errors import DataError, LaunchError, RecipeError, Stopped, join_first
 from pipeline.models.loading import add_lora, choose_dtype, load_model
 from pipeline.training import distributed
 from pipeline.training.callbacks import (
     MINIMUM_SCALE_MESSAGE,
+    HeartbeatCallback,
     LearningSignalCallback,
     NoStepsLeft,
     ProgressCallback,
@@ -217,6 +219,7 @@ def train(trainer: Trainer, recipe: Recipe, stage: str, out: Path, runtime: Runt
     trainer.add_callback(stopper)
     trainer.add_callback(signal)
     trainer.add_callback(PaceCallback(runtime, stage))
+    trainer.add_callback(HeartbeatCallback())
     if runtime.rank == 0:
         for message in skipped:
             print(message, flush=True)
@@ -227,6 +230,7 @@ def train(trainer: Trainer, recipe: Recipe, stage: str, out: Path, runtime: Runt
         with logger_environment(out, runtime):
             loss = run_trainer(trainer, progress, resume)
     finally:
+        heartbeat.beat(long=True)
         stopper.finish()  # a failure loses no checkpoint that is written
     if runtime.rank == 0:
         write_history(trainer.state.log_history, out)

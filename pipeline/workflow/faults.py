@@ -144,7 +144,7 @@ def _may_still_write(progress: Progress) -> bool:
         return False
     if progress.host != os.uname().nodename:
         return True
-    return _state(progress.pid) not in "ZX"
+    return process_state(progress.pid) not in "ZX"
 
 
 # ---------------------------------------------------------------- processes that stand still
@@ -163,7 +163,7 @@ class StoppedProcesses:
         if time.time() < self.next:
             return []
         self.next = time.time() + POLL_SECONDS
-        now = {pid for pid in _below(self.pid) if _state(pid) == "T"}
+        now = {pid for pid in processes_below(self.pid) if process_state(pid) == "T"}
         stopped, self.known = sorted(now - self.known), now
         return [
             f"{_rank_of(pid)}process {pid} on {os.uname().nodename} is stopped (SIGSTOP), and the others wait for it. "
@@ -172,17 +172,17 @@ class StoppedProcesses:
         ]
 
 
-def _below(pid: int) -> list[int]:
+def processes_below(pid: int) -> list[int]:
     """The processes that a process has started, and theirs (Linux; elsewhere none)."""
     found = []
     with contextlib.suppress(OSError):
         for file in Path(f"/proc/{pid}/task").glob("*/children"):
             for child in file.read_text().split():
-                found += [int(child), *_below(int(child))]
+                found += [int(child), *processes_below(int(child))]
     return found
 
 
-def _state(pid: int) -> str:
+def process_state(pid: int) -> str:
     """R, S, D, T, Z, X of /proc/PID/stat; X where there is none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.core import heartbeat
 from pipeline.core.files import write_json
 from pipeline.core.records import record_or_none
 from pipeline.workflow.artifact import PROGRESS
@@ -81,10 +82,12 @@ class ProgressFile:
             token=os.environ.get(ATTEMPT, ""),
         )
         self._written = 0.0
+        heartbeat.beat(long=True)
         self._write()
 
     def update(self, *, figures: dict[str, float] | None = None, force: bool = False, **changes: Any) -> None:
         """Change fields and write, at most twice a second unless the state changes or `force` is given."""
+        heartbeat.beat(long=changes.get("state", self.now.state) != "running")
         changed_state = changes.get("state", self.now.state) != self.now.state
         if "first" in changes:
             changes["since"] = time.time()

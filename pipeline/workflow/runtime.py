@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.cluster import Cluster
+from pipeline.core import heartbeat
 from pipeline.core.errors import ArtifactError, Stopped
 from pipeline.core.files import write_json
 from pipeline.core.records import record_or_none
@@ -40,6 +41,7 @@ class Runtime:
 
     def raise_if_stopping(self) -> None:
         """Raise Stopped after a stop request, for a stage whose ranks work apart and keep their work as they go."""
+        heartbeat.beat()
         self.check_lock()
         if self.stop_requested():
             raise Stopped(f"stopped at {self.progress.now.done} of {self.progress.now.total}, kept")

@@ -236,7 +236,7 @@ def stop_rank_1(process: subprocess.Popen[str], folder: Path) -> int:
         time.sleep(0.1)
     pid = int((folder / "pid-1").read_text())
     os.kill(pid, signal.SIGSTOP)
-    while faults._state(pid) != "T":
+    while faults.process_state(pid) != "T":
         time.sleep(0.01)
     return pid
 
@@ -253,11 +253,11 @@ def test_a_stopped_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert sentence.endswith(f"Fix: kill -CONT {pid}")
         assert still.new() == []  # told once
         os.kill(pid, signal.SIGCONT)
-        while faults._state(pid) == "T":
+        while faults.process_state(pid) == "T":
             time.sleep(0.01)
         assert still.new() == []
         os.kill(pid, signal.SIGSTOP)
-        while faults._state(pid) != "T":
+        while faults.process_state(pid) != "T":
             time.sleep(0.01)
         assert len(still.new()) == 1
     finally:

@@ -16,7 +16,7 @@ from running import NANO, ROOT, only
 from pipeline.core.files import read_json
 from pipeline.core.hashing import file_sha256
 from pipeline.workflow.artifact import open_artifact
-from pipeline.workflow.attempts import KILLED, read_attempts
+from pipeline.workflow.attempts import HANG, KILLED, read_attempts
 from pipeline.workflow.progress import Progress, read_progress
 
 STEPS = 80
@@ -93,4 +93,23 @@ def test_a_killed_rank_costs_no_more_than_save_steps_and_nobody_has_to_come(tmp_
     assert f"note: the step failed at step {attempt.last}; it starts again" in told
     resumed = open_artifact(folder).metrics["resumed_from"]
     assert attempt.last - int(resumed.removeprefix("checkpoint-")) <= 10 + 20  # and the steps of half a second
+    same_result(folder, undisturbed)
+
+
+def test_a_stopped_rank_is_ended_and_the_step_starts_again(tmp_path: Path, undisturbed: Path) -> None:
+    process = start(tmp_path, "cluster.hang_timeout=5")
+    folder = wait_for(process, tmp_path, "tiny/sft-*", lambda progress: progress.done >= 15)
+    pid = pid_of_rank(1, folder)
+    os.kill(pid, signal.SIGSTOP)
+    stopped = time.time()
+    wait_for(process, tmp_path, "tiny/sft-*", lambda progress: progress.attempt == 2 and progress.done > progress.first)
+    seconds = time.time() - stopped
+    told = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, told
+    print(f"{seconds:.1f} s from the stop to the next step")
+    (attempt,) = read_attempts(folder).attempts
+    assert (attempt.kind, attempt.problem.partition(" on ")[0]) == (HANG, f"rank 1 (process {pid}")
+    log = (folder / "log.txt").read_text()
+    assert "rank 0 (process " in log
+    assert "most recent call first" in log  # where rank 0 waits
     same_result(folder, undisturbed)
