@@ -6,6 +6,7 @@
     ├── ArtifactError              exit code 2: an invalid step folder or checkpoint
     ├── DataError                  exit code 2: rows that cannot be read
     ├── MissingDependency          exit code 2: a package or program that is not installed
+    ├── DiskError                  exit code 1: a disk that is full or not writable; trying again does not help
     ├── LaunchError                exit code 1: a process that did not start, or that failed
     ├── EndpointError              exit code 1: a server that does not answer, or answers nonsense
     └── Stopped                    exit code 75: stopped on request; the same command resumes
@@ -15,6 +16,7 @@ All problems are reported at once: an error carries a list with one problem per 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import gc
@@ -56,6 +58,10 @@ class DataError(PipelineError):
 
 class MissingDependency(PipelineError):
     exit_code = EXIT_USAGE
+
+
+class DiskError(PipelineError):
+    pass
 
 
 class LaunchError(PipelineError):
@@ -111,6 +117,25 @@ def explain_disk(error: Exception, folder: Path | None = None) -> str | None:
         return f"no space left to write {where}. Fix: free space or quota, then run the same command again"
     if isinstance(error, OSError) and number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
         return f"{where}: cannot be written ({error.strerror}). Fix: choose another folder with --runs DIR"
+    return None
+
+
+def write_problem(folder: Path) -> str | None:
+    """Return a message where a file of 1 MiB cannot be written into a folder; None where it can.
+
+    A quota does not show in the free space of its disk, and a library's error may not name either.
+    """
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(ALMOST_FULL_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return explain_disk(error, folder)
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
     return None
 
 

@@ -110,6 +110,13 @@ def rotate(checkpoints: Sequence[Path], newest: Path, keep: int, best: str | Non
             discard(path)
 
 
+def discard_incomplete(folder: Path) -> None:
+    """Delete the checkpoints without a manifest."""
+    for path in numbered(folder):
+        if not (path / MANIFEST).exists():
+            discard(path)
+
+
 def discard(checkpoint: Path) -> None:
     """Delete a checkpoint, its manifest first: one that is partly deleted must not look complete."""
     if checkpoint.is_dir():

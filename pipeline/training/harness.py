@@ -25,11 +25,13 @@ from pipeline.config.recipe import Recipe
 from pipeline.core.errors import (
     EXIT_FAILURE,
     ArtifactError,
+    DiskError,
     LaunchError,
     PipelineError,
     Stopped,
     explain_disk,
     run_main,
+    write_problem,
 )
 from pipeline.core.project import TYPED_IN, enter_project
 from pipeline.workflow import faults
@@ -118,19 +120,33 @@ def run_spec(folder: Path, run: StageFunction) -> int:
             progress.update(state="stopped", problems=error.problems, exit_code=error.exit_code)
             raise
         except PipelineError as error:
-            progress.update(state="failed", problems=error.problems, exit_code=error.exit_code)
+            with contextlib.suppress(OSError):  # the disk may be full
+                progress.update(state="failed", problems=error.problems, exit_code=error.exit_code)
             raise
         except Exception as error:
             memory = _out_of_memory(error, spec)
+            disk = None if memory else explain_disk(error, folder) or write_problem(folder)
             first_line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            problem = memory or explain_disk(error, folder) or first_line
-            with contextlib.suppress(OSError):  # the disk may be full
-                kind = MEMORY if memory else kind_of(error)
-                progress.update(state="failed", problems=(problem,), exit_code=EXIT_FAILURE, kind=kind)
+            if disk and rank == 0:
+                _discard_incomplete(folder, spec)
+            with contextlib.suppress(OSError):  # the disk may be full all the same
+                kind = MEMORY if memory else "" if disk else kind_of(error)
+                problems = (memory or disk or first_line,)
+                progress.update(state="failed", problems=problems, exit_code=EXIT_FAILURE, kind=kind)
             if memory:
                 raise LaunchError(memory) from error
+            if disk:
+                raise DiskError(disk) from error
             raise
     return 0
+
+
+def _discard_incomplete(folder: Path, spec: StepSpec) -> None:
+    """Delete the checkpoint that a full disk cut off: that makes room to write down why the step ended."""
+    if STAGES[spec.stage].trains:
+        from pipeline.training.checkpoints import discard_incomplete
+
+        discard_incomplete(folder / "checkpoints")
 
 
 def _refuse_checkpoints(spec: StepSpec, folder: Path, world: int) -> None:

@@ -13,6 +13,7 @@ over, and the older ones. The next save waits for the one before, and so do a st
 from __future__ import annotations
 
 import contextlib
+import shutil
 import threading
 import time
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pipeline.core.errors import LaunchError, explain_disk
+from pipeline.core.errors import DiskError, LaunchError, explain_disk
 from pipeline.core.files import drop_cache, sync
 from pipeline.training import distributed
 from pipeline.training.checkpoints import (
@@ -74,6 +75,26 @@ class Saves:
         if self.error:
             error, self.error = self.error, None
             raise error
+
+    def check_room(self, best: str | None) -> None:
+        """Raise DiskError where the disk has no room for one more checkpoint, before it is full. A quota is not seen.
+
+        Before that, checkpoints other than the newest and the best are deleted.
+        """
+        complete = [path for path in numbered(self.folder) if not validation_error(path, hashes=False)]
+        if not complete:
+            return
+        needed = sum(file_sizes(complete[-1]).values())
+        for path in complete[:-1]:
+            if shutil.disk_usage(self.folder).free < needed and path.name != Path(best or "").name:
+                self.warnings.append(f"{path.name} is deleted: the disk has no room for one more checkpoint")
+                discard(path)
+        if (free := shutil.disk_usage(self.folder).free) < needed:
+            raise DiskError(
+                f"no space left to write the next checkpoint into {self.folder}: {free / 1e9:.2f} GB are free, and it "
+                f"takes {needed / 1e9:.2f} GB; {complete[-1].name} is kept. Fix: free space or quota, then run the "
+                "same command again"
+            )
 
     def take_warnings(self) -> list[str]:
         """Return the warnings since the last call."""
@@ -184,13 +205,14 @@ class CheckpointCallback(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
         if control.should_save:
-            distributed.from_rank_0(lambda: self._make_room(state.global_step))
+            distributed.from_rank_0(lambda: self._make_room(state.global_step, state.best_model_checkpoint))
         return control
 
-    def _make_room(self, step: int) -> None:
+    def _make_room(self, step: int, best: str | None) -> None:
         """Wait for the save before, and delete what a passed-over attempt has left of this one."""
         self.saves.wait()
         discard(self.folder / f"checkpoint-{step}")
+        self.saves.check_room(best)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         newest = self.folder / f"checkpoint-{state.global_step}"

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pipeline.core.errors import explain_disk
+from pipeline.core.errors import write_problem
 from pipeline.core.files import write_json
 from pipeline.core.records import record_or_none
 from pipeline.workflow.artifact import ATTEMPTS, PROGRESS, is_done
@@ -148,7 +148,7 @@ def decide(
         _write(folder, settled)
         return Decision(again=False, sentence=settled.gave_up)
     decision = verdict(settled.counted, limit, any_kind=restarted)
-    if explain_disk(OSError(), folder):  # nothing can be saved, and nobody frees it by trying again
+    if write_problem(folder):  # nothing can be saved, and nobody frees it by trying again
         return Decision(again=False)
     gave_up = "" if decision.again else decision.sentence
     _write(folder, replace(settled, gave_up=gave_up))

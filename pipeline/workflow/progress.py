@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import heartbeat
+from pipeline.core.errors import DISK_FULL_ERRNOS
 from pipeline.core.files import write_json
 from pipeline.core.records import record_or_none
 from pipeline.workflow.artifact import PROGRESS
@@ -104,9 +105,14 @@ class ProgressFile:
             self.update(warnings=(*self.now.warnings, sentence), force=True)
 
     def _write(self) -> None:
-        if self.folder:
+        if not self.folder:
+            return
+        self._written = time.time()
+        try:
             write_json(self.folder / PROGRESS, asdict(self.now))
-            self._written = time.time()
+        except OSError as error:
+            if self.now.state != "running" or error.errno not in DISK_FULL_ERRNOS:
+                raise  # a step that trains goes on: it fails if a save finds no room, which may be there again by then
 
 
 def too_many_restarts(progress: Progress) -> str | None:

@@ -13,7 +13,7 @@ import pytest
 from running import NANO, only, run_here
 
 from pipeline.config.cluster import read_cluster
-from pipeline.core.errors import LaunchError
+from pipeline.core.errors import DiskError, LaunchError
 from pipeline.core.files import read_json
 from pipeline.training.checkpoints import (
     checkpoint_to_resume,
@@ -119,6 +119,33 @@ def test_a_stop_waits_for_the_manifest_alone(tmp_path: Path) -> None:
     assert validation_error(checkpoint) is None
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
     assert names(tmp_path / "second") == ["checkpoint-2"]
+
+
+def test_a_checkpoint_that_would_not_fit_is_not_begun(tmp_path: Path) -> None:
+    """Older ones make room before; the newest and the best stay."""
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)], capture_output=True
+    ).returncode:
+        pytest.skip("mounting a small file system takes root")
+    try:
+        saves = Saves(tmp_path, None, keep=5)
+        for step in (2, 4, 6):
+            checkpoint = written(tmp_path, step, 1_000_000)
+            saves.begin(checkpoint, file_sizes(checkpoint), None)
+            saves.wait()
+        saves.check_room(None)
+        assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+        (tmp_path / "other").write_bytes(bytes(600_000))  # of somebody else
+        saves.check_room(str(tmp_path / "checkpoint-2"))
+        assert names(tmp_path) == ["checkpoint-2", "checkpoint-6"]
+        (tmp_path / "more").write_bytes(bytes(1_000_000))
+        with pytest.raises(
+            DiskError, match=r"no space left to write the next checkpoint .* checkpoint-6 is kept. Fix: "
+        ):
+            saves.check_room(str(tmp_path / "checkpoint-2"))
+        assert names(tmp_path) == ["checkpoint-2", "checkpoint-6"]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 # ---------------------------------------------------------------- files of other nodes
