@@ -4,8 +4,8 @@ Each process writes `process_N.safetensors` into a checkpoint, before its manife
 log, and GRPO's completions where the checkpoint is inside a generation cycle. On resume:
 
     loss        transformers forgets the steps since the last log, and divides the sum of the later steps by all steps
-    rows        accelerate does not pass the epoch on to the sampler of several processes after it has skipped batches,
-                and TRL's sampler does not know epochs: both take the first epoch's order again
+    rows        TRL's sampler takes the first epoch's order again (rollouts.EpochSampler), and accelerate does not tell
+                it of the epoch where several processes have skipped batches
     GRPO        TRL counts micro-batches from 0 again and drops the completions that are left of the generation cycle
 """
 

@@ -17,7 +17,7 @@ from pipeline.engines.engine import Engine, Request, Sampling, seed_of
 
 
 class EpochSampler(RepeatSampler):  # type: ignore[misc]
-    """TRL's sampler, whose order in an epoch follows from the epoch and not from how often it was iterated."""
+    """TRL's sampler, whose order follows from the epoch: TRL's own takes the first epoch's after every resume."""
 
     def set_epoch(self, epoch: int) -> None:
         if self.shuffle:

@@ -9,12 +9,14 @@ a process group of its own and dies by its own signal.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import sys
 import time
 import traceback
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -173,16 +175,34 @@ def letters(sample: Sample) -> float:
     return len(set(sample.completion)) / 10
 
 
+def record_rows(trainer: Any, out: Path) -> None:
+    """Write which rows this process takes in each step."""
+    file = out / f"rows-{distributed.rank()}.jsonl"
+
+    def written(rows: Any) -> Any:
+        if isinstance(rows, dict):
+            names = [zlib.crc32(bytes(str(ids[ids != 0].tolist()), "ascii")) for ids in rows["input_ids"]]
+        else:
+            names = [row["id"] for row in rows]
+        with file.open("a") as lines:
+            lines.write(json.dumps([trainer.state.global_step, names]) + "\n")
+        return rows
+
+    prepare = trainer._prepare_inputs
+    trainer._prepare_inputs = lambda rows: prepare(written(rows) if trainer.model.training else rows)
+
+
 def run(plan: Plan, stage: str, folder: Path, base: Path | None = None, kill: int | None = None) -> None:
     """One stage in this process, which dies after the step `kill`."""
-    if kill is not None:
-        train = training.train
+    train = training.train
 
-        def and_die(trainer: Trainer, *words: Any) -> dict[str, Any]:
+    def watched(trainer: Trainer, *words: Any) -> dict[str, Any]:
+        record_rows(trainer, folder)
+        if kill is not None:
             trainer.add_callback(Killer(kill))
-            return train(trainer, *words)
+        return train(trainer, *words)
 
-        sft.train = grpo.train = and_die  # type: ignore[assignment,attr-defined]
+    sft.train = grpo.train = watched  # type: ignore[assignment,attr-defined]
     grpo.find_rewards = lambda wanted: (dict.fromkeys(wanted, letters), [])  # type: ignore[attr-defined]
     rank, world = distributed.rank(), distributed.world_size()
     runtime = Runtime(plan.cluster, ProgressFile(None, stage), rank, world, folder, None, None)
