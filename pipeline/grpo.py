@@ -129,7 +129,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         runtime.progress.update(note="starting vLLM")
         trainer.use_own_weights(_vllm(recipe, checkpoint, tokenizer, trainer, at_once, runtime))
     else:
-        trainer.engine = TransformersEngine(model, tokenizer, rows=at_once)
+        rows = min(at_once, runtime.cluster.generation.grpo.rows or at_once)
+        trainer.engine = TransformersEngine(model, tokenizer, rows)
     trainer.sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_completion_length)
 
     # ---- train, save

@@ -57,6 +57,7 @@ class RolloutEngine:
     engine: EngineName = "auto"  # auto: vllm on GPUs where it is installed and works with the recipe, else transformers
     gpu_memory: Share = 0.35  # the share of each GPU that vLLM takes, beside the model that is trained
     sleep: bool | Literal["auto"] = "auto"  # vLLM gives its memory back while the optimizer works; auto: on GPUs
+    rows: PositiveInt | None = added(None)  # that transformers computes at once; None: all of generation_batch_size
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,14 @@ import contextlib
 import os
 import threading
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from pipeline.core.files import read_json, write_json
 
 FOLDER = "THEREFORE_HEARTBEATS"  # in the environment: where the launcher reads them
 MIN_SECONDS = 0.5  # between two writes
+FAILURE = "failure-"  # and the rank: the name of a report
 WORKING, LONG, WAITING = "working", "long", "waiting"
 _last = (0.0, "")  # when a sign was written last, by the monotonic clock, and which
 
@@ -30,6 +34,31 @@ def beat(*, long: bool = False) -> None:
 def wait() -> None:
     """Report that this process waits for others until its next beat."""
     _write(WAITING)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a process failed, as it saw it; the launcher's side finds the cause among those of all processes."""
+
+    rank: int
+    problems: list[str]
+    kind: str
+    exit_code: int
+    shrink: tuple[str, float, float] | None = None
+
+
+def report_failure(failure: Failure) -> None:
+    """Leave word of why this process failed."""
+    if folder := os.environ.get(FOLDER):
+        with contextlib.suppress(OSError):
+            write_json(Path(folder, f"{FAILURE}{failure.rank}"), asdict(failure))
+
+
+def read_failures() -> list[Failure]:
+    """Return what processes of this node have reported, by rank."""
+    folder = os.environ.get(FOLDER)
+    records = [read_json(path) for path in Path(folder).glob(f"{FAILURE}*")] if folder else []
+    return sorted((Failure(**record) for record in records if record), key=lambda failure: failure.rank)
 
 
 def _write(state: str) -> None:

@@ -226,8 +226,9 @@ def torchrun(argv: list[str]) -> int:
                 messages.append(message)
         if messages:
             print("\n".join(f"error: {message}" for message in messages), file=sys.stderr, flush=True)
-            if "--step" in argv:
-                faults.record_failure(Path(argv[argv.index("--step") + 1]), messages, began)
+        if "--step" in argv:
+            folder = Path(argv[argv.index("--step") + 1])
+            faults.record_failure(folder, messages, began) if messages else faults.record_report(folder, began)
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
     return 0
 

@@ -18,9 +18,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.config.cluster import Cluster
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import (
     EXIT_FAILURE,
@@ -33,12 +35,13 @@ from pipeline.core.errors import (
     run_main,
     write_problem,
 )
+from pipeline.core.heartbeat import Failure, report_failure
 from pipeline.core.project import TYPED_IN, enter_project
 from pipeline.workflow import faults
 from pipeline.workflow.artifact import SCHEMA, WARNINGS, Artifact, finalize, is_done, open_artifact
-from pipeline.workflow.attempts import MEMORY, keep, kind_of
+from pipeline.workflow.attempts import MEMORY, keep, kind_of, shrinks
 from pipeline.workflow.lock import lock
-from pipeline.workflow.progress import ProgressFile, many_attempts, read_progress
+from pipeline.workflow.progress import ProgressFile, Shrink, many_attempts, read_progress
 from pipeline.workflow.runtime import Runtime, format_hardware
 from pipeline.workflow.stage import STAGES, EvaluateEndpoint, StepSpec, read_spec
 from pipeline.workflow.task_code import code_of
@@ -95,7 +98,9 @@ def run_spec(folder: Path, run: StageFunction) -> int:
         if rank == 0:
             keep(folder, read_progress(folder))
         progress = ProgressFile(folder if rank == 0 else None, spec.name)
-        runtime = Runtime(spec.cluster, progress, rank, world, folder, holder, spec.options)
+        cluster, shrunk = _as_small_as_needed(spec, folder, world)
+        spec = replace(spec, cluster=cluster)
+        runtime = Runtime(cluster, progress, rank, world, folder, holder, spec.options)
         code = code_of(spec.stage, spec.recipe.task.name, spec.recipe.grpo.rewards)  # as this process imported it
         try:
             if rank == 0:  # only its home must have the signing key; the other ranks end with it
@@ -104,6 +109,8 @@ def run_spec(folder: Path, run: StageFunction) -> int:
             if rank == 0:
                 print(f"{spec.name} {spec.fingerprint}: {world} processes, {versions()}", flush=True)
             hardware = _hardware(spec, runtime)
+            for note in shrunk:
+                runtime.warn(note)
             metrics = run(spec.recipe, inputs, folder, runtime)
             hardware |= _measured(spec, runtime)
             if warning := many_attempts(progress.now):
@@ -120,19 +127,21 @@ def run_spec(folder: Path, run: StageFunction) -> int:
             progress.update(state="stopped", problems=error.problems, exit_code=error.exit_code)
             raise
         except PipelineError as error:
+            report_failure(Failure(rank, list(error.problems), "", error.exit_code))
             with contextlib.suppress(OSError):  # the disk may be full
                 progress.update(state="failed", problems=error.problems, exit_code=error.exit_code)
             raise
         except Exception as error:
-            memory = _out_of_memory(error, spec)
+            memory, shrink = _out_of_memory(error, spec, world)
             disk = None if memory else explain_disk(error, folder) or write_problem(folder)
             first_line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             if disk and rank == 0:
                 _discard_incomplete(folder, spec)
+            problem = memory or disk or first_line
+            kind = MEMORY if shrink else "" if memory or disk else kind_of(error)
+            report_failure(Failure(rank, [problem], kind, EXIT_FAILURE, astuple(shrink) if shrink else None))
             with contextlib.suppress(OSError):  # the disk may be full all the same
-                kind = MEMORY if memory else "" if disk else kind_of(error)
-                problems = (memory or disk or first_line,)
-                progress.update(state="failed", problems=problems, exit_code=EXIT_FAILURE, kind=kind)
+                progress.update(state="failed", problems=(problem,), exit_code=EXIT_FAILURE, kind=kind, shrink=shrink)
             if memory:
                 raise LaunchError(memory) from error
             if disk:
@@ -205,13 +214,25 @@ def _leave_together(folder: Path, world: int) -> None:
         distributed.exit_together(lambda: is_done(folder))
 
 
-def _out_of_memory(error: Exception, spec: StepSpec) -> str | None:
-    """Return the error message for a GPU that ran out of memory; None for other errors and without torch."""
-    if "torch" not in sys.modules or spec.runs_as.processes == "one":
-        return None
-    from pipeline.training import devices
+def _as_small_as_needed(spec: StepSpec, folder: Path, world: int) -> tuple[Cluster, list[str]]:
+    """Return the cluster with the settings that earlier attempts found too large made smaller, and notes about them."""
+    if spec.runs_as.processes == "one" or not (found := shrinks(folder)):
+        return spec.cluster, []
+    from pipeline.training.out_of_memory import apply_shrinks
 
-    return devices.explain_out_of_memory(error, spec.stage, spec.cluster)
+    return apply_shrinks(found, spec.recipe, spec.cluster, spec.stage, world)
+
+
+def _out_of_memory(error: Exception, spec: StepSpec, world: int) -> tuple[str | None, Shrink | None]:
+    """Return the message for a device that ran out of memory, and what the next attempt makes smaller; else None."""
+    if "torch" not in sys.modules or spec.runs_as.processes == "one":
+        return None, None
+    from pipeline.training import devices, out_of_memory
+
+    message = devices.explain_out_of_memory(error, spec.stage, spec.cluster)
+    if message is None:
+        return None, None
+    return message, out_of_memory.next_smaller(error, spec.recipe, spec.cluster, spec.stage, world)
 
 
 def _artifact(

@@ -87,7 +87,10 @@ class EngineTrainer(GRPOTrainer):  # type: ignore[misc]
         for key, value in saved.items():
             number, _, name = key.partition(".")
             batches.setdefault(int(number), {})[name] = value.to(self.args.device)
-        self._buffered_inputs = [batches[number] for number in sorted(batches)] or None
+        parts = self.args.steps_per_generation // max(1, len(batches))  # more than 1 where micro-batches were halved
+        self._buffered_inputs = [
+            part for number in sorted(batches) for part in _split(batches[number], max(1, parts))
+        ] or None
 
     def count_micro_batches(self) -> None:
         """Set TRL's count of micro-batches to that of the step that it resumes at."""
@@ -114,6 +117,12 @@ class EngineTrainer(GRPOTrainer):  # type: ignore[misc]
         It happens after construction, because TRL would start an engine of its own.
         """
         self.engine, self.use_vllm = engine, True
+
+
+def _split(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:
+    """Split the rows of a micro-batch; what is one number for all of them stays."""
+    split = {name: value.chunk(parts) if value.dim() else (value,) * parts for name, value in batch.items()}
+    return [{name: values[k] for name, values in split.items()} for k in range(parts)]
 
 
 def mismatch(history: list[dict[str, Any]]) -> dict[str, float]:

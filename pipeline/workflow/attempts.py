@@ -23,7 +23,7 @@ from pipeline.core.errors import write_problem
 from pipeline.core.files import write_json
 from pipeline.core.records import record_or_none
 from pipeline.workflow.artifact import ATTEMPTS, PROGRESS, is_done
-from pipeline.workflow.progress import Progress, read_progress
+from pipeline.workflow.progress import Progress, Shrink, read_progress
 
 # why an attempt ended, where the cause may pass
 KILLED, CONNECTION, HANG, MEMORY, LOST, LAUNCH = "killed", "connection", "hang", "memory", "lost", "launch"
@@ -51,6 +51,7 @@ class Attempt:
     kind: str  # why, where the cause may pass; else empty
     problem: str
     host: str
+    shrink: Shrink | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,12 @@ def read_attempts(folder: Path) -> Attempts:
     return record_or_none(folder / ATTEMPTS, Attempts) or Attempts()
 
 
+def shrinks(folder: Path) -> list[Shrink]:
+    """Return the settings that attempts found too large, in their order."""
+    known = settle(read_attempts(folder), read_progress(folder))
+    return [one.shrink for one in known.attempts if one.shrink]
+
+
 def begin_count(folder: Path) -> None:
     """Start a new count of failures: someone has typed the run command again. The attempts so far stay on record."""
     known = read_attempts(folder)
@@ -115,6 +122,7 @@ def settle(known: Attempts, progress: Progress | None) -> Attempts:
         kind=progress.kind if ended else LOST,
         problem="; ".join(progress.problems) if ended else LOST_SENTENCE,
         host=progress.host,
+        shrink=progress.shrink if ended else None,
     )
     return replace(known, attempts=(*known.attempts, attempt)[-KEPT:])
 
@@ -142,7 +150,7 @@ def decide(
     settled = settle(known, progress)
     if settled is known and silent is not None:
         number = max([one.number for one in known.attempts[-1:]], default=0) + 1
-        ended = Attempt(number, known.command, time.time(), 0.0, -1, NOT_BEGUN, "failed", silent_kind, silent, "")
+        ended = Attempt(number, known.command, time.time(), 0, -1, NOT_BEGUN, "failed", silent_kind, silent, "")
         settled = replace(known, attempts=(*known.attempts, ended)[-KEPT:])
     if settled.gave_up:
         _write(folder, settled)
@@ -165,6 +173,11 @@ def verdict(attempts: Sequence[Attempt], limit: int, *, any_kind: bool = False) 
     newest = attempts[-1]
     if not any_kind and (newest.kind not in MAY_PASS or limit == 1):
         return Decision(again=False)
+    if newest.shrink:
+        name, before, after = newest.shrink.name, newest.shrink.before, newest.shrink.after
+        return Decision(
+            again=True, sentence=f"out of memory with {name}={before:g}; the step starts again with {after:g}"
+        )
     same = same_failures(attempts)
     where = f"at step {newest.last}" if newest.last != NOT_BEGUN else "before the first step"
     # a job that is preempted while it loads is lost each time at the same place, and nothing is wrong with it

@@ -24,9 +24,10 @@ from pathlib import Path
 from pipeline.core.cgroups import memory_kills, memory_limit
 from pipeline.core.errors import EXIT_FAILURE
 from pipeline.core.files import write_json
+from pipeline.core.heartbeat import read_failures
 from pipeline.workflow.artifact import PROGRESS, is_done
-from pipeline.workflow.attempts import KILLED
-from pipeline.workflow.progress import ATTEMPT, Progress, read_progress
+from pipeline.workflow.attempts import CONNECTION, KILLED
+from pipeline.workflow.progress import ATTEMPT, Progress, Shrink, read_progress
 from pipeline.workflow.step_folders import read_summary, short_name
 
 PARENT = "THEREFORE_PARENT"  # the pid of the process that starts this one, in its environment
@@ -111,7 +112,14 @@ def record_death(folder: Path, who: str, code: int, kills_before: int | None, si
 
 
 def record_failure(
-    folder: Path, problems: Sequence[str], since: float, state: str = "failed", kind: str = KILLED
+    folder: Path,
+    problems: Sequence[str],
+    since: float,
+    state: str = "failed",
+    kind: str = KILLED,
+    *,
+    code: int = EXIT_FAILURE,
+    shrink: Shrink | None = None,
 ) -> None:
     """Write why a step ended into its progress file, when none of its processes can any more.
 
@@ -131,11 +139,25 @@ def record_failure(
         spec = read_summary(folder)
         name = spec.name if spec else short_name(folder, None)
         progress = Progress(name, state, started=since, attempt=attempt, host=host, token=token)
-    code = EXIT_FAILURE if state == "failed" else None
-    ended = replace(progress, state=state, note="", problems=tuple(problems), exit_code=code, updated=time.time())
-    ended = replace(ended, kind=kind if state == "failed" else "")
+    failed = state == "failed"
+    ended = replace(progress, state=state, note="", problems=tuple(problems), updated=time.time())
+    ended = replace(ended, kind=kind if failed else "", exit_code=code if failed else None, shrink=shrink)
     with contextlib.suppress(OSError):  # a full disk, which the launcher reports itself
         write_json(folder / PROGRESS, asdict(ended))
+
+
+def record_report(folder: Path, since: float) -> None:
+    """Write why a step failed as the process saw it that failed first, where rank 0 saw only that it was gone."""
+    causes = [failure for failure in read_failures() if failure.kind != CONNECTION]
+    if not causes or any(failure.rank == 0 for failure in causes):
+        return
+    first, progress = causes[0], read_progress(folder)
+    own = progress and progress.started >= since and progress.state in ("failed", "stopped")
+    if own and progress and progress.kind != CONNECTION:
+        return
+    problems = [f"rank {first.rank}: {problem}" for problem in first.problems]
+    shrink = Shrink(*first.shrink) if first.shrink else None
+    record_failure(folder, problems, since, kind=first.kind, code=first.exit_code, shrink=shrink)
 
 
 def _may_still_write(progress: Progress) -> bool:

@@ -26,6 +26,15 @@ MANY_ATTEMPTS = 10  # attempts that a step may still need without a word about i
 
 
 @dataclass(frozen=True)
+class Shrink:
+    """A setting that the next attempt makes smaller, because this one ran out of memory."""
+
+    name: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class Progress:
     stage: str
     state: str
@@ -42,6 +51,7 @@ class Progress:
     warnings: tuple[str, ...] = ()  # of this attempt: what the user should read before they trust the result
     exit_code: int | None = None
     kind: str = ""  # of a failure whose cause may pass: see attempts.MAY_PASS
+    shrink: Shrink | None = None
     attempt: int = 1
     host: str = ""
     pid: int = 0

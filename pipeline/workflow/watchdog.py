@@ -89,7 +89,7 @@ class Watchdog:
         return self._sentence(hanging) if hanging else None
 
     def _read(self, passed: float) -> None:
-        for path in self.folder.iterdir() if self.folder else ():
+        for path in self.folder.glob("[0-9]*") if self.folder else ():
             try:
                 content = path.read_text(encoding="ascii")
                 pid, state, _ = content.split()

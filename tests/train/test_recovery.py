@@ -17,17 +17,19 @@ from pipeline.core.files import read_json
 from pipeline.core.hashing import file_sha256
 from pipeline.workflow.artifact import open_artifact
 from pipeline.workflow.attempts import HANG, KILLED, read_attempts
-from pipeline.workflow.progress import Progress, read_progress
+from pipeline.workflow.progress import Progress, Shrink, read_progress
 
 STEPS = 80
 LONG = [*NANO, f"sft.max_steps={STEPS}", "cluster.save_steps=10"]
 
 
-def start(runs: Path, *words: str, stages: str = "preprocess,sft") -> subprocess.Popen[str]:
+def start(
+    runs: Path, *words: str, stages: str = "preprocess,sft", env: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline", "run", "tiny", *LONG, *words, "--stages", stages, "--runs", str(runs)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -113,3 +115,31 @@ def test_a_stopped_rank_is_ended_and_the_step_starts_again(tmp_path: Path, undis
     assert "rank 0 (process " in log
     assert "most recent call first" in log  # where rank 0 waits
     same_result(folder, undisturbed)
+
+
+def test_out_of_memory_halves_the_batch_and_the_step_goes_on(tmp_path: Path) -> None:
+    """On rank 1 alone: rank 0 sees only that its peer is gone."""
+    small = {"PYTHONPATH": str(ROOT / "tests/support/small_memory"), "TRAIN_ROWS": "2", "GENERATE_ROWS": "2"}
+    process = start(tmp_path, "sft.max_steps=4", "cluster.save_steps=2", env={**small, "ON_RANK": "1"})
+    told = process.communicate(timeout=400)[0]
+    assert process.returncode == 0, told
+    sft = open_artifact(only(tmp_path, "tiny/sft-*"))
+    assert sft.metrics["steps"] == 4
+    assert sft.warnings == [
+        "cluster.sft.per_device_batch_size: 4 was out of memory, so it is 2; sums of another order differ in their "
+        "last bits"
+    ]
+    (attempt,) = read_attempts(sft.folder).attempts
+    assert attempt.problem.startswith("rank 1: sft: the GPU's memory ran out")
+    assert attempt.shrink == Shrink("cluster.sft.per_device_batch_size", 4, 2)
+    assert "note: out of memory with cluster.sft.per_device_batch_size=4; the step starts again with 2" in told
+
+
+def test_a_batch_of_one_that_is_out_of_memory_fails_with_advice(tmp_path: Path) -> None:
+    small = {"PYTHONPATH": str(ROOT / "tests/support/small_memory"), "TRAIN_ROWS": "0", "GENERATE_ROWS": "8"}
+    process = start(tmp_path, "cluster.sft.per_device_batch_size=2", "cluster.processes=1", env=small)
+    told = process.communicate(timeout=400)[0]
+    assert process.returncode == 1, told
+    assert told.count("note: out of memory with") == 1
+    assert "sft: the GPU's memory ran out. Fix: cluster.sft." in told
+    assert "gave up" not in told
