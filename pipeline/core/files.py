@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import errno
 import json
 import os
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             if line.endswith("\n"):
                 records.append(json.loads(line))
     return records
+
+
+LATE_SECONDS = 60.0  # a network file system's client asks again whether a name exists (acdirmax)
+
+
+def appears(path: Path, seconds: float = LATE_SECONDS) -> bool:
+    """Wait until a file that another node has written is seen here. Returns whether it is, after `seconds` at most."""
+    until = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        with contextlib.suppress(OSError):
+            list(path.parent.iterdir())  # has the client ask its server
+        time.sleep(0.2)
+    return True
 
 
 def write_json(path: Path, value: Any, *, durable: bool = False) -> None:

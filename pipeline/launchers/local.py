@@ -132,7 +132,7 @@ def _attempt(step: Step, plan: Plan, title: str) -> None:
                         print(f"error: {hangs}", file=text, flush=True)
                         watchdog.dump(text)
                     watchdog.end(process)
-                    faults.record_failure(step.folder, [hangs], started, kind=HANG)
+                    faults.record_failure(step.folder, [hangs], attempt, kind=HANG)
                     break
                 if time.time() > limit and not stopping:
                     stopping = True
@@ -145,7 +145,7 @@ def _attempt(step: Step, plan: Plan, title: str) -> None:
                 ensure_unlocked(step.folder)  # another run may have started this step at the same moment
             died = None
             if not stop_requests():
-                died = faults.record_death(step.folder, "its process", process.returncode, kills, started)
+                died = faults.record_death(step.folder, "its process", process.returncode, kills, attempt)
             bar.end(_progress(step, attempt) or last, seconds, step.done)
     if stopping:
         raise Stopped("stopped before the end of this Slurm job. Fix: run the same command in another job to resume")
@@ -244,7 +244,7 @@ def _mark_stopped(step: Step, attempt: str) -> None:
     """Record that a step was stopped, where its processes ended before they recorded it."""
     progress = _progress(step, attempt)
     if progress and progress.state not in ("stopped", "failed", "done"):
-        faults.record_failure(step.folder, [], progress.started, state="stopped")
+        faults.record_failure(step.folder, [], attempt, state="stopped")
 
 
 def end(process: subprocess.Popen[bytes], grace: int) -> None:

@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,12 +22,13 @@ from typing import Literal
 from pipeline.config.cluster import Cluster, driver_devices, gpu_count, thread_count
 from pipeline.core import cgroups
 from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, PlanError, run_main
+from pipeline.core.files import appears
 from pipeline.core.slurm_client import first_host, this_job, this_restart, this_retry
 from pipeline.sizing.engines import ENVIRONMENT as ENGINE_ENVIRONMENT
 from pipeline.workflow import faults
-from pipeline.workflow.artifact import STOP, is_done
+from pipeline.workflow.artifact import ARTIFACT, STEP, STOP, is_done
 from pipeline.workflow.attempts import HANG
-from pipeline.workflow.progress import read_progress
+from pipeline.workflow.progress import ATTEMPT, read_progress, this_attempt
 from pipeline.workflow.stage import Stage, read_spec, stage_processes
 from pipeline.workflow.watchdog import Watchdog, heartbeat_settings, heartbeats
 
@@ -122,13 +123,16 @@ def environment(stage: Stage, cluster: Cluster) -> dict[str, str]:
 
 def run_on_node(folder: Path) -> int:
     """Run a step's processes of this node to their end. Returns the step's exit code."""
+    if this_job():  # another node has written it
+        appears(folder / STEP)
     spec = read_spec(folder)
-    stage, started = spec.runs_as, time.time()
+    stage, attempt = spec.runs_as, this_attempt() or uuid.uuid4().hex
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: (folder / STOP).touch())
     kills = cgroups.memory_kills()
     words = command(stage, folder, spec.cluster, rendezvous(spec.cluster.slurm.host_suffix))
-    settings = {**environment(stage, spec.cluster), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS)}
+    settings = {**environment(stage, spec.cluster), ATTEMPT: attempt}
+    settings["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SHUTDOWN_SECONDS)
     with heartbeats() as signs:
         settings |= heartbeat_settings(signs)
         process = subprocess.Popen(words, env=settings, preexec_fn=ignore_stop_signals)
@@ -141,12 +145,12 @@ def run_on_node(folder: Path) -> int:
                 print(f"error: {hangs}", file=sys.stderr, flush=True)
                 watchdog.dump(sys.stderr)
                 watchdog.end(process)
-                faults.record_failure(folder, [hangs], started, kind=HANG)
+                faults.record_failure(folder, [hangs], attempt, kind=HANG)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = process.wait(faults.POLL_SECONDS)
-    if message := faults.record_death(folder, f"{spec.name} on {os.uname().nodename}", code, kills, started):
+    if message := faults.record_death(folder, f"{spec.name} on {os.uname().nodename}", code, kills, attempt):
         print(f"error: {message}", file=sys.stderr, flush=True)
-    return exit_code(folder, code, started)
+    return exit_code(folder, code, attempt)
 
 
 def hang_timeout(stage: Stage, cluster: Cluster) -> int | Literal["auto"] | None:
@@ -160,12 +164,17 @@ def ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def exit_code(folder: Path, code: int, started: float) -> int:
-    """Return the step's exit code from this attempt's progress file, whichever process ended first and how."""
+def exit_code(folder: Path, code: int, attempt: str) -> int:
+    """Return the step's exit code from this attempt's progress file, whichever process ended first and how.
+
+    Where every process of this node ended well, rank 0 has committed: its file may be seen late on other nodes.
+    """
+    if code == 0:
+        appears(folder / ARTIFACT)
     if is_done(folder):
         return 0
     progress = read_progress(folder)
-    if progress and progress.updated >= started and progress.state in ("stopped", "failed"):
+    if progress and progress.token == attempt and progress.state in ("stopped", "failed"):
         return EXIT_STOPPED if progress.state == "stopped" else progress.exit_code or EXIT_FAILURE
     early = [128 + number for number in STOP_SIGNALS]  # of a launcher that was signalled before it set its handlers
     return code if code > 0 and code not in early else EXIT_FAILURE

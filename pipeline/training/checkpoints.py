@@ -6,12 +6,14 @@ training layout (layouts.py). saves.py writes them while training goes on.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.core.errors import ArtifactError
+from pipeline.core.errors import ArtifactError, LaunchError
 from pipeline.core.files import read_json, sync, write_json
 from pipeline.core.hashing import file_sha256
 from pipeline.training import distributed
@@ -19,6 +21,9 @@ from pipeline.workflow.artifact import hash_files
 from pipeline.workflow.layouts import Layout, layout_mismatch, saved_layout, write_layout
 from pipeline.workflow.runtime import Runtime
 from pipeline.workflow.signing import MANIFEST, SIGNATURE, origin_problem, sign
+
+VISIBLE_SECONDS = 120.0  # a network file system shows other nodes' files within a minute (acdirmax)
+POLL_SECONDS = 0.2
 
 
 def write_manifest(folder: Path, layout: Layout | None = None) -> None:
@@ -75,7 +80,7 @@ def checkpoint_to_resume(folder: Path, layout: Layout, stage: str, runtime: Runt
     override fixes such an error, while a silent resume from an older checkpoint would lose work.
     """
 
-    def decide() -> tuple[str | None, list[str]]:
+    def decide() -> tuple[str | None, list[str], dict[str, int]]:
         for checkpoint in numbered(folder):
             if problem := origin_problem(checkpoint):
                 raise ArtifactError(problem)
@@ -86,9 +91,11 @@ def checkpoint_to_resume(folder: Path, layout: Layout, stage: str, runtime: Runt
         saved = saved_layout(found) if found else None
         if found and saved and (problem := layout_mismatch(saved, layout, found, stage, runtime.cluster)):
             raise ArtifactError(problem)
-        return (str(found) if found else None), skipped
+        return (str(found) if found else None), skipped, (file_sizes(found) if found else {})
 
-    found, skipped = distributed.from_rank_0(decide)
+    found, skipped, files = distributed.from_rank_0(decide)
+    if found:
+        wait_for_files(Path(found), files)
     return (Path(found) if found else None), skipped
 
 
@@ -122,6 +129,40 @@ def discard(checkpoint: Path) -> None:
     if checkpoint.is_dir():
         (checkpoint / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- files of other nodes
+
+
+def wait_for_files(checkpoint: Path, files: Mapping[str, int], seconds: float = VISIBLE_SECONDS) -> None:
+    """Wait until this node sees every file in its full size; network file systems show other nodes' files late.
+
+    Raises LaunchError for a file that does not appear: a manifest without it would call a torn checkpoint whole.
+    """
+    until = time.monotonic() + seconds
+    while missing := [name for name, size in files.items() if _size(checkpoint / name) != size]:
+        if time.monotonic() > until:
+            raise LaunchError(
+                f"{checkpoint}: {missing[0]} was written by another process and is not seen here in its full size "
+                f"after {seconds:.0f} s. Fix: use a runs folder that all nodes share"
+            )
+        for folder in {(checkpoint / name).parent for name in missing}:
+            with contextlib.suppress(OSError):
+                list(folder.iterdir())  # has the client ask its server again
+        time.sleep(POLL_SECONDS)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def file_sizes(checkpoint: Path) -> dict[str, int]:
+    """Return the size of each file of a checkpoint by its relative name, as this process sees them."""
+    paths = (path for path in checkpoint.rglob("*") if path.is_file())
+    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in paths}
 
 
 # ---------------------------------------------------------------- the second place

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +29,7 @@ from pipeline.core import cgroups, errors, heartbeat
 from pipeline.core.errors import LaunchError, PipelineError
 from pipeline.training import operators
 from pipeline.workflow import faults
+from pipeline.workflow.progress import ATTEMPT, this_attempt
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
@@ -213,7 +215,8 @@ def torchrun(argv: list[str]) -> int:
 
     faults.die_with_parent()
     os.environ[faults.PARENT] = str(os.getpid())
-    began, kills = time.time(), cgroups.memory_kills()
+    token = os.environ.setdefault(ATTEMPT, this_attempt() or uuid.uuid4().hex)
+    kills = cgroups.memory_kills()
     try:
         main(argv)
     except ChildFailedError as error:
@@ -228,7 +231,7 @@ def torchrun(argv: list[str]) -> int:
             print("\n".join(f"error: {message}" for message in messages), file=sys.stderr, flush=True)
         if "--step" in argv:
             folder = Path(argv[argv.index("--step") + 1])
-            faults.record_failure(folder, messages, began) if messages else faults.record_report(folder, began)
+            faults.record_failure(folder, messages, token) if messages else faults.record_report(folder, token)
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
     return 0
 

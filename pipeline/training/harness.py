@@ -35,10 +35,12 @@ from pipeline.core.errors import (
     run_main,
     write_problem,
 )
+from pipeline.core.files import appears
 from pipeline.core.heartbeat import Failure, report_failure
 from pipeline.core.project import TYPED_IN, enter_project
+from pipeline.core.slurm_client import this_job
 from pipeline.workflow import faults
-from pipeline.workflow.artifact import SCHEMA, WARNINGS, Artifact, finalize, is_done, open_artifact
+from pipeline.workflow.artifact import ARTIFACT, SCHEMA, WARNINGS, Artifact, finalize, is_done, open_artifact
 from pipeline.workflow.attempts import MEMORY, keep, kind_of, shrinks
 from pipeline.workflow.lock import lock
 from pipeline.workflow.progress import ProgressFile, Shrink, many_attempts, read_progress
@@ -105,6 +107,8 @@ def run_spec(folder: Path, run: StageFunction) -> int:
         try:
             if rank == 0:  # only its home must have the signing key; the other ranks end with it
                 _refuse_checkpoints(spec, folder, world)
+            for where in spec.inputs.values() if this_job() else ():  # another node has written it
+                appears(Path(where) / ARTIFACT)
             inputs = {role: open_artifact(Path(where)) for role, where in spec.inputs.items()}
             if rank == 0:
                 print(f"{spec.name} {spec.fingerprint}: {world} processes, {versions()}", flush=True)
@@ -211,7 +215,7 @@ def _leave_together(folder: Path, world: int) -> None:
     if world > 1:
         from pipeline.training import distributed
 
-        distributed.exit_together(lambda: is_done(folder))
+        distributed.exit_together(lambda: appears(folder / ARTIFACT, 10.0) and is_done(folder))
 
 
 def _as_small_as_needed(spec: StepSpec, folder: Path, world: int) -> tuple[Cluster, list[str]]:

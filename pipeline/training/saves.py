@@ -21,24 +21,23 @@ from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pipeline.core.errors import DiskError, LaunchError, explain_disk
+from pipeline.core.errors import DiskError, explain_disk
 from pipeline.core.files import drop_cache, sync
 from pipeline.training import distributed
 from pipeline.training.checkpoints import (
     copy_checkpoint,
     discard,
+    file_sizes,
     numbered,
     rotate,
     second_place,
     validation_error,
+    wait_for_files,
     write_manifest,
 )
 from pipeline.workflow.layouts import Layout
 from pipeline.workflow.runtime import Deadline, Runtime
 from pipeline.workflow.signing import MANIFEST
-
-VISIBLE_SECONDS = 120.0  # a network file system shows other nodes' files within a minute (acdirmax)
-POLL_SECONDS = 0.2
 
 
 class Saves:
@@ -138,37 +137,6 @@ class Saves:
         except OSError as error:
             why = explain_disk(error, None) or f"{error.filename or self.second}: {error.strerror or error}"
             self.warnings.append(f"cluster.checkpoint_copy: {checkpoint.name} has no copy: {why}")
-
-
-def wait_for_files(checkpoint: Path, files: Mapping[str, int], seconds: float = VISIBLE_SECONDS) -> None:
-    """Wait until this node sees every file in its full size; network file systems show other nodes' files late.
-
-    Raises LaunchError for a file that does not appear: a manifest without it would call a torn checkpoint whole.
-    """
-    until = time.monotonic() + seconds
-    while missing := [name for name, size in files.items() if _size(checkpoint / name) != size]:
-        if time.monotonic() > until:
-            raise LaunchError(
-                f"{checkpoint}: {missing[0]} was written by another process and is not seen here in its full size "
-                f"after {seconds:.0f} s. Fix: use a runs folder that all nodes share"
-            )
-        for folder in {(checkpoint / name).parent for name in missing}:
-            with contextlib.suppress(OSError):
-                list(folder.iterdir())  # has the client ask its server again
-        time.sleep(POLL_SECONDS)
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
-
-
-def file_sizes(checkpoint: Path) -> dict[str, int]:
-    """Return the size of each file of a checkpoint by its relative name, as this process sees them."""
-    paths = (path for path in checkpoint.rglob("*") if path.is_file())
-    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in paths}
 
 
 # ---------------------------------------------------------------- the trainer's callback

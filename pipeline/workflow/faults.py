@@ -3,7 +3,7 @@
     die_with_parent()                    at the start of a process that a launcher or torchrun starts
     before = memory_kills()              then, when a process has ended:
     explain_death("rank 1", -9, before)  -> "rank 1 was killed by SIGKILL: …; Fix: …"
-    record_failure(folder, [sentence])   the step's progress file says it, in place of what its peers saw of it
+    record_failure(folder, [sentence], token)   the step's progress file says it, in place of what its peers saw of it
     StoppedProcesses(pid).new()          sentences about processes that SIGSTOP has stopped
 
 Reads /proc and the cgroup file system (versions 1 and 2) only; imports no torch. Does not restart anything.
@@ -27,7 +27,7 @@ from pipeline.core.files import write_json
 from pipeline.core.heartbeat import read_failures
 from pipeline.workflow.artifact import PROGRESS, is_done
 from pipeline.workflow.attempts import CONNECTION, KILLED
-from pipeline.workflow.progress import ATTEMPT, Progress, Shrink, read_progress
+from pipeline.workflow.progress import Progress, Shrink, read_progress
 from pipeline.workflow.step_folders import read_summary, short_name
 
 PARENT = "THEREFORE_PARENT"  # the pid of the process that starts this one, in its environment
@@ -97,24 +97,24 @@ def _cause(number: int, kills_before: int | None) -> str:
     return "someone, or the batch system, ended it. Fix: run the same command again to resume"
 
 
-def record_death(folder: Path, who: str, code: int, kills_before: int | None, since: float) -> str | None:
+def record_death(folder: Path, who: str, code: int, kills_before: int | None, token: str) -> str | None:
     """Explain how a step's process ended, and write it down. Returns the sentence.
 
     None where no signal ended it, or where the step is done or has said why it ended.
     """
     sentence = explain_death(who, code, kills_before)
     progress = read_progress(folder)
-    own_words = progress and progress.started >= since and progress.state in ("failed", "stopped", "done")
+    own_words = progress and progress.token == token and progress.state in ("failed", "stopped", "done")
     if sentence is None or own_words or is_done(folder):
         return None
-    record_failure(folder, [sentence], since)
+    record_failure(folder, [sentence], token)
     return sentence
 
 
 def record_failure(
     folder: Path,
     problems: Sequence[str],
-    since: float,
+    token: str,
     state: str = "failed",
     kind: str = KILLED,
     *,
@@ -124,21 +124,23 @@ def record_failure(
     """Write why a step ended into its progress file, when none of its processes can any more.
 
     What a peer of a dead process saw of it (a reset connection) is replaced. Rank 0 may run on another node: it gets
-    `PEER_WAIT` seconds to write its own view first. `since`: when this attempt began; an older file is not its own.
+    `PEER_WAIT` seconds to write its own view first. `token`: the launcher's name for
+    this start (progress.ATTEMPT); the file of another one is not its own. Clocks of two nodes may differ by minutes, so
+    they are not compared.
     """
     until = time.time() + PEER_WAIT
-    while (progress := read_progress(folder)) and progress.updated >= since and _may_still_write(progress):
+    while (progress := read_progress(folder)) and progress.token == token and _may_still_write(progress):
         if time.time() > until:
             break
         time.sleep(0.2)
     if is_done(folder):
         return
-    if progress is None or progress.started < since:  # rank 0 has not begun to keep this attempt's
+    if progress is None or progress.token != token:  # rank 0 has not begun to keep this attempt's
         attempt = progress.attempt + 1 if progress and progress.state != "done" else 1
-        token, host = os.environ.get(ATTEMPT, ""), os.uname().nodename  # the launcher knows its own start by the token
+        host = os.uname().nodename
         spec = read_summary(folder)
         name = spec.name if spec else short_name(folder, None)
-        progress = Progress(name, state, started=since, attempt=attempt, host=host, token=token)
+        progress = Progress(name, state, started=time.time(), attempt=attempt, host=host, token=token)
     failed = state == "failed"
     ended = replace(progress, state=state, note="", problems=tuple(problems), updated=time.time())
     ended = replace(ended, kind=kind if failed else "", exit_code=code if failed else None, shrink=shrink)
@@ -146,18 +148,18 @@ def record_failure(
         write_json(folder / PROGRESS, asdict(ended))
 
 
-def record_report(folder: Path, since: float) -> None:
+def record_report(folder: Path, token: str) -> None:
     """Write why a step failed as the process saw it that failed first, where rank 0 saw only that it was gone."""
     causes = [failure for failure in read_failures() if failure.kind != CONNECTION]
     if not causes or any(failure.rank == 0 for failure in causes):
         return
     first, progress = causes[0], read_progress(folder)
-    own = progress and progress.started >= since and progress.state in ("failed", "stopped")
+    own = progress and progress.token == token and progress.state in ("failed", "stopped")
     if own and progress and progress.kind != CONNECTION:
         return
     problems = [f"rank {first.rank}: {problem}" for problem in first.problems]
     shrink = Shrink(*first.shrink) if first.shrink else None
-    record_failure(folder, problems, since, kind=first.kind, code=first.exit_code, shrink=shrink)
+    record_failure(folder, problems, token, kind=first.kind, code=first.exit_code, shrink=shrink)
 
 
 def _may_still_write(progress: Progress) -> bool:

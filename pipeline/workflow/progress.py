@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import heartbeat
+from pipeline.core import slurm_client as slurm
 from pipeline.core.errors import DISK_FULL_ERRNOS
 from pipeline.core.files import write_json
 from pipeline.core.records import record_or_none
@@ -90,7 +91,7 @@ class ProgressFile:
             attempt=before.attempt + 1 if before and before.state != "done" else 1,
             host=socket.gethostname(),
             pid=os.getpid(),
-            token=os.environ.get(ATTEMPT, ""),
+            token=this_attempt(),
         )
         self._written = 0.0
         heartbeat.beat(long=True)
@@ -123,6 +124,17 @@ class ProgressFile:
         except OSError as error:
             if self.now.state != "running" or error.errno not in DISK_FULL_ERRNOS:
                 raise  # a step that trains goes on: it fails if a save finds no room, which may be there again by then
+
+
+def attempt_token(job: str, restart: int, retry: int) -> str:
+    """Return ATTEMPT of a start within a Slurm job: the restart that Slurm counts, the retry that its script counts."""
+    return f"{job}-{restart}-{retry}"
+
+
+def this_attempt() -> str:
+    """Return the name of this start of a step, the same on every node of a job; empty where nobody has given one."""
+    job = slurm.this_job()
+    return os.environ.get(ATTEMPT) or (attempt_token(job, slurm.this_restart(), slurm.this_retry()) if job else "")
 
 
 def too_many_restarts(progress: Progress) -> str | None:

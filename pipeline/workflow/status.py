@@ -28,7 +28,7 @@ from pipeline.workflow.artifact import LOG, STEP, STOP, stage_and_role
 from pipeline.workflow.attempts import describe_attempts
 from pipeline.workflow.jobs import QueueSnapshot, query
 from pipeline.workflow.lock import is_alive
-from pipeline.workflow.progress import describe, format_duration, too_many_restarts
+from pipeline.workflow.progress import Progress, attempt_token, describe, format_duration, too_many_restarts
 from pipeline.workflow.stage import STAGES
 from pipeline.workflow.step_folders import (
     SpecSummary,
@@ -213,13 +213,13 @@ def _state(folder: Path, files: StepFiles, job: Job | None, answers: QueueSnapsh
     where = record.cluster if record else holder.cluster if holder and holder.job else None
     if (record or (holder and holder.job and not ended)) and not answers.is_reachable(where):
         return "unknown", [f"its last word: {progress.state}" if progress else "given to Slurm"]
-    if ended and progress and progress.updated > answers.at and not (job and job.restarts >= progress.attempt):
-        return ended, last_problems  # since Slurm was queried
+    if ended and progress and job and job.live and job.state != "COMPLETING" and _is_of_restart(progress, job):
+        return ended, last_problems  # Slurm does not know yet, or was queried before
     if job and job.state == "RUNNING":
         return (working if working and holder and holder.job == job.id else "starting"), []
     if job and job.live:
-        if working and holder and holder.job == job.id and holder.since > answers.at:
-            return working, []  # it has started since
+        if working and holder and holder.job == job.id and (holder.restart or 0) >= job.restarts:
+            return working, []  # it has started since Slurm was queried
         return ("ending", last_problems) if job.state == "COMPLETING" else ("queued", [pending_reason(job)])
     if working and holder and is_alive(holder, answers if holder.job else None):
         return working, []
@@ -238,6 +238,11 @@ def _state(folder: Path, files: StepFiles, job: Job | None, answers: QueueSnapsh
     who = f"Slurm job {record.id or '(not taken)'}" if record else str(holder) if holder else "its process"
     outcome = "exited without a final status (killed, out of memory or node failure)" if progress else "never started"
     return "lost", [full] if full else [f"{who} {outcome}. Fix: rerun the same command to resume"]
+
+
+def _is_of_restart(progress: Progress, job: Job) -> bool:
+    """Whether a step's progress is of the attempt that Slurm counts now; clocks of two machines are not compared."""
+    return progress.token.startswith(attempt_token(job.id, job.restarts, 0)[:-1])
 
 
 def _full_disk(folder: Path) -> str | None:

@@ -194,24 +194,21 @@ def test_cgroups_of_version_1_are_read(tmp_path: Path, monkeypatch: pytest.Monke
     assert cgroups.memory_limit() == (None, None)  # 2^63 is no limit
 
 
-def test_what_a_step_has_written_itself_stands(tmp_path: Path) -> None:
-    since = time.time() - 1
+def test_what_a_step_has_written_itself_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ATTEMPT, "mine")
     progress = ProgressFile(tmp_path, "preprocess")
     progress.update(state="failed", problems=("no rows",), exit_code=2)
-    assert faults.record_death(tmp_path, "its process", -9, None, since) is None
+    assert faults.record_death(tmp_path, "its process", -9, None, "mine") is None
     kept = read_progress(tmp_path)
     assert kept is not None
     assert kept.problems == ("no rows",)
 
 
-def test_a_death_before_rank_0_keeps_its_progress_is_this_attempts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_death_before_rank_0_keeps_its_progress_is_this_attempts(tmp_path: Path) -> None:
     """Before: the launcher took it for another run's and showed the end of the log in place of the sentence."""
     progress = ProgressFile(tmp_path, "sft")
     progress.update(state="stopped", done=4, total=9)
-    monkeypatch.setenv(ATTEMPT, "mine")
-    faults.record_failure(tmp_path, ["rank 1 was killed"], time.time())
+    faults.record_failure(tmp_path, ["rank 1 was killed"], "mine")
     found = read_progress(tmp_path)
     assert found is not None
     assert (found.state, found.problems, found.token, found.attempt) == ("failed", ("rank 1 was killed",), "mine", 2)
@@ -219,10 +216,10 @@ def test_a_death_before_rank_0_keeps_its_progress_is_this_attempts(
 
 
 def test_a_step_that_could_write_nothing_gets_its_sentence(tmp_path: Path) -> None:
-    sentence = faults.record_death(tmp_path / "preprocess-1a2b3c4d5e", "its process", -9, None, time.time())
+    sentence = faults.record_death(tmp_path / "preprocess-1a2b3c4d5e", "its process", -9, None, "mine")
     assert sentence is not None
     (tmp_path / "preprocess-1a2b3c4d5e").mkdir()
-    assert faults.record_death(tmp_path / "preprocess-1a2b3c4d5e", "its process", -9, None, time.time()) == sentence
+    assert faults.record_death(tmp_path / "preprocess-1a2b3c4d5e", "its process", -9, None, "mine") == sentence
     progress = read_progress(tmp_path / "preprocess-1a2b3c4d5e")
     assert progress is not None
     assert (progress.stage, progress.state, progress.problems) == ("preprocess", "failed", (sentence,))

@@ -17,12 +17,14 @@ from pipeline.core.errors import DiskError, LaunchError
 from pipeline.core.files import read_json
 from pipeline.training.checkpoints import (
     checkpoint_to_resume,
+    file_sizes,
     latest_valid_checkpoint,
     numbered,
     restore_copy,
     validation_error,
+    wait_for_files,
 )
-from pipeline.training.saves import Saves, file_sizes, wait_for_files
+from pipeline.training.saves import Saves
 from pipeline.workflow.artifact import open_artifact
 from pipeline.workflow.layouts import Layout
 from pipeline.workflow.progress import ProgressFile

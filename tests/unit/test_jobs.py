@@ -332,7 +332,9 @@ def test_a_submission_queries_slurm_twice_whatever_its_size(tmp_path: Path, fake
 
 
 @pytest.mark.parametrize("words", [["status", "--watch"], ["logs", "preprocess", "-f"]])
-def test_what_repeats_queries_slurm_every_thirty_seconds(tmp_path: Path, fake: Path, words: list[str]) -> None:
+def test_what_repeats_queries_slurm_every_thirty_seconds(
+    tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
     """Sites forbid more. Before: 49 calls of squeue in 30 s by logs -f."""
     (one,) = run_plan(plan_of(tmp_path, stages=("preprocess",)))
     change(fake, one.job, state="RUNNING")
@@ -347,6 +349,7 @@ def test_what_repeats_queries_slurm_every_thirty_seconds(tmp_path: Path, fake: P
     assert process.poll() is None
     assert len(calls(fake, "squeue")) == 1
     assert len(calls(fake, "sacct")) <= 1
+    monkeypatch.setenv("SLURM_JOB_ID", one.job)
     progress = ProgressFile(one.step.folder, "preprocess")
     progress.update(state="failed", problems=("rows are missing",))
     process.communicate(timeout=20)  # the step's own word is enough

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from pipeline.launchers.torchrun import PORTS, Rendezvous, command, exit_code, p
 from pipeline.workflow import status
 from pipeline.workflow.lock import LockHolder, is_alive, lock, read_holder
 from pipeline.workflow.plan import make_plan, spec_of
-from pipeline.workflow.progress import ProgressFile
+from pipeline.workflow.progress import ATTEMPT, ProgressFile, this_attempt
 from pipeline.workflow.stage import STAGES, write_spec
 
 pytestmark = pytest.mark.slow  # most tests start several commands
@@ -197,14 +198,42 @@ def test_attempts_of_a_job_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
         ("running", None, -9, 1),
     ],
 )
-def test_a_step_ends_with_its_own_code(tmp_path: Path, state: str, own_code: int | None, code: int, told: int) -> None:
+def test_a_step_ends_with_its_own_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, own_code: int | None, code: int, told: int
+) -> None:
+    monkeypatch.setenv(ATTEMPT, "41-0-0")
     ProgressFile(tmp_path, "sft").update(state=state, exit_code=own_code)
-    assert exit_code(tmp_path, code, time.time() - 5) == told
+    assert exit_code(tmp_path, code, "41-0-0") == told
 
 
-def test_the_word_of_an_earlier_attempt_does_not_count(tmp_path: Path) -> None:
+def test_the_word_of_an_earlier_attempt_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the clocks say: the node of the earlier attempt may be an hour ahead."""
+    monkeypatch.setenv(ATTEMPT, "41-0-0")
     ProgressFile(tmp_path, "sft").update(state="stopped", exit_code=75)
-    assert exit_code(tmp_path, 137, time.time() + 5) == 137
+    record = json.loads((tmp_path / "progress.json").read_text())
+    for hours in (-1, 1):
+        shifted = {**record, "started": record["started"] + 3600 * hours, "updated": record["updated"] + 3600 * hours}
+        (tmp_path / "progress.json").write_text(json.dumps(shifted))
+        assert exit_code(tmp_path, 137, "41-1-0") == 137
+        assert exit_code(tmp_path, 137, "41-0-0") == 75
+
+
+def test_a_result_that_another_node_shows_late_is_waited_for(tmp_path: Path) -> None:
+    """Rank 0 has committed, and this node's file system still says that there is nothing."""
+    fixture = next((FIXTURES / "records-v1").glob("*/sft-*/artifact.json"))
+    late = threading.Timer(0.6, lambda: (tmp_path / "artifact.json").write_bytes(fixture.read_bytes()))
+    late.start()
+    assert exit_code(tmp_path, 0, "41-0-0") == 0
+    late.join()
+
+
+def test_an_attempt_has_one_name_on_every_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    names = [this_attempt()]
+    for name, value in (("SLURM_NODEID", "1"), ("SLURM_RESTART_COUNT", "2"), ("THEREFORE_RETRY", "1")):
+        monkeypatch.setenv(name, value)
+        names.append(this_attempt())
+    assert names == ["41-0-0", "41-0-0", "41-2-0", "41-2-1"]
 
 
 # ---------------------------------------------------------------- times
