@@ -47,6 +47,7 @@ from pipeline.models.loading import (
 from pipeline.rewards.reward import RewardFunction, find_rewards, make_sample
 from pipeline.tasks.task import Task, example_of, task_of
 from pipeline.training import distributed
+from pipeline.training.divergence import name_prompts
 from pipeline.training.harness import main
 from pipeline.training.rollouts import EngineTrainer, mismatch
 from pipeline.training.trainer import (
@@ -134,7 +135,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     trainer.sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_completion_length)
 
     # ---- train, save
-    metrics = train(trainer, recipe, "grpo", out, runtime)
+    metrics = train(trainer, recipe, "grpo", out, runtime, name_prompts)
     trainer.engine.close()
     apart = {"engine_mismatch": found} if (found := mismatch(trainer.state.log_history)) else {}
     return {**metrics, **apart, "prompts": len(kept), "dropped_too_long": len(lengths) - len(kept)}

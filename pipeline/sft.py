@@ -25,6 +25,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.models.kernels import choose_head
 from pipeline.models.loading import encode_rows, initial_checkpoint, load_tokenizer
 from pipeline.training import distributed
+from pipeline.training.divergence import name_token_rows
 from pipeline.training.harness import main
 from pipeline.training.trainer import (
     layout_and_batches,
@@ -103,7 +104,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
 
     # ---- train, save
-    metrics = train(trainer, recipe, "sft", out, runtime)
+    metrics = train(trainer, recipe, "sft", out, runtime, name_token_rows(rows["id"], encoded, tokenizer))
     tokens = sum(len(encoded[k]["input_ids"]) for k in kept)
     counts = {"rows": len(kept), "dropped_too_long": len(encoded) - len(kept), "tokens_an_epoch": tokens}
     return {

@@ -8,6 +8,7 @@
     ├── MissingDependency          exit code 2: a package or program that is not installed
     ├── DiskError                  exit code 1: a disk that is full or not writable; trying again does not help
     ├── LaunchError                exit code 1: a process that did not start, or that failed
+    │   └── Diverged               training whose loss is not finite
     ├── EndpointError              exit code 1: a server that does not answer, or answers nonsense
     └── Stopped                    exit code 75: stopped on request; the same command resumes
 
@@ -66,6 +67,13 @@ class DiskError(PipelineError):
 
 class LaunchError(PipelineError):
     pass
+
+
+class Diverged(LaunchError):
+    """Training whose loss, gradients or weights are not finite, at a step with these rows."""
+
+    step = 0
+    rows: tuple[str, ...] = ()
 
 
 class EndpointError(PipelineError):

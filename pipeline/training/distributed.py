@@ -109,6 +109,15 @@ def broadcast_flag(flag: bool) -> bool:
     return bool(value.item())
 
 
+def any_flag(flag: bool) -> bool:
+    """Return, in every process, whether any of them has the flag."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    value = torch.tensor([int(flag)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
 def from_rank_0(make: Callable[[], T]) -> T:
     """Run `make` on rank 0 and return its result (a JSON value) in every process.
 

@@ -28,6 +28,7 @@ from pipeline.core.errors import (
     EXIT_FAILURE,
     ArtifactError,
     DiskError,
+    Diverged,
     LaunchError,
     PipelineError,
     Stopped,
@@ -41,9 +42,9 @@ from pipeline.core.project import TYPED_IN, enter_project
 from pipeline.core.slurm_client import this_job
 from pipeline.workflow import faults
 from pipeline.workflow.artifact import ARTIFACT, SCHEMA, WARNINGS, Artifact, finalize, is_done, open_artifact
-from pipeline.workflow.attempts import MEMORY, keep, kind_of, shrinks
+from pipeline.workflow.attempts import DIVERGED, MEMORY, bad_batches, keep, kind_of, shrinks
 from pipeline.workflow.lock import lock
-from pipeline.workflow.progress import ProgressFile, Shrink, many_attempts, read_progress
+from pipeline.workflow.progress import BadBatch, ProgressFile, Shrink, many_attempts, read_progress
 from pipeline.workflow.runtime import Runtime, format_hardware
 from pipeline.workflow.stage import STAGES, EvaluateEndpoint, StepSpec, read_spec
 from pipeline.workflow.task_code import code_of
@@ -133,7 +134,10 @@ def run_spec(folder: Path, run: StageFunction) -> int:
         except PipelineError as error:
             report_failure(Failure(rank, list(error.problems), "", error.exit_code))
             with contextlib.suppress(OSError):  # the disk may be full
-                progress.update(state="failed", problems=error.problems, exit_code=error.exit_code)
+                bad = BadBatch(error.step, error.rows) if isinstance(error, Diverged) else None
+                kind = DIVERGED if bad and len(bad_batches(folder)) < _may_skip(spec) else ""
+                problems, failed = error.problems, error.exit_code
+                progress.update(state="failed", problems=problems, exit_code=failed, kind=kind, bad_batch=bad)
             raise
         except Exception as error:
             memory, shrink = _out_of_memory(error, spec, world)
@@ -225,6 +229,10 @@ def _as_small_as_needed(spec: StepSpec, folder: Path, world: int) -> tuple[Clust
     from pipeline.training.out_of_memory import apply_shrinks
 
     return apply_shrinks(found, spec.recipe, spec.cluster, spec.stage, world)
+
+
+def _may_skip(spec: StepSpec) -> int:
+    return spec.recipe.training(spec.stage).skip_bad_batches if spec.stage in ("sft", "grpo") else 0
 
 
 def _out_of_memory(error: Exception, spec: StepSpec, world: int) -> tuple[str | None, Shrink | None]:

@@ -98,6 +98,12 @@ class EngineTrainer(GRPOTrainer):  # type: ignore[misc]
         epochs, steps = divmod(self.state.global_step, max(1, -(-batches // at_once)))
         self._step = epochs * batches + steps * at_once
 
+    def skip_micro_batch(self, inputs: Any) -> None:
+        """Count a micro-batch that is not trained on; its completions are drawn, for the rest of their cycle."""
+        self.model.train()
+        self._prepare_inputs(inputs)
+        self._step += 1
+
     def _policy(self) -> AbstractContextManager[Any]:
         """Return the model that is trained: whole for an engine that computes with it."""
         if self.use_vllm:

@@ -12,6 +12,7 @@ import resource
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel, Trainer
 from pipeline.config.cluster import Batches, TrainingStage, batches, deepspeed_file, zero_stage
 from pipeline.config.recipe import Optimizer, Recipe
 from pipeline.core import heartbeat
-from pipeline.core.errors import DataError, LaunchError, RecipeError, Stopped, join_first
+from pipeline.core.errors import DataError, Diverged, LaunchError, RecipeError, Stopped, join_first
 from pipeline.models.loading import add_lora, choose_dtype, load_model
 from pipeline.training import distributed
 from pipeline.training.callbacks import (
@@ -36,16 +37,19 @@ from pipeline.training.callbacks import (
     write_history,
 )
 from pipeline.training.checkpoints import checkpoint_to_resume
+from pipeline.training.divergence import DivergenceCallback, NameRows
 from pipeline.training.pace import PaceCallback
 from pipeline.training.resume import ResumeCallback
 from pipeline.training.saves import CheckpointCallback
 from pipeline.workflow.artifact import Artifact, read_split
+from pipeline.workflow.attempts import bad_batches
 from pipeline.workflow.layouts import stage_layout
 from pipeline.workflow.runtime import Deadline, Runtime
 from pipeline.workflow.weights import Checkpoint
 
 LOGGER_FOLDERS = {"TENSORBOARD_LOGGING_DIR": "tensorboard", "WANDB_DIR": "", "TRACKIO_DIR": "trackio"}
 PROJECT = "therefore"  # the project of the runs in wandb and trackio
+MAX_ROWS_NAMED = 256  # of a bad batch, in the records
 SKIPPED_SHARE_WARNING = 0.1  # share of skipped steps above which a warning is given
 
 
@@ -202,11 +206,14 @@ def run_id(out: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def train(trainer: Trainer, recipe: Recipe, stage: str, out: Path, runtime: Runtime) -> dict[str, Any]:
+def train(
+    trainer: Trainer, recipe: Recipe, stage: str, out: Path, runtime: Runtime, name_rows: NameRows
+) -> dict[str, Any]:
     """Resume from the latest valid checkpoint, train, save the result. Returns the stage's metrics.
 
-    Raises Stopped after a requested stop, with a checkpoint saved; LaunchError if training diverged or took no step;
-    ArtifactError for a checkpoint that another user wrote or that needs another layout.
+    `name_rows` names the rows of a step at which training diverges. Raises Stopped after a requested stop, with a
+    checkpoint saved; Diverged; LaunchError if training took no step; ArtifactError for a checkpoint that another user
+    wrote or that needs another layout.
     """
     precision = str(choose_dtype(recipe.model)).removeprefix("torch.")
     layout = stage_layout(recipe, runtime.cluster, stage, processes=runtime.world, precision=precision)
@@ -219,6 +226,9 @@ def train(trainer: Trainer, recipe: Recipe, stage: str, out: Path, runtime: Runt
     trainer.add_callback(stopper)
     trainer.add_callback(signal)
     trainer.add_callback(PaceCallback(runtime, stage))
+    bad = bad_batches(out)
+    divergence = DivergenceCallback(trainer, name_rows, [one.step for one in bad])
+    trainer.add_callback(divergence)
     trainer.add_callback(HeartbeatCallback())
     if runtime.rank == 0:
         for message in skipped:
@@ -234,16 +244,22 @@ def train(trainer: Trainer, recipe: Recipe, stage: str, out: Path, runtime: Runt
         stopper.finish()  # a failure loses no checkpoint that is written
     if runtime.rank == 0:
         write_history(trainer.state.log_history, out)
+    raise_if_diverged(divergence, stage)
     raise_if_training_failed(trainer, progress, signal, stopped=stopper.stopped, out=out)
     if stopper.stopped:
         raise Stopped(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved")
     signal.warn()
+    for one in bad:
+        runtime.warn(
+            f"the batch of step {one.step} was skipped, because training diverged at it: {join_first(one.rows)}"
+        )
     runtime.progress.update(state="saving", note="saving the model")
     save(trainer, out)
     steps = {"steps": trainer.state.global_step, "epochs": trainer.state.epoch, "train_loss": loss}
     scaled = {"skipped_steps": progress.skipped, "loss_scale": loss_scale(trainer)} if trainer.args.fp16 else {}
     found = {"peak_memory_gb": round(peak_memory(), 3), "resumed_from": resume.name if resume else None}
-    return {**steps, **scaled, **signal.metrics(), **found, "passed_over": skipped}
+    missing = {"skipped_batches": [asdict(one) for one in bad]} if bad else {}
+    return {**steps, **scaled, **missing, **signal.metrics(), **found, "passed_over": skipped}
 
 
 def run_trainer(trainer: Trainer, progress: ProgressCallback, resume: Path | None) -> float | None:
@@ -260,6 +276,21 @@ def run_trainer(trainer: Trainer, progress: ProgressCallback, resume: Path | Non
             f"the gradients of {progress.in_a_row + 1} steps in a row overflowed float16, down to a loss scale of 1"
         )
     return None
+
+
+def raise_if_diverged(found: DivergenceCallback, stage: str) -> None:
+    """Raise Diverged with the rows of the batch, which go to the log in full."""
+    if found.problem is None:
+        return
+    if distributed.rank() == 0:
+        print(f"the rows of step {found.step}: {', '.join(found.rows)}", flush=True)
+    error = Diverged(
+        f"training diverged: {found.problem} at step {found.step}, whose rows are {join_first(found.rows, 8)}; the "
+        "newest checkpoint is from before. Fix: lower the learning rate, raise the warm-up, compute with "
+        f"model.dtype=float32, correct these rows, or skip the batch: {stage}.skip_bad_batches=1"
+    )
+    error.step, error.rows = found.step, tuple(found.rows[:MAX_ROWS_NAMED])
+    raise error
 
 
 def raise_if_training_failed(

@@ -23,11 +23,12 @@ from pipeline.core.errors import write_problem
 from pipeline.core.files import write_json
 from pipeline.core.records import record_or_none
 from pipeline.workflow.artifact import ATTEMPTS, PROGRESS, is_done
-from pipeline.workflow.progress import Progress, Shrink, read_progress
+from pipeline.workflow.progress import BadBatch, Progress, Shrink, read_progress
 
 # why an attempt ended, where the cause may pass
 KILLED, CONNECTION, HANG, MEMORY, LOST, LAUNCH = "killed", "connection", "hang", "memory", "lost", "launch"
-MAY_PASS = (KILLED, CONNECTION, HANG, MEMORY, LOST, LAUNCH)
+DIVERGED = "diverged"  # where the recipe allows one more batch to be skipped
+MAY_PASS = (KILLED, CONNECTION, HANG, MEMORY, LOST, LAUNCH, DIVERGED)
 MAX_WITHOUT_PROGRESS = 10  # failures in a row of any kind, none of which began at a later checkpoint
 KEPT = 100  # attempts that the file holds
 NOT_BEGUN = -1  # `last` of an attempt that ended before its first step
@@ -52,6 +53,7 @@ class Attempt:
     problem: str
     host: str
     shrink: Shrink | None = None
+    bad_batch: BadBatch | None = None  # that the next attempt skips
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,11 @@ def shrinks(folder: Path) -> list[Shrink]:
     return [one.shrink for one in known.attempts if one.shrink]
 
 
+def bad_batches(folder: Path) -> list[BadBatch]:
+    """Return the batches that a step skips, because training diverged at them."""
+    return [one.bad_batch for one in read_attempts(folder).attempts if one.bad_batch]
+
+
 def begin_count(folder: Path) -> None:
     """Start a new count of failures: someone has typed the run command again. The attempts so far stay on record."""
     known = read_attempts(folder)
@@ -123,6 +130,7 @@ def settle(known: Attempts, progress: Progress | None) -> Attempts:
         problem="; ".join(progress.problems) if ended else LOST_SENTENCE,
         host=progress.host,
         shrink=progress.shrink if ended else None,
+        bad_batch=progress.bad_batch if ended and progress.kind == DIVERGED else None,
     )
     return replace(known, attempts=(*known.attempts, attempt)[-KEPT:])
 
@@ -178,6 +186,9 @@ def verdict(attempts: Sequence[Attempt], limit: int, *, any_kind: bool = False) 
         return Decision(
             again=True, sentence=f"out of memory with {name}={before:g}; the step starts again with {after:g}"
         )
+    if newest.bad_batch:
+        sentence = f"training diverged at step {newest.bad_batch.step}; the step starts again without that batch"
+        return Decision(again=True, sentence=sentence)
     same = same_failures(attempts)
     where = f"at step {newest.last}" if newest.last != NOT_BEGUN else "before the first step"
     # a job that is preempted while it loads is lost each time at the same place, and nothing is wrong with it

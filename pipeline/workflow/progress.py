@@ -36,6 +36,14 @@ class Shrink:
 
 
 @dataclass(frozen=True)
+class BadBatch:
+    """A step at which training was not finite, and the rows of its batch."""
+
+    step: int
+    rows: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Progress:
     stage: str
     state: str
@@ -53,6 +61,7 @@ class Progress:
     exit_code: int | None = None
     kind: str = ""  # of a failure whose cause may pass: see attempts.MAY_PASS
     shrink: Shrink | None = None
+    bad_batch: BadBatch | None = None
     attempt: int = 1
     host: str = ""
     pid: int = 0

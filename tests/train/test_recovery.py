@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from running import NANO, ROOT, only
 
@@ -119,7 +121,7 @@ def test_a_stopped_rank_is_ended_and_the_step_starts_again(tmp_path: Path, undis
 
 def test_out_of_memory_halves_the_batch_and_the_step_goes_on(tmp_path: Path) -> None:
     """On rank 1 alone: rank 0 sees only that its peer is gone."""
-    small = {"PYTHONPATH": str(ROOT / "tests/support/small_memory"), "TRAIN_ROWS": "2", "GENERATE_ROWS": "2"}
+    small = {"PYTHONPATH": str(ROOT / "tests/support/faulty_model"), "TRAIN_ROWS": "2", "GENERATE_ROWS": "2"}
     process = start(tmp_path, "sft.max_steps=4", "cluster.save_steps=2", env={**small, "ON_RANK": "1"})
     told = process.communicate(timeout=400)[0]
     assert process.returncode == 0, told
@@ -136,10 +138,49 @@ def test_out_of_memory_halves_the_batch_and_the_step_goes_on(tmp_path: Path) -> 
 
 
 def test_a_batch_of_one_that_is_out_of_memory_fails_with_advice(tmp_path: Path) -> None:
-    small = {"PYTHONPATH": str(ROOT / "tests/support/small_memory"), "TRAIN_ROWS": "0", "GENERATE_ROWS": "8"}
+    small = {"PYTHONPATH": str(ROOT / "tests/support/faulty_model"), "TRAIN_ROWS": "0", "GENERATE_ROWS": "8"}
     process = start(tmp_path, "cluster.sft.per_device_batch_size=2", "cluster.processes=1", env=small)
     told = process.communicate(timeout=400)[0]
     assert process.returncode == 1, told
     assert told.count("note: out of memory with") == 1
     assert "sft: the GPU's memory ran out. Fix: cluster.sft." in told
     assert "gave up" not in told
+
+
+def bad_row(place: Path, call: int = 6) -> dict[str, str]:
+    return {"PYTHONPATH": str(ROOT / "tests/support/faulty_model"), "BAD_ROW": str(place), "BAD_CALL": str(call)}
+
+
+def test_a_loss_that_is_not_a_number_names_its_rows_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    words = ["sft.max_steps=8", "cluster.save_steps=1", "cluster.logging_steps=50", "cluster.keep_checkpoints=9"]
+    process = start(tmp_path, *words, env=bad_row(tmp_path / "row"))
+    told = process.communicate(timeout=400)[0]
+    assert process.returncode == 1, told
+    assert "training diverged: loss is nan at step 6, whose rows are " in told
+    assert "sft.skip_bad_batches=1" in told
+    folder = only(tmp_path, "tiny/sft-*")
+    saved = {path.parent.name for path in folder.glob("checkpoints/*/manifest.json")}
+    assert saved == {f"checkpoint-{step}" for step in range(1, 6)}  # not those of step 6
+    log = (folder / "log.txt").read_text()
+    (line,) = [line for line in log.splitlines() if line.startswith("the rows of step 6: ")]
+    named = line.partition(": ")[2].split(", ")
+    rows = pq.read_table(only(tmp_path, "tiny/preprocess-*") / "data" / "sft.parquet")["id"].to_pylist()
+    assert 6 <= len(named) <= 8  # the global batch, of both ranks; two of its rows may be the same text
+    assert {one for name in named for one in name.split(" or ")} <= set(rows)
+    assert len(read_attempts(folder).attempts) == 0 or read_attempts(folder).attempts[-1].kind == ""
+
+
+def test_a_bad_batch_is_skipped_by_a_setting(tmp_path: Path) -> None:
+    words = ["sft.max_steps=8", "cluster.save_steps=3", "sft.skip_bad_batches=1"]
+    process = start(tmp_path, *words, env=bad_row(tmp_path / "row"))
+    told = process.communicate(timeout=400)[0]
+    assert process.returncode == 0, told
+    assert "note: training diverged at step 6; the step starts again without that batch" in told
+    sft = open_artifact(only(tmp_path, "tiny/sft-*"))
+    assert (sft.metrics["steps"], sft.metrics["resumed_from"]) == (8, "checkpoint-3")
+    (skipped,) = sft.metrics["skipped_batches"]
+    assert skipped["step"] == 6
+    assert skipped["rows"]
+    assert sft.warnings[0].startswith("the batch of step 6 was skipped, because training diverged at it: ")
+    losses = [entry["loss"] for entry in read_json(sft.folder / "history.json") if "loss" in entry]
+    assert all(math.isfinite(loss) for loss in losses)
