@@ -21,6 +21,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.core.errors import DataError, join_first
 from pipeline.core.files import write_json
 from pipeline.scoring import answers
+from pipeline.tasks.rows import BAD_ROWS_SHOWN, BadRows
 from pipeline.tasks.task import Example, Splits, Task, rows, task_of
 from pipeline.training.harness import main
 from pipeline.workflow.artifact import Artifact
@@ -31,6 +32,7 @@ WARNED_LISTS = {  # lists of the split summary that the user has to know of
     "without_gold": "rows have no gold answer, so they are not rewarded and nothing verifies them",
     "unpaid_targets": "targets would not be paid in full by the task's own judge",
 }
+BAD_ROWS = "bad-rows.txt"  # of a step that failed because of them
 TOKENIZER_ROWS = 4000  # rows that a tokenizer from scratch is trained on
 
 
@@ -38,7 +40,11 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     # ---- the task's rows
     runtime.progress.update(state="running", note="reading or generating rows", unit="splits")
     task = task_of(recipe.task, recipe.seed)
-    splits = task.load()
+    (out / BAD_ROWS).unlink(missing_ok=True)
+    try:
+        splits = task.load()
+    except BadRows as error:
+        raise all_bad_rows(error, task, out) from None
     if problems := missing_training_rows(recipe, task, splits):
         raise DataError(*problems)
 
@@ -77,6 +83,16 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     different = {example.id for examples in parts.values() for example in examples}  # SFT and GRPO may share theirs
     runtime.progress.update(done=len(parts), figures={"rows": float(len(different))})
     return metrics
+
+
+def all_bad_rows(first: BadRows, task: Task, out: Path) -> BadRows:
+    """Return the error for the bad rows of all files of a task. Where they fill a screen, a file of `out` names all."""
+    messages = (task.bad_rows() if len(task.choice.files) > 1 else []) or list(first.messages)
+    if len(messages) <= BAD_ROWS_SHOWN:
+        return BadRows(messages)
+    text = "".join(f"{message}\n" for message in messages)
+    (out / BAD_ROWS).write_text(text, encoding="utf-8", errors="backslashreplace")
+    return BadRows(messages, named_in=str(out / BAD_ROWS))
 
 
 def target_problems(task: Task, examples: Iterable[Example]) -> tuple[list[str], list[str]]:

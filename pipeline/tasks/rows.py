@@ -20,6 +20,18 @@ from pipeline.tasks.row_files import Columns, Row, file_problem, file_rows, is_m
 __all__ = ["Columns", "Row", "file_problem", "file_rows", "is_missing"]  # tasks import all row functions from here
 SAMPLES = Path(__file__).parent / "samples"  # small files in the hub's schemas, written for smoke tests
 BAD_ROWS_SHOWN = 20  # bad rows listed in an error; the others are counted
+MESSAGE_LENGTH = 500  # characters of one bad row's message
+
+
+class BadRows(DataError):
+    """Rows that cannot be read: the first few as problems, and a message for each as `messages`."""
+
+    def __init__(self, messages: Sequence[str], named_in: str = "") -> None:
+        more = len(messages) - BAD_ROWS_SHOWN
+        rest = [f"… and {more} more bad rows{f'; {named_in} names all {len(messages)}' if named_in else ''}"]
+        fix = "fix them, or leave them out with task.on_bad_row=skip (they are counted)"
+        super().__init__(*messages[:BAD_ROWS_SHOWN], *(rest if more > 0 else []), fix)
+        self.messages = messages
 
 
 def hub_rows(name: str, revision: str | None, *, split: str, config: str | None = None) -> Iterator[Row]:
@@ -48,25 +60,25 @@ def filter_rows(
     """Return the rows, with None in the place of each bad one, and an error message for each bad one.
 
     Places are kept because splits are drawn over them: a published split must stay the same if some rows cannot be
-    read. Raises DataError with the messages, unless `skip_bad`; and with `what` if no good rows are left.
+    read. Raises BadRows, unless `skip_bad`; and DataError with `what` if no good rows are left.
     """
     found: list[Row | None] = []
-    bad = []
+    bad: list[str] = []
     for row in rows:
         message = row.fault or problem(row.values)
         if message:
-            bad.append(f"{row.place}: {message}")
-        found.append(None if message else row)
+            bad.append(bad_row(row, message))
+        found.append(row if not message and (skip_bad or not bad) else None)  # what will not be used is not kept
     if bad and not skip_bad:
-        shown = (
-            bad
-            if len(bad) <= BAD_ROWS_SHOWN
-            else [*bad[:BAD_ROWS_SHOWN], f"… and {len(bad) - BAD_ROWS_SHOWN} more bad rows"]
-        )
-        raise DataError(*shown, "fix them, or leave them out with task.on_bad_row=skip (they are counted)")
+        raise BadRows(bad)
     if len(bad) == len(found):
         raise DataError(*bad[:BAD_ROWS_SHOWN], f"{what}: no rows are left" if bad else f"{what}: no rows")
     return found, bad
+
+
+def bad_row(row: Row, message: str) -> str:
+    """Return the message of a bad row, with its file and line."""
+    return f"{row.place}: {message[:MESSAGE_LENGTH]}"
 
 
 def skipped_note(skipped: list[str], more: str = "") -> str:

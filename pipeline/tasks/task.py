@@ -26,7 +26,7 @@ from pipeline.core.errors import DataError, RecipeError, did_you_mean, join_firs
 from pipeline.core.schema import Constraint, parse
 from pipeline.scoring.answers import CLOSE, OPEN
 from pipeline.scoring.reading import REASONS, plain_characters
-from pipeline.tasks.rows import SAMPLES, Columns, Row, file_problem, file_rows, filter_rows, hub_rows
+from pipeline.tasks.rows import SAMPLES, Columns, Row, bad_row, file_problem, file_rows, filter_rows, hub_rows
 
 Message = dict[str, str]  # {"role": …, "content": …}
 Needs = Mapping[str, str]
@@ -237,6 +237,18 @@ class Task(ABC):
         summary = split_summary(train, held, same_question=done.left, skipped=skipped)
         tests = {"test": done.test} if done.test else {}
         return Splits(train, train if self.rewardable else [], done.validation, tests, summary)
+
+    def bad_rows(self) -> list[str]:
+        """Return a message for each bad row of all of the task's files, with file and line."""
+        found: list[str] = []
+        for path in self.choice.files.values():
+            try:
+                for row in file_rows(Path(path), self.columns):
+                    if message := row.fault or self.row_problem(row.values):
+                        found.append(bad_row(row, message))
+            except DataError as error:
+                found += error.problems
+        return found
 
     def peek(self) -> tuple[list[str], list[str]]:
         """Read the first rows of the task's files. Returns (errors, notes) as messages."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from pipeline.config.recipe import TaskChoice, read
 from pipeline.core.errors import DataError, PlanError, RecipeError
 from pipeline.preflight.checks import problems as preflight
 from pipeline.tasks.row_files import Row, file_rows
+from pipeline.tasks.rows import BadRows
 from pipeline.tasks.task import Example, Splits, divide, task_of
 from pipeline.workflow.plan import make_plan
 from pipeline.workflow.single_step import evaluation_plan
@@ -180,6 +183,82 @@ def test_a_parquet_file_that_is_damaged_inside_is_told(tmp_path: Path) -> None:
 def test_a_path_that_names_no_file_is_one_sentence(path: str) -> None:
     with pytest.raises(DataError, match="jsonl"):
         list(file_rows(Path(path)))
+
+
+KINDS_OF_BAD_ROWS = [  # a line -> what is said about it
+    (b'{"question": "cut', "not JSON"),
+    (b'{"question": "no answer"}', "no answer (it has question)"),
+    (b'{"question": 7, "answer": [1]}', "answer is not a text"),
+    (b'{"question": "\\ud800", "answer": "a"}', "half a character"),
+    (b'{"question": "q", "answer": 1' + b"0" * 5000 + b"}", "a number of more than 4300 digits"),
+    (b"[" * 3000, "nested too deep"),
+    (b'{"question": "q", "answer": true}', "answer is true, not a text"),
+    (b'{"question": "\xe9", "answer": "x"}', "not UTF-8"),
+    (b'{"question": NaN, "answer": "x"}', "no question (it is nan)"),
+    (b'{"question": "q", "answer": 1e999}', "not a text or a finite number"),
+]
+
+
+def rows_with_bad_ones(path: Path, count: int) -> list[tuple[int, str]]:
+    """Write rows of which each hundredth is bad. Returns the lines of the bad ones, and what is wrong with them."""
+    good, bad = json.dumps({"question": "How many?", "answer": "1 + 2\n#### 3"}).encode() + b"\n", []
+    with path.open("wb") as file:
+        for line in range(1, count + 1):
+            if line % 100:
+                file.write(good)
+                continue
+            content, fault = KINDS_OF_BAD_ROWS[line // 100 % len(KINDS_OF_BAD_ROWS)]
+            file.write(content + b"\n")
+            bad.append((line, fault))
+    return bad
+
+
+@pytest.mark.slow
+def test_a_thousand_bad_rows_of_a_hundred_thousand_are_all_named_at_once(tmp_path: Path) -> None:
+    """By file and line, in a file where they fill the screen; of several files in one go."""
+    from pipeline.preprocess import all_bad_rows
+
+    path, test = tmp_path / "rows.jsonl", tmp_path / "test.jsonl"
+    bad = rows_with_bad_ones(path, 100_000)
+    more = rows_with_bad_ones(test, 300)
+    assert len(bad) == 1000
+    task = task_of(TaskChoice("gsm8k", "path", str(path), None, "error", {}, test_path=str(test)), 0)
+    with pytest.raises(BadRows) as caught:
+        task.load()
+    error = all_bad_rows(caught.value, task, tmp_path)
+    assert len(error.problems) == 22  # a screen
+    assert error.problems[20] == f"… and 983 more bad rows; {tmp_path}/bad-rows.txt names all 1003"
+    named = (tmp_path / "bad-rows.txt").read_text().splitlines()
+    assert list(error.problems[:20]) == named[:20]
+    for (file, line, fault), message in zip(
+        [(file, *one) for file, known in ((path, bad), (test, more)) for one in known], named, strict=True
+    ):
+        assert message.startswith(f"{file}:{line}: ")
+        assert fault in message
+    assert max(map(len, named)) < 600
+
+
+@pytest.mark.slow
+def test_reading_takes_time_in_proportion_to_the_rows_and_keeps_none_of_them(tmp_path: Path) -> None:
+    """Processor seconds, the better of two: eight times the rows take no more than sixteen times as long."""
+    seconds = []
+    for count in (2_500, 20_000):
+        path = tmp_path / f"{count}.jsonl"
+        rows_with_bad_ones(path, count)
+        tries = []
+        for _ in range(2):
+            began = time.process_time()
+            with pytest.raises(BadRows):
+                load("gsm8k", path)
+            tries.append(time.process_time() - began)
+        seconds.append(min(tries))
+    assert seconds[1] < 16 * seconds[0]
+    tracemalloc.start()
+    with pytest.raises(BadRows):
+        load("gsm8k", path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < path.stat().st_size  # bad rows are not kept, and good ones only until the first bad one
 
 
 # ---------------------------------------------------------------- what is named is used or refused
