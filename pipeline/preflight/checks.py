@@ -38,7 +38,7 @@ from pipeline.sizing.host_memory import limit, too_large
 from pipeline.sizing.memory import usable
 from pipeline.sizing.model_sizes import GIB, adapter_parameters, known_dims
 from pipeline.tasks.task import task_of
-from pipeline.workflow.plan import Plan, resume_problems_of
+from pipeline.workflow.plan import Plan, resume_notes_of, resume_problems_of
 from pipeline.workflow.stage import STAGES, EvaluateEndpoint
 
 PROJECT = "therefore-pipeline"
@@ -69,6 +69,7 @@ def problems(plan: Plan, *, audited: bool = False) -> tuple[list[str], list[str]
         notes += _notes(recipe, plan.cluster)
     wrong += [step.unreadable for step in plan.to_run if step.unreadable]
     wrong += [text for step in plan.to_run for text in resume_problems_of(step, plan.cluster)]
+    notes += [text for step in plan.to_run for text in resume_notes_of(step, plan.cluster)]
     if plan.cluster.keep_checkpoints == 1 and any(STAGES[step.stage].trains for step in plan.to_run):
         notes.append("cluster.keep_checkpoints=1: where the newest is damaged, training restarts. Fix: at least 2")
     wrong += [*_extras(plan.cluster), *_login(plan.cluster)]

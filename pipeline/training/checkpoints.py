@@ -72,11 +72,11 @@ def latest_valid_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def checkpoint_to_resume(folder: Path, layout: Layout, stage: str, runtime: Runtime) -> tuple[Path | None, list[str]]:
+def checkpoint_to_resume(folder: Path, layout: Layout, runtime: Runtime) -> tuple[Path | None, list[str]]:
     """Return, in every process, (the checkpoint to resume from, messages about skipped ones); rank 0 verifies them.
 
     Where the second place has a newer one, that is restored and returned.
-    Raises ArtifactError in every process for a checkpoint that another user wrote or that needs another layout. One
+    Raises ArtifactError in every process for a checkpoint that another user wrote or that was trained otherwise. One
     override fixes such an error, while a silent resume from an older checkpoint would lose work.
     """
 
@@ -89,7 +89,7 @@ def checkpoint_to_resume(folder: Path, layout: Layout, stage: str, runtime: Runt
             found, restored = restore_copy(folder, second, found)
             skipped += restored
         saved = saved_layout(found) if found else None
-        if found and saved and (problem := layout_mismatch(saved, layout, found, stage, runtime.cluster)):
+        if found and saved and (problem := layout_mismatch(saved, layout, found)):
             raise ArtifactError(problem)
         return (str(found) if found else None), skipped, (file_sizes(found) if found else {})
 

@@ -184,7 +184,8 @@ class CheckpointCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         newest = self.folder / f"checkpoint-{state.global_step}"
-        seen = distributed.to_rank_0(file_sizes(newest))  # every rank has written its own files
+        distributed.barrier()  # every rank has written its own files, and no temporary one is left
+        seen = distributed.to_rank_0(file_sizes(newest))
         files = {name: max(sizes.get(name, 0) for sizes in seen) for name in {name for sizes in seen for name in sizes}}
         distributed.from_rank_0(lambda: self.saves.begin(newest, files, state.best_model_checkpoint))
         self.writing = time.monotonic() - self.ended

@@ -26,7 +26,7 @@ from pipeline.config.recipe import Optimizer, Recipe
 from pipeline.core import heartbeat
 from pipeline.core.errors import DataError, Diverged, LaunchError, RecipeError, Stopped, join_first
 from pipeline.models.loading import add_lora, choose_dtype, load_model
-from pipeline.training import distributed
+from pipeline.training import conversion, distributed
 from pipeline.training.callbacks import (
     MINIMUM_SCALE_MESSAGE,
     HeartbeatCallback,
@@ -43,7 +43,7 @@ from pipeline.training.resume import ResumeCallback
 from pipeline.training.saves import CheckpointCallback
 from pipeline.workflow.artifact import Artifact, read_split
 from pipeline.workflow.attempts import bad_batches
-from pipeline.workflow.layouts import stage_layout
+from pipeline.workflow.layouts import Layout, keeps_optimizer, layout_change, loads_as_it_is, saved_layout, stage_layout
 from pipeline.workflow.runtime import Deadline, Runtime
 from pipeline.workflow.weights import Checkpoint
 
@@ -213,14 +213,14 @@ def train(
 
     `name_rows` names the rows of a step at which training diverges. Raises Stopped after a requested stop, with a
     checkpoint saved; Diverged; LaunchError if training took no step; ArtifactError for a checkpoint that another user
-    wrote or that needs another layout.
+    wrote or that was trained otherwise.
     """
     precision = str(choose_dtype(recipe.model)).removeprefix("torch.")
     layout = stage_layout(recipe, runtime.cluster, stage, processes=runtime.world, precision=precision)
     stopper = CheckpointCallback(runtime, layout, Deadline(runtime, stage), out)
     progress, signal = ProgressCallback(runtime, trainer), LearningSignalCallback(runtime)
     save_adapter_alone(trainer)
-    resume, skipped = checkpoint_to_resume(out / "checkpoints", layout, stage, runtime)
+    resume, skipped = checkpoint_to_resume(out / "checkpoints", layout, runtime)
     trainer.callback_handler.callbacks.insert(0, progress)  # first, so that the loggers get the figures that it adds
     trainer.add_callback(ResumeCallback(trainer, resume))
     trainer.add_callback(stopper)
@@ -236,6 +236,7 @@ def train(
         print(f"resumes from {resume.name}" if resume else "begins at step 0", flush=True)
     if resume:
         restore_callbacks(trainer, resume)
+        convert_layout(trainer, resume, layout, stage, runtime)
     try:
         with logger_environment(out, runtime):
             loss = run_trainer(trainer, progress, resume)
@@ -260,6 +261,18 @@ def train(
     found = {"peak_memory_gb": round(peak_memory(), 3), "resumed_from": resume.name if resume else None}
     missing = {"skipped_batches": [asdict(one) for one in bad]} if bad else {}
     return {**steps, **scaled, **missing, **signal.metrics(), **found, "passed_over": skipped}
+
+
+def convert_layout(trainer: Trainer, resume: Path, layout: Layout, stage: str, runtime: Runtime) -> None:
+    """Have the trainer resume from a checkpoint of another layout, and print what changes."""
+    conversion.load_best_of_any_layout(trainer, layout)
+    saved = saved_layout(resume)
+    if saved is None:
+        return
+    if runtime.rank == 0 and (changed := layout_change(saved, layout, stage, runtime.cluster)):
+        print(changed, flush=True)
+    if not loads_as_it_is(saved, layout):
+        conversion.convert_on_resume(trainer, resume, optimizer=keeps_optimizer(saved, layout))
 
 
 def run_trainer(trainer: Trainer, progress: ProgressCallback, resume: Path | None) -> float | None:

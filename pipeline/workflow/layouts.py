@@ -2,12 +2,14 @@
 
     layout = stage_layout(recipe, cluster, "sft")                    of a run that begins
     saved = saved_layout(Path("…/checkpoint-400"))                   of a checkpoint: its layout.json, or file names
-    layout_mismatch(saved, layout, checkpoint, "sft", cluster)       None, or why it cannot resume and what would
+    layout_mismatch(saved, layout, checkpoint, "sft")                None, or why it cannot resume
+    layout_change(saved, layout, "sft", cluster)                     None, or what changes where it resumes
     resume_problems(folder, recipe, cluster, "sft")                  before a job is queued: why checkpoints are refused
+    resume_notes(folder, recipe, cluster, "sft")                     before a job is queued: what changes
 
 DeepSpeed 0.19 stores optimizer states in one shard per process, in a format of its own for each ZeRO stage. It refuses
-or misreads them in any other layout. transformers loads a plain checkpoint in any number of processes. This module
-imports no torch and loads no weights.
+or misreads them in any other layout; training/conversion.py reads them. transformers loads a plain checkpoint in any
+number of processes. This module imports no torch and loads no weights.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pipeline.workflow.signing import MANIFEST, origin_problem
 
 LAYOUT = "layout.json"  # of a checkpoint, written before its manifest
 UNKNOWN = "unknown"
+CONVERTED = ("adamw_torch", "adamw_torch_fused", "muon")  # optimizers whose states have one number for each weight
 
 
 @dataclass(frozen=True)
@@ -88,22 +91,12 @@ def saved_layout(checkpoint: Path) -> Layout | None:
     return None
 
 
-def layout_mismatch(saved: Layout, now: Layout, checkpoint: Path, stage: str, cluster: Cluster) -> str | None:
-    """Explain why a checkpoint cannot resume in this layout, with the overrides that resume it; None where it can.
-
-    Without DeepSpeed on both sides the number of processes may differ: every process reads the whole state.
-    """
+def layout_mismatch(saved: Layout, now: Layout, checkpoint: Path) -> str | None:
+    """Explain why a checkpoint cannot resume in this layout; None where it can, converted or not."""
     anew = f"or delete {checkpoint.parent} to start this step again from its beginning"
     for what, before, after in (("lora.enabled", saved.trained, now.trained), *_same_optimizer(saved, now)):
         if before != after:
             return f"{what}: got {after}; expected {before}, as {checkpoint} was trained. Fix: use that again, {anew}"
-    same_stage = saved.zero_stage == now.zero_stage or {saved.zero_stage, now.zero_stage} <= {1, 2}
-    same_world = saved.processes == now.processes or saved.zero_stage == now.zero_stage == 0
-    if not (same_stage and same_world):
-        return (
-            f"cluster.{stage}.deepspeed: got {now}; expected {saved}, the layout of {checkpoint}, whose optimizer "
-            f"states cannot be converted. Fix: {resume_overrides(saved, stage, cluster)} resumes it; {anew}"
-        )
     if saved.zero_stage and UNKNOWN not in (saved.precision, now.precision) and saved.precision != now.precision:
         return (
             f"model.dtype: got {now.precision} on this hardware; expected {saved.precision}, in which {checkpoint} was "
@@ -112,23 +105,62 @@ def layout_mismatch(saved: Layout, now: Layout, checkpoint: Path, stage: str, cl
     return None
 
 
+def loads_as_it_is(saved: Layout, now: Layout) -> bool:
+    """Return whether DeepSpeed and transformers load a checkpoint of one layout in the other by themselves."""
+    same_stage = saved.zero_stage == now.zero_stage or {saved.zero_stage, now.zero_stage} <= {1, 2}
+    return same_stage and (saved.processes == now.processes or saved.zero_stage == now.zero_stage == 0)
+
+
+def keeps_optimizer(saved: Layout, now: Layout) -> bool:
+    """Return whether the optimizer's states come along into the other layout; else the optimizer begins anew."""
+    return loads_as_it_is(saved, now) or now.optimizer in CONVERTED
+
+
+def layout_change(saved: Layout, now: Layout, stage: str, cluster: Cluster) -> str | None:
+    """Describe what a resume in another layout keeps and what begins anew; None for a layout that changes nothing."""
+    if loads_as_it_is(saved, now) and saved.processes == now.processes:
+        return None
+    states = "optimizer states, " if keeps_optimizer(saved, now) else ""
+    text = f"{saved} -> {now}: weights, {states}schedule and the order of the rows are kept"
+    if saved.processes != now.processes:
+        text += "; other random numbers" + (" and so other completions" if stage == "grpo" else "")
+    if not states:
+        text += (
+            f"; the optimizer begins anew, because the states of {now.optimizer} cannot be converted "
+            f"({resume_overrides(saved, stage, cluster)} keeps them)"
+        )
+    return text
+
+
 def resume_problems(
     folder: Path, recipe: Recipe, cluster: Cluster, stage: str, processes: int | None = None
 ) -> list[str]:
-    """Explain why a step's checkpoints cannot resume on this cluster: another user's, or of another layout.
+    """Explain why a step's checkpoints cannot resume on this cluster: another user's, or of another training.
 
     Hashes no file. `processes`: those that run, where the step has started already.
     """
+    whole = _whole(folder)
+    if problems := [problem for path in whole if (problem := origin_problem(path))]:
+        return problems[:1]
+    saved = saved_layout(whole[-1]) if whole else None
+    now = stage_layout(recipe, cluster, stage, processes=processes)
+    refused = layout_mismatch(saved, now, whole[-1]) if saved else None
+    return [refused] if refused else []
+
+
+def resume_notes(folder: Path, recipe: Recipe, cluster: Cluster, stage: str) -> list[str]:
+    """Describe what changes for a step whose checkpoints resume in another layout."""
+    whole = _whole(folder)
+    saved = saved_layout(whole[-1]) if whole else None
+    changed = layout_change(saved, stage_layout(recipe, cluster, stage), stage, cluster) if saved else None
+    return [f"{folder.name} resumes from {whole[-1].name}, {changed}"] if changed else []
+
+
+def _whole(folder: Path) -> list[Path]:
+    """Return a step's checkpoints that have their manifest, by step."""
     whole = [path.parent for path in folder.glob(f"checkpoints/checkpoint-*/{MANIFEST}")]
     whole = [path for path in whole if path.name.rpartition("-")[2].isdigit()]
-    if not whole:
-        return []
-    if problems := [problem for path in sorted(whole) if (problem := origin_problem(path))]:
-        return problems[:1]
-    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
-    saved, now = saved_layout(newest), stage_layout(recipe, cluster, stage, processes=processes)
-    refused = layout_mismatch(saved, now, newest, stage, cluster) if saved else None
-    return [refused] if refused else []
+    return sorted(whole, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def _same_optimizer(saved: Layout, now: Layout) -> list[tuple[str, str, str]]:

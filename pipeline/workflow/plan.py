@@ -29,7 +29,7 @@ from pipeline.sizing.fitting import resolve_auto
 from pipeline.sizing.smoke import smoke_test_of
 from pipeline.tasks.task import make_task, resolved_params, split_problems, task_of
 from pipeline.workflow.artifact import ARTIFACT, SCHEMA, STEP, Artifact, artifact_problem, is_done, read_artifact
-from pipeline.workflow.layouts import resume_problems
+from pipeline.workflow.layouts import resume_notes, resume_problems
 from pipeline.workflow.lock import is_alive, read_holder
 from pipeline.workflow.stage import (
     ENDPOINT_ROLE,
@@ -375,7 +375,8 @@ def explain(step: Step, cluster: Cluster | None = None) -> list[str]:
     if saved:
         newest = max(saved, key=lambda path: int(path.name.rpartition("-")[2]))
         refused = resume_problems_of(step, cluster) if cluster else []
-        return [f"cannot resume: {text}" for text in refused] or [f"resumes from {newest.name}"]
+        changes = resume_notes_of(step, cluster) if cluster else []
+        return [f"cannot resume: {text}" for text in refused] or changes or [f"resumes from {newest.name}"]
     if (step.folder / STEP).exists():
         return ["restart: the previous attempt saved no checkpoint"]
     before = _latest(step)
@@ -401,6 +402,13 @@ def resume_problems_of(step: Step, cluster: Cluster) -> list[str]:
     if not STAGES[step.stage].trains or step.done:
         return []
     return resume_problems(step.folder, step.recipe, resolve_auto(step.recipe, cluster), step.stage)
+
+
+def resume_notes_of(step: Step, cluster: Cluster) -> list[str]:
+    """What changes where a training step resumes in another layout; nothing for other steps."""
+    if not STAGES[step.stage].trains or step.done:
+        return []
+    return resume_notes(step.folder, step.recipe, resolve_auto(step.recipe, cluster), step.stage)
 
 
 def _latest(step: Step) -> Artifact | None:

@@ -2,15 +2,17 @@
 
     python tests/support/killed.py OUT [WAY …]
 
-Leaves OUT/WAY/{straight,killed}/ as a step's folder is left; tests/train/test_resume.py compares the two. The libraries
-are imported once: every run is a group of processes forked from this one, each of them a process of its own that joins
-a process group of its own and dies by its own signal.
+Leaves OUT/WAY/{straight,killed}/ as a step's folder is left, and OUT/WAY/"2 zero3"/ where the checkpoint of the
+straight run was resumed by two processes under ZeRO-3; tests/train/test_resume.py compares them. The libraries are
+imported once: every run is a group of processes forked from this one, each of them a process of its own that joins a
+process group of its own and dies by its own signal.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -18,7 +20,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ SFT = [
     "cluster.keep_checkpoints=9",
 ]
 GRPO = ["grpo.init_from=base", "grpo.max_steps=8", "cluster.save_steps=5"]  # two prompts a step
-LORA = ["lora.enabled=true", "lora.r=4", "lora.dropout=0.1"]
+LORA = ["lora.enabled=true", "lora.r=4"]
 
 
 @dataclass(frozen=True)
@@ -64,19 +66,34 @@ class Way:
     layout: str
     words: tuple[str, ...] = ()
     kill: int = 8
+    moves: tuple[str, ...] = ()  # processes and layouts in which the straight run's checkpoint is resumed
+
+
+MOVES = {
+    "none": ("2 zero2", "1 zero3"),
+    "zero2": ("1 zero2", "2 zero3", "2 none"),
+    "zero3": ("2 zero2", "1 none"),
+}
 
 
 def two(layout: str) -> dict[str, Way]:
     """SFT into its third epoch, and GRPO that is killed in a generation cycle, in two processes."""
     return {
-        f"sft {layout}": Way("sft", 2, layout),
-        f"grpo {layout}": Way("grpo", 2, layout, (*GRPO, "task.params.grpo_rows=4", "grpo.num_iterations=2"), 6),
+        f"sft {layout}": Way("sft", 2, layout, moves=MOVES[layout]),
+        f"grpo {layout}": Way(
+            "grpo",
+            2,
+            layout,
+            (*GRPO, "task.params.grpo_rows=4", "grpo.num_iterations=2"),
+            6,
+            ("1 none",) if layout == "zero2" else (),
+        ),
     }
 
 
 MICRO = ("cluster.sft.per_device_batch_size=4", "cluster.grpo.per_device_batch_size=4")  # two micro-batches a step
 WAYS: dict[str, Way] = {
-    "sft": Way("sft", 1, "none", (*MICRO, *LORA)),
+    "sft": Way("sft", 1, "none", (*MICRO, *LORA, "lora.dropout=0"), moves=("2 zero3",)),
     "sft early": Way(
         "sft",
         1,
@@ -92,10 +109,17 @@ WAYS: dict[str, Way] = {
         ),
         9,
     ),
-    "sft packed": Way("sft", 1, "zero2", ("sft.packing=true", "sft.max_length=256", "sft.global_batch_size=2")),
-    "sft muon": Way("sft", 2, "zero2", ("sft.optimizer.name=muon",)),
+    "sft packed": Way(
+        "sft",
+        1,
+        "zero2",
+        ("sft.packing=true", "sft.max_length=256", "sft.global_batch_size=2", "model.dtype=bfloat16"),
+        moves=("2 zero3",),
+    ),
+    "sft adafactor": Way("sft", 2, "zero2", ("sft.optimizer.name=adafactor",), moves=("1 zero2",)),
+    "sft muon": Way("sft", 2, "zero2", ("sft.optimizer.name=muon",), moves=("1 zero2",)),
     "grpo": Way("grpo", 1, "none", (*GRPO, *MICRO, "grpo.num_iterations=2"), 6),
-    "grpo lora": Way("grpo", 1, "zero2", (*GRPO, *MICRO, *LORA, "grpo.beta=0.1"), 6),
+    "grpo lora": Way("grpo", 1, "zero2", (*GRPO, *MICRO, *LORA, "lora.dropout=0.1", "grpo.beta=0.1"), 6),
     **two("none"),
     **two("zero2"),
     **two("zero3"),
@@ -118,6 +142,12 @@ def main(out: Path, names: list[str]) -> None:
         forked(way.processes, straight, partial(run, plan, way.stage, straight, base))
         forked(way.processes, killed, partial(run, plan, way.stage, killed, base, way.kill), dies=True)
         forked(way.processes, killed, partial(run, plan, way.stage, killed, base))
+        for move in way.moves:
+            moved, (processes, layout) = out / name / move, move.split()
+            first = numbered(straight / "checkpoints")[0]
+            shutil.copytree(first, moved / "checkpoints" / first.name)
+            other = plan_of(replace(way, processes=int(processes), layout=layout), out)
+            forked(int(processes), moved, partial(run, other, way.stage, moved, base))
 
 
 def forked(processes: int, folder: Path, work: Callable[[], None], *, dies: bool = False) -> None:

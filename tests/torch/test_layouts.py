@@ -1,4 +1,4 @@
-"""layouts: a checkpoint of another layout is refused before anything is queued, with the words that resume it."""
+"""layouts: what a checkpoint of another layout keeps, and what is refused, both said before anything is queued."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from running import NANO, only, run_cli
 from pipeline.config.cluster import Cluster, read_cluster
 from pipeline.core.files import read_json
 from pipeline.training.checkpoints import write_manifest
-from pipeline.workflow.layouts import LAYOUT, Layout, layout_mismatch, saved_layout, stage_layout
+from pipeline.workflow.layouts import (
+    LAYOUT,
+    Layout,
+    keeps_optimizer,
+    layout_change,
+    layout_mismatch,
+    loads_as_it_is,
+    saved_layout,
+    stage_layout,
+)
 from pipeline.workflow.signing import MANIFEST, SIGNATURE
 
 ZERO2 = Layout(2, 2, "zero2", False, "full", "muon", "float32")
@@ -34,46 +43,59 @@ def test_the_layout_of_a_run_is_read_from_recipe_and_cluster() -> None:
     assert (alone.processes, alone.zero_stage) == (8, 0)
 
 
-RESUMES = {  # each was run: the losses and learning rates after the resume are those of the undisturbed run
-    "the same": ZERO2,
-    "offload": replace(ZERO2, deepspeed="zero2_offload", offload=True),
+UNCHANGED = {"the same": ZERO2, "offload": replace(ZERO2, deepspeed="zero2_offload", offload=True)}
+KEPT = "weights, optimizer states, schedule and the order of the rows are kept"
+CHANGED = {  # each is run by tests/train/test_resume.py
+    "processes": (replace(ZERO2, processes=1), f"zero2 on 1 process: {KEPT}; other random numbers"),
+    "stage": (replace(ZERO2, zero_stage=3, deepspeed="zero3"), f"zero3 on 2 processes: {KEPT}"),
+    "plain": (replace(ZERO2, zero_stage=0, deepspeed="none"), f"no DeepSpeed on 2 processes: {KEPT}"),
 }
 REFUSED = {
-    "processes": (replace(ZERO2, processes=1), "cluster.sft.deepspeed=zero2 cluster.processes=2 resumes it"),
-    "stage": (replace(ZERO2, zero_stage=3, deepspeed="zero3"), "got zero3 on 2 processes; expected zero2 on 2"),
-    "plain": (replace(ZERO2, zero_stage=0, deepspeed="none"), "got no DeepSpeed on 2 processes; expected zero2"),
     "precision": (replace(ZERO2, precision="float16"), "model.dtype: got float16 on this hardware; expected float32"),
     "optimizer": (replace(ZERO2, optimizer="adamw_torch"), "optimizer.name: got adamw_torch; expected muon"),
     "trained": (replace(ZERO2, trained="lora"), "lora.enabled: got lora; expected full"),
 }
 
 
-@pytest.mark.parametrize("now", RESUMES.values(), ids=list(RESUMES))
-def test_what_resumes(now: Layout) -> None:
-    assert layout_mismatch(ZERO2, now, HERE, "sft", cluster_of()) is None
+@pytest.mark.parametrize("now", UNCHANGED.values(), ids=list(UNCHANGED))
+def test_what_changes_nothing(now: Layout) -> None:
+    assert layout_mismatch(ZERO2, now, HERE) is None
+    assert layout_change(ZERO2, now, "sft", cluster_of()) is None
+    assert loads_as_it_is(ZERO2, now)
+
+
+@pytest.mark.parametrize(("now", "described"), CHANGED.values(), ids=list(CHANGED))
+def test_what_is_converted_says_what_it_keeps(now: Layout, described: str) -> None:
+    assert layout_mismatch(ZERO2, now, HERE) is None
+    assert layout_change(ZERO2, now, "sft", cluster_of()) == f"zero2 on 2 processes -> {described}"
+    assert not loads_as_it_is(ZERO2, now)
+    assert keeps_optimizer(ZERO2, now)
 
 
 @pytest.mark.parametrize(("now", "told"), REFUSED.values(), ids=list(REFUSED))
 def test_what_is_refused_says_what_it_needs(now: Layout, told: str) -> None:
-    sentence = layout_mismatch(ZERO2, now, HERE, "sft", cluster_of())
+    sentence = layout_mismatch(ZERO2, now, HERE)
     assert sentence is not None
     assert told in sentence
     assert f"delete {HERE.parent}" in sentence
 
 
-def test_without_deepspeed_any_number_of_processes_resumes() -> None:
-    plain = replace(ZERO2, zero_stage=0, deepspeed="none")
-    assert layout_mismatch(plain, replace(plain, processes=8), HERE, "sft", cluster_of()) is None
+def test_without_deepspeed_any_number_of_processes_loads_it_as_it_is() -> None:
+    plain = replace(ZERO2, zero_stage=0, deepspeed="none", optimizer="adafactor")
+    assert loads_as_it_is(plain, replace(plain, processes=8))
+    changed = layout_change(plain, replace(plain, processes=8), "grpo", cluster_of())
+    assert changed is not None
+    assert changed.endswith(f"{KEPT}; other random numbers and so other completions")
 
 
-def test_the_words_fit_the_nodes() -> None:
-    saved, now = replace(ZERO2, processes=8), replace(ZERO2, processes=4)
-    nodes = replace(cluster_of(), launcher="slurm", nodes=2)
-    assert "cluster.sft.deepspeed=zero2 cluster.processes=4 resumes" in str(
-        layout_mismatch(saved, now, HERE, "sft", nodes)
-    )
-    three = str(layout_mismatch(saved, now, HERE, "sft", replace(nodes, nodes=3)))
-    assert "cluster.sft.deepspeed=zero2 cluster.nodes=1 cluster.processes=8 resumes" in three
+def test_an_optimizer_that_begins_anew_is_named_with_the_words_that_keep_it() -> None:
+    saved = replace(ZERO2, processes=8, optimizer="paged_adamw_8bit")
+    now, nodes = replace(saved, processes=4), replace(cluster_of(), launcher="slurm", nodes=2)
+    changed = str(layout_change(saved, now, "sft", nodes))
+    assert "weights, schedule and the order of the rows are kept; other random numbers; the optimizer begins" in changed
+    assert "cluster.sft.deepspeed=zero2 cluster.processes=4 keeps them" in changed
+    three = str(layout_change(saved, now, "sft", replace(nodes, nodes=3)))
+    assert "cluster.sft.deepspeed=zero2 cluster.nodes=1 cluster.processes=8 keeps them" in three
 
 
 @pytest.mark.parametrize(
@@ -125,20 +147,18 @@ def test_a_checkpoint_records_its_layout_and_its_files_tell_the_same(nano: Path)
     shutil.rmtree(old)
 
 
-def test_another_layout_is_refused_by_plan_check_and_run(half_done: Path) -> None:
+def test_another_layout_is_described_by_plan_and_check_and_resumed_by_run(half_done: Path) -> None:
     words = [*NANO, "--stages", "sft", "--runs", str(half_done)]
-    assert run_cli("check", "tiny", *words).returncode == 0
+    other = [*words, "cluster.sft.deepspeed=none", "cluster.processes=1", "sft.optimizer.name=muon"]
+    assert run_cli("check", "tiny", *other).returncode == 2  # muon is DeepSpeed's
     other = [*words, "cluster.sft.deepspeed=zero2_offload", "cluster.processes=1"]
-    told = "cluster.sft.deepspeed: got zero2_offload on 1 process; expected zero2 on 2 processes"
-    fix = "Fix: cluster.sft.deepspeed=zero2 cluster.processes=2 resumes it"
-    for command in ("check", "run"):
-        done = run_cli(command, "tiny", *other)
-        assert done.returncode == 2
-        assert told in done.stderr
-        assert fix in done.stderr
-    shown = run_cli("plan", "tiny", *other).stdout
-    assert f"cannot resume: {told}" in shown
-    assert "resumes from checkpoint-6" in run_cli("plan", "tiny", *words).stdout
+    change = "resumes from checkpoint-6, zero2 on 2 processes -> zero2_offload on 1 process: weights, optimizer states"
+    assert change in run_cli("plan", "tiny", *other).stdout
+    assert change in run_cli("check", "tiny", *other).stdout
+    done = run_cli("run", "tiny", *other)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_json(only(half_done, "tiny/sft-*/artifact.json"))["metrics"]["resumed_from"] == "checkpoint-6"
+    assert change in done.stderr
 
 
 def test_another_users_checkpoint_is_refused_before_anything_runs(half_done: Path) -> None:
@@ -149,13 +169,11 @@ def test_another_users_checkpoint_is_refused_before_anything_runs(half_done: Pat
     assert "python -m pipeline.workflow.signing" in done.stderr
 
 
-def test_an_older_manifest_without_layout_is_refused_by_its_files(half_done: Path) -> None:
+def test_an_older_manifest_without_layout_is_read_from_its_files(half_done: Path) -> None:
     """As the version before wrote it: no layout, no signature."""
     for checkpoint in half_done.glob("tiny/sft-*/checkpoints/checkpoint-*"):
         (checkpoint / LAYOUT).unlink()
         write_manifest(checkpoint)
         assert (checkpoint / SIGNATURE).is_file()
     words = [*NANO, "--stages", "sft", "--runs", str(half_done), "cluster.processes=1"]
-    done = run_cli("check", "tiny", *words)
-    assert done.returncode == 2
-    assert "got zero2 on 1 process; expected zero2 on 2 processes" in done.stderr
+    assert "zero2 on 2 processes -> zero2 on 1 process" in run_cli("check", "tiny", *words).stdout

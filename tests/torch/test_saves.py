@@ -213,7 +213,7 @@ def test_the_newest_valid_one_of_both_places_is_resumed(tmp_path: Path, damage: 
     assert cluster is not None, problems
     runtime = Runtime(cluster, ProgressFile(None, "sft"), 0, 1, out, None, None)
     layout = Layout(1, 0, "none", False, "full", "adamw_torch")
-    found, messages = checkpoint_to_resume(first, layout, "sft", runtime)
+    found, messages = checkpoint_to_resume(first, layout, runtime)
     assert found == newest
     assert validation_error(newest) is None
     assert (f"checkpoint-4 is restored from {second}" in messages) == (damage != "whole")
