@@ -12,6 +12,9 @@ import hashlib
 import io
 import json
 import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +71,19 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def files_sha256(paths: Sequence[Path]) -> list[str]:
+    """Return the sha256 of each file; as many are read at once as there are cores, eight at most.
+
+    One core hashes 1.3 GB/s, less than what a cluster's file system reads.
+    """
+    with ThreadPoolExecutor(min(HASH_THREADS, len(os.sched_getaffinity(0)))) as pool:
+        found = [pool.submit(file_sha256, path) for path in paths]
+        while wait(found, timeout=1).not_done:
+            heartbeat.beat(long=True)  # the threads' own signs do not count
+    return [one.result() for one in found]
+
+
+HASH_THREADS = 8
 READ_BYTES = 1 << 20  # bytes of a file that are read and hashed at once
 FULL_HASH_LIMIT = 64 << 20  # bytes; the identity of a file up to this size is its whole content
 EDGE_BYTES = 1 << 20  # bytes hashed at the start and at the end of a larger file

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.core.errors import ArtifactError, LaunchError
 from pipeline.core.files import read_json, sync, write_json
-from pipeline.core.hashing import file_sha256
+from pipeline.core.hashing import file_sha256, files_sha256
 from pipeline.training import distributed
 from pipeline.workflow.artifact import hash_files
 from pipeline.workflow.layouts import Layout, layout_mismatch, saved_layout, write_layout
@@ -36,19 +36,32 @@ def write_manifest(folder: Path, layout: Layout | None = None) -> None:
     write_json(folder / MANIFEST, manifest, durable=True)
 
 
-def validation_error(folder: Path, *, stop: Callable[[], bool] = lambda: False, hashes: bool = True) -> str | None:
-    """Return why a checkpoint is not valid, or None. Reads every file, unless `stop` says otherwise or not `hashes`."""
+def validation_error(
+    folder: Path, *, stop: Callable[[], bool] = lambda: False, hashes: bool = True, at_once: bool = False
+) -> str | None:
+    """Return why a checkpoint is not valid, or None. Reads every file, unless `stop` says otherwise or not `hashes`.
+
+    `at_once`: many files are read together, while nothing else runs.
+    """
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or not all(isinstance(entry, dict) for entry in manifest.values()):
         return "it is incomplete (no manifest)"
     for name, entry in manifest.items():
-        path = folder / name
-        if not path.is_file():
+        if not (folder / name).is_file():
             return f"{name} is missing"
-        hashed = hashes and not stop()
-        if path.stat().st_size != entry.get("size") or (hashed and file_sha256(path) != entry.get("sha256")):
-            return f"{name} has changed since it was written"
+        if (folder / name).stat().st_size != entry.get("size"):
+            return _changed(name)
+    found = iter(files_sha256([folder / name for name in manifest]) if hashes and at_once else ())
+    for name, entry in manifest.items():
+        if not hashes or stop():
+            break
+        if (next(found) if at_once else file_sha256(folder / name)) != entry.get("sha256"):
+            return _changed(name)
     return None
+
+
+def _changed(name: str) -> str:
+    return f"{name} has changed since it was written"
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -65,7 +78,7 @@ def latest_valid_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """Return (the latest valid checkpoint or None, a message for each later one that was skipped)."""
     skipped: list[str] = []
     for checkpoint in reversed(numbered(folder)):
-        problem = validation_error(checkpoint)
+        problem = validation_error(checkpoint, at_once=True)
         if problem is None:
             return checkpoint, skipped
         skipped.append(f"skipped {checkpoint.name}: {problem}")

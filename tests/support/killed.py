@@ -10,6 +10,7 @@ process group of its own and dies by its own signal.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -23,12 +24,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from running import NANO
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline import grpo, preprocess, sft
+from pipeline.core import hashing
 from pipeline.core.files import read_json, write_json
 from pipeline.rewards.reward import Sample
 from pipeline.training import distributed
@@ -222,12 +225,36 @@ def record_rows(trainer: Any, out: Path) -> None:
     trainer._prepare_inputs = lambda rows: prepare(written(rows) if trainer.model.training else rows)
 
 
+class Hashed(TrainerCallback):  # type: ignore[misc]
+    """Counts the bytes of files that this process hashes, and writes their number when training begins."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.bytes = 0
+        hashing.hashlib = SimpleNamespace(sha256=self.sha256)  # type: ignore[assignment,attr-defined]
+
+    def sha256(self, data: bytes = b"") -> Any:
+        digest = hashlib.sha256(data)
+
+        def update(more: Any) -> None:
+            self.bytes += len(more)
+            digest.update(more)
+
+        return SimpleNamespace(update=update, hexdigest=digest.hexdigest)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        (self.out / f"hashed-{distributed.rank()}.txt").write_text(str(self.bytes))
+
+
 def run(plan: Plan, stage: str, folder: Path, base: Path | None = None, kill: int | None = None) -> None:
     """One stage in this process, which dies after the step `kill`."""
     train = training.train
 
     def watched(trainer: Trainer, *words: Any) -> dict[str, Any]:
         record_rows(trainer, folder)
+        trainer.add_callback(Hashed(folder))
         if kill is not None:
             trainer.add_callback(Killer(kill))
         return train(trainer, *words)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from pipeline.core.files import read_json
 from pipeline.training.checkpoints import numbered, validation_error
+from pipeline.workflow.signing import MANIFEST
 
 CLOCK = ("runtime", "per_second", "step_time")  # what a log tells of time
 
@@ -121,6 +122,14 @@ def test_another_layout_goes_on_with_the_same_rows_weights_and_optimizer(trained
     apart = max((wanted[key].float() - got[key].float()).abs().max().item() for key in wanted.keys() & got.keys())
     steps = max((wanted[key].float() - before[key].float()).abs().max().item() for key in wanted.keys() & before.keys())
     assert apart < (0.2 if name == "sft packed" else 1e-4) * steps
+
+
+@pytest.mark.parametrize("name", [name for name, way in WAYS.items() if way.processes == 2 and not way.moves])
+def test_a_resume_hashes_each_byte_once_in_one_process(trained: Path, name: str) -> None:
+    step = trained / name / "killed"
+    manifest = read_json(step / "checkpoints" / read_json(step / "m.json")["resumed_from"] / MANIFEST)
+    hashed = [int((step / f"hashed-{rank}.txt").read_text()) for rank in range(2)]
+    assert hashed == [sum(entry["size"] for entry in manifest.values()), 0]
 
 
 def test_the_runs_cross_what_they_are_about(trained: Path) -> None:
