@@ -162,9 +162,11 @@ def _row(
         reasons = [*reasons, sentence]
     if state in ACTIVE and (sentence := describe_attempts(files.attempts)):
         reasons = [*reasons, sentence]
+    command = record.command if record and record.command else "the run command that submitted it"
     if state == "stopped" and record and not (job and job.live):
-        command = record.command or "the run command that submitted it"
         reasons = [*reasons, f"its job was not queued again. Fix: {command}"]
+    elif state in ("failed", "cancelled") and job and not broken and not any("Fix: " in text for text in reasons):
+        reasons = [*reasons, f"Fix: {command} resumes it"]
     running = state in ACTIVE and progress is not None
     if running and progress and (silent := time.time() - progress.updated) > SILENT_SECONDS:
         why = "a long step, or a process that hangs or was stopped; see its log"

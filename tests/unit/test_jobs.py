@@ -267,6 +267,97 @@ def test_a_refused_requeue_is_a_new_job_that_the_dependents_wait_for(tmp_path: P
     assert not any(one.new for one in again.values())
 
 
+REFUSED = {"REFUSE_REQUEUE": "Requested operation is presently disabled"}
+
+
+def check_handed_over(fake: Path, found: dict[str, Any]) -> str:
+    """One successor, for which everything waits. Returns its id."""
+    old, told = found["sft"].job, jobs(fake)
+    (new,) = [number for number, job in told.items() if job.get("dependency") == f"afterany:{old}"]
+    record = slurm.read_job(found["sft"].step.folder)
+    assert record is not None
+    assert (record.id, record.token) == (new, told[new]["comment"])
+    for name in ("grpo", "evaluate-sft", "report"):
+        waits = told[found[name].job]["dependency"].partition(":")[2].split(":")
+        assert new in waits
+        assert old not in waits
+    return new
+
+
+@pytest.mark.parametrize("hole", ["away-update", "lose-sbatch"])
+def test_a_successor_is_submitted_once_and_gets_all_that_waits(tmp_path: Path, fake: Path, hole: str) -> None:
+    """The controller goes away while dependents are moved (before: they were cancelled), or its answer is lost."""
+    (fake / hole).write_text("2")
+    done, found = stopped(tmp_path, fake, **REFUSED)
+    assert done.returncode == 0, done.stderr
+    assert "trying again" in done.stdout
+    check_handed_over(fake, found)
+
+
+def test_a_requeue_whose_answer_is_lost_has_no_successor(tmp_path: Path, fake: Path) -> None:
+    (fake / "lose-requeue").touch()
+    done, found = stopped(tmp_path, fake)
+    assert done.returncode == 0, done.stderr
+    assert len(jobs(fake)) == len(found)
+    assert jobs(fake)[found["sft"].job]["state"] == "PENDING"
+
+
+def test_a_job_that_is_killed_before_it_hands_over_leaves_a_chain_that_one_command_completes(
+    tmp_path: Path, fake: Path
+) -> None:
+    """The successor runs; what waited for the old job is cancelled by Slurm, and status says how it goes on."""
+    found = {one.step.name: one for one in run_plan(plan_of(tmp_path), typed="python -m pipeline run tiny")}
+    (fake / "cut-sbatch").touch()
+    change(fake, found["sft"].job, state="RUNNING")
+    words = [sys.executable, "-m", "pipeline.launchers.requeue", str(found["sft"].step.folder)]
+    env = {**os.environ, "SLURM_JOB_ID": found["sft"].job, **REFUSED}
+    assert subprocess.run(words, cwd=ROOT, env=env, timeout=60).returncode == -9
+    ProgressFile(found["sft"].step.folder, "sft").update(state="stopped", exit_code=75)
+    old, known = found["sft"].job, jobs(fake)
+    cancelled = {name for name in found if old in known[found[name].job].get("dependency", "")}
+    assert cancelled == {"grpo", "evaluate-sft", "report"}
+    for name in (*cancelled, "evaluate-grpo"):
+        change(fake, found[name].job, state="CANCELLED")
+    change(fake, old, state="FAILED")
+    assert row_of(tmp_path / "runs", "sft").state == "queued"  # found by its token
+    row = row_of(tmp_path / "runs", "grpo")
+    assert (row.state, row.reasons[-1]) == ("cancelled", "Fix: python -m pipeline run tiny resumes it")
+    again = {one.step.name: one for one in run_plan(plan_of(tmp_path))}
+    assert {name for name, one in again.items() if one.new} == {*cancelled, "evaluate-grpo"}
+    assert again["sft"].job in again["grpo"].after
+
+
+@pytest.mark.parametrize("state", ["PREEMPTED", "NODE_FAIL"])
+def test_a_job_that_slurm_does_not_start_again_is_resumed_by_the_command_that_status_names(
+    tmp_path: Path, fake: Path, state: str
+) -> None:
+    """Preemption by CANCEL without grace, a dead node with JobRequeue=0: nothing of the job could act any more."""
+    found = {one.step.name: one for one in run_plan(plan_of(tmp_path), typed="python -m pipeline run tiny")}
+    ProgressFile(found["sft"].step.folder, "sft").update(state="running", done=4, total=9)
+    change(fake, found["sft"].job, state=state)
+    row = row_of(tmp_path / "runs", "sft")
+    assert row.state == "failed"
+    assert f"({state})" in row.reasons[0]
+    assert "Fix: python -m pipeline run tiny" in " ".join(row.reasons)
+    again = {one.step.name: one for one in run_plan(plan_of(tmp_path))}
+    assert again["sft"].new
+
+
+def test_nodes_without_scontrol_submit_a_successor(tmp_path: Path, fake: Path) -> None:
+    found = {one.step.name: one for one in run_plan(plan_of(tmp_path))}
+    change(fake, found["sft"].job, state="RUNNING")
+    path = tmp_path / "bin"
+    path.mkdir()
+    for name in ("sbatch", "squeue", "sacct", "env", "python3"):
+        (path / name).symlink_to(str(shutil.which(name)))
+    words = [sys.executable, "-m", "pipeline.launchers.requeue", str(found["sft"].step.folder)]
+    env = {**os.environ, "SLURM_JOB_ID": found["sft"].job, "PATH": str(path)}
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert "cannot be requeued (scontrol: no such program on this machine)" in done.stdout, done.stderr
+    told = jobs(fake)
+    assert [job["state"] for job in told.values() if job.get("dependency") == f"afterany:{found['sft'].job}"]
+
+
 def test_a_controller_that_is_away_is_waited_for(tmp_path: Path, fake: Path) -> None:
     (fake / "away").write_text("1")
     done, found = stopped(tmp_path, fake)
