@@ -1,4 +1,8 @@
-"""What the tests on the real cluster share: nodes that lose power, jobs to wait for, steps to look at."""
+"""A real Slurm of four virtual nodes: installed, started and stopped; nodes that lose power, jobs to wait for.
+
+with running_lab() as lab:          lab is why there is none, or the cluster that SLURM_CONF points at
+    lab.node("crash", "node1")
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,9 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,12 @@ from typing import Any
 from running import NANO, only, run_cli
 
 from pipeline.cli.main import command
+from pipeline.core import slurm_client
+
+SCRIPTS = Path(__file__).parents[1] / "slurm" / "cluster"
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "slurmdbd", "mariadbd", "unshare")
+PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "slurmdbd", "mariadb-server")
+SBIN = "/usr/sbin:/sbin"
 
 YAML = """\
 launcher: slurm
@@ -52,6 +63,44 @@ class Lab:
         path = self.folder / "lab.yaml"
         path.write_text(YAML)
         return path
+
+
+def install() -> str | None:
+    """Install Slurm with apt where it is not there. Returns why that cannot be done."""
+    os.environ["PATH"] += f":{SBIN}"
+    if all(shutil.which(program) for program in PROGRAMS):
+        return None
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        return "Slurm is not installed, and installing it takes root and apt"
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for words in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *PACKAGES]):
+        done = subprocess.run(["apt-get", *words], capture_output=True, text=True, env=quiet)
+    if done.returncode:
+        return f"apt-get install {' '.join(PACKAGES)} failed: {done.stderr.strip().splitlines()[-1:]}"
+    return None
+
+
+@contextlib.contextmanager
+def running_lab() -> Iterator[Lab | str]:
+    """Start the cluster, and stop it in the end; yields why there is none where it cannot be had."""
+    why = install()
+    folder = Path(tempfile.mkdtemp(prefix="lab-"))  # a short path: munge's socket has to fit in 108 letters
+    # below the ports that the system hands out, and not those of a cluster of another test run
+    env = {**os.environ, "LAB": str(folder), "PORT": str(20_000 + os.getpid() % 400 * 20)}
+    if why is None:
+        with (folder / "start.log").open("w") as log:  # a file: the daemons keep what they inherit open
+            started = subprocess.run(["bash", str(SCRIPTS / "start.sh")], env=env, stdout=log, stderr=log)
+        why = f"it did not start: {(folder / 'start.log').read_text()[-500:]}" if started.returncode else None
+    try:
+        if why is None:
+            os.environ["SLURM_CONF"] = str(folder / "etc" / "slurm.conf")
+            slurm_client.current_cluster.cache_clear()
+        yield Lab(folder, SCRIPTS) if why is None else why
+    finally:
+        subprocess.run(["bash", str(SCRIPTS / "stop.sh")], env=env, check=True, capture_output=True)
+        os.environ.pop("SLURM_CONF", None)
+        slurm_client.current_cluster.cache_clear()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def slurm(*command: str) -> str:
