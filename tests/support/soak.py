@@ -47,8 +47,8 @@ SMALL = [
     f"task.params.test_rows={STEPS['evaluate']}",
     f"sft.max_steps={STEPS['sft']}",
     f"grpo.max_steps={STEPS['grpo']}",
-    "evaluate.max_new_tokens=96",
-    "cluster.evaluate_batch_size=8",
+    "evaluate.max_new_tokens=160",
+    "cluster.evaluate_batch_size=4",
     f"cluster.save_steps={SAVE_STEPS}",
 ]
 FOLDERS = {"sft": "sft", "grpo": "grpo", "evaluate": "evaluate-grpo"}  # of the step that is disturbed
@@ -557,7 +557,7 @@ def main() -> int:
                 return 1
             if lab:
                 lab.yaml  # noqa: B018 - writes the file
-            undisturbed = place / "undisturbed"
+            undisturbed = words.undisturbed or place / "undisturbed"
             began = time.monotonic()
             whole = [sys.executable, "-m", "pipeline", "run", "tiny", *SMALL, "--runs", str(undisturbed)]
             subprocess.run(whole, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -635,6 +635,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--faults", nargs="+", metavar="WORDS", help="only those whose names contain one of these")
     parser.add_argument("--each", type=int, default=5, help="faults in a trial (default: 5)")
+    parser.add_argument("--undisturbed", type=Path, metavar="RUNS", help="keep the undisturbed run there, or take it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one record for each fault")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="copy the folders of trials that failed")
     parser.add_argument("--list", action="store_true", help="print the faults")
