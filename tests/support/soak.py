@@ -49,6 +49,7 @@ SMALL = [
     f"grpo.max_steps={STEPS['grpo']}",
     "evaluate.max_new_tokens=160",
     "cluster.evaluate_batch_size=4",
+    "cluster.hang_timeout=15",
     f"cluster.save_steps={SAVE_STEPS}",
 ]
 FOLDERS = {"sft": "sft", "grpo": "grpo", "evaluate": "evaluate-grpo"}  # of the step that is disturbed
@@ -301,7 +302,8 @@ def back_up(trial: Trial, node: str) -> None:
     assert trial.lab
     trial.lab.node("crash", node)
     trial.lab.node("up", node)
-    wait(lambda: "idle" in slurm("sinfo", "-h", "-n", node, "-o", "%T"), 60, f"{node} idle")
+    ready = ("idle", "mixed", "allocated", "completing")
+    wait(lambda: slurm("sinfo", "-h", "-p", "main", "-n", node, "-o", "%T") in ready, 90, f"{node} that is up")
 
 
 def controller_restarted(trial: Trial) -> None:
@@ -383,7 +385,8 @@ def wait(condition: Callable[[], object], seconds: float, what: str) -> None:
     until = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > until:
-            raise TimeoutError(f"no {what} in {seconds:.0f} s")
+            nodes = subprocess.run(["sinfo", "-N", "-o", "%N %T %P"], capture_output=True, text=True).stdout
+            raise TimeoutError(f"no {what} in {seconds:.0f} s\n{nodes}")
         time.sleep(0.1)
 
 
@@ -475,11 +478,12 @@ def wait_until_it_goes_on(trial: Trial, before: Progress, fault: Fault) -> Progr
 
 
 def retype_if_ended(trial: Trial) -> None:
+    if not trial.ended() or trial.done:
+        return
+    trial.repair()
+    time.sleep(1)  # between two states of a job that Slurm starts again, it is in none
     if trial.ended() and not trial.done:
-        trial.repair()
-        time.sleep(0.5)
-        if not trial.done:
-            trial.type_command()
+        trial.type_command()
 
 
 def queued(trial: Trial, seconds: float) -> float:
