@@ -39,7 +39,7 @@ SMALL = [
     f"grpo.max_steps={STEPS['grpo']}",
     "evaluate.max_new_tokens=160",
     "cluster.evaluate_batch_size=4",
-    "cluster.hang_timeout=15",
+    "cluster.hang_timeout=8",
     f"cluster.save_steps={SAVE_STEPS}",
 ]
 FOLDERS = {"sft": "sft", "grpo": "grpo", "evaluate": "evaluate-grpo"}  # of the step that is disturbed
