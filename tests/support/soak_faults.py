@@ -28,16 +28,18 @@ from pipeline.workflow.artifact import is_done
 from pipeline.workflow.progress import Progress, read_progress
 from pipeline.workflow.signing import MANIFEST
 
-STEPS = {"sft": 150, "grpo": 40, "evaluate": 240}  # optimizer steps, and rows of the main split
+STEPS = {"sft": 300, "grpo": 90, "evaluate": 240}  # optimizer steps, and rows of the main split
 SAVE_STEPS = 5
 SMALL = [
     *NANO,
-    "task.params.phases=[{n: [3, 4], rows: 1200}]",
-    "task.params.grpo_rows=80",
+    "task.params.phases=[{n: [3, 4], rows: 2400}]",
+    "task.params.grpo_rows=180",
     f"task.params.test_rows={STEPS['evaluate']}",
     f"sft.max_steps={STEPS['sft']}",
     f"grpo.max_steps={STEPS['grpo']}",
+    "grpo.max_completion_length=24",
     "evaluate.max_new_tokens=160",
+    "evaluate.samples=4",
     "cluster.evaluate_batch_size=4",
     "cluster.hang_timeout=8",
     f"cluster.save_steps={SAVE_STEPS}",
@@ -48,7 +50,7 @@ INPUTS = {
     "grpo": ["preprocess", "sft"],
     "evaluate": ["preprocess", "sft", "grpo", "evaluate-base", "evaluate-sft"],
 }
-PAUSE = 10.0  # seconds that a network, a node or a controller is away
+PAUSE = 6.0  # seconds that a network, a node or a controller is away
 
 
 # ---------------------------------------------------------------- a run, and what can be seen of it
@@ -62,6 +64,7 @@ class Trial:
     stage: str
     lab: Lab | None  # None: the local launcher
     rng: random.Random
+    settings: Sequence[str] = tuple(SMALL)
     two_nodes: bool = False
     process: subprocess.Popen[bytes] | None = None
     typed: int = 0  # how often the command was
@@ -78,7 +81,7 @@ class Trial:
 
     def type_command(self) -> None:
         """Type the run command, as the user does."""
-        words = [sys.executable, "-m", "pipeline", "run", "tiny", *SMALL, "--stages", self.stage]
+        words = [sys.executable, "-m", "pipeline", "run", "tiny", *self.settings, "--stages", self.stage]
         words += ["--runs", str(self.runs)]
         if self.lab:
             words += ["--launcher", "slurm", "--cluster", str(self.lab.yaml)]
@@ -332,7 +335,7 @@ class Fault:
     damages: bool = False  # of the newest checkpoint: the one before it counts
 
 
-FAULTS = [
+KINDS = [
     Fault("asked to stop (Ctrl-C; the signal before the limit)", asked_to_stop),
     Fault("every process killed", every_process_killed),
     Fault("every process killed during a save", in_a_save(every_process_killed)),
@@ -355,6 +358,9 @@ FAULTS = [
     Fault("controller restarted", controller_restarted, ("slurm",), passes=True),
     Fault("network between two nodes paused", network_paused, ("slurm",), passes=True, two_nodes=True),
 ]
+
+
+FAULTS = {fault.name: fault for fault in KINDS}
 
 
 def void(_: object) -> None:
