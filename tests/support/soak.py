@@ -75,9 +75,8 @@ def disturb(trial: Trial, faults: Sequence[Fault], report: Callable[[Record], No
         typed, began = trial.typed, time.monotonic()
         try:
             fault.inject(trial)
-        except (subprocess.CalledProcessError, KeyError):
-            if wait_for_end_or_nothing(trial):
-                break
+        except (subprocess.CalledProcessError, KeyError) as error:  # what it would hit has just ended
+            print(f"  {fault.name}: not injected, {error!r}", flush=True)
             continue
         if fault.passes:
             before, began = trial.progress(), time.monotonic()
@@ -85,7 +84,8 @@ def disturb(trial: Trial, faults: Sequence[Fault], report: Callable[[Record], No
         now = wait_until_it_goes_on(trial, before, fault)
         seconds = time.monotonic() - began
         trial.repair()
-        if now is None:  # it ended before the fault could hit it
+        if now is None:
+            print(f"  {fault.name}: the step ended before it", flush=True)
             break
         again = now.attempt > before.attempt
         reached = trial.committed()
@@ -107,12 +107,6 @@ def disturb(trial: Trial, faults: Sequence[Fault], report: Callable[[Record], No
             raise TimeoutError(f"not done {LONGEST:.0f} s after the last fault")
         retype_if_ended(trial)
         time.sleep(0.1)
-
-
-def wait_for_end_or_nothing(trial: Trial) -> bool:
-    """Return whether the step was done at the moment of a fault that could not be injected."""
-    time.sleep(1)
-    return trial.done
 
 
 def wait_for_work(trial: Trial, reached: int, seconds: float) -> None:
