@@ -129,6 +129,32 @@ WAYS: dict[str, Way] = {
 }
 
 
+HEADS = [f"model.random_init.{word}" for word in ("hidden_size=64", "heads=2", "key_value_heads=2")]
+WITH_VLLM = {  # in its environment: tests/vllm/test_training.py
+    "grpo vllm": Way(
+        "grpo",
+        2,
+        "none",
+        (
+            *(*GRPO, *HEADS, "task.params.grpo_rows=4", "grpo.num_iterations=2"),
+            *("cluster.generation.grpo.engine=vllm", "cluster.generation.grpo.sleep=false"),
+        ),
+        6,
+    ),
+}
+
+
+CLOCK = ("runtime", "per_second", "step_time")  # what a log tells of time
+
+
+def history(step: Path) -> list[dict[str, Any]]:
+    """What a step has logged, but for times."""
+    return [
+        {name: value for name, value in entry.items() if not any(word in name for word in CLOCK)}
+        for entry in read_json(step / "history.json")
+    ]
+
+
 def plan_of(way: Way, out: Path) -> Plan:
     layout = [f"cluster.{stage}.deepspeed={way.layout}" for stage in ("sft", "grpo")]
     return make_plan(["tiny"], [*NANO, *SFT, *way.words, *layout, f"cluster.processes={way.processes}"], runs=out)
@@ -136,7 +162,7 @@ def plan_of(way: Way, out: Path) -> Plan:
 
 def main(out: Path, names: list[str]) -> None:
     for name in names or WAYS:
-        way = WAYS[name]
+        way = (WAYS | WITH_VLLM)[name]
         plan = plan_of(way, out)
         base = out / f"preprocess-{plan.steps[0].fingerprint}"
         if not base.exists():

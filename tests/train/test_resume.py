@@ -11,15 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from killed import WAYS
+from killed import WAYS, history
 from running import ROOT
 from safetensors.torch import load_file
 
 from pipeline.core.files import read_json
 from pipeline.training.checkpoints import numbered, validation_error
 from pipeline.workflow.signing import MANIFEST
-
-CLOCK = ("runtime", "per_second", "step_time")  # what a log tells of time
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +41,6 @@ def rows(step: Path) -> dict[int, list[Any]]:
         for number, names in map(json.loads, file.read_text().splitlines()):
             found.setdefault(number, []).extend(names)
     return {number: sorted(names) for number, names in found.items()}
-
-
-def history(step: Path) -> list[dict[str, Any]]:
-    return [
-        {name: value for name, value in entry.items() if not any(word in name for word in CLOCK)}
-        for entry in read_json(step / "history.json")
-    ]
 
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:

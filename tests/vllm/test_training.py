@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from killed import WITH_VLLM, history
 from running import NANO, ROOT, only, run_here
+from safetensors.torch import load_file
 from vllm_ways import ENGINES, LAYOUTS, STALE
 
 from pipeline.core.files import read_json
@@ -65,6 +67,28 @@ def test_an_evaluation_has_the_answers_of_the_transformers_engine(ways: Path, wa
     )
     assert found == wanted
     assert len(found.splitlines()) > 4
+
+
+def test_a_run_that_is_killed_in_a_generation_cycle_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    """To the last bit: the checkpoint has the completions that are left, and each completion its own random stream."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+    settings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": paths}
+    for name in WITH_VLLM:
+        done = subprocess.run(
+            [sys.executable, "tests/support/killed.py", str(tmp_path), name],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **ENVIRONMENT, **settings},
+        )
+        assert done.returncode == 0, done.stderr[-6000:]
+        straight, killed = tmp_path / name / "straight", tmp_path / name / "killed"
+        assert read_json(killed / "m.json")["resumed_from"] == "checkpoint-5"
+        assert "engine_mismatch" in read_json(killed / "m.json")
+        assert history(killed) == history(straight)
+        wanted, got = (load_file(step / "model" / "model.safetensors") for step in (straight, killed))
+        assert wanted.keys() == got.keys()
+        assert all(wanted[key].equal(got[key]) for key in wanted)
 
 
 def test_one_process_runs_the_whole_pipeline_with_it(tmp_path: Path) -> None:
