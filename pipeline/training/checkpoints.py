@@ -24,6 +24,7 @@ from pipeline.workflow.signing import MANIFEST, SIGNATURE, origin_problem, sign
 
 VISIBLE_SECONDS = 120.0  # a network file system shows other nodes' files within a minute (acdirmax)
 POLL_SECONDS = 0.2
+PICKLES = (".pt", ".pth", ".pkl")  # files that a resume loads by pickle
 
 
 def write_manifest(folder: Path, layout: Layout | None = None) -> None:
@@ -51,6 +52,13 @@ def validation_error(
             return f"{name} is missing"
         if (folder / name).stat().st_size != entry.get("size"):
             return _changed(name)
+    for path in folder.rglob("*"):  # DeepSpeed looks for its shards by pattern, and loads them by pickle
+        if (
+            path.suffix in PICKLES
+            and not path.name.startswith(".")
+            and path.relative_to(folder).as_posix() not in manifest
+        ):
+            return f"{path.relative_to(folder)} is not in its manifest"
     found = iter(files_sha256([folder / name for name in manifest]) if hashes and at_once else ())
     for name, entry in manifest.items():
         if not hashes or stop():

@@ -11,7 +11,7 @@ import pytest
 from pipeline.core.errors import ArtifactError
 from pipeline.core.files import read_json, write_json
 from pipeline.core.hashing import file_sha256
-from pipeline.training.checkpoints import validation_error, write_manifest
+from pipeline.training.checkpoints import latest_valid_checkpoint, validation_error, write_manifest
 from pipeline.workflow import signing
 from pipeline.workflow.signing import MANIFEST, SIGNATURE, origin_problem
 
@@ -67,6 +67,17 @@ def test_a_replaced_file_with_a_fresh_manifest_is_refused(home: Path) -> None:
     assert origin_problem(checkpoint) is not None
     (checkpoint / SIGNATURE).unlink()
     assert "got no signature" in str(origin_problem(checkpoint))
+
+
+@pytest.mark.parametrize("name", ["global_step4/zero_pp_rank_9_mp_rank_00_optim_states.pt", "rng_state_9.pth"])
+def test_a_pickle_that_the_manifest_does_not_name_makes_a_checkpoint_invalid(home: Path, name: str) -> None:
+    """The signature is right, and DeepSpeed would find the file by its pattern."""
+    checkpoint = checkpoint_in(home)
+    (checkpoint / name).parent.mkdir(exist_ok=True)
+    (checkpoint / name).write_bytes(b"malice")
+    assert origin_problem(checkpoint) is None
+    assert validation_error(checkpoint) == f"{name} is not in its manifest"
+    assert latest_valid_checkpoint(checkpoint.parent)[0] is None
 
 
 def test_checkpoints_from_before_keys_stay_usable(home: Path) -> None:
