@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,12 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running import NANO, ROOT, only, run_cli
+from running import NANO, ROOT, only, pid_of_rank, run_cli
 from slurm_lab import Lab, copy_steps, has_ended, is_running, jobs_of, rows, slurm, submit, wait_for_end, wait_until
 
 from pipeline.core.files import read_json
 from pipeline.training.checkpoints import validation_error
 from pipeline.workflow.artifact import open_artifact
+from pipeline.workflow.attempts import HANG, KILLED, read_attempts
 
 ALL = ["preprocess", "sft", "grpo", "evaluate-base", "evaluate-sft", "evaluate-grpo", "report"]
 LONG = ["sft.max_steps=300", "task.params.phases=[{n: [3, 4], rows: 2400}]"]
@@ -404,6 +406,28 @@ def test_a_signal_to_every_process_of_a_step_is_a_wish_to_stop(lab: Lab, runs: P
     found = wait_for_end(runs)
     assert found["tiny/sft"]["state"] == "done"
     assert found["tiny/sft"]["restarts"] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_hangs_starts_again_within_its_job(
+    lab: Lab, runs: Path, nano: Path, number: signal.Signals
+) -> None:
+    """Of two nodes: the other node's rank finds its way to the new start too, at another port."""
+    copy_steps(nano, runs, "preprocess")
+    words = ["sft.max_steps=60", "cluster.save_steps=5", "cluster.nodes=2", ONE, "cluster.hang_timeout=10"]
+    submit(lab, runs, *words, "--stages", "sft")
+    wait_until(lambda: list(runs.glob("tiny/sft-*/checkpoints/*/manifest.json")), runs, "first checkpoint")
+    folder, job = only(runs, "tiny/sft-*"), jobs_of(runs)["tiny/sft"]
+    os.kill(pid_of_rank(1, folder), number)
+    found = wait_for_end(runs)
+    assert found["tiny/sft"]["state"] == "done", found
+    assert jobs_of(runs)["tiny/sft"] == job
+    assert "RestartCnt=0" in slurm("scontrol", "show", "job", job).replace("Restarts=", "RestartCnt=")
+    (attempt,) = read_attempts(folder).attempts
+    assert attempt.kind == (KILLED if number == signal.SIGKILL else HANG)
+    assert "rank 1 (process " in attempt.problem
+    metrics = open_artifact(folder).metrics
+    assert (metrics["steps"], bool(metrics["resumed_from"])) == (60, True)
 
 
 def test_a_node_that_loses_its_power_costs_no_more_than_save_steps(lab: Lab, runs: Path, nano: Path) -> None:

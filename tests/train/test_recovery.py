@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from running import NANO, ROOT, only
+from running import NANO, ROOT, only, pid_of_rank
 
 from pipeline.core.files import read_json
 from pipeline.core.hashing import file_sha256
@@ -48,19 +48,6 @@ def wait_for(process: subprocess.Popen[str], runs: Path, pattern: str, what: Cal
         assert process.poll() is None, process.communicate()[0]
         assert time.time() < until
         time.sleep(0.02)
-
-
-def pid_of_rank(rank: int, folder: Path) -> int:
-    """The process of a step that has this rank."""
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            command, environment = (place / "cmdline").read_bytes(), (place / "environ").read_bytes()
-        except OSError:
-            continue
-        wrapper = b"pipeline.training.distributed" in command
-        if str(folder).encode() in command and not wrapper and f"\0RANK={rank}\0".encode() in environment:
-            return int(place.name)
-    raise AssertionError(f"rank {rank} does not run")
 
 
 @pytest.fixture(scope="module")
