@@ -300,7 +300,7 @@ def raise_if_diverged(found: DivergenceCallback, stage: str) -> None:
     error = Diverged(
         f"training diverged: {found.problem} at step {found.step}, whose rows are {join_first(found.rows, 8)}; the "
         "newest checkpoint is from before. Fix: lower the learning rate, raise the warm-up, compute with "
-        f"model.dtype=float32, correct these rows, or skip the batch: {stage}.skip_bad_batches=1"
+        f"model.dtype=float32, correct these rows, or skip the batch: {stage}.skip_bad_batches=1 (another step)"
     )
     error.step, error.rows = found.step, tuple(found.rows[:MAX_ROWS_NAMED])
     raise error

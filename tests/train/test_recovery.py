@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from running import NANO, ROOT, only, pid_of_rank
+from running import NANO, ROOT, only, pid_of_rank, run_cli
 
 from pipeline.core.files import read_json
 from pipeline.core.hashing import file_sha256
@@ -22,6 +23,7 @@ from pipeline.workflow.attempts import HANG, KILLED, read_attempts
 from pipeline.workflow.progress import Progress, Shrink, read_progress
 
 STEPS = 80
+ONE = "cluster.processes=1"
 LONG = [*NANO, f"sft.max_steps={STEPS}", "cluster.save_steps=10"]
 
 
@@ -59,6 +61,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return only(runs, "tiny/sft-*")
 
 
+@pytest.fixture
+def runs(tmp_path: Path, undisturbed: Path) -> Path:
+    """A runs folder whose rows are there already."""
+    rows = only(undisturbed.parents[1], "tiny/preprocess-*")
+    shutil.copytree(rows, tmp_path / "tiny" / rows.name)
+    return tmp_path
+
+
 def same_result(folder: Path, other: Path) -> None:
     """To the last bit: two processes add two numbers in either order alike."""
     losses = [[entry.get("loss") for entry in read_json(place / "history.json")] for place in (folder, other)]
@@ -67,12 +77,12 @@ def same_result(folder: Path, other: Path) -> None:
         assert file_sha256(folder / "model" / path.name) == file_sha256(path)
 
 
-def test_a_killed_rank_costs_no_more_than_save_steps_and_nobody_has_to_come(tmp_path: Path, undisturbed: Path) -> None:
-    process = start(tmp_path)
-    folder = wait_for(process, tmp_path, "tiny/sft-*", lambda progress: progress.done >= 15)
+def test_a_killed_rank_costs_no_more_than_save_steps_and_nobody_has_to_come(runs: Path, undisturbed: Path) -> None:
+    process = start(runs)
+    folder = wait_for(process, runs, "tiny/sft-*", lambda progress: progress.done >= 15)
     os.kill(pid_of_rank(1, folder), signal.SIGKILL)
     killed = time.time()
-    wait_for(process, tmp_path, "tiny/sft-*", lambda progress: progress.attempt == 2 and progress.done > progress.first)
+    wait_for(process, runs, "tiny/sft-*", lambda progress: progress.attempt == 2 and progress.done > progress.first)
     seconds = time.time() - killed
     told = process.communicate(timeout=240)[0]
     assert process.returncode == 0, told
@@ -87,13 +97,13 @@ def test_a_killed_rank_costs_no_more_than_save_steps_and_nobody_has_to_come(tmp_
     same_result(folder, undisturbed)
 
 
-def test_a_stopped_rank_is_ended_and_the_step_starts_again(tmp_path: Path, undisturbed: Path) -> None:
-    process = start(tmp_path, "cluster.hang_timeout=5")
-    folder = wait_for(process, tmp_path, "tiny/sft-*", lambda progress: progress.done >= 15)
+def test_a_stopped_rank_is_ended_and_the_step_starts_again(runs: Path, undisturbed: Path) -> None:
+    process = start(runs, "cluster.hang_timeout=5")
+    folder = wait_for(process, runs, "tiny/sft-*", lambda progress: progress.done >= 15)
     pid = pid_of_rank(1, folder)
     os.kill(pid, signal.SIGSTOP)
     stopped = time.time()
-    wait_for(process, tmp_path, "tiny/sft-*", lambda progress: progress.attempt == 2 and progress.done > progress.first)
+    wait_for(process, runs, "tiny/sft-*", lambda progress: progress.attempt == 2 and progress.done > progress.first)
     seconds = time.time() - stopped
     told = process.communicate(timeout=240)[0]
     assert process.returncode == 0, told
@@ -106,13 +116,13 @@ def test_a_stopped_rank_is_ended_and_the_step_starts_again(tmp_path: Path, undis
     same_result(folder, undisturbed)
 
 
-def test_out_of_memory_halves_the_batch_and_the_step_goes_on(tmp_path: Path) -> None:
+def test_out_of_memory_halves_the_batch_and_the_step_goes_on(runs: Path) -> None:
     """On rank 1 alone: rank 0 sees only that its peer is gone."""
     small = {"PYTHONPATH": str(ROOT / "tests/support/faulty_model"), "TRAIN_ROWS": "2", "GENERATE_ROWS": "2"}
-    process = start(tmp_path, "sft.max_steps=4", "cluster.save_steps=2", env={**small, "ON_RANK": "1"})
+    process = start(runs, "sft.max_steps=4", "cluster.save_steps=2", env={**small, "ON_RANK": "1"})
     told = process.communicate(timeout=400)[0]
     assert process.returncode == 0, told
-    sft = open_artifact(only(tmp_path, "tiny/sft-*"))
+    sft = open_artifact(only(runs, "tiny/sft-*"))
     assert sft.metrics["steps"] == 4
     assert sft.warnings == [
         "cluster.sft.per_device_batch_size: 4 was out of memory, so it is 2; sums of another order differ in their "
@@ -124,46 +134,36 @@ def test_out_of_memory_halves_the_batch_and_the_step_goes_on(tmp_path: Path) -> 
     assert "note: out of memory with cluster.sft.per_device_batch_size=4; the step starts again with 2" in told
 
 
-def test_a_batch_of_one_that_is_out_of_memory_fails_with_advice(tmp_path: Path) -> None:
-    small = {"PYTHONPATH": str(ROOT / "tests/support/faulty_model"), "TRAIN_ROWS": "0", "GENERATE_ROWS": "8"}
-    process = start(tmp_path, "cluster.sft.per_device_batch_size=2", "cluster.processes=1", env=small)
-    told = process.communicate(timeout=400)[0]
-    assert process.returncode == 1, told
-    assert told.count("note: out of memory with") == 1
-    assert "sft: the GPU's memory ran out. Fix: cluster.sft." in told
-    assert "gave up" not in told
-
-
 def bad_row(place: Path, call: int = 6) -> dict[str, str]:
     return {"PYTHONPATH": str(ROOT / "tests/support/faulty_model"), "BAD_ROW": str(place), "BAD_CALL": str(call)}
 
 
-def test_a_loss_that_is_not_a_number_names_its_rows_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_a_number_names_its_rows_and_keeps_the_checkpoint(runs: Path) -> None:
     words = ["sft.max_steps=8", "cluster.save_steps=1", "cluster.logging_steps=50", "cluster.keep_checkpoints=9"]
-    process = start(tmp_path, *words, env=bad_row(tmp_path / "row"))
+    process = start(runs, *words, env=bad_row(runs / "row"))
     told = process.communicate(timeout=400)[0]
     assert process.returncode == 1, told
     assert "training diverged: loss is nan at step 6, whose rows are " in told
     assert "sft.skip_bad_batches=1" in told
-    folder = only(tmp_path, "tiny/sft-*")
+    folder = only(runs, "tiny/sft-*")
     saved = {path.parent.name for path in folder.glob("checkpoints/*/manifest.json")}
     assert saved == {f"checkpoint-{step}" for step in range(1, 6)}  # not those of step 6
     log = (folder / "log.txt").read_text()
     (line,) = [line for line in log.splitlines() if line.startswith("the rows of step 6: ")]
     named = line.partition(": ")[2].split(", ")
-    rows = pq.read_table(only(tmp_path, "tiny/preprocess-*") / "data" / "sft.parquet")["id"].to_pylist()
+    rows = pq.read_table(only(runs, "tiny/preprocess-*") / "data" / "sft.parquet")["id"].to_pylist()
     assert 6 <= len(named) <= 8  # the global batch, of both ranks; two of its rows may be the same text
     assert {one for name in named for one in name.split(" or ")} <= set(rows)
     assert len(read_attempts(folder).attempts) == 0 or read_attempts(folder).attempts[-1].kind == ""
 
 
-def test_a_bad_batch_is_skipped_by_a_setting(tmp_path: Path) -> None:
-    words = ["sft.max_steps=8", "cluster.save_steps=3", "sft.skip_bad_batches=1"]
-    process = start(tmp_path, *words, env=bad_row(tmp_path / "row"))
+def test_a_bad_batch_is_skipped_by_a_setting(runs: Path) -> None:
+    words = ["sft.max_steps=8", "cluster.save_steps=3", "sft.skip_bad_batches=1", ONE]
+    process = start(runs, *words, env=bad_row(runs / "row"))
     told = process.communicate(timeout=400)[0]
     assert process.returncode == 0, told
     assert "note: training diverged at step 6; the step starts again without that batch" in told
-    sft = open_artifact(only(tmp_path, "tiny/sft-*"))
+    sft = open_artifact(only(runs, "tiny/sft-*"))
     assert (sft.metrics["steps"], sft.metrics["resumed_from"]) == (8, "checkpoint-3")
     (skipped,) = sft.metrics["skipped_batches"]
     assert skipped["step"] == 6
@@ -171,3 +171,20 @@ def test_a_bad_batch_is_skipped_by_a_setting(tmp_path: Path) -> None:
     assert sft.warnings[0].startswith("the batch of step 6 was skipped, because training diverged at it: ")
     losses = [entry["loss"] for entry in read_json(sft.folder / "history.json") if "loss" in entry]
     assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_a_crash_loop_ends_and_the_same_command_goes_on_when_its_cause_is_gone(runs: Path) -> None:
+    words = ["sft.max_steps=8", "cluster.save_steps=1000", ONE]
+    process = start(runs, *words, env={"PYTHONPATH": str(ROOT / "tests/support/faulty_model"), "KILL_CALL": "4"})
+    told = process.communicate(timeout=400)[0]
+    assert process.returncode == 1, told
+    assert told.count("it starts again") == 2
+    assert told.count("gave up: the same failure came 3 times at step 3.") == 1
+    folder = only(runs, "tiny/sft-*")
+    assert [(one.kind, one.last) for one in read_attempts(folder).attempts] == [(KILLED, 3)] * 3
+    shown = run_cli("status", "--runs", str(runs)).stdout
+    assert shown.count("gave up: the same failure came 3 times at step 3.") == 1
+    process = start(runs, *words)
+    told = process.communicate(timeout=400)[0]
+    assert process.returncode == 0, told
+    assert open_artifact(folder).metrics["steps"] == 8
