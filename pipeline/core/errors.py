@@ -8,7 +8,8 @@
     ├── MissingDependency          exit code 2: a package or program that is not installed
     ├── DiskError                  exit code 1: a disk that is full or not writable; trying again does not help
     ├── LaunchError                exit code 1: a process that did not start, or that failed
-    │   └── Diverged               training whose loss is not finite
+    │   ├── Diverged               training whose loss is not finite
+    │   └── LostPeer               another process of the step has failed
     ├── EndpointError              exit code 1: a server that does not answer, or answers nonsense
     └── Stopped                    exit code 75: stopped on request; the same command resumes
 
@@ -74,6 +75,10 @@ class Diverged(LaunchError):
 
     step = 0
     rows: tuple[str, ...] = ()
+
+
+class LostPeer(LaunchError):
+    """Another process of the step has failed, so this one cannot go on; the cause is told there."""
 
 
 class EndpointError(PipelineError):

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.core import cgroups, errors, heartbeat
-from pipeline.core.errors import LaunchError, PipelineError
+from pipeline.core.errors import LaunchError, LostPeer, PipelineError
 from pipeline.training import operators
 from pipeline.workflow import faults
 from pipeline.workflow.progress import ATTEMPT, this_attempt
@@ -134,7 +134,7 @@ def from_rank_0(make: Callable[[], T]) -> T:
             value = make()
         except BaseException as error:
             problems = list(error.problems) if isinstance(error, PipelineError) else [f"rank 0 failed: {error!r}"]
-            name = type(error).__name__ if isinstance(error, PipelineError) else "LaunchError"
+            name = type(error).__name__ if isinstance(error, PipelineError) else "LostPeer"
             store.set(key, json.dumps({"error": name, "problems": problems}))
             raise
         store.set(key, json.dumps({"value": value}))
@@ -187,7 +187,7 @@ def exit_together(done: Callable[[], bool]) -> None:
             time.sleep(POLL)
     except (RuntimeError, ConnectionError) as error:
         if rank() != 0 and not done():
-            raise LaunchError(f"rank {rank()}: rank 0 ended before this step finished; see its error") from error
+            raise LostPeer(f"rank {rank()}: rank 0 ended before this step finished; see its error") from error
 
 
 def finish() -> None:

@@ -30,6 +30,7 @@ from pipeline.core.errors import (
     DiskError,
     Diverged,
     LaunchError,
+    LostPeer,
     PipelineError,
     Stopped,
     explain_disk,
@@ -39,10 +40,10 @@ from pipeline.core.errors import (
 from pipeline.core.files import appears
 from pipeline.core.heartbeat import Failure, report_failure
 from pipeline.core.project import TYPED_IN, enter_project
-from pipeline.core.slurm_client import this_job
+from pipeline.core.slurm_client import this_job, this_retry
 from pipeline.workflow import faults
-from pipeline.workflow.artifact import ARTIFACT, SCHEMA, WARNINGS, Artifact, finalize, is_done, open_artifact
-from pipeline.workflow.attempts import DIVERGED, MEMORY, bad_batches, keep, kind_of, shrinks
+from pipeline.workflow.artifact import ARTIFACT, ATTEMPTS, SCHEMA, WARNINGS, Artifact, finalize, is_done, open_artifact
+from pipeline.workflow.attempts import CONNECTION, DIVERGED, MEMORY, bad_batches, keep, kind_of, shrinks
 from pipeline.workflow.lock import lock
 from pipeline.workflow.progress import BadBatch, ProgressFile, Shrink, many_attempts, read_progress
 from pipeline.workflow.runtime import Runtime, format_hardware
@@ -132,10 +133,11 @@ def run_spec(folder: Path, run: StageFunction) -> int:
             progress.update(state="stopped", problems=error.problems, exit_code=error.exit_code)
             raise
         except PipelineError as error:
-            report_failure(Failure(rank, list(error.problems), "", error.exit_code))
+            lost = CONNECTION if isinstance(error, LostPeer) else ""
+            report_failure(Failure(rank, list(error.problems), lost, error.exit_code))
             with contextlib.suppress(OSError):  # the disk may be full
                 bad = BadBatch(error.step, error.rows) if isinstance(error, Diverged) else None
-                kind = DIVERGED if bad and len(bad_batches(folder)) < _may_skip(spec) else ""
+                kind = DIVERGED if bad and len(bad_batches(folder)) < _may_skip(spec) else lost
                 problems, failed = error.problems, error.exit_code
                 progress.update(state="failed", problems=problems, exit_code=failed, kind=kind, bad_batch=bad)
             raise
@@ -224,6 +226,8 @@ def _leave_together(folder: Path, world: int) -> None:
 
 def _as_small_as_needed(spec: StepSpec, folder: Path, world: int) -> tuple[Cluster, list[str]]:
     """Return the cluster with the settings that earlier attempts found too large made smaller, and notes about them."""
+    if this_job() and this_retry():  # written by the node that decided; every rank must read the same
+        appears(folder / ATTEMPTS)
     if spec.runs_as.processes == "one" or not (found := shrinks(folder)):
         return spec.cluster, []
     from pipeline.training.out_of_memory import apply_shrinks

@@ -29,6 +29,7 @@ from pipeline.workflow.progress import BadBatch, Progress, Shrink, read_progress
 KILLED, CONNECTION, HANG, MEMORY, LOST, LAUNCH = "killed", "connection", "hang", "memory", "lost", "launch"
 DIVERGED = "diverged"  # where the recipe allows one more batch to be skipped
 MAY_PASS = (KILLED, CONNECTION, HANG, MEMORY, LOST, LAUNCH, DIVERGED)
+SAME_FAILURES = 3  # that end the restarts which come from outside, at least
 MAX_WITHOUT_PROGRESS = 10  # failures in a row of any kind, none of which began at a later checkpoint
 KEPT = 100  # attempts that the file holds
 NOT_BEGUN = -1  # `last` of an attempt that ended before its first step
@@ -163,7 +164,8 @@ def decide(
     if settled.gave_up:
         _write(folder, settled)
         return Decision(again=False, sentence=settled.gave_up)
-    decision = verdict(settled.counted, limit, any_kind=restarted)
+    least = SAME_FAILURES if restarted else 1  # Slurm's own restarts go on where the script's are switched off
+    decision = verdict(settled.counted, max(limit, least), any_kind=restarted)
     if write_problem(folder):  # nothing can be saved, and nobody frees it by trying again
         return Decision(again=False)
     gave_up = "" if decision.again else decision.sentence

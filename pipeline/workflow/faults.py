@@ -128,11 +128,7 @@ def record_failure(
     this start (progress.ATTEMPT); the file of another one is not its own. Clocks of two nodes may differ by minutes, so
     they are not compared.
     """
-    until = time.time() + PEER_WAIT
-    while (progress := read_progress(folder)) and progress.token == token and _may_still_write(progress):
-        if time.time() > until:
-            break
-        time.sleep(0.2)
+    progress = _last_word(folder, token)
     if is_done(folder):
         return
     if progress is None or progress.token != token:  # rank 0 has not begun to keep this attempt's
@@ -148,12 +144,22 @@ def record_failure(
         write_json(folder / PROGRESS, asdict(ended))
 
 
+def _last_word(folder: Path, token: str) -> Progress | None:
+    """Read the step's progress, after `PEER_WAIT` at most in which rank 0 of this attempt may still write to it."""
+    until = time.time() + PEER_WAIT
+    while (progress := read_progress(folder)) and progress.token == token and _may_still_write(progress):
+        if time.time() > until:
+            break
+        time.sleep(0.2)
+    return progress
+
+
 def record_report(folder: Path, token: str) -> None:
     """Write why a step failed as the process saw it that failed first, where rank 0 saw only that it was gone."""
     causes = [failure for failure in read_failures() if failure.kind != CONNECTION]
     if not causes or any(failure.rank == 0 for failure in causes):
         return
-    first, progress = causes[0], read_progress(folder)
+    first, progress = causes[0], _last_word(folder, token)
     own = progress and progress.token == token and progress.state in ("failed", "stopped")
     if own and progress and progress.kind != CONNECTION:
         return

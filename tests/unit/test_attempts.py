@@ -14,6 +14,7 @@ from fake_slurm import plan_of
 from running import ROOT
 
 from pipeline.core.files import read_json
+from pipeline.core.heartbeat import FOLDER, Failure, report_failure
 from pipeline.workflow import status
 from pipeline.workflow.artifact import ARTIFACT
 from pipeline.workflow.attempts import (
@@ -33,8 +34,9 @@ from pipeline.workflow.attempts import (
     read_attempts,
     verdict,
 )
+from pipeline.workflow.faults import record_report
 from pipeline.workflow.plan import spec_of
-from pipeline.workflow.progress import ProgressFile, read_progress
+from pipeline.workflow.progress import ATTEMPT, ProgressFile, read_progress
 from pipeline.workflow.stage import write_spec
 
 KILL = "rank {} (process {} on node{}) was killed by SIGKILL: most likely the host's memory ran out"
@@ -229,3 +231,57 @@ def test_status_shows_the_failures_of_a_running_step_and_why_the_restarts_ended(
     )
     assert read_json(step.folder / ARTIFACT) is None
     assert json.loads((step.folder / "attempts.json").read_text())["gave_up"] == row.reasons[1]
+
+
+@pytest.mark.parametrize(
+    ("seen", "reports", "told"),
+    [
+        (
+            ("Connection closed by peer", CONNECTION),
+            [Failure(1, ["ValueError: 3"], "", 1)],
+            ("rank 1: ValueError: 3", ""),
+        ),
+        (("ValueError: 4", ""), [Failure(1, ["ValueError: 3"], "", 1)], ("ValueError: 4", "")),
+        (
+            ("Connection reset", CONNECTION),
+            [Failure(2, ["rank 0 ended"], CONNECTION, 1)],
+            ("Connection reset", CONNECTION),
+        ),
+        (
+            ("Connection reset", CONNECTION),
+            [
+                Failure(0, ["Connection reset"], CONNECTION, 1),
+                Failure(3, ["out of memory"], "memory", 1, ("rows", 4, 2)),
+            ],
+            ("rank 3: out of memory", "memory"),
+        ),
+    ],
+)
+def test_the_rank_that_failed_first_says_why(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seen: tuple[str, str],
+    reports: list[Failure],
+    told: tuple[str, str],
+) -> None:
+    """And not what rank 0 saw of it. Before: a ValueError of rank 1 was a lost connection."""
+    folder = tmp_path / "step"
+    folder.mkdir()
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setenv(ATTEMPT, "mine")
+    for report in reports:
+        report_failure(report)
+    progress = ProgressFile(folder, "sft")
+    progress.update(state="failed", problems=(seen[0],), exit_code=1, kind=seen[1])
+    record_report(folder, "mine")
+    found = read_progress(folder)
+    assert found is not None
+    assert (found.problems, found.kind) == ((told[0],), told[1])
+    assert (found.shrink is not None) == (told[1] == "memory")
+
+
+def test_restarts_from_outside_go_on_where_the_scripts_are_switched_off(tmp_path: Path) -> None:
+    for number in range(3):
+        progress = ProgressFile(tmp_path, "sft")
+        progress.update(state="running", first=0, done=4, total=9, force=True)
+        assert decide(tmp_path, 1, restarted=True).again is (number < 2)
