@@ -236,6 +236,11 @@ def _pattern(problem: str) -> str:
     return re.sub(r"\b(?:0x)?[0-9a-f]*\d[0-9a-f]*\b|\d+", "#", re.sub(r"\bon [\w.-]+", "on a host", problem))
 
 
+def may_start_again(known: Attempts, progress: Progress | None) -> bool:
+    """Return whether the script of a running job may start its step again after the failure that `progress` is of."""
+    return progress is not None and progress.state == "failed" and progress.kind in MAY_PASS and not known.gave_up
+
+
 def describe_attempts(known: Attempts) -> str | None:
     """Return a sentence about the failures of the present command; None without any."""
     failed = [one for one in known.counted if one.state != "stopped"]

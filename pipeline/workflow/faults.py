@@ -26,7 +26,7 @@ from pipeline.core.errors import EXIT_FAILURE
 from pipeline.core.files import write_json
 from pipeline.core.heartbeat import read_failures
 from pipeline.workflow.artifact import PROGRESS, is_done
-from pipeline.workflow.attempts import CONNECTION, KILLED
+from pipeline.workflow.attempts import CONNECTION, HANG, KILLED
 from pipeline.workflow.progress import Progress, Shrink, read_progress
 from pipeline.workflow.step_folders import read_summary, short_name
 
@@ -129,6 +129,10 @@ def record_failure(
     they are not compared.
     """
     progress = _last_word(folder, token)
+    if (
+        progress and progress.token == token and progress.kind == kind == HANG
+    ):  # another node's watchdog has seen it too
+        problems = tuple(dict.fromkeys((*progress.problems, *problems)))
     if is_done(folder):
         return
     if progress is None or progress.token != token:  # rank 0 has not begun to keep this attempt's

@@ -25,7 +25,7 @@ from pipeline.core.errors import LaunchError, PlanError, did_you_mean, explain_d
 from pipeline.core.slurm_client import Job, JobRecord, cluster_option, error_text, run_slurm
 from pipeline.core.slurm_words import end_reason, explain_exit_code, pending_reason
 from pipeline.workflow.artifact import LOG, STEP, STOP, stage_and_role
-from pipeline.workflow.attempts import describe_attempts
+from pipeline.workflow.attempts import describe_attempts, may_start_again
 from pipeline.workflow.jobs import QueueSnapshot, query
 from pipeline.workflow.lock import is_alive
 from pipeline.workflow.progress import Progress, attempt_token, describe, format_duration, too_many_restarts
@@ -215,7 +215,10 @@ def _state(folder: Path, files: StepFiles, job: Job | None, answers: QueueSnapsh
     where = record.cluster if record else holder.cluster if holder and holder.job else None
     if (record or (holder and holder.job and not ended)) and not answers.is_reachable(where):
         return "unknown", [f"its last word: {progress.state}" if progress else "given to Slurm"]
+    again = job is not None and job.state == "RUNNING" and may_start_again(files.attempts, progress)
     if ended and progress and job and job.live and job.state != "COMPLETING" and _is_of_restart(progress, job):
+        if again:
+            return "starting", []
         return ended, last_problems  # Slurm does not know yet, or was queried before
     if job and job.state == "RUNNING":
         return (working if working and holder and holder.job == job.id else "starting"), []

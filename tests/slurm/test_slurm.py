@@ -425,7 +425,8 @@ def test_a_rank_that_dies_or_hangs_starts_again_within_its_job(
     assert "RestartCnt=0" in slurm("scontrol", "show", "job", job).replace("Restarts=", "RestartCnt=")
     (attempt,) = read_attempts(folder).attempts
     assert attempt.kind == (KILLED if number == signal.SIGKILL else HANG)
-    assert "rank 1 (process " in attempt.problem
+    told = attempt.problem if number == signal.SIGKILL else (folder / "log.txt").read_text()
+    assert ("rank 1 (process " if number == signal.SIGKILL else "is stopped (SIGSTOP)") in told
     metrics = open_artifact(folder).metrics
     assert (metrics["steps"], bool(metrics["resumed_from"])) == (60, True)
 

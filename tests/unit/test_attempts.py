@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_slurm import plan_of
+from fake_slurm import change, plan_of
 from running import ROOT
 
 from pipeline.core.files import read_json
 from pipeline.core.heartbeat import FOLDER, Failure, report_failure
+from pipeline.launchers.slurm import run_plan
 from pipeline.workflow import status
 from pipeline.workflow.artifact import ARTIFACT
 from pipeline.workflow.attempts import (
@@ -36,7 +37,7 @@ from pipeline.workflow.attempts import (
 )
 from pipeline.workflow.faults import record_report
 from pipeline.workflow.plan import spec_of
-from pipeline.workflow.progress import ATTEMPT, ProgressFile, read_progress
+from pipeline.workflow.progress import ATTEMPT, ProgressFile, attempt_token, read_progress
 from pipeline.workflow.stage import write_spec
 
 KILL = "rank {} (process {} on node{}) was killed by SIGKILL: most likely the host's memory ran out"
@@ -285,3 +286,19 @@ def test_restarts_from_outside_go_on_where_the_scripts_are_switched_off(tmp_path
         progress = ProgressFile(tmp_path, "sft")
         progress.update(state="running", first=0, done=4, total=9, force=True)
         assert decide(tmp_path, 1, restarted=True).again is (number < 2)
+
+
+def test_a_running_job_between_two_attempts_has_not_failed(
+    tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before: status said failed while the script was about to start the step again, and --watch ended."""
+    plan = plan_of(tmp_path)
+    one = run_plan(plan)[1]
+    change(fake, one.job, state="RUNNING")
+    monkeypatch.setenv(ATTEMPT, attempt_token(one.job, 0, 0))
+    fail(one.step.folder, 4)
+    row = next(row for row in status.table(tmp_path / "runs")[0] if row.name == "sft")
+    assert row.state == "starting"
+    fail(one.step.folder, 4, "ValueError: 3", "")
+    row = next(row for row in status.table(tmp_path / "runs")[0] if row.name == "sft")
+    assert row.state == "failed"
