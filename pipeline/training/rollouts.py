@@ -11,7 +11,7 @@ import torch
 from trl import GRPOTrainer
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import RepeatSampler
+from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
 from pipeline.engines.engine import Engine, Request, Sampling, seed_of
 
@@ -71,26 +71,25 @@ class EngineTrainer(GRPOTrainer):  # type: ignore[misc]
     # every cause of a save (save_steps, stop, deadline, validation) would have to know of cycles. They take kilobytes.
 
     def cycle(self) -> dict[str, torch.Tensor]:
-        """Return the completions of a generation cycle that is not at its end, by micro-batch; {} at its end."""
+        """Return the completions of a generation cycle that is not at its end; {} at its end."""
+        batches = self._buffered_inputs or []
         if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
             return {}
         return {
-            f"{number}.{name}": value.detach().cpu().contiguous().clone()
-            for number, batch in enumerate(self._buffered_inputs or [])
-            for name, value in batch.items()
+            name: (torch.cat([batch[name] for batch in batches]) if value.ndim else value).detach().cpu().contiguous()
+            for name, value in (batches[0] if batches else {}).items()
             if value is not None
         }
 
     def restore_cycle(self, saved: dict[str, torch.Tensor]) -> None:
-        """Continue a generation cycle; without its completions TRL draws the rest of it anew."""
-        batches: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in saved.items():
-            number, _, name = key.partition(".")
-            batches.setdefault(int(number), {})[name] = value.to(self.args.device)
-        parts = self.args.steps_per_generation // max(1, len(batches))  # more than 1 where micro-batches were halved
-        self._buffered_inputs = [
-            part for number in sorted(batches) for part in _split(batches[number], max(1, parts))
-        ] or None
+        """Continue a generation cycle, in micro-batches of any size; TRL draws anew what is not of this number of rows.
+
+        That is so where `cluster.generation_batch_size` is another one now.
+        """
+        rows = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        if saved and len(saved["completion_ids"]) == rows:
+            here = {name: value.to(self.args.device) for name, value in saved.items()}
+            self._buffered_inputs = split_tensor_dict(here, self.args.steps_per_generation)
 
     def count_micro_batches(self) -> None:
         """Set TRL's count of micro-batches to that of the step that it resumes at."""

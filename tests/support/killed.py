@@ -69,7 +69,9 @@ class Way:
     layout: str
     words: tuple[str, ...] = ()
     kill: int = 8
-    moves: tuple[str, ...] = ()  # processes and layouts in which the straight run's checkpoint is resumed
+    moves: tuple[
+        str, ...
+    ] = ()  # processes, layout (and rows at once) in which the straight run's checkpoint is resumed
 
 
 MOVES = {
@@ -121,7 +123,7 @@ WAYS: dict[str, Way] = {
     ),
     "sft adafactor": Way("sft", 2, "zero2", ("sft.optimizer.name=adafactor",), moves=("1 zero2",)),
     "sft muon": Way("sft", 2, "zero2", ("sft.optimizer.name=muon",), moves=("1 zero2",)),
-    "grpo": Way("grpo", 1, "none", (*GRPO, *MICRO, "grpo.num_iterations=2"), 6),
+    "grpo": Way("grpo", 1, "none", (*GRPO, *MICRO, "grpo.num_iterations=2"), 6, ("1 none 2",)),
     "grpo lora": Way("grpo", 1, "zero2", (*GRPO, *MICRO, *LORA, "lora.dropout=0.1", "grpo.beta=0.1"), 6),
     **two("none"),
     **two("zero2"),
@@ -172,10 +174,11 @@ def main(out: Path, names: list[str]) -> None:
         forked(way.processes, killed, partial(run, plan, way.stage, killed, base, way.kill), dies=True)
         forked(way.processes, killed, partial(run, plan, way.stage, killed, base))
         for move in way.moves:
-            moved, (processes, layout) = out / name / move, move.split()
+            moved, (processes, layout, *rows) = out / name / move, move.split()
             first = numbered(straight / "checkpoints")[0]
             shutil.copytree(first, moved / "checkpoints" / first.name)
-            other = plan_of(replace(way, processes=int(processes), layout=layout), out)
+            words = [*way.words, *(f"cluster.{way.stage}.per_device_batch_size={number}" for number in rows)]
+            other = plan_of(replace(way, processes=int(processes), layout=layout, words=tuple(words)), out)
             forked(int(processes), moved, partial(run, other, way.stage, moved, base))
 
 

@@ -35,12 +35,12 @@ MOVES = [(name, move) for name, way in WAYS.items() for move in way.moves]
 
 
 def rows(step: Path) -> dict[int, list[Any]]:
-    """The rows of each step, of all processes together."""
+    """The rows of each step, of all processes together; TRL passes them with every micro-batch."""
     found: dict[int, list[Any]] = {}
     for file in step.glob("rows-*.jsonl"):
         for number, names in map(json.loads, file.read_text().splitlines()):
             found.setdefault(number, []).extend(names)
-    return {number: sorted(names) for number, names in found.items()}
+    return {number: sorted(set(names)) for number, names in found.items()}
 
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:
@@ -99,14 +99,14 @@ def test_another_layout_goes_on_with_the_same_rows_weights_and_optimizer(trained
     rates = [[entry.get("learning_rate") for entry in history(step)] for step in (straight, moved)]
     assert rates[0] == rates[1]
     log = (moved / "log-0.txt").read_text()
-    assert "schedule and the order of the rows are kept" in log
+    assert ("schedule and the order of the rows are kept" in log) == (len(move.split()) == 2)
     assert ("the optimizer begins anew" in log) == (name == "sft adafactor")
     assert ("other random numbers" in log) == (move[0] != str(WAYS[name].processes))
-    if name == "sft adafactor" or WAYS[name].stage == "grpo":  # other random numbers draw other completions
+    if name in ("sft adafactor", "grpo zero2"):  # other random numbers draw other completions
         return
     tolerance = 2e-3 if name == "sft packed" else 2e-7  # bfloat16 has 8 bits
     losses = [[entry["loss"] for entry in history(step) if "loss" in entry] for step in (straight, moved)]
-    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance, abs=tolerance)
     file = next(iter(sorted(straight.glob("*/*.safetensors"))))
     wanted, got = load_file(file), load_file(moved / file.relative_to(straight))
     before = load_file(numbered(straight / "checkpoints")[0] / file.name)
@@ -130,5 +130,5 @@ def test_the_runs_cross_what_they_are_about(trained: Path) -> None:
     assert saved["log_history"][-1]["step"] == 4
     for name in ("grpo", "grpo none", "grpo zero2", "grpo zero3"):
         file = trained / name / "straight" / "checkpoints" / "checkpoint-5" / "process_0.safetensors"
-        assert "0.completion_ids" in load_file(file)
+        assert "completion_ids" in load_file(file)
     assert read_json(trained / "sft early" / "killed" / "m.json")["steps"] == 10  # of 11
