@@ -7,6 +7,7 @@ training layout (layouts.py). saves.py writes them while training goes on.
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -42,8 +43,18 @@ def validation_error(
 ) -> str | None:
     """Return why a checkpoint is not valid, or None. Reads every file, unless `stop` says otherwise or not `hashes`.
 
-    `at_once`: many files are read together, while nothing else runs.
+    `at_once`: many files are read together, while nothing else runs. A bad disk makes a checkpoint invalid; other
+    errors of a file system are raised, because they may pass.
     """
+    try:
+        return _validation_error(folder, stop, hashes, at_once)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return f"a file of it cannot be read ({error.strerror})"
+
+
+def _validation_error(folder: Path, stop: Callable[[], bool], hashes: bool, at_once: bool) -> str | None:
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or not all(isinstance(entry, dict) for entry in manifest.values()):
         return "it is incomplete (no manifest)"
@@ -52,13 +63,9 @@ def validation_error(
             return f"{name} is missing"
         if (folder / name).stat().st_size != entry.get("size"):
             return _changed(name)
-    for path in folder.rglob("*"):  # DeepSpeed looks for its shards by pattern, and loads them by pickle
-        if (
-            path.suffix in PICKLES
-            and not path.name.startswith(".")
-            and path.relative_to(folder).as_posix() not in manifest
-        ):
-            return f"{path.relative_to(folder)} is not in its manifest"
+    for path in folder.rglob("[!.]*"):  # DeepSpeed looks for its shards by pattern, and loads them by pickle
+        if path.suffix in PICKLES and (name := path.relative_to(folder).as_posix()) not in manifest:
+            return f"{name} is not in its manifest"
     found = iter(files_sha256([folder / name for name in manifest]) if hashes and at_once else ())
     for name, entry in manifest.items():
         if not hashes or stop():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.core.files import read_json, write_json
 from pipeline.training.checkpoints import latest_valid_checkpoint, numbered, rotate, validation_error, write_manifest
 from pipeline.workflow.signing import MANIFEST
 
@@ -49,6 +50,18 @@ def test_a_half_written_manifest_is_none(tmp_path: Path) -> None:
     (checkpoint / MANIFEST).write_text('{"model')
     assert validation_error(checkpoint) == "it is incomplete (no manifest)"
     assert latest_valid_checkpoint(tmp_path)[0] is None
+
+
+def test_a_file_that_the_disk_cannot_read_makes_the_one_before_it_count(tmp_path: Path) -> None:
+    """/proc/self/mem begins with an input/output error, as a bad sector does."""
+    good, bad = saved(tmp_path, 2), saved(tmp_path, 4)
+    (bad / "model.safetensors").unlink()
+    (bad / "model.safetensors").symlink_to("/proc/self/mem")
+    manifest = read_json(bad / MANIFEST)
+    write_json(bad / MANIFEST, {**manifest, "model.safetensors": {"size": 0, "sha256": "?"}})
+    found, skipped = latest_valid_checkpoint(tmp_path)
+    assert found == good
+    assert skipped == ["skipped checkpoint-4: a file of it cannot be read (Input/output error)"]
 
 
 def test_no_checkpoints_are_no_checkpoint(tmp_path: Path) -> None:
