@@ -21,6 +21,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pipeline.core import heartbeat
 from pipeline.core.errors import DiskError, explain_disk
 from pipeline.core.files import drop_cache, sync
 from pipeline.training import distributed
@@ -69,7 +70,9 @@ class Saves:
         if ending:
             self.ending.set()
         if self.thread:
-            self.thread.join()
+            while self.thread.is_alive():
+                self.thread.join(1.0)
+                heartbeat.beat(long=True)  # a thread's own signs do not count, and a large model takes minutes
             self.thread = None
         if self.error:
             error, self.error = self.error, None
