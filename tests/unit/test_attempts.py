@@ -6,14 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from fake_slurm import change, plan_of
 from running import ROOT
 
-from pipeline.core.files import read_json
+from pipeline.core.files import read_json, write_json
 from pipeline.core.heartbeat import FOLDER, Failure, report_failure
 from pipeline.launchers.slurm import run_plan
 from pipeline.workflow import status
@@ -21,12 +21,14 @@ from pipeline.workflow.artifact import ARTIFACT
 from pipeline.workflow.attempts import (
     CONNECTION,
     HANG,
+    KEPT,
     KILLED,
     LAUNCH,
     LOST,
     MAX_WITHOUT_PROGRESS,
     NOT_BEGUN,
     Attempt,
+    Attempts,
     begin_count,
     decide,
     describe_attempts,
@@ -188,10 +190,11 @@ def test_a_mistake_is_not_tried_again_and_a_step_that_is_done_goes_on(tmp_path: 
 
 
 def test_the_file_is_bounded(tmp_path: Path) -> None:
-    for step in range(120):
-        fail(tmp_path, step)
-        decide(tmp_path, 3)
-    assert [one.last for one in read_attempts(tmp_path).attempts] == list(range(20, 120))
+    before = attempts_of(*[kill(0, step) for step in range(KEPT)])
+    write_json(tmp_path / "attempts.json", asdict(Attempts(tuple(before))))
+    fail(tmp_path, KEPT)
+    decide(tmp_path, 3)
+    assert [one.last for one in read_attempts(tmp_path).attempts] == list(range(1, KEPT + 1))
     assert (tmp_path / "attempts.json").stat().st_size < 50_000
 
 
