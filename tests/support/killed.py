@@ -27,7 +27,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import deepspeed
 from running import NANO
+from torch.utils import tensorboard
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline import grpo, preprocess, sft
@@ -44,6 +46,7 @@ from pipeline.workflow.progress import ProgressFile
 from pipeline.workflow.runtime import Runtime
 from pipeline.workflow.signing import MANIFEST
 
+IMPORTED = (deepspeed, tensorboard)  # here, and not by every process
 SFT = [
     "task.params.phases=[{n: [3, 4], rows: 40}]",  # an epoch has 5 steps
     "task.params.grpo_rows=8",
@@ -75,9 +78,9 @@ class Way:
 
 
 MOVES = {
-    "none": ("2 zero2", "1 zero3"),
+    "none": ("1 zero3",),
     "zero2": ("1 zero2", "2 zero3", "2 none"),
-    "zero3": ("2 zero2", "1 none"),
+    "zero3": ("1 zero2",),
 }
 
 
@@ -243,7 +246,11 @@ def record_rows(trainer: Any, out: Path) -> None:
 
     def written(rows: Any) -> Any:
         if isinstance(rows, dict):
-            names = [zlib.crc32(bytes(str(ids[ids != 0].tolist()), "ascii")) for ids in rows["input_ids"]]
+            tokens = rows["input_ids"]
+            if "position_ids" in rows:  # packed: rows one after another
+                starts = (rows["position_ids"][0] == 0).nonzero()[1:, 0].tolist()
+                tokens = tokens[0].tensor_split(starts)
+            names = [zlib.crc32(bytes(str(ids[ids != 0].tolist()), "ascii")) for ids in tokens]
         else:
             names = [row["id"] for row in rows]
         with file.open("a") as lines:
