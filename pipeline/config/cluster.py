@@ -103,8 +103,9 @@ class Cluster:
     generation: Generation = added(Generation())
     max_failures: PositiveInt = added(3)  # of one kind at one step that end a step's restarts; 1: it is never restarted
     checkpoint_copy: str | None = added(None)  # a second folder that every checkpoint is copied to
-
     hang_timeout: PositiveInt | Literal["auto"] | None = added("auto")  # seconds without a sign of life; None: no end
+    # decides no result's identity: without it a run whose loss is not finite has no result
+    skip_bad_batches: NonNegativeInt = added(0)  # batches of a step that may be left out where the loss is not finite
 
     @property
     def submits(self) -> bool:

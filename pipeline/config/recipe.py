@@ -157,7 +157,6 @@ class Sft:
     packing: bool
     eval_steps: PositiveInt | None  # steps between two losses on the validation rows
     early_stopping_patience: PositiveInt | None  # validations without a better loss before it stops at the best
-    skip_bad_batches: NonNegativeInt = added(0)  # batches that may be left out where the loss is not finite
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,6 @@ class Grpo:
     loss_type: LossName
     scale_rewards: RewardScale
     mask_truncated_completions: bool
-    skip_bad_batches: NonNegativeInt = added(0)  # batches that may be left out where the loss is not finite
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""Stop training at the first step that is not finite, name its rows, and skip such steps when the recipe allows it.
+"""Stop training at the first step that is not finite, name its rows, and skip such steps when the cluster allows it.
 
     trainer.add_callback(DivergenceCallback(trainer, name_rows, skip={7}))      the last callback
 
 A step is bad where its loss or the norm of its gradients is not finite in any process, or where the weights are not
-finite that a checkpoint would hold. No checkpoint is written then: the newest one is good. `sft.skip_bad_batches` and
-`grpo.skip_bad_batches` allow the launcher to start the step again from it, without the update of that step: its rows
-are not read, weights and optimizer stay as they are, and the order of the rows and the count of steps go on.
+finite that a checkpoint would hold. No checkpoint is written then: the newest one is good. `cluster.skip_bad_batches`
+allows the launcher to start the step again from it, without the update of that step: its rows are not read, weights and
+optimizer stay as they are, and the order of the rows and the count of steps go on.
 """
 
 from __future__ import annotations

@@ -236,7 +236,7 @@ def _as_small_as_needed(spec: StepSpec, folder: Path, world: int) -> tuple[Clust
 
 
 def _may_skip(spec: StepSpec) -> int:
-    return spec.recipe.training(spec.stage).skip_bad_batches if spec.stage in ("sft", "grpo") else 0
+    return spec.cluster.skip_bad_batches if STAGES[spec.stage].trains else 0
 
 
 def _out_of_memory(error: Exception, spec: StepSpec, world: int) -> tuple[str | None, Shrink | None]:

@@ -245,7 +245,7 @@ def train(
         stopper.finish()  # a failure loses no checkpoint that is written
     if runtime.rank == 0:
         write_history(trainer.state.log_history, out)
-    raise_if_diverged(divergence, stage)
+    raise_if_diverged(divergence)
     raise_if_training_failed(trainer, progress, signal, stopped=stopper.stopped, out=out)
     if stopper.stopped:
         raise Stopped(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved")
@@ -291,7 +291,7 @@ def run_trainer(trainer: Trainer, progress: ProgressCallback, resume: Path | Non
     return None
 
 
-def raise_if_diverged(found: DivergenceCallback, stage: str) -> None:
+def raise_if_diverged(found: DivergenceCallback) -> None:
     """Raise Diverged with the rows of the batch, which go to the log in full."""
     if found.problem is None:
         return
@@ -300,7 +300,7 @@ def raise_if_diverged(found: DivergenceCallback, stage: str) -> None:
     error = Diverged(
         f"training diverged: {found.problem} at step {found.step}, whose rows are {join_first(found.rows, 8)}; the "
         "newest checkpoint is from before. Fix: lower the learning rate, raise the warm-up, compute with "
-        f"model.dtype=float32, correct these rows, or skip the batch: {stage}.skip_bad_batches=1 (another step)"
+        f"model.dtype=float32, correct these rows, or skip the batch: cluster.skip_bad_batches=1"
     )
     error.step, error.rows = found.step, tuple(found.rows[:MAX_ROWS_NAMED])
     raise error

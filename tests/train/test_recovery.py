@@ -144,7 +144,7 @@ def test_a_loss_that_is_not_a_number_names_its_rows_and_keeps_the_checkpoint(run
     told = process.communicate(timeout=400)[0]
     assert process.returncode == 1, told
     assert "training diverged: loss is nan at step 6, whose rows are " in told
-    assert "sft.skip_bad_batches=1" in told
+    assert "cluster.skip_bad_batches=1" in told
     folder = only(runs, "tiny/sft-*")
     saved = {path.parent.name for path in folder.glob("checkpoints/*/manifest.json")}
     assert saved == {f"checkpoint-{step}" for step in range(1, 6)}  # not those of step 6
@@ -158,7 +158,7 @@ def test_a_loss_that_is_not_a_number_names_its_rows_and_keeps_the_checkpoint(run
 
 
 def test_a_bad_batch_is_skipped_by_a_setting(runs: Path) -> None:
-    words = ["sft.max_steps=8", "cluster.save_steps=3", "sft.skip_bad_batches=1", ONE]
+    words = ["sft.max_steps=8", "cluster.save_steps=3", "cluster.skip_bad_batches=1", ONE]
     process = start(runs, *words, env=bad_row(runs / "row"))
     told = process.communicate(timeout=400)[0]
     assert process.returncode == 0, told
