@@ -32,7 +32,8 @@ def run_step(step: Step, plan: Plan, title: str) -> None:
     """Run a step in this process. Raises the exception of its stage."""
     stage = step.runs_as
     write_spec(step.folder, spec_of(step, plan.cluster))
-    wanted = {name: value for name, value in environment(stage, plan.cluster).items() if name not in START_ONLY}
+    settings = environment(stage, plan.cluster, step.folder)
+    wanted = {name: value for name, value in settings.items() if name not in START_ONLY}
     print(f"{title} …", file=sys.stderr, flush=True)
     ranks = _single_rank() if stage.processes == "all" else {}
     with _environment({**wanted, **ranks}), warnings.catch_warnings():

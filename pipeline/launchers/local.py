@@ -116,7 +116,7 @@ def _attempt(step: Step, plan: Plan, title: str) -> None:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**environment(stage, plan.cluster), ATTEMPT: attempt, **heartbeat_settings(signs)},
+            env={**environment(stage, plan.cluster, step.folder), ATTEMPT: attempt, **heartbeat_settings(signs)},
             start_new_session=True,
         )
         suspended = faults.StoppedProcesses(process.pid)

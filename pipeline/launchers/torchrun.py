@@ -99,8 +99,11 @@ def command(stage: Stage, folder: Path, cluster: Cluster, at: Rendezvous | None 
     return [sys.executable, "-m", "pipeline.training.distributed", *where, f"--nproc-per-node={count}", *work]
 
 
-def environment(stage: Stage, cluster: Cluster) -> dict[str, str]:
-    """Return the environment of a stage's processes. Threads match cores: oversubscription costs a factor of fifty."""
+def environment(stage: Stage, cluster: Cluster, folder: Path | None = None) -> dict[str, str]:
+    """Return the environment of the processes of a step in `folder`.
+
+    Threads match cores: oversubscription costs a factor of fifty.
+    """
     settings = {
         # DeepSpeed searches PATH for ninja, and the virtual environment may not be active
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
@@ -113,6 +116,8 @@ def environment(stage: Stage, cluster: Cluster) -> dict[str, str]:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",  # libraries raise them for each other
     }
+    if folder:
+        settings["TRACKIO_DIR"] = str(folder.absolute() / "trackio")  # TRL imports trackio, which reads it only then
     if cluster.gpus == 0 or not gpu_count():
         # on a CPU, compiling takes a minute and a C++ compiler; eager mode takes milliseconds
         settings |= {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"} | dict.fromkeys(HIDE_GPUS, "")
@@ -131,7 +136,7 @@ def run_on_node(folder: Path) -> int:
         signal.signal(number, lambda *_: (folder / STOP).touch())
     kills = cgroups.memory_kills()
     words = command(stage, folder, spec.cluster, rendezvous(spec.cluster.slurm.host_suffix))
-    settings = {**environment(stage, spec.cluster), ATTEMPT: attempt}
+    settings = {**environment(stage, spec.cluster, folder), ATTEMPT: attempt}
     settings["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SHUTDOWN_SECONDS)
     with heartbeats() as signs:
         settings |= heartbeat_settings(signs)

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from pipeline.training import distributed
-from pipeline.training.rollouts import EngineTrainer
+from pipeline.training.resume import GeneratesAhead
 
 SHOWN_TOKENS = 20  # of a packed sequence, which has no id
 
@@ -49,7 +49,7 @@ class DivergenceCallback(TrainerCallback):
 
     def _training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         if self.trainer.state.global_step + 1 in self.skip:
-            if isinstance(self.trainer, EngineTrainer):
+            if isinstance(self.trainer, GeneratesAhead):
                 self.trainer.skip_micro_batch(inputs)
             return torch.zeros((), device=self.trainer.args.device)  # no gradient: the optimizer changes nothing
         self.inputs.append(inputs)

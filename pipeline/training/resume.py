@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import safe_open
@@ -23,9 +23,21 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.training import distributed
-from pipeline.training.rollouts import EngineTrainer
 
 STATE = "state"  # the key of the JSON in a file's metadata
+
+
+@runtime_checkable
+class GeneratesAhead(Protocol):
+    """What rollouts.EngineTrainer has and SFT's trainer lacks; SFT need not import all of GRPO to ask for it."""
+
+    def cycle(self) -> dict[str, torch.Tensor]: ...
+
+    def restore_cycle(self, saved: dict[str, torch.Tensor]) -> None: ...
+
+    def count_micro_batches(self) -> None: ...
+
+    def skip_micro_batch(self, inputs: Any) -> None: ...
 
 
 class ResumeCallback(TrainerCallback):
@@ -82,7 +94,7 @@ def save(trainer: Trainer, checkpoint: Path) -> None:
         "metrics": dict(trainer._metrics["train"]),
         "tokens": trainer._total_train_tokens,
     }
-    cycle = trainer.cycle() if isinstance(trainer, EngineTrainer) else {}
+    cycle = trainer.cycle() if isinstance(trainer, GeneratesAhead) else {}
     save_file(cycle, process_file(checkpoint, distributed.rank()), {STATE: json.dumps(state)})
 
 
@@ -91,7 +103,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
 
     With another number of processes the open loss is the mean of those that saved, and a generation cycle begins anew.
     """
-    if isinstance(trainer, EngineTrainer):
+    if isinstance(trainer, GeneratesAhead):
         trainer.count_micro_batches()
     files = sorted(checkpoint.glob("process_*.safetensors"))
     if not files:
@@ -110,5 +122,5 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     trainer._globalstep_last_logged = state["last_logged"]
     trainer._metrics["train"].update(state["metrics"])
     trainer._total_train_tokens = state["tokens"]
-    if isinstance(trainer, EngineTrainer):
+    if isinstance(trainer, GeneratesAhead):
         trainer.restore_cycle(cycle)

@@ -219,6 +219,8 @@ def _state(folder: Path, files: StepFiles, job: Job | None, answers: QueueSnapsh
     if ended and progress and job and job.live and job.state != "COMPLETING" and _is_of_restart(progress, job):
         if again:
             return "starting", []
+        if ended == "stopped":
+            return "ending", last_problems  # its script queues it again
         return ended, last_problems  # Slurm does not know yet, or was queried before
     if job and job.state == "RUNNING":
         return (working if working and holder and holder.job == job.id else "starting"), []

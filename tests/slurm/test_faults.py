@@ -13,12 +13,11 @@ from slurm_lab import Lab, copy_steps
 from soak import Record, disturb, result
 from soak_faults import FAULTS, INPUTS, Trial
 
-SETTINGS = [*NANO, "grpo.max_steps=30", "cluster.save_steps=3", "cluster.hang_timeout=8"]
+SETTINGS = [*NANO, "grpo.max_steps=50", "cluster.save_steps=3", "cluster.hang_timeout=8"]
 CHOSEN = [  # those that Slurm or the launcher answers without the user
-    "rank 1 stopped (SIGSTOP)",
-    "slurmd lost, its processes alive",
+    "rank 1 out of host memory",
     "preempted by CANCEL, 20 s of grace",
-    "controller restarted",
+    "scontrol requeue",
 ]
 
 

@@ -230,6 +230,8 @@ def out_of_memory(trial: Trial) -> None:
     parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     for one in (parent, pid):
         (group / "cgroup.procs").write_text(str(one))
+    wait(lambda: not Path(f"/proc/{pid}").exists(), 60, "kill for memory")
+    (group / "memory.limit_in_bytes").write_text("-1")  # its parent goes on
 
     def leave() -> None:
         for one in (group / "cgroup.procs").read_text().split():

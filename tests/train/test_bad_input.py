@@ -198,6 +198,7 @@ def test_the_environment_of_a_stage_is_the_users_own(monkeypatch: pytest.MonkeyP
     cluster, _ = read_cluster("local", ["processes=2"])
     assert cluster is not None
     monkeypatch.setenv("MY_OWN", "1")
-    env = environment(STAGES["sft"], cluster)
+    env = environment(STAGES["sft"], cluster, Path("runs/tiny/sft-1a2b3c4d5e"))
     assert env["MY_OWN"] == "1"
+    assert env["TRACKIO_DIR"] == str(Path("runs/tiny/sft-1a2b3c4d5e/trackio").absolute())
     assert int(env["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
