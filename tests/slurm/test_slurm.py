@@ -26,6 +26,7 @@ from pipeline.core.files import read_json
 from pipeline.training.checkpoints import validation_error
 from pipeline.workflow.artifact import open_artifact
 from pipeline.workflow.attempts import HANG, KILLED, read_attempts
+from pipeline.workflow.progress import read_progress
 
 ALL = ["preprocess", "sft", "grpo", "evaluate-base", "evaluate-sft", "evaluate-grpo", "report"]
 LONG = ["sft.max_steps=300", "task.params.phases=[{n: [3, 4], rows: 2400}]"]
@@ -408,27 +409,31 @@ def test_a_signal_to_every_process_of_a_step_is_a_wish_to_stop(lab: Lab, runs: P
     assert found["tiny/sft"]["restarts"] == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_that_dies_or_hangs_starts_again_within_its_job(
-    lab: Lab, runs: Path, nano: Path, number: signal.Signals
-) -> None:
+def test_a_rank_that_dies_and_one_that_hangs_start_again_within_their_job(lab: Lab, runs: Path, nano: Path) -> None:
     """Of two nodes: the other node's rank finds its way to the new start too, at another port."""
     copy_steps(nano, runs, "preprocess")
-    words = ["sft.max_steps=60", "cluster.save_steps=5", "cluster.nodes=2", ONE, "cluster.hang_timeout=10"]
+    words = ["sft.max_steps=120", "cluster.save_steps=5", "cluster.nodes=2", ONE, "cluster.hang_timeout=10"]
     submit(lab, runs, *words, "--stages", "sft")
     wait_until(lambda: list(runs.glob("tiny/sft-*/checkpoints/*/manifest.json")), runs, "first checkpoint")
     folder, job = only(runs, "tiny/sft-*"), jobs_of(runs)["tiny/sft"]
-    os.kill(pid_of_rank(1, folder), number)
+    os.kill(pid_of_rank(1, folder), signal.SIGKILL)
+    wait_until(lambda: (rows(runs)["tiny/sft"]["restarts"], is_at_work(folder)) == (1, True), runs, "second attempt")
+    os.kill(pid_of_rank(1, folder), signal.SIGSTOP)
     found = wait_for_end(runs)
     assert found["tiny/sft"]["state"] == "done", found
     assert jobs_of(runs)["tiny/sft"] == job
     assert "RestartCnt=0" in slurm("scontrol", "show", "job", job).replace("Restarts=", "RestartCnt=")
-    (attempt,) = read_attempts(folder).attempts
-    assert attempt.kind == (KILLED if number == signal.SIGKILL else HANG)
-    told = attempt.problem if number == signal.SIGKILL else (folder / "log.txt").read_text()
-    assert ("rank 1 (process " if number == signal.SIGKILL else "is stopped (SIGSTOP)") in told
+    killed, hung = read_attempts(folder).attempts
+    assert (killed.kind, hung.kind) == (KILLED, HANG)
+    assert "rank 1 (process " in killed.problem
+    assert "is stopped (SIGSTOP)" in (folder / "log.txt").read_text()
     metrics = open_artifact(folder).metrics
-    assert (metrics["steps"], bool(metrics["resumed_from"])) == (60, True)
+    assert (metrics["steps"], bool(metrics["resumed_from"])) == (120, True)
+
+
+def is_at_work(folder: Path) -> bool:
+    progress = read_progress(folder)
+    return progress is not None and progress.state == "running" and progress.done > progress.first
 
 
 def test_a_node_that_loses_its_power_costs_no_more_than_save_steps(lab: Lab, runs: Path, nano: Path) -> None:
