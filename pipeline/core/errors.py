@@ -78,7 +78,7 @@ class Diverged(LaunchError):
 
 
 class LostPeer(LaunchError):
-    """Another process of the step has failed, so this one cannot go on; the cause is told there."""
+    """Another process of the step has failed, so this one cannot continue; the cause is reported there."""
 
 
 class EndpointError(PipelineError):

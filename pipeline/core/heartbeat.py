@@ -1,6 +1,6 @@
 """Signs of life of a stage's processes, for the watchdog of their launcher (workflow/watchdog.py).
 
-    beat()             work goes on; call it as often as you like, in the main thread: it costs a look at the clock
+    beat()             work continues; call it as often as you like, in the main thread: it costs a look at the clock
     beat(long=True)    what comes now may take long without a sign: a first compilation, a save, a validation
     wait()             from here on this process waits for others, and its silence says nothing
 

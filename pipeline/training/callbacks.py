@@ -121,7 +121,7 @@ class ProgressCallback(TrainerCallback, ExportableState):
 
 
 class HeartbeatCallback(TrainerCallback):
-    """Shows the launcher's watchdog that training goes on; the last of the callbacks, which knows what comes next."""
+    """Shows the launcher's watchdog that training continues; the last of the callbacks, which knows what comes next."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object

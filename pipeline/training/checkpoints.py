@@ -1,7 +1,7 @@
 """Verified checkpoints: a manifest that is written last, resume from the latest valid one, the ones that are kept.
 
 A checkpoint is valid only with its manifest (files, sizes, sha256). The manifest is signed (signing.py) and covers the
-training layout (layouts.py). saves.py writes them while training goes on.
+training layout (layouts.py). saves.py writes them while training continues.
 """
 
 from __future__ import annotations

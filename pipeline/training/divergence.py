@@ -5,7 +5,7 @@
 A step is bad where its loss or the norm of its gradients is not finite in any process, or where the weights are not
 finite that a checkpoint would hold. No checkpoint is written then: the newest one is good. `cluster.skip_bad_batches`
 allows the launcher to start the step again from it, without the update of that step: its rows are not read, weights and
-optimizer stay as they are, and the order of the rows and the count of steps go on.
+optimizer stay as they are, and the order of the rows and the count of steps continue.
 """
 
 from __future__ import annotations

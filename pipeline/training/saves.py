@@ -1,4 +1,4 @@
-"""Commit checkpoints while training goes on: hash, manifest, read back, second place; and the coordinated stop.
+"""Commit checkpoints while training continues: hash, manifest, read back, second place; and the coordinated stop.
 
     saves = Saves(folder, layout, keep=2, second=Path("/archive/tiny/sft-1a2b3c4d5e"))      rank 0
     saves.begin(checkpoint, files, best)     every rank has written its files: returns at once, a thread does the rest

@@ -6,7 +6,7 @@
     watchdog.dump(); watchdog.end(process)                the ranks' Python stacks into the log; then their end
 
 Time is counted in the launcher's own looks, never by the clock: a job that Slurm has suspended as a whole, launcher
-and all, is not taken for one that hangs when it goes on. A process that waits for others is not watched: the one that
+and all, is not taken for one that hangs when it resumes. A process that waits for others is not watched: the one that
 they wait for is. Each node watches its own processes.
 """
 

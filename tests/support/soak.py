@@ -54,13 +54,13 @@ class Record:
     stage: str
     lost: int  # committed steps, or rows, that had to be done again
     redone: int  # steps, or rows, that were done and not committed
-    seconds: float  # until the work went on
+    seconds: float  # until the work resumed
     scheduler: float  # of these, between the attempts: in Slurm's queue
     typed: int  # how often the command was typed again
 
 
 def disturb(trial: Trial, faults: Sequence[Fault], report: Callable[[Record], None]) -> None:
-    """Run the trial to its end with these faults on its way. Raises TimeoutError where it does not go on."""
+    """Run the trial to its end with these faults on its way. Raises TimeoutError where it does not resume."""
     trial.type_command()
     reached = -1
     for fault in faults:
@@ -123,7 +123,7 @@ def wait_for_work(trial: Trial, reached: int, seconds: float) -> None:
 
 
 def wait_until_it_goes_on(trial: Trial, before: Progress, fault: Fault) -> Progress | None:
-    """Return the progress of the attempt that goes on; None where the step was done before."""
+    """Return the progress of the attempt that continues; None where the step was done before."""
     until = time.monotonic() + LONGEST
     while True:
         if trial.done:
@@ -178,7 +178,7 @@ def table(records: Sequence[Record]) -> str:
     """Return the table of docs/reliability.md."""
     lines = [
         "| fault | launcher | sft, grpo, evaluate | committed steps lost | others done again, at most "
-        "| seconds until it went on: median, most | without the queue's | typed again |",
+        "| seconds until it resumed: median, most | without the queue's | typed again |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for fault in FAULTS.values():
@@ -222,8 +222,6 @@ def main() -> int:
             if isinstance(lab, str):
                 print(f"error: {lab}", file=sys.stderr)
                 return 1
-            if lab:
-                lab.yaml  # noqa: B018 - writes the file
             undisturbed = words.undisturbed or place / "undisturbed"
             began = time.monotonic()
             whole = [sys.executable, "-m", "pipeline", "run", "tiny", *SMALL, "--runs", str(undisturbed)]

@@ -93,7 +93,7 @@ class Trial:
             self.process.wait()
 
     def ended(self) -> bool:
-        """Whether nothing will go on by itself."""
+        """Return whether nothing will resume by itself."""
         if not self.lab:
             return self.process is None or self.process.poll() is not None
         states = "PENDING,RUNNING,COMPLETING,SUSPENDED,CONFIGURING,REQUEUED"
@@ -330,7 +330,7 @@ class Fault:
     """One kind of fault; `passes`: the attempt that it hits may go on."""
 
     name: str
-    inject: Callable[[Trial], None]
+    inject: Callable[[Trial], object]
     where: tuple[str, ...] = ("local", "slurm")
     passes: bool = False
     two_nodes: bool = False
@@ -338,7 +338,7 @@ class Fault:
 
 
 KINDS = [
-    Fault("asked to stop (Ctrl-C; the signal before the limit)", asked_to_stop),
+    Fault("stop requested (Ctrl-C; the signal before the limit)", asked_to_stop),
     Fault("every process killed", every_process_killed),
     Fault("every process killed during a save", in_a_save(every_process_killed)),
     Fault("rank 0 killed", rank_killed(0)),
@@ -352,8 +352,8 @@ KINDS = [
     Fault("preempted by CANCEL, 20 s of grace", preempted("CANCEL", 20), ("slurm",)),
     Fault("preempted by CANCEL, no grace", preempted("CANCEL", 0), ("slurm",)),
     Fault("suspended and resumed", suspended, ("slurm",), passes=True),
-    Fault("scancel", lambda trial: void(slurm("scancel", str(trial.job()))), ("slurm",)),
-    Fault("scontrol requeue", lambda trial: void(slurm("scontrol", "requeue", str(trial.job()))), ("slurm",)),
+    Fault("scancel", lambda trial: slurm("scancel", str(trial.job())), ("slurm",)),
+    Fault("scontrol requeue", lambda trial: slurm("scontrol", "requeue", str(trial.job())), ("slurm",)),
     Fault("node lost its power", node_lost, ("slurm",)),
     Fault("node lost its power during a save", in_a_save(node_lost), ("slurm",)),
     Fault("slurmd lost, its processes alive", slurmd_lost, ("slurm",)),
@@ -363,7 +363,3 @@ KINDS = [
 
 
 FAULTS = {fault.name: fault for fault in KINDS}
-
-
-def void(_: object) -> None:
-    """Return nothing."""

@@ -302,6 +302,9 @@ def test_a_running_job_between_two_attempts_has_not_failed(
     fail(one.step.folder, 4)
     row = next(row for row in status.table(tmp_path / "runs")[0] if row.name == "sft")
     assert row.state == "starting"
+    ProgressFile(one.step.folder, "sft").update(state="stopped", exit_code=75)
+    row = next(row for row in status.table(tmp_path / "runs")[0] if row.name == "sft")
+    assert row.state == "ending"  # the script is about to queue its job again
     fail(one.step.folder, 4, "ValueError: 3", "")
     row = next(row for row in status.table(tmp_path / "runs")[0] if row.name == "sft")
     assert row.state == "failed"
