@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.cluster import AUTO_EVALUATE
 from pipeline.config.endpoint import Endpoint
 from pipeline.config.recipe import Recipe
-from pipeline.core import heartbeat
+from pipeline.core import heartbeat, stopwatch
 from pipeline.core.errors import DataError
 from pipeline.core.files import write_json
 from pipeline.engines.engine import Completion, Engine, Request, Sampling
@@ -58,6 +58,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     barrier = join_processes() if endpoint is None else lambda: None
 
     # ---- rows
+    stopwatch.enter("rows")
     runtime.progress.update(note="reading rows", unit="rows" if settings.samples == 1 else "answers")
     task = task_of(recipe.task, recipe.seed)
     tests, skipped = test_rows(recipe, task, inputs)
@@ -72,6 +73,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     barrier()  # every rank has to see the same rows left before any writes
 
     # ---- the model
+    stopwatch.enter("load")
     runtime.progress.update(note="loading the model" if endpoint is None else f"asking {endpoint.url}")
     if endpoint is None:
         model = load_model(recipe, inputs, runtime, left, shown)
@@ -82,6 +84,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     )
 
     # ---- ask and grade, one line a row, each line kept as soon as it is there
+    stopwatch.enter("evaluate")
     total = len(test_cases) * settings.samples
     runtime.progress.update(state="running", done=len(answered), first=len(answered), total=total, note="")
     with contextlib.closing(model.engine) as engine:
@@ -93,7 +96,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
 
         # ---- the questions whose answers are only shown
         if model.shown and runtime.rank < model.together:
-            texts = {answer.request: answer.completion.text for answer in engine.generate(model.shown, sampling)}
+            asked = stopwatch.each("generate", engine.generate(model.shown, sampling))
+            texts = {answer.request: answer.completion.text for answer in asked}
             answers = [{"prompt": prompt, "answer": texts[k]} for k, prompt in enumerate(settings.prompts)]
             if runtime.rank == 0:
                 write_json(out / PROMPTS, answers)
@@ -159,7 +163,7 @@ def answer_rows(
     deadline = Deadline(runtime, "evaluate")
     partial = out / f"partial-{runtime.rank}-{time.time_ns()}.jsonl" if leads else Path(os.devnull)
     with partial.open("w", encoding="utf-8") as file:
-        for answer in model.engine.generate([requests[k] for k in mine], sampling):
+        for answer in stopwatch.each("generate", model.engine.generate([requests[k] for k in mine], sampling)):
             split, row = left[mine[answer.request]].split, left[mine[answer.request]].row
             example, request, completion = example_of(row), requests[mine[answer.request]], answer.completion
             verdict = judge(task, example, completion, model.prompt_opens_think)
@@ -228,9 +232,10 @@ def load_model(
     checkpoint = find_checkpoint(given) if given else initial_checkpoint(recipe.model, inputs)
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     opens_think = template_opens_think(tokenizer)
-    prompts, others = (
-        prompt_ids(tokenizer, list(some)) if some else [] for some in ([one.row["prompt"] for one in left], shown)
-    )
+    with stopwatch.part("rows"):
+        prompts, others = (
+            prompt_ids(tokenizer, list(some)) if some else [] for some in ([one.row["prompt"] for one in left], shown)
+        )
     chosen, rows_at_once = runtime.cluster.generation.evaluate, runtime.cluster.evaluate_batch_size
     engine = load_engine(
         checkpoint,

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from pipeline import __version__
 from pipeline.config.model_files import FORMATS
 from pipeline.config.recipe import Evaluate, Recipe
+from pipeline.core import stopwatch
 from pipeline.core.markdown import cell, fenced
 from pipeline.engines.text import stop_ids
 from pipeline.models.gguf import write_gguf
@@ -56,6 +57,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     place = out / {"adapter": "adapter", "gguf": "gguf"}.get(kind, "model")
     shutil.rmtree(place, ignore_errors=True)  # of an attempt that did not end
     place.mkdir(parents=True)
+    stopwatch.enter("load")
     runtime.progress.update(state="running", total=2, unit="files", note="loading the tokenizer")
     tokenizer = load_tokenizer(checkpoint, recipe.model)
 
@@ -75,6 +77,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         check_computes(model, str(checkpoint.adapter or checkpoint.base), input_device(model))
         stops = stop_ids(model, tokenizer)
         metrics["parameters"] = int(model.num_parameters())
+        stopwatch.enter("save")
         whole = place if kind == "merged16" else out / ".merged16"
         model.save_pretrained(whole)
         metrics["dtype"] = str(model.dtype).removeprefix("torch.")

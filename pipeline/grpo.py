@@ -30,7 +30,7 @@ from trl import GRPOConfig
 
 from pipeline.config.cluster import generation_sizes
 from pipeline.config.recipe import Recipe
-from pipeline.core import heartbeat
+from pipeline.core import heartbeat, stopwatch
 from pipeline.core.errors import RecipeError
 from pipeline.engines.engine import Engine, Sampling
 from pipeline.engines.text import decode, stop_ids
@@ -73,6 +73,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     choose_head()
 
     # ---- prompts; what is too long is dropped and counted
+    stopwatch.enter("rows")
     runtime.progress.update(note="reading prompts")
     checkpoint = initial_checkpoint(recipe.model, inputs)
     tokenizer = load_tokenizer(checkpoint, recipe.model)
@@ -115,6 +116,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         model_init_kwargs={"revision": recipe.model.revision} if _has_full_reference(recipe, checkpoint) else None,
         reward_weights=[reward.weight for reward in settings.rewards.values()],
     )
+    stopwatch.enter("load")
     runtime.progress.update(note="loading the model")
     model = load_for_training(
         recipe, checkpoint, layout

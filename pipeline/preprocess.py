@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config.recipe import Recipe
+from pipeline.core import stopwatch
 from pipeline.core.errors import DataError, join_first
 from pipeline.core.files import write_json
 from pipeline.scoring import answers
@@ -38,6 +39,7 @@ TOKENIZER_ROWS = 4000  # rows that a tokenizer from scratch is trained on
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runtime) -> dict[str, Any]:
     # ---- the task's rows
+    stopwatch.enter("rows")
     runtime.progress.update(state="running", note="reading or generating rows", unit="splits")
     task = task_of(recipe.task, recipe.seed)
     (out / BAD_ROWS).unlink(missing_ok=True)
@@ -67,6 +69,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
             runtime.warn(f"{len(found):,} {what} (splits.json names all): {join_first(found, between='; ')}")
 
     # ---- a randomly initialised model
+    stopwatch.enter("load")
     if recipe.model.random_init:
         from pipeline.models.loading import make_random_model
 

@@ -23,6 +23,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline import __version__
 from pipeline.config.recipe import Goal, Recipe
+from pipeline.core import stopwatch
 from pipeline.core.errors import printable
 from pipeline.core.files import read_json, write_json
 from pipeline.core.hashing import plain
@@ -66,11 +67,13 @@ SAMPLES = 3  # of each kind
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runtime) -> dict[str, Any]:
+    stopwatch.enter("evaluate")
     runtime.progress.update(state="running", note="counting")
     task = task_of(recipe.task, recipe.seed)
     options = runtime.options if isinstance(runtime.options, ReportModels) else ReportModels()
     report = gather(inputs, task, recipe, options.success_criteria)
     write_json(out / "report.json", to_json(report))
+    stopwatch.enter("save")
     runtime.progress.update(note="drawing")
     charts = draw(report)
     for name in ("report.html", "report.md", "summary.txt"):

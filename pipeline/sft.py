@@ -22,6 +22,7 @@ from transformers import EarlyStoppingCallback
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.config.recipe import Recipe
+from pipeline.core import stopwatch
 from pipeline.models.kernels import choose_head
 from pipeline.models.loading import encode_rows, initial_checkpoint, load_tokenizer
 from pipeline.training import distributed
@@ -51,6 +52,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     choose_head()
 
     # ---- rows: tokens and labels; what is too long is dropped and counted
+    stopwatch.enter("rows")
     runtime.progress.update(note="tokenizing")
     checkpoint = initial_checkpoint(recipe.model, inputs)
     tokenizer = load_tokenizer(checkpoint, recipe.model)
@@ -96,6 +98,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         load_best_model_at_end=settings.early_stopping_patience is not None,
         metric_for_best_model="eval_loss",
     )
+    stopwatch.enter("load")
     runtime.progress.update(note="loading the model")
     model = load_for_training(recipe, checkpoint, layout)
     with preserve_adapter_dtype(model), logger_environment(out, runtime):

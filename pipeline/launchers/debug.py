@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 
+from pipeline.core import stopwatch
 from pipeline.launchers.torchrun import LOOPBACK, environment
 from pipeline.training.harness import run_spec
 from pipeline.workflow import faults
@@ -39,6 +40,7 @@ def run_step(step: Step, plan: Plan, title: str) -> None:
     with _environment({**wanted, **ranks}), warnings.catch_warnings():
         for kind in (FutureWarning, DeprecationWarning):  # as PYTHONWARNINGS does for processes
             warnings.simplefilter("ignore", kind)
+        stopwatch.begin()
         module = importlib.import_module(stage.module)
         try:
             run_spec(step.folder, module.run)

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
-from pipeline.core import heartbeat
+from pipeline.core import heartbeat, stopwatch
 from pipeline.core.files import read_json, write_json
 from pipeline.training import distributed
 from pipeline.workflow.artifact import HISTORY
@@ -143,6 +143,51 @@ class HeartbeatCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         heartbeat.beat()
+
+
+class StopwatchCallback(TrainerCallback):
+    """Attributes the time of training to its parts (core/stopwatch.py). The last that changes the trainer's functions.
+
+    Where a GPU computes, the host waits for it at the end of a step, so that counts as forward and backward.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.step_ends = "forward/backward" if trainer.args.device.type != "cpu" else "other"
+        parts = {
+            "get_batch_samples": "rows",
+            "training_step": "forward/backward",
+            "_calculate_rewards": "rewards",
+            "_clip_grad_norm": "optimizer",
+            "evaluate": "evaluate",
+            "_save_checkpoint": "save",
+        }
+        for name, part in parts.items():
+            if hasattr(trainer, name):
+                vars(trainer)[name] = stopwatch.timed(part, getattr(trainer, name))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        stopwatch.enter("other")
+        if self.trainer.deepspeed is not None:  # takes its step as the last part of backward
+            vars(self.trainer.deepspeed)["step"] = stopwatch.timed("optimizer", self.trainer.deepspeed.step)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        stopwatch.enter("optimizer")
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        stopwatch.enter(self.step_ends)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        stopwatch.enter("other")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        stopwatch.enter("save")
 
 
 class LearningSignalCallback(TrainerCallback, ExportableState):

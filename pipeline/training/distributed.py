@@ -25,7 +25,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from pipeline.core import cgroups, errors, heartbeat
+from pipeline.core import cgroups, errors, heartbeat, stopwatch
 from pipeline.core.errors import LaunchError, LostPeer, PipelineError
 from pipeline.training import operators
 from pipeline.workflow import faults
@@ -90,7 +90,8 @@ def barrier() -> None:
     """Wait for every process."""
     if dist.is_initialized():
         heartbeat.wait()
-        dist.barrier()
+        with stopwatch.part("wait"):
+            dist.barrier()
         heartbeat.beat(long=True)
 
 
@@ -114,8 +115,9 @@ def any_flag(flag: bool) -> bool:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return flag
     value = torch.tensor([int(flag)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+    with stopwatch.part("wait"):
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
 
 
 def from_rank_0(make: Callable[[], T]) -> T:
@@ -140,8 +142,9 @@ def from_rank_0(make: Callable[[], T]) -> T:
         store.set(key, json.dumps({"value": value}))
         return value
     heartbeat.wait()
-    while not store.check([key]):
-        time.sleep(POLL)
+    with stopwatch.part("wait"):
+        while not store.check([key]):
+            time.sleep(POLL)
     heartbeat.beat(long=True)
     message = json.loads(store.get(key))
     if "error" in message:
@@ -161,8 +164,9 @@ def to_rank_0(value: T) -> list[T]:
     if rank() != 0:
         return []
     heartbeat.wait()
-    while not store.check(keys):
-        time.sleep(POLL)
+    with stopwatch.part("wait"):
+        while not store.check(keys):
+            time.sleep(POLL)
     heartbeat.beat(long=True)
     return [cast("T", json.loads(store.get(key))) for key in keys]
 

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 from pipeline.config.cluster import Cluster
 from pipeline.config.recipe import Recipe
+from pipeline.core import stopwatch
 from pipeline.core.errors import (
     EXIT_FAILURE,
     ArtifactError,
@@ -40,15 +41,16 @@ from pipeline.core.errors import (
 from pipeline.core.files import appears
 from pipeline.core.heartbeat import Failure, report_failure
 from pipeline.core.project import TYPED_IN, enter_project
-from pipeline.core.slurm_client import this_job, this_retry
+from pipeline.core.slurm_client import read_job, this_job, this_retry
 from pipeline.workflow import faults
 from pipeline.workflow.artifact import ARTIFACT, ATTEMPTS, SCHEMA, WARNINGS, Artifact, finalize, is_done, open_artifact
-from pipeline.workflow.attempts import CONNECTION, DIVERGED, MEMORY, bad_batches, keep, kind_of, shrinks
+from pipeline.workflow.attempts import CONNECTION, DIVERGED, MEMORY, bad_batches, keep, kind_of, read_attempts, shrinks
 from pipeline.workflow.lock import lock
 from pipeline.workflow.progress import BadBatch, ProgressFile, Shrink, many_attempts, read_progress
 from pipeline.workflow.runtime import Runtime, format_hardware
 from pipeline.workflow.stage import STAGES, EvaluateEndpoint, StepSpec, read_spec
 from pipeline.workflow.task_code import code_of
+from pipeline.workflow.time_spent import add
 from pipeline.workflow.watchdog import dump_on_signal
 
 
@@ -86,7 +88,15 @@ def _run_stage(folder: Path, run: StageFunction) -> int:
     """Run a step in this process, which its launcher or torchrun started; end the process if its parent dies."""
     faults.die_with_parent()
     dump_on_signal()
+    stopwatch.begin(_process_start())
     return run_spec(folder, run)
+
+
+def _process_start() -> float | None:
+    """Return when this rank's torchrun started, or this process where there is none; None where that is not known."""
+    parent = os.environ.get(faults.PARENT, "")
+    torchrun = stopwatch.process_start(int(parent)) if "RANK" in os.environ and parent.isdigit() else None
+    return torchrun or stopwatch.process_start()
 
 
 def run_spec(folder: Path, run: StageFunction) -> int:
@@ -101,7 +111,8 @@ def run_spec(folder: Path, run: StageFunction) -> int:
     with lock(folder) if rank == 0 else contextlib.nullcontext() as holder:
         if rank == 0:
             keep(folder, read_progress(folder))
-        progress = ProgressFile(folder if rank == 0 else None, spec.name)
+        command = read_attempts(folder).command
+        progress = ProgressFile(folder if rank == 0 else None, spec.name, command, lambda: _ready(spec, folder))
         cluster, shrunk = _as_small_as_needed(spec, folder, world)
         spec = replace(spec, cluster=cluster)
         runtime = Runtime(cluster, progress, rank, world, folder, holder, spec.options)
@@ -118,6 +129,7 @@ def run_spec(folder: Path, run: StageFunction) -> int:
             for note in shrunk:
                 runtime.warn(note)
             metrics = run(spec.recipe, inputs, folder, runtime)
+            stopwatch.enter("save")
             hardware |= _measured(spec, runtime)
             if warning := many_attempts(progress.now):
                 runtime.warn(warning)
@@ -126,7 +138,8 @@ def run_spec(folder: Path, run: StageFunction) -> int:
             runtime.check_lock()
             if rank == 0:
                 provenance = {"hardware": hardware, "code": code}
-                finalize(_artifact(spec, folder, metrics, started, world, provenance))
+                artifact = _artifact(spec, folder, metrics, started, world, provenance)
+                finalize(artifact, lambda: add(progress.now.earlier, stopwatch.seconds()))
                 progress.update(state="done", note="")
             _leave_together(folder, world)
         except Stopped as error:
@@ -158,6 +171,19 @@ def run_spec(folder: Path, run: StageFunction) -> int:
                 raise DiskError(disk) from error
             raise
     return 0
+
+
+def _ready(spec: StepSpec, folder: Path) -> float:
+    """Return since when a step waits for its Slurm job, in seconds since the epoch: submitted, and its inputs done.
+
+    0 outside of a job.
+    """
+    found = []
+    with contextlib.suppress(OSError, ArtifactError):
+        if this_job() and (record := read_job(folder)):
+            found.append(record.submitted)
+            found += [(Path(where) / ARTIFACT).stat().st_mtime for where in spec.inputs.values()]
+    return max(found, default=0.0)
 
 
 def _discard_incomplete(folder: Path, spec: StepSpec) -> None:

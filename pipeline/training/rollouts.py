@@ -13,6 +13,7 @@ from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
+from pipeline.core import stopwatch
 from pipeline.engines.engine import Engine, Request, Sampling, seed_of
 
 
@@ -53,7 +54,8 @@ class EngineTrainer(GRPOTrainer):  # type: ignore[misc]
             first.append(first[-1] + request.samples)
         found: list[list[int]] = [[] for _ in prompt_ids]
         scores: list[list[float]] = [[] for _ in prompt_ids]
-        with profiling_context(self, "engine.generate"), self._policy() as policy:
+        timed = stopwatch.part("generate")
+        with timed, profiling_context(self, "engine.generate"), self._policy() as policy:
             self.engine.update(policy)
             for answer in self.engine.generate(requests, self.sampling, logprobs=self.use_vllm):
                 place = first[answer.request] + answer.sample

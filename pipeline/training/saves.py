@@ -21,7 +21,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pipeline.core import heartbeat
+from pipeline.core import heartbeat, stopwatch
 from pipeline.core.errors import DiskError, explain_disk
 from pipeline.core.files import drop_cache, sync
 from pipeline.training import distributed
@@ -176,7 +176,8 @@ class CheckpointCallback(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
         if control.should_save:
-            distributed.from_rank_0(lambda: self._make_room(state.global_step, state.best_model_checkpoint))
+            with stopwatch.part("save"):
+                distributed.from_rank_0(lambda: self._make_room(state.global_step, state.best_model_checkpoint))
         return control
 
     def _make_room(self, step: int, best: str | None) -> None:
@@ -186,6 +187,11 @@ class CheckpointCallback(TrainerCallback):
         self.saves.check_room(best)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        with stopwatch.part("save"):
+            self._commit(state)
+
+    def _commit(self, state: TrainerState) -> None:
+        """Begin the commit of the checkpoint that every rank has written its files of."""
         newest = self.folder / f"checkpoint-{state.global_step}"
         distributed.barrier()  # every rank has written its own files, and no temporary one is left
         seen = distributed.to_rank_0(file_sizes(newest))
@@ -195,7 +201,8 @@ class CheckpointCallback(TrainerCallback):
         self.deadline.begin()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        distributed.from_rank_0(lambda: self.saves.wait(ending=self.stopped))
+        with stopwatch.part("save"):
+            distributed.from_rank_0(lambda: self.saves.wait(ending=self.stopped))
         self._note_save()
         self._warn()
 

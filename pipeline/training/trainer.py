@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, Trainer
 
 from pipeline.config.cluster import Batches, TrainingStage, batches, deepspeed_file, zero_stage
 from pipeline.config.recipe import Optimizer, Recipe
-from pipeline.core import heartbeat
+from pipeline.core import heartbeat, stopwatch
 from pipeline.core.errors import DataError, Diverged, LaunchError, RecipeError, Stopped, join_first
 from pipeline.models.loading import add_lora, choose_dtype, load_model
 from pipeline.training import conversion, distributed
@@ -33,6 +33,7 @@ from pipeline.training.callbacks import (
     LearningSignalCallback,
     NoStepsLeft,
     ProgressCallback,
+    StopwatchCallback,
     restore_callbacks,
     write_history,
 )
@@ -215,6 +216,7 @@ def train(
     checkpoint saved; Diverged; LaunchError if training took no step; ArtifactError for a checkpoint that another user
     wrote or that was trained otherwise.
     """
+    stopwatch.enter("load")
     precision = str(choose_dtype(recipe.model)).removeprefix("torch.")
     layout = stage_layout(recipe, runtime.cluster, stage, processes=runtime.world, precision=precision)
     stopper = CheckpointCallback(runtime, layout, Deadline(runtime, stage), out)
@@ -229,6 +231,7 @@ def train(
     bad = bad_batches(out)
     divergence = DivergenceCallback(trainer, name_rows, [one.step for one in bad])
     trainer.add_callback(divergence)
+    trainer.add_callback(StopwatchCallback(trainer))
     trainer.add_callback(HeartbeatCallback())
     if runtime.rank == 0:
         for message in skipped:

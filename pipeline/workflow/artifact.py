@@ -6,6 +6,7 @@ write into a running step's folder: lock.py. Which weights a folder holds: weigh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ TRANSIENT = {
     "submitit",
 }  # folders that may change or go without hurting the result
 ENDPOINT = "endpoint"  # the key of an evaluation's `metrics` that says what a server's answers took
+SECONDS = "seconds_by_part"  # the key of `provenance` that says where the time went
 WARNINGS = "warnings"  # the key of `metrics` that lists them; absent where there are none
 
 
@@ -70,6 +72,13 @@ class Artifact:
         """What `Runtime.warn` reported while the step ran."""
         return list(self.metrics.get(WARNINGS, ()))
 
+    @property
+    def seconds_by_part(self) -> dict[str, float]:
+        """Where the time of rank 0 went, over all attempts: see core/stopwatch.py; {} of an earlier version."""
+        found = self.provenance.get(SECONDS)
+        known = found.items() if isinstance(found, dict) else ()
+        return {name: float(one) for name, one in known if isinstance(one, int | float)}
+
 
 def hash_files(folder: Path, *, leave_out: set[str] = NOT_PAYLOAD | TRANSIENT) -> dict[str, FileEntry]:
     """Every file below `folder` with its size and sha256, top-level names in `leave_out` left out.
@@ -90,11 +99,16 @@ def hash_files(folder: Path, *, leave_out: set[str] = NOT_PAYLOAD | TRANSIENT) -
     return found
 
 
-def finalize(artifact: Artifact) -> Artifact:
-    """Record the files of `artifact.folder` and make the step done. The last thing a step does."""
+def finalize(artifact: Artifact, seconds: Callable[[], dict[str, float]] = dict) -> Artifact:
+    """Record the files of `artifact.folder` and make the step done. The last thing a step does.
+
+    `seconds` returns the step's time by part, which is recorded too; hashing the files is the last of it.
+    """
     record = asdict(artifact)
     del record["folder"]
     record["files"] = {name: asdict(entry) for name, entry in hash_files(artifact.folder).items()}
+    if spent := seconds():
+        record["provenance"] = {**artifact.provenance, SECONDS: spent}
     write_json(artifact.folder / ARTIFACT, record, durable=True)
     return open_artifact(artifact.folder)
 

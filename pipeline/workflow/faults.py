@@ -137,10 +137,11 @@ def record_failure(
         return
     if progress is None or progress.token != token:  # rank 0 has not begun to keep this attempt's
         attempt = progress.attempt + 1 if progress and progress.state != "done" else 1
+        earlier = progress.parts if progress and progress.state != "done" else {}
         host = os.uname().nodename
         spec = read_summary(folder)
         name = spec.name if spec else short_name(folder, None)
-        progress = Progress(name, state, started=time.time(), attempt=attempt, host=host, token=token)
+        progress = Progress(name, state, started=time.time(), attempt=attempt, earlier=earlier, host=host, token=token)
     failed = state == "failed"
     ended = replace(progress, state=state, note="", problems=tuple(problems), updated=time.time())
     ended = replace(ended, kind=kind if failed else "", exit_code=code if failed else None, shrink=shrink)

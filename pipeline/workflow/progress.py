@@ -10,16 +10,18 @@ import math
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import heartbeat
+from pipeline.core import heartbeat, stopwatch
 from pipeline.core import slurm_client as slurm
 from pipeline.core.errors import DISK_FULL_ERRNOS
 from pipeline.core.files import write_json
 from pipeline.core.records import record_or_none
 from pipeline.workflow.artifact import PROGRESS
+from pipeline.workflow.time_spent import add, between
 
 ATTEMPT = "THEREFORE_ATTEMPT"  # in the environment: a launcher's name for one start of a step
 MIN_SECONDS = 0.5  # between two writes of a running step
@@ -63,6 +65,10 @@ class Progress:
     shrink: Shrink | None = None
     bad_batch: BadBatch | None = None
     attempt: int = 1
+    command: int = 0  # counts the run commands: see attempts.py
+    began: float = 0.0  # seconds since the epoch: when the process of this attempt started
+    spent: dict[str, float] = field(default_factory=dict)  # seconds of this attempt by part: see core/stopwatch.py
+    earlier: dict[str, float] = field(default_factory=dict)  # of the attempts before it, and between them
     host: str = ""
     pid: int = 0
     token: str = ""  # ATTEMPT of the launcher that started it: two that start one step at once tell theirs by it
@@ -70,6 +76,11 @@ class Progress:
     @property
     def seconds(self) -> float:
         return max(0.0, self.updated - self.started)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The seconds of all attempts so far, by part."""
+        return add(self.earlier, self.spent)
 
     @property
     def eta(self) -> float | None:
@@ -88,16 +99,23 @@ def read_progress(folder: Path) -> Progress | None:
 class ProgressFile:
     """The writer: `update(done=3, figures={"loss": 0.2})`. A folder of None writes nothing (ranks other than 0)."""
 
-    def __init__(self, folder: Path | None, stage: str) -> None:
+    def __init__(
+        self, folder: Path | None, stage: str, command: int = 0, ready: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        """`command` counts the run commands; `ready` returns when this one could have begun, 0 if it began at once."""
         self.folder = folder
         before = read_progress(folder) if folder else None
-        now = time.time()
+        now, began = time.time(), stopwatch.began()
         self.now = Progress(
             stage,
             "starting",
             started=now,
             updated=now,
             attempt=before.attempt + 1 if before and before.state != "done" else 1,
+            command=command,
+            began=began,
+            spent=stopwatch.seconds(),
+            earlier=earlier_time(before, command, began, ready) if folder else {},
             host=socket.gethostname(),
             pid=os.getpid(),
             token=this_attempt(),
@@ -128,11 +146,30 @@ class ProgressFile:
         if not self.folder:
             return
         self._written = time.time()
+        self.now = replace(self.now, spent=stopwatch.seconds())
         try:
             write_json(self.folder / PROGRESS, asdict(self.now))
         except OSError as error:
             if self.now.state != "running" or error.errno not in DISK_FULL_ERRNOS:
                 raise  # a step that trains goes on: it fails if a save finds no room, which may be there again by then
+
+
+def earlier_time(
+    before: Progress | None, command: int, began: float, ready: Callable[[], float] = lambda: 0.0
+) -> dict[str, float]:
+    """Return the seconds by part of the attempts before the one that `began`, and of the waiting between them.
+
+    Between two run commands nothing waits but the user; a batch system's queue counts from `ready()` on.
+    """
+    before = before if before and before.state != "done" else None
+    if not began:
+        return before.parts if before else {}
+    if before and before.command == command:
+        counted = (before.began or before.updated) + sum(before.spent.values())
+        noticed = before.updated if before.state in ("failed", "stopped") else began
+        return add(before.parts, between(counted, noticed, began))
+    queued = between(since, since, began) if (since := ready()) else {}
+    return add(before.parts if before else {}, queued)
 
 
 def attempt_token(job: str, restart: int, retry: int) -> str:
