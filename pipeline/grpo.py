@@ -40,7 +40,6 @@ from pipeline.models.loading import (
     choose_dtype,
     initial_checkpoint,
     load_tokenizer,
-    prompt_lengths,
     revision_of,
     template_opens_think,
 )
@@ -50,6 +49,7 @@ from pipeline.training import distributed
 from pipeline.training.divergence import name_prompts
 from pipeline.training.harness import main
 from pipeline.training.rollouts import EngineTrainer, mismatch
+from pipeline.training.tokens import prompt_lengths
 from pipeline.training.trainer import (
     layout_and_batches,
     load_for_training,

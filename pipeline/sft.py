@@ -17,17 +17,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import EarlyStoppingCallback
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.config.recipe import Recipe
 from pipeline.core import stopwatch
 from pipeline.models.kernels import choose_head
-from pipeline.models.loading import encode_rows, initial_checkpoint, load_tokenizer
+from pipeline.models.loading import initial_checkpoint, load_tokenizer
 from pipeline.training import distributed
 from pipeline.training.divergence import name_token_rows
 from pipeline.training.harness import main
+from pipeline.training.tokens import encode_split, row_lengths
 from pipeline.training.trainer import (
     layout_and_batches,
     load_for_training,
@@ -57,7 +58,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     checkpoint = initial_checkpoint(recipe.model, inputs)
     tokenizer = load_tokenizer(checkpoint, recipe.model)
     rows = load_rows(inputs["data"], "sft")
-    encoded = encode_rows(tokenizer, rows["prompt"], rows["completion"])
+    encoded = encode_split(tokenizer, inputs["data"].folder, "sft")
     kept = within_length(encoded, settings.max_length)
     limit = f"sft.max_length {settings.max_length} tokens"
     require_rows(len(kept), "SFT rows", limit)
@@ -65,17 +66,17 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     if settings.order != "shuffled":
         phases = [tags.get("phase", 0) if settings.order == "curriculum" else 0 for tags in rows["tags"]]
         # like prompts, not like answers: rows of short answers, alone in their batches, would weigh many times more
-        prompts = [row["labels"].count(-100) for row in encoded]
+        prompts = [row.count(-100) for row in encoded["labels"]]
         kept = order_rows(kept, phases, prompts, settings.global_batch_size, recipe.seed)
-    dataset = Dataset.from_list(unmask_prompts([encoded[k] for k in kept], settings.full_loss_fraction))
+    dataset = unmask_prompts(encoded, kept, settings.full_loss_fraction)
 
     # ---- rows whose loss is only looked at
     validation = None
     if settings.eval_steps:
         held_out = load_rows(inputs["data"], "validation")
-        others = encode_rows(tokenizer, held_out["prompt"], held_out["completion"])
+        others = encode_split(tokenizer, inputs["data"].folder, "validation")
         short = within_length(others, settings.max_length)
-        validation = Dataset.from_list([others[k] for k in short])
+        validation = others.select(short)
         require_rows(len(validation), "validation rows", limit)
         warn_of_long_rows(runtime, held_out["id"], short, "validation rows", limit)
 
@@ -108,7 +109,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
 
     # ---- train, save
     metrics = train(trainer, recipe, "sft", out, runtime, name_token_rows(rows["id"], encoded, tokenizer))
-    tokens = sum(len(encoded[k]["input_ids"]) for k in kept)
+    lengths = row_lengths(encoded)
+    tokens = sum(lengths[k] for k in kept)
     counts = {"rows": len(kept), "dropped_too_long": len(encoded) - len(kept), "tokens_an_epoch": tokens}
     return {
         **metrics,
@@ -117,8 +119,8 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     }
 
 
-def within_length(encoded: list[dict[str, list[int]]], longest: int) -> list[int]:
-    return [k for k, row in enumerate(encoded) if len(row["input_ids"]) <= longest]
+def within_length(encoded: Dataset, longest: int) -> list[int]:
+    return [k for k, length in enumerate(row_lengths(encoded)) if length <= longest]
 
 
 def validation_metrics(history: list[dict[str, Any]], *, best: bool) -> dict[str, Any]:
@@ -162,13 +164,15 @@ def order_rows(rows: list[int], phases: list[int], lengths: list[int], batch: in
     return ordered
 
 
-def unmask_prompts(rows: list[dict[str, list[int]]], share: float) -> list[dict[str, list[int]]]:
-    """Put the loss on every token of the first `share` of the rows.
+def unmask_prompts(rows: Dataset, order: list[int], share: float) -> Dataset:
+    """Return the rows in this order, with the loss on every token of the first `share` of them.
 
     Weights that were drawn at random learn what words go together from prompts; once they have, prompts are noise.
     """
-    first = round(share * len(rows))
-    return [{**row, "labels": row["input_ids"]} for row in rows[:first]] + rows[first:]
+    first = round(share * len(order))
+    table = rows.data.table
+    whole = Dataset(table.set_column(table.column_names.index("labels"), "labels", table["input_ids"]))
+    return concatenate_datasets([whole.select(order[:first]), rows.select(order[first:])])
 
 
 if __name__ == "__main__":

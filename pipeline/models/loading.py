@@ -154,11 +154,6 @@ def template_opens_think(tokenizer: PreTrainedTokenizerBase) -> bool:
     return _chat_text(tokenizer, add_generation_prompt=True).rstrip().endswith(OPEN)
 
 
-def prompt_lengths(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> list[int]:
-    """Return the number of tokens of each conversation with its generation prompt."""
-    return [len(ids) for ids in prompt_ids(tokenizer, prompts)]
-
-
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> list[list[int]]:
     """Return the token ids of each conversation with its generation prompt, the input of generation everywhere."""
     texts = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, tokenize=False)

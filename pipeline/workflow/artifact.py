@@ -26,6 +26,7 @@ LOG, SCRIPT = "log.txt", "job.slurm"
 ATTEMPTS = "attempts.json"  # how the attempts of the step ended that did not finish it
 HISTORY = "history.json"  # of a training stage: what its trainer logged, step by step
 PROMPTS = "prompts.json"  # of an evaluation: the questions that are only shown, with their answers
+TOKENS = "tokens"  # of a preprocess step: the folder of its rows' tokens, which training makes and can make again
 NOT_PAYLOAD = {ARTIFACT, ATTEMPTS, OWNER, PROGRESS, STOP, LOG, SCRIPT, slurm.JOB_FILE}  # not of the result
 TRANSIENT = {
     "checkpoints",
@@ -33,6 +34,7 @@ TRANSIENT = {
     "wandb",
     "trackio",
     "submitit",
+    TOKENS,
 }  # folders that may change or go without hurting the result
 ENDPOINT = "endpoint"  # the key of an evaluation's `metrics` that says what a server's answers took
 SECONDS = "seconds_by_part"  # the key of `provenance` that says where the time went
@@ -214,7 +216,12 @@ def read_split(data: Artifact, split: str) -> pa.Table:
     """The rows that preprocess has written: `data/<split>.parquet` of its step."""
     import pyarrow.parquet as pq
 
-    path = data.folder / "data" / f"{split}.parquet"
+    return pq.read_table(split_file(data.folder, split))
+
+
+def split_file(data: Path, split: str) -> Path:
+    """The file of a split in the folder of a preprocess step; DataError where the task has no such rows."""
+    path = data / "data" / f"{split}.parquet"
     if not path.is_file():
         raise DataError(f"{path} does not exist: the task has no rows for this stage; leave it out with --stages")
-    return pq.read_table(path)
+    return path

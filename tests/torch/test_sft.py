@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.sft import order_rows, unmask_prompts, validation_metrics
+from pipeline.training.tokens import SCHEMA
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 50)), min_size=1, max_size=120), st.integers(1, 5))
@@ -39,7 +42,9 @@ def test_the_loss_of_the_weights_that_are_kept_is_told_with_its_distance_from_tr
 
 
 def test_the_first_rows_learn_their_prompts_too() -> None:
-    rows = [{"input_ids": [1, 2, 3], "labels": [-100, -100, 3]} for _ in range(4)]
-    labels = [row["labels"] for row in unmask_prompts(rows, 0.5)]
-    assert labels == [[1, 2, 3], [1, 2, 3], [-100, -100, 3], [-100, -100, 3]]
-    assert unmask_prompts(rows, 0.0) == rows
+    made = [{"input_ids": [k, 2, 3], "labels": [-100, -100, 3]} for k in range(5)]
+    rows = Dataset(pa.Table.from_pylist(made, SCHEMA))
+    found = unmask_prompts(rows, [4, 0, 2, 1], 0.5)
+    assert [row[0] for row in found["input_ids"]] == [4, 0, 2, 1]
+    assert list(found["labels"]) == [[4, 2, 3], [0, 2, 3], [-100, -100, 3], [-100, -100, 3]]
+    assert list(unmask_prompts(rows, [1], 0.0)) == [rows[1]]

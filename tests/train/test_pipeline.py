@@ -101,6 +101,13 @@ def test_data_are_records_that_datasets_reads(nano: Path) -> None:
     assert not set(proof["classes"]["test"]) & set(rows["group"])
 
 
+def test_rows_are_tokenized_once(nano: Path) -> None:
+    """By preprocess, which has the tokenizer; both processes of SFT found its file."""
+    (tokens,) = only(nano, "tiny/preprocess-*").glob("tokens/*")
+    begun = open_artifact(only(nano, "tiny/sft-*")).provenance["started"]
+    assert tokens.stat().st_mtime < begun
+
+
 def test_training_leaves_a_model_curves_and_tensorboard_logs(nano: Path) -> None:
     for stage, steps in (("sft", 6), ("grpo", 2)):
         folder = only(nano, f"tiny/{stage}-*")
