@@ -58,8 +58,9 @@ class Meter(TrainerCallback):  # type: ignore[misc]
         if self.generating or ids is None:
             return
         self.counts["places"] += ids.numel()
-        padded = isinstance(mask, torch.Tensor) and mask.shape == ids.shape
-        self.counts["tokens"] += int(torch.sum(mask)) if padded else ids.numel()
+        if mask is not None and mask.shape != ids.shape:  # of pairs of tokens, where rows stand in one another's place
+            mask = None
+        self.counts["tokens"] += ids.numel() if mask is None else int(mask.sum())
 
     def timed(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         """Return GRPO's generation, with its seconds and tokens counted."""

@@ -26,7 +26,7 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from pipeline.config.recipe import Optimizer, Recipe
 from pipeline.engines.text import stop_ids
 from pipeline.grpo import as_trl_reward
-from pipeline.models.loading import choose_dtype, encode_rows, initial_checkpoint, load_tokenizer, prompt_lengths
+from pipeline.models.loading import choose_dtype, encode_rows, initial_checkpoint, load_tokenizer, prompt_ids
 from pipeline.rewards.reward import find_rewards
 from pipeline.tasks.task import task_of
 from pipeline.training import distributed
@@ -181,8 +181,8 @@ def train_grpo(job: Job, config: GRPOConfig) -> None:
     task, functions = task_of(job.recipe.task, job.recipe.seed), find_rewards(job.recipe.grpo.rewards)[0]
     stops = {*stop_ids(model, job.tokenizer), job.tokenizer.pad_token_id}
     prompts = Dataset(read_split(job.data, "grpo")).remove_columns("completion")
-    lengths = prompt_lengths(job.tokenizer, prompts["prompt"])
-    fits = [k for k, length in enumerate(lengths) if length <= job.recipe.grpo.max_prompt_length]
+    tokens = prompt_ids(job.tokenizer, prompts["prompt"])
+    fits = [k for k, ids in enumerate(tokens) if len(ids) <= job.recipe.grpo.max_prompt_length]
     GRPOTrainer(
         model,
         reward_funcs=[as_trl_reward(task, name, one, job.tokenizer, stops) for name, one in functions.items()],
