@@ -28,6 +28,7 @@ from pipeline.core.errors import printable
 from pipeline.core.files import read_json, write_json
 from pipeline.core.hashing import plain
 from pipeline.core.markdown import cell, fenced
+from pipeline.core.stopwatch import PARTS
 from pipeline.scoring.charts import number
 from pipeline.scoring.metrics import (
     LOWER_IS_BETTER,
@@ -59,6 +60,7 @@ from pipeline.workflow.artifact import ENDPOINT, HISTORY, PROMPTS, Artifact
 from pipeline.workflow.figures import describe_calls, metrics_of
 from pipeline.workflow.runtime import Runtime, format_hardware
 from pipeline.workflow.stage import ROLES, STAGES, ReportModels, endpoint_name, read_spec
+from pipeline.workflow.time_spent import TIME_NOTE, add
 
 SMOKE_TEST_NOTICE = "SMOKE TEST of a shrunken model with random weights: no figure here is a result"
 ROLE_TITLES = {"sft": "SFT", "grpo": "GRPO"}
@@ -294,6 +296,7 @@ def _step_record(artifact: Artifact) -> StepRecord:
         machine=made["machine"],
         git=made["git"],
         hardware="; ".join([format_hardware(made.get("hardware") or {}), *_mismatch(artifact)]),
+        seconds_by_part=add(artifact.seconds_by_part),
     )
 
 
@@ -328,6 +331,7 @@ def render(name: str, report: Report, charts: Charts | None = None) -> str:
     figures = [name for model in report.models for name in report.overall(model).figures]
     sampled = sampled_metrics(dict.fromkeys(figures))
     page = {f.name: getattr(report, f.name) for f in fields(report)}
+    times = [step.seconds_by_part for step in report.steps.values()]
     more = {
         "report": report,
         "charts": charts,
@@ -335,6 +339,8 @@ def render(name: str, report: Report, charts: Charts | None = None) -> str:
         "sampled": sampled,
         "why": REASONS | {FAILED: FAILED_TITLE},
         "best": best_values(report),
+        "parts": {name: about for name, about in PARTS.items() if any(name in spent for spent in times)},
+        "time_note": TIME_NOTE,
     }
     return environment.get_template(f"{name}.jinja").render(page | more)
 

@@ -13,6 +13,7 @@ from pipeline.core.errors import (
     printable,
 )
 from pipeline.workflow import status
+from pipeline.workflow.time_spent import TIME_NOTE, table
 
 
 def status_command(args: argparse.Namespace) -> int:
@@ -33,6 +34,8 @@ def status_command(args: argparse.Namespace) -> int:
             print(text, flush=True)
     else:
         print(status.show(rows, troubles))
+        if args.time and (spent := table({row.step: row.seconds_by_part for row in rows})):
+            print(f"\nseconds {TIME_NOTE}\n{spent}")
     reports = [row for row in rows if row.state == "done" and row.stage == "report"]
     if not args.json and reports and not any(row.live for row in rows):
         print("\n" + "\n".join(f"report: {row.folder}/report.html" for row in reports))

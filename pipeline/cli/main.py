@@ -176,6 +176,7 @@ def parser() -> argparse.ArgumentParser:
         help="again every 2 seconds (Slurm is queried every 30), until nothing is under way",
     )
     sub.add_argument("--all", action="store_true", help="older steps of the same name too")
+    sub.add_argument("--time", action="store_true", help="where each step's seconds went, of all attempts")
     sub.add_argument("--json", action="store_true", help="for scripts")
     sub = add("logs", logs_command, "what a step has printed")
     sub.add_argument("step", metavar="STEP", help="grpo, tiny/grpo, its folder, or its job's id")

@@ -13,6 +13,7 @@ from pipeline.core.records import MAX_BYTES
 from pipeline.workflow.artifact import ENDPOINT, open_artifact
 from pipeline.workflow.plan import Plan, Step, explain
 from pipeline.workflow.stage import STAGES, Export
+from pipeline.workflow.time_spent import TIME_NOTE, table
 
 
 def show_plan(plan: Plan, outdated: Sequence[Path] = ()) -> int:
@@ -51,6 +52,9 @@ def show_end(plan: Plan, typed: str) -> None:
     for step in plan.steps:
         if step.done and STAGES[step.stage].trains:
             print(f"{step.label:<9} {step.folder}")
+    spent = {step.label: open_artifact(step.folder, verify=False).seconds_by_part for step in done.values()}
+    if any(spent.values()):
+        print(f"\ntime      seconds {TIME_NOTE}\n{table(spent)}")
     last = done.get("grpo") or done.get("sft")
     print("\nnext:")
     if last:

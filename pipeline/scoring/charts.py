@@ -1,4 +1,6 @@
-"""Charts as inline SVG: intervals side by side, and curves. Pure text in, pure text out; colours come from the page.
+"""Charts as inline SVG: intervals side by side, stacked bars, and curves.
+
+Pure text in, pure text out; colours come from the page.
 
 Every mark carries a `<title>`, so pointing at it tells its figures; nothing is said by colour alone.
 """
@@ -30,6 +32,18 @@ class Series:
     label: str
     points: tuple[tuple[float, float], ...]  # (x, y), x ascending
     colour: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar of parts, from left to right: (name, value), no value below 0 and not all of them 0."""
+
+    label: str
+    parts: tuple[tuple[str, float], ...]
+
+    @property
+    def total(self) -> float:
+        return sum(value for _, value in self.parts)
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
@@ -87,6 +101,45 @@ def intervals(
             f'<text class="value" x="{WIDTH - right + 14}" y="{y + 4:.1f}">{told}</text></g>'
         )
     return "".join([*out, "</svg>"])
+
+
+def stacked(bars: Sequence[Bar], *, title: str, unit: str) -> str:
+    """One row a bar, its parts from left to right, with a legend; each part tells its value and its share."""
+    names = dict.fromkeys(name for bar in bars for name, _ in bar.parts)
+    grid = ticks(0.0, max((bar.total for bar in bars), default=0.0))
+    left, right, columns = 190, 72, 4
+    inner, legend = WIDTH - left - right, 20 * math.ceil(len(names) / columns)
+    top = legend + 12
+    bottom = top + ROW * len(bars) + 4
+    out = [_open(WIDTH, bottom + 42, title)]
+    for k, name in enumerate(names):
+        x, y = WIDTH / columns * (k % columns), 20 * (k // columns) + 4
+        out.append(f'<rect class="{_part(name)}" x="{x:.1f}" y="{y}" width="11" height="11" rx="2"/>')
+        out.append(f'<text class="tick" x="{x + 16:.1f}" y="{y + 10}">{escape(name)}</text>')
+    for tick in grid:
+        x = left + inner * tick / grid[-1]
+        out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top - 6}" y2="{bottom}"/>')
+        out.append(_tick(x, bottom + 16, number(tick)))
+    out.append(_tick(left + inner / 2, bottom + 34, unit))
+    for k, bar in enumerate(bars):
+        y, x = top + ROW * k, float(left)
+        label = escape(bar.label)
+        out.append(f'<text class="label" x="{left - 12}" y="{y + ROW / 2 + 4:.1f}" text-anchor="end">{label}</text>')
+        for name, value in bar.parts:
+            width = inner * value / grid[-1]
+            told = f"{label}, {escape(name)}: {number(value)} {unit} ({100 * value / bar.total:.0f} %)"
+            out.append(
+                f'<rect class="{_part(name)}" x="{x:.1f}" y="{y + 4}" width="{width:.1f}" height="{ROW - 8}">'
+                f"<title>{told}</title></rect>"
+            )
+            x += width
+        out.append(f'<text class="value" x="{x + 8:.1f}" y="{y + ROW / 2 + 4:.1f}">{number(bar.total)}</text>')
+    return "".join([*out, "</svg>"])
+
+
+def _part(name: str) -> str:
+    """The CSS class of a part: its colour."""
+    return f"part-{name.replace('/', '-')}"
 
 
 def curves(series: Sequence[Series], *, title: str, x_label: str = "step", from_zero: bool = True) -> str:

@@ -1,4 +1,5 @@
-"""The charts of a report as SVG: models, paired differences, splits, breakdowns, curves of training.
+"""The charts of a report as SVG: models, paired differences, splits, breakdowns, curves of training,
+time by part.
 
 charts = draw(report)        charts.main["f1"], charts.differences, charts.by_tag["n"], …
 """
@@ -8,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.scoring.charts import Mark, Series, curves, intervals
+from pipeline.scoring.charts import Bar, Mark, Series, curves, intervals, stacked
 from pipeline.scoring.metrics import SOLVER, TITLES
 from pipeline.scoring.results import Figure, Report
 
 CHART_METRICS = ("balanced_accuracy", "accuracy", "proxy", "unanswered")  # the charts show the first there is
+UNITS = {"hours": 3600, "minutes": 60, "seconds": 1}
 CURVES = {  # of a training stage: what its trainer logs -> title
     "sft": {"loss": "SFT loss", "eval_loss": "SFT validation loss"},
     "grpo": {
@@ -37,6 +39,7 @@ class Charts:
     splits: str
     by_tag: Mapping[str, str]  # by breakdown
     curves: Mapping[str, list[str]]  # by training step
+    time: str | None  # by step and part; None where no step has recorded it
 
 
 def draw(report: Report) -> Charts:
@@ -52,6 +55,7 @@ def draw(report: Report) -> Charts:
         splits=_splits(report, metric),
         by_tag={tag: _by_tag(report, tag, metric) for tag in report.breakdowns},
         curves={label: _curves(report.steps[label].stage, logged) for label, logged in report.curves.items()},
+        time=_time(report),
     )
 
 
@@ -110,6 +114,17 @@ def _curves(stage: str, logged: Mapping[str, Sequence[Sequence[float]]]) -> list
         for key, title in CURVES[stage].items()
         if key in logged
     ]
+
+
+def _time(report: Report) -> str | None:
+    """Where the time of each step went, in the largest unit of which the longest step has some."""
+    steps = {label: step.seconds_by_part for label, step in report.steps.items() if step.seconds_by_part}
+    if not steps:
+        return None
+    longest = max(sum(parts.values()) for parts in steps.values())
+    unit, size = next((name, size) for name, size in UNITS.items() if longest >= 2 * size or size == 1)
+    bars = [Bar(label, tuple((name, spent / size) for name, spent in parts.items())) for label, parts in steps.items()]
+    return stacked(bars, title="time by step and part", unit=unit)
 
 
 def _coin(metric: str) -> list[tuple[float, str]]:

@@ -193,6 +193,7 @@ class StepRecord:
     machine: str
     git: str | None
     hardware: str  # one line
+    seconds_by_part: Mapping[str, float] = field(default_factory=dict)  # core/stopwatch.py; {} of an earlier version
 
 
 @dataclass(frozen=True)

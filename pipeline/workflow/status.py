@@ -77,6 +77,7 @@ class Row:
     updated: float | None
     cluster: str | None = None  # of the job, where it is not the one that is reached from here
     user: str | None = None  # of the job
+    seconds_by_part: dict[str, float] = field(default_factory=dict)  # of all attempts: see core/stopwatch.py
 
     @property
     def label(self) -> str:
@@ -200,6 +201,7 @@ def _row(
         updated=progress.updated if progress else None,
         cluster=job.cluster if job else record.cluster if record else None,
         user=(job.user if job else "") or (record.user if record else None) or (holder.user if holder else None),
+        seconds_by_part=progress.parts if progress else {},
     )
 
 

@@ -8,18 +8,22 @@ The parts of one attempt are those of core/stopwatch.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from pipeline.core.stopwatch import PARTS
 
 Seconds = Mapping[str, float]  # by part
+TIME_NOTE = (
+    "of rank 0, all attempts together, until the step was recorded; on a GPU forward/backward includes the optimizer"
+)
 
 
 def add(*some: Seconds) -> dict[str, float]:
-    """Return the sums, in the order of PARTS."""
+    """Return the sums, in the order of PARTS; what cannot be a duration (a damaged record) is left out."""
     names = dict.fromkeys([*PARTS, *(name for one in some for name in one)])
     sums = {name: round(sum(one.get(name, 0.0) for one in some), 3) for name in names}
-    return {name: seconds for name, seconds in sums.items() if seconds}
+    return {name: seconds for name, seconds in sums.items() if 0 < seconds < math.inf}
 
 
 def between(counted: float, noticed: float, began: float) -> dict[str, float]:
@@ -42,7 +46,7 @@ def table(rows: Mapping[str, Seconds]) -> str:
         lines.append([label, f"{total:.1f}", *(_cell(seconds.get(name, 0.0), total) for name in used)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     shown = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
-    return "\n".join("  ".join(line) for line in shown) if rows else ""
+    return "\n".join("  ".join(line).rstrip() for line in shown) if rows else ""
 
 
 def _cell(seconds: float, total: float) -> str:

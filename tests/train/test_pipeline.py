@@ -77,6 +77,23 @@ def test_the_end_of_a_run_says_where_everything_is_and_what_to_type_next(nano: P
         assert words in told
 
 
+def test_every_second_of_a_step_is_in_a_part(nano: Path) -> None:
+    spent = {path.name.rpartition("-")[0]: open_artifact(path).seconds_by_part for path in nano.glob("tiny/*")}
+    told = (nano / "stdout.txt").read_text()
+    for folder in nano.glob("tiny/*"):
+        artifact = open_artifact(folder)
+        written = (folder / "artifact.json").stat().st_mtime
+        whole = written - artifact.provenance["started"]  # from the lock on, which the processes' start precedes
+        start = artifact.seconds_by_part["start"]
+        assert whole - 0.1 <= sum(artifact.seconds_by_part.values()) <= whole + start + 0.1
+        assert f"\ntiny/{artifact.step} " in told.partition("\ntime ")[2]
+    trained = {"start", "load", "rows", "forward/backward", "optimizer", "save", "wait", "other"}
+    assert set(spent["sft"]) == trained
+    assert set(spent["grpo"]) == trained | {"generate", "rewards"}
+    assert {"load", "rows", "generate", "evaluate", "wait"} <= set(spent["evaluate-sft"])
+    assert spent["sft"]["forward/backward"] > spent["sft"]["optimizer"] > 0
+
+
 def test_a_second_run_starts_nothing(nano: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in nano.rglob("*")}
     done = run_cli("run", "tiny", *NANO, "--runs", str(nano))

@@ -99,6 +99,9 @@ def test_a_killed_rank_and_a_stopped_one_cost_no_more_than_save_steps_and_nobody
     assert "was killed by SIGKILL" in told
     assert f"note: the step failed at step {first.last}; it starts again" in told
     assert first.last - second.first <= 10 + 20  # and the steps of half a second
+    spent, whole = open_artifact(folder).seconds_by_part, (folder / "artifact.json").stat().st_mtime - first.started
+    assert whole - 1 <= sum(spent.values()) <= whole + 60  # and the imports before the first record
+    assert spent["lost"] + spent["wait"] >= 5  # until the watchdog saw the stopped rank
     assert (second.kind, second.problem.partition(" on ")[0]) == (HANG, f"rank 1 (process {pid}")
     log = (folder / "log.txt").read_text()
     assert "rank 0 (process " in log

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.scoring.charts import Mark, Series, curves, intervals, number, ticks
+from pipeline.scoring.charts import Bar, Mark, Series, curves, intervals, number, stacked, ticks
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 finite = st.floats(-1e6, 1e6, allow_nan=False)
@@ -54,6 +54,20 @@ def test_a_curve_passes_through_its_points() -> None:
     assert points[0][0] < points[1][0] < points[2][0]
     assert points[0][1] < points[1][1] < points[2][1]  # down the page, as the loss falls
     assert curves([Series("nothing", (), "sft")], title="nothing") == ""
+
+
+def test_the_parts_of_a_bar_follow_each_other() -> None:
+    bars = [Bar("sft <b>", (("start", 2.0), ("forward/backward", 6.0))), Bar("grpo", (("start", 4.0),))]
+    svg = stacked(bars, title="time", unit="minutes")
+    found = [rect.attrib for rect in ElementTree.fromstring(svg).iter("rect") if "rx" not in rect.attrib]
+    (first, second, other) = ((float(one["x"]), float(one["width"])) for one in found)
+    assert math.isclose(first[0] + first[1], second[0], abs_tol=0.11)
+    assert math.isclose(second[1], 3 * first[1], rel_tol=0.01)
+    assert other == (first[0], 2 * first[1])
+    assert second[0] + second[1] < 510
+    assert [one["class"] for one in found] == ["part-start", "part-forward-backward", "part-start"]
+    assert "sft &lt;b&gt;, forward/backward: 6 minutes (75 %)" in svg
+    ElementTree.fromstring(stacked([], title="nothing", unit="seconds"))
 
 
 def test_a_chart_in_full() -> None:

@@ -78,11 +78,15 @@ def report() -> Report:
         ],
         prompts=[ShownPrompt("Why?", {"tiny base": "so\nso", "tiny GRPO": "Therefore: No"})],
         samples=[],
-        steps={},
+        steps={
+            "tiny/preprocess": replace(SFT, stage="preprocess", folder="runs/tiny/preprocess-5e4d3c2b1a"),
+            "tiny/sft": replace(SFT, seconds_by_part=SPENT),
+        },
         settings={"tiny": "seed: 0"},
     )
 
 
+SPENT = {"start": 12.0, "load": 3.0, "forward/backward": 90.0, "wait": 15.0}
 SFT = StepRecord("sft", "1a2b3c4d5e", "runs/tiny/sft-1a2b3c4d5e", 60, 1, "local", {"torch": "2"}, "3.12", "x", None, "")
 
 
@@ -142,8 +146,16 @@ def test_the_page_shows_every_chart_and_the_best_model(report: Report) -> None:
     report = replace(report, steps={"tiny/sft": SFT}, curves={"tiny/sft": {"loss": [[1, 2.0], [2, 1.5]]}})
     page = render("report.html", report, draw(report))
     assert page.count("<svg") == 5  # F1, balanced accuracy, differences, splits, the loss of SFT
+    assert "Where the time went" not in page  # a step of an earlier version
     assert '<b class="best">0.900</b>' in page
     assert "NaN" not in page
+
+
+def test_the_page_shows_where_the_time_went(report: Report) -> None:
+    page = render("report.html", report, draw(report))
+    assert "<title>tiny/sft, forward/backward: 1.5 minutes (75 %)</title>" in page
+    assert "<td>90.0<small>75 %</small></td>" in page
+    assert page.count("<tr><td>tiny/preprocess</td>") == 1  # only among the steps: it has no times
 
 
 def test_report_json_holds_every_figure_as_before(report: Report) -> None:

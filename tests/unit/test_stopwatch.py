@@ -206,7 +206,7 @@ def test_the_table_has_a_line_a_step() -> None:
     rows = {"sft": {"forward/backward": 30.0, "start": 10.0}, "report": {"start": 0.5, "wait": 0.001}, "old": {}}
     assert table(rows).splitlines() == [
         "step    seconds     start  forward/backward     wait",
-        "sft        40.0  10.0 25%          30.0 75%         ",
+        "sft        40.0  10.0 25%          30.0 75%",
         "report      0.5  0.5 100%                    0.0  0%",
     ]
     assert table({"old": {}}) == ""
