@@ -104,10 +104,10 @@ def special_tokens(model: Model) -> set[str]:
 
 
 def _cached(model: Model, file: str = "config.json") -> dict[str, Any] | None:
+    if model.name.count("/") != 1:  # before the import, which takes longer than all of `check`
+        return None
     from huggingface_hub import try_to_load_from_cache
 
-    if model.name.count("/") != 1:
-        return None
     path = try_to_load_from_cache(model.name, file, revision=model.revision)
     return _dict(read_json(Path(path))) if isinstance(path, str) else None
 

@@ -33,7 +33,8 @@ from pipeline.workflow.progress import ATTEMPT, this_attempt
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
-POLL = 0.2  # seconds between two reads of the store
+POLL = 0.2  # seconds between two reads of the store, at most
+FIRST_POLL = 0.005  # seconds; most waits are short
 CAUSE_WINDOW = 3  # seconds after the first failure; torchrun itself ends the processes that fail later
 _shared = 0  # number of values broadcast from rank 0 so far
 _given = 0  # number of values gathered on rank 0 so far
@@ -141,10 +142,7 @@ def from_rank_0(make: Callable[[], T]) -> T:
             raise
         store.set(key, json.dumps({"value": value}))
         return value
-    heartbeat.wait()
-    with stopwatch.part("wait"):
-        while not store.check([key]):
-            time.sleep(POLL)
+    _wait_for([key])
     heartbeat.beat(long=True)
     message = json.loads(store.get(key))
     if "error" in message:
@@ -163,12 +161,19 @@ def to_rank_0(value: T) -> list[T]:
     store.set(keys[rank()], json.dumps(value))
     if rank() != 0:
         return []
-    heartbeat.wait()
-    with stopwatch.part("wait"):
-        while not store.check(keys):
-            time.sleep(POLL)
+    _wait_for(keys)
     heartbeat.beat(long=True)
     return [cast("T", json.loads(store.get(key))) for key in keys]
+
+
+def _wait_for(keys: list[str]) -> None:
+    """Wait until the store has these keys, however long."""
+    heartbeat.wait()
+    pause = FIRST_POLL
+    with stopwatch.part("wait"):
+        while not _store().check(keys):
+            time.sleep(pause)
+            pause = min(POLL, 1.5 * pause)
 
 
 def _store() -> Any:
@@ -186,9 +191,7 @@ def exit_together(done: Callable[[], bool]) -> None:
         if rank() == 0:
             _store().set("therefore/left", "1")
             return
-        heartbeat.wait()
-        while not _store().check(["therefore/left"]):
-            time.sleep(POLL)
+        _wait_for(["therefore/left"])
     except (RuntimeError, ConnectionError) as error:
         if rank() != 0 and not done():
             raise LostPeer(f"rank {rank()}: rank 0 ended before this step finished; see its error") from error
