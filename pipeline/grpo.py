@@ -44,8 +44,9 @@ from pipeline.models.loading import (
     template_opens_think,
 )
 from pipeline.rewards.reward import RewardFunction, find_rewards, make_sample
+from pipeline.sizing.memory import shares_prompts
 from pipeline.tasks.task import Task, example_of, task_of
-from pipeline.training import distributed
+from pipeline.training import distributed, flat
 from pipeline.training.divergence import name_prompts
 from pipeline.training.harness import main
 from pipeline.training.rollouts import EngineTrainer, mismatch
@@ -134,6 +135,10 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     else:
         rows = min(at_once, runtime.cluster.generation.grpo.rows or at_once)
         trainer.engine = TransformersEngine(model, tokenizer, rows)
+    shares = shares_prompts(recipe, runtime.cluster, sizes.per_device) and not trainer.aux_loss_enabled
+    trainer.flat = flat.wanted(runtime, model, saves=shares)
+    if trainer.flat and trainer.ref_model is not None:
+        flat.wanted(runtime, trainer.accelerator.unwrap_model(trainer.ref_model), saves=True)
     trainer.sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_completion_length)
 
     # ---- train, save

@@ -25,7 +25,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.core import stopwatch
 from pipeline.models.kernels import choose_head
 from pipeline.models.loading import initial_checkpoint, load_tokenizer
-from pipeline.training import distributed
+from pipeline.training import distributed, flat
 from pipeline.training.divergence import name_token_rows
 from pipeline.training.harness import main
 from pipeline.training.tokens import encode_split, row_lengths
@@ -103,7 +103,9 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     runtime.progress.update(note="loading the model")
     model = load_for_training(recipe, checkpoint, layout)
     with preserve_adapter_dtype(model), logger_environment(out, runtime):
-        trainer = SFTTrainer(model, config, train_dataset=dataset, eval_dataset=validation, processing_class=tokenizer)
+        trainer = RowsTrainer(model, config, train_dataset=dataset, eval_dataset=validation, processing_class=tokenizer)
+    if flat.wanted(runtime, model, saves=sizes.per_device > 1 or settings.packing):
+        trainer.data_collator = flat.collate  # not at construction, where TRL has one of its own for packed rows
     if settings.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
 
@@ -117,6 +119,13 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         **counts,
         **validation_metrics(trainer.state.log_history, best=settings.early_stopping_patience is not None),
     }
+
+
+class RowsTrainer(SFTTrainer):  # type: ignore[misc]
+    """TRL's SFT trainer, for batches of `flat.collate` too."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], **more: Any) -> Any:
+        return super().compute_loss(model, {k: value for k, value in inputs.items() if k != "lengths"}, **more)
 
 
 def within_length(encoded: Dataset, longest: int) -> list[int]:

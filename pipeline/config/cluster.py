@@ -99,6 +99,8 @@ class Cluster:
     kill_timeout: PositiveInt  # seconds between the request to stop and the kill
     slurm: Slurm
     endpoint: EndpointCalls = added(EndpointCalls())
+    # rows of a micro-batch in one line, and in GRPO a prompt once for its completions; auto: where that saves computing
+    padding_free: bool | Literal["auto"] = added("auto")
     max_idle_steps: PositiveInt | None = added(None)  # GRPO steps in a row without spread that end it; None: only warn
     generation: Generation = added(Generation())
     max_failures: PositiveInt = added(3)  # of one kind at one step that end a step's restarts; 1: it is never restarted

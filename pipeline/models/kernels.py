@@ -1,4 +1,4 @@
-"""Check that Triton can compile TRL's fused head on this node, and set the folder of its cache.
+"""Have TRL's fused head score only what has a label; check that Triton can compile it; set the folder of its cache.
 
 On CUDA, TRL computes log-probabilities with a Triton kernel and does not fall back if that fails. Triton compiles its
 launchers with a C compiler and Python.h, which a compute node may lack although the login node has them.
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from trl.kernels import chunked_logprob
+from trl.trainer import utils
 
 PROGRAM = "#include <Python.h>\n#include <stdlib.h>\nint main(void) { return PY_MAJOR_VERSION == 0; }\n"
 
@@ -26,6 +27,8 @@ def choose_head() -> None:
 
     Called in every process of a training stage, before its model is built. Prints one message per node.
     """
+    # whether TRL scores only tokens that have a label: without Triton it scores prompts and padding, too
+    utils._use_triton = lambda device: True
     if not torch.cuda.is_available() or not chunked_logprob._TRITON_AVAILABLE:
         return
     os.environ.setdefault("TRITON_CACHE_DIR", str(private_folder("therefore-triton")))

@@ -35,6 +35,7 @@ READ = 2048  # tokens of prompts that the transformers engine reads in one pass;
 GUESSED = 8  # tokens that it guesses at once, at most
 VLLM_SCORED = 256  # rows whose next tokens vLLM draws at once
 VLLM_WORK = 0.75 * GIB  # what its kernels, their graphs and its context take: an estimate
+LEAST_SAVED = 0.1  # of the tokens of a training step: below it, taking rows apart for the attention costs more
 SAMPLED = 32  # bytes of each row and word while a token is drawn: logits in 32 bit, sorted, with their indices
 
 Stage = Literal["sft", "grpo"]
@@ -201,6 +202,15 @@ class _Layout:
         return Weights("weights, 16 bit", self.dims.matrices * BYTES_16, self.dims.others * BYTES_16, 0)
 
 
+def shares_prompts(recipe: Recipe, cluster: Cluster, rows: int) -> bool:
+    """Return whether GRPO computes a prompt once for its completions among the `rows` that a device learns at once."""
+    if cluster.padding_free != "auto":
+        return cluster.padding_free
+    prompt, new = recipe.grpo.max_prompt_length, recipe.grpo.max_completion_length
+    together = min(rows, recipe.grpo.num_generations)
+    return prompt * (1 - 1 / together) >= LEAST_SAVED * (prompt + new)
+
+
 def training_estimates(recipe: Recipe, cluster: Cluster, dims: ModelDims, stage: Stage) -> list[MemoryEstimate]:
     """Estimate the phases of a training stage: one of SFT; of GRPO, learning and generating."""
     settings, given = recipe.training(stage), cluster.layout(stage)
@@ -222,12 +232,11 @@ def training_estimates(recipe: Recipe, cluster: Cluster, dims: ModelDims, stage:
     if stage == "sft":
         return [_training_estimate("sft", layout, held, recipe.sft.max_length, recipe.sft.max_length)]
     grpo, chosen = recipe.grpo, cluster.generation.grpo
-    tokens = grpo.max_prompt_length + grpo.max_completion_length
     if chosen.engine == "vllm":
         share = vllm_share(cluster, chosen.gpu_memory)
         learning = held if chosen.sleep is True else [*held, share]
         return [
-            _training_estimate("grpo, learning", layout, learning, tokens, grpo.max_completion_length),
+            _learning_estimate(layout, cluster, learning),
             MemoryEstimate("grpo, generating", (*held, *_unpacked(recipe, dims), share)),
         ]
     together = cluster.generation_batch_size
@@ -238,9 +247,24 @@ def training_estimates(recipe: Recipe, cluster: Cluster, dims: ModelDims, stage:
         recipe, dims, together, grpo.max_prompt_length, grpo.max_completion_length, grpo.num_generations, low
     )
     return [
-        _training_estimate("grpo, learning", layout, held, tokens, recipe.grpo.max_completion_length),
+        _learning_estimate(layout, cluster, held),
         MemoryEstimate("grpo, generating", (*held, *_whole_model(layout), *_unpacked(recipe, dims), generation)),
     ]
+
+
+def _learning_estimate(layout: _Layout, cluster: Cluster, held: list[Term]) -> MemoryEstimate:
+    """Estimate GRPO's training step: rows of prompt and completion, or each prompt once."""
+    grpo, rows = layout.recipe.grpo, layout.rows
+    prompt, new = grpo.max_prompt_length, grpo.max_completion_length
+    if not shares_prompts(layout.recipe, cluster, rows):
+        return _training_estimate("grpo, learning", layout, held, prompt + new, new)
+    prompts = -(-rows // grpo.num_generations) + (rows % grpo.num_generations != 0 and rows > grpo.num_generations)
+    wide = BYTES_32 if layout.recipe.model.dtype == "float32" else BYTES_16
+    # the attention has the keys and values of a prompt beside those of each of its completions
+    taken = 2 * wide * layout.dims.query * rows * (prompt + new) * (1 if layout.checkpointing else layout.dims.layers)
+    more = Term(f"keys and values of {rows} × {prompt + new} tokens", taken)
+    tokens = -(-(prompts * prompt + rows * new) // rows)  # of a row, on average
+    return _training_estimate("grpo, learning", layout, [*held, more], tokens, new)
 
 
 def _training_estimate(phase: str, layout: _Layout, held: list[Term], tokens: int, scored: int) -> MemoryEstimate:

@@ -62,6 +62,8 @@ def start(*, deepspeed: bool) -> None:
         import deepspeed as ds
 
         if backend == "gloo":
+            # DeepSpeed compiles Muon's products of small matrices: up to half a minute, for no speed on a CPU
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
             dist.init_process_group(backend, timeout=TIMEOUT)
             load_operator()
         ds.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False)

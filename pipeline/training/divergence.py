@@ -11,7 +11,7 @@ optimizer stay as they are, and the order of the rows and the count of steps con
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -106,6 +106,18 @@ def name_prompts(inputs: list[Any]) -> list[str]:
     return list(dict.fromkeys(str(row["id"]) for batch in inputs for row in batch))
 
 
+def _rows_of(batch: Mapping[str, Any]) -> Iterator[list[int]]:
+    """Yield the tokens of each row of a micro-batch, which is padded or one line of rows."""
+    if "lengths" in batch:
+        for row in batch["input_ids"][0].split(batch["lengths"].tolist()):
+            yield row.tolist()
+        return
+    masks = batch.get("attention_mask")
+    for k, padded in enumerate(batch["input_ids"].tolist()):
+        kept = [1] * len(padded) if masks is None else masks[k].tolist()
+        yield [token for token, keep in zip(padded, kept, strict=True) if keep]
+
+
 def name_token_rows(
     ids: Sequence[str], encoded: Sequence[dict[str, list[int]]], tokenizer: PreTrainedTokenizerBase
 ) -> NameRows:
@@ -117,10 +129,7 @@ def name_token_rows(
             known.setdefault(tuple(row["input_ids"]), []).append(one)
         found = []
         for batch in inputs:
-            masks = batch.get("attention_mask")
-            for k, padded in enumerate(batch["input_ids"].tolist()):
-                kept = [1] * len(padded) if masks is None else masks[k].tolist()
-                tokens = [token for token, keep in zip(padded, kept, strict=True) if keep]
+            for tokens in _rows_of(batch):
                 packed = f"a packed sequence that begins with {tokenizer.decode(tokens[:SHOWN_TOKENS])!r}"
                 found.append(" or ".join(known.get(tuple(tokens), [packed])))  # rows may be the same text
         return found

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from trl import GRPOTrainer
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
@@ -15,6 +16,9 @@ from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
 from pipeline.core import stopwatch
 from pipeline.engines.engine import Engine, Request, Sampling, seed_of
+from pipeline.training.flat import of_groups
+
+SKIPPED = "completions_skipped"  # share of a step's completions that nothing is learned from
 
 
 class EpochSampler(RepeatSampler):  # type: ignore[misc]
@@ -36,6 +40,11 @@ class EngineTrainer(GRPOTrainer):  # type: ignore[misc]
 
     engine: Engine
     sampling: Sampling
+    _buffered_inputs: list[dict[str, Any]] | None
+    _learned: dict[str, Any] | None = None  # the micro-batch whose loss is computed
+    flat = False  # its model attends as flat.py says: a prompt is computed once for its completions
+
+    # ---- completions
 
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], *_: Any, **__: Any
@@ -68,20 +77,110 @@ class EngineTrainer(GRPOTrainer):  # type: ignore[misc]
         sampler.__class__ = EpochSampler
         return sampler
 
+    # ---- the loss: rows of one prompt together, and none without a gradient
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        new = self._buffered_inputs is None or self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        batch = super()._prepare_inputs(generation_batch)
+        if not (new and self.model.training):
+            return batch
+        rows = _joined(self._buffered_inputs or [])
+        useful = self._useful(rows)
+        shares = self.accelerator.gather((~useful).float().mean())
+        self._metrics["train"][SKIPPED].append(shares.mean().item())
+        self._buffered_inputs = split_tensor_dict(_in_groups(rows, useful), self.args.steps_per_generation)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _useful(self, rows: dict[str, Any]) -> torch.Tensor:
+        """Return which completions have a gradient: not those whose reward is their group's mean, nor masked ones."""
+        if self.beta:  # all of them pull towards the reference
+            return torch.ones_like(rows["advantages"], dtype=torch.bool)
+        useful: torch.Tensor = (rows["advantages"] != 0) & rows["completion_mask"].any(1)
+        return useful
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return the loss of all completions; those without a gradient are not computed, and have a ratio of 1."""
+        if not self.model.training or self.beta:
+            whole: torch.Tensor = super()._compute_loss(model, inputs)
+            return whole
+        self._learned = inputs
+        try:
+            loss: torch.Tensor = super()._compute_loss(model, inputs)
+        finally:
+            self._learned = None
+        total, count = self.accelerator.reduce(self._entropy, reduction="sum").tolist()
+        entropies = self._metrics["train"]["entropy"]
+        entropies[-1:] = [total / count] if count else []  # TRL's has the others as 0
+        return loss
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, ids: torch.Tensor, mask: torch.Tensor, scored: int, *args: Any, **more: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Return the log-probabilities and entropies of completions, (rows, scored), 0 behind their end.
+
+        While a loss is computed they are those of TRL's old policy where there is no gradient. All processes take part
+        in a pass: where none of a process's rows has one, it is over two tokens.
+        """
+        if self._learned is None:
+            return self._scores(model, ids, mask, scored, *args, **more)
+        useful = self._useful(self._learned)
+        if useful.any():
+            found, entropy, aux = self._scores(model, ids[useful], mask[useful], scored, *args, **more)
+        else:
+            two = ids[:1, -scored - 1 : 1 - scored or None]
+            found, entropy, aux = self._scores(model, two, torch.ones_like(two), 1, *args, **more)
+        old = self._learned.get("old_per_token_logps")
+        whole = torch.zeros_like(mask[:, -scored:], dtype=found.dtype) if old is None else old.to(found.dtype)
+        entropies = torch.zeros_like(whole)
+        if useful.any() and entropy is not None:
+            whole = whole.masked_scatter(useful[:, None], found)
+            entropies = entropies.masked_scatter(useful[:, None], entropy.to(whole.dtype))
+        else:
+            whole = whole + 0 * found.sum()
+        shown = (mask[:, -scored:] * useful[:, None]).sum()
+        self._entropy = torch.stack([entropies.sum().detach(), shown.to(entropies.dtype)])
+        return whole, entropies, aux
+
+    def _scores(
+        self,
+        model: Any,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        scored: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **more: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        if not self.flat:
+            found: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+            found = super()._get_per_token_logps_and_entropies(
+                model, ids, mask, scored, batch_size, compute_entropy, **more
+            )
+            return found
+        parts = []
+        size = batch_size or len(ids)
+        for some, seen in zip(torch.split(ids, size), torch.split(mask, size), strict=True):
+            line, inputs = of_groups(some, seen, scored)
+            with self.accelerator.autocast():
+                output = model(**inputs, fused_lm_head=True)
+            hidden = seen[:, -scored:] == 0
+            wide = (0, scored - line.own.shape[1])
+            scores = [output.log_probs[0], output.entropy[0]][: 1 + compute_entropy]
+            parts.append([pad(one[line.own], wide).masked_fill(hidden, 0) for one in scores])
+        whole = [torch.cat(scores) for scores in zip(*parts, strict=True)]
+        return whole[0], whole[1] if compute_entropy else None, None
+
+    # ---- resume
+
     # A checkpoint inside a generation cycle has the completions that are left of it. The alternative, saves only where
     # a cycle ends, would let a stop wait for num_iterations steps (minutes each), which a time limit may not leave, and
     # every cause of a save (save_steps, stop, deadline, validation) would have to know of cycles. They take kilobytes.
 
     def cycle(self) -> dict[str, torch.Tensor]:
         """Return the completions of a generation cycle that is not at its end; {} at its end."""
-        batches = self._buffered_inputs or []
-        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+        if not self._buffered_inputs or self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
             return {}
-        return {
-            name: (torch.cat([batch[name] for batch in batches]) if value.ndim else value).detach().cpu().contiguous()
-            for name, value in (batches[0] if batches else {}).items()
-            if value is not None
-        }
+        return {name: value.detach().cpu().contiguous() for name, value in _joined(self._buffered_inputs).items()}
 
     def restore_cycle(self, saved: dict[str, torch.Tensor]) -> None:
         """Continue a generation cycle, in micro-batches of any size; TRL draws anew what is not of this number of rows.
@@ -126,10 +225,31 @@ class EngineTrainer(GRPOTrainer):  # type: ignore[misc]
         self.engine, self.use_vllm = engine, True
 
 
-def _split(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:
-    """Split the rows of a micro-batch; what is one number for all of them stays."""
-    split = {name: value.chunk(parts) if value.dim() else (value,) * parts for name, value in batch.items()}
-    return [{name: values[k] for name, values in split.items()} for k in range(parts)]
+def _joined(batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Return the rows of micro-batches in one; what is one number for all of them stays."""
+    first = batches[0]
+    return {
+        name: torch.cat([batch[name] for batch in batches]) if value.ndim else value
+        for name, value in first.items()
+        if value is not None
+    }
+
+
+def _by_row(value: Any, count: int) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == count
+
+
+def _in_groups(rows: dict[str, torch.Tensor], useful: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return rows with those of one prompt together, and those without a gradient last.
+
+    All of them are of one optimizer step, so their order only changes which are computed together. Micro-batches at the
+    end may then have nothing to compute.
+    """
+    prompts: dict[tuple[int, ...], int] = {}
+    groups = [prompts.setdefault(tuple(prompt), len(prompts)) for prompt in rows["prompt_ids"].tolist()]
+    flags = useful.tolist()
+    order = torch.tensor(sorted(range(len(groups)), key=lambda k: (not flags[k], groups[k])), device=useful.device)
+    return {name: value[order] if _by_row(value, len(order)) else value for name, value in rows.items()}
 
 
 def mismatch(history: list[dict[str, Any]]) -> dict[str, float]:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from recipes import cluster_of, recipe_of
+from trl.trainer.utils import split_tensor_dict
 
 from pipeline.config.cluster import Batches, Cluster, batches
 from pipeline.engines.transformers import TransformersEngine
 from pipeline.training.out_of_memory import LEAST_SHARE, ROWS, apply_shrinks, next_smaller
-from pipeline.training.rollouts import _split
+from pipeline.training.rollouts import _joined
 from pipeline.workflow.attempts import decide, read_attempts, shrinks
 from pipeline.workflow.progress import ProgressFile, Shrink
 
@@ -127,6 +128,8 @@ def test_what_was_too_large_is_known_to_later_commands(tmp_path: Path) -> None:
 
 def test_halved_micro_batches_share_out_an_open_generation_cycle() -> None:
     batch = {"ids": torch.arange(8).reshape(4, 2), "tokens": torch.tensor(9)}
-    first, second = _split(batch, 2)
+    first, second = split_tensor_dict(batch, 2)
     assert (first["ids"].tolist(), second["ids"].tolist()) == ([[0, 1], [2, 3]], [[4, 5], [6, 7]])
     assert first["tokens"] == second["tokens"] == 9
+    whole = _joined([first, second])
+    assert (whole["ids"].tolist(), int(whole["tokens"])) == (batch["ids"].tolist(), 9)
