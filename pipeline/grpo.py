@@ -49,6 +49,7 @@ from pipeline.tasks.task import Task, example_of, task_of
 from pipeline.training import distributed, flat
 from pipeline.training.divergence import name_prompts
 from pipeline.training.harness import main
+from pipeline.training.redraw import Redraw
 from pipeline.training.rollouts import EngineTrainer, mismatch
 from pipeline.training.tokens import prompt_lengths
 from pipeline.training.trainer import (
@@ -62,7 +63,7 @@ from pipeline.training.trainer import (
     training_arguments,
     warn_of_long_rows,
 )
-from pipeline.workflow.artifact import Artifact
+from pipeline.workflow.artifact import DRAWS, Artifact
 from pipeline.workflow.runtime import Runtime
 from pipeline.workflow.weights import Checkpoint
 
@@ -139,13 +140,19 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     trainer.flat = flat.wanted(runtime, model, saves=shares)
     if trainer.flat and trainer.ref_model is not None:
         flat.wanted(runtime, trainer.accelerator.unwrap_model(trainer.ref_model), saves=True)
+    if settings.redraw_without_spread < 1:
+        highest = sum(max(0.0, reward.weight) for reward in settings.rewards.values())
+        record = out / DRAWS if runtime.rank == 0 else None
+        ids = [prompts["id"][k] for k in kept]
+        trainer.redraw = Redraw(ids, settings.redraw_without_spread, recipe.seed, highest, record)
     trainer.sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_completion_length)
 
     # ---- train, save
     metrics = train(trainer, recipe, "grpo", out, runtime, name_prompts)
     trainer.engine.close()
     apart = {"engine_mismatch": found} if (found := mismatch(trainer.state.log_history)) else {}
-    return {**metrics, **apart, "prompts": len(kept), "dropped_too_long": len(lengths) - len(kept)}
+    draws = trainer.redraw.metrics() if trainer.redraw else {}
+    return {**metrics, **apart, **draws, "prompts": len(kept), "dropped_too_long": len(lengths) - len(kept)}
 
 
 def _vllm(

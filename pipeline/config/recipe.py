@@ -39,6 +39,7 @@ CONFIGS = Path("configs")
 
 Even = Annotated[int, Constraint("a whole number ≥ 2", lambda v: v >= 2)]
 Epochs = Annotated[float, Constraint("a number > 0 of at most 100000", lambda v: 0 < v <= 100_000)]
+Probability = Annotated[float, Constraint("a number from 0.01 to 1", lambda v: 0.01 <= v <= 1)]
 Draws = Annotated[int, Constraint("a whole number from 1 to 1000000", lambda v: 1 <= v <= 1_000_000)]
 Samples = Annotated[int, Constraint("a whole number from 1 to 1024", lambda v: 1 <= v <= 1024)]
 MODEL_FILES = 10_000  # in a model's folder: more is another kind of folder
@@ -190,6 +191,7 @@ class Grpo:
     loss_type: LossName
     scale_rewards: RewardScale
     mask_truncated_completions: bool
+    redraw_without_spread: Probability = added(1.0)  # of a prompt whose last group had no spread, in a later epoch
 
 
 @dataclass(frozen=True)

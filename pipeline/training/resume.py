@@ -7,6 +7,7 @@ log, and GRPO's completions where the checkpoint is inside a generation cycle. O
     rows        TRL's sampler takes the first epoch's order again (rollouts.EpochSampler), and accelerate does not tell
                 it of the epoch where several processes have skipped batches
     GRPO        TRL counts micro-batches from 0 again and drops the completions that are left of the generation cycle
+    redraws     how the last groups of the prompts were (redraw.py)
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.training import distributed
+from pipeline.training.redraw import Redraw
 
 STATE = "state"  # the key of the JSON in a file's metadata
 
@@ -30,6 +32,8 @@ STATE = "state"  # the key of the JSON in a file's metadata
 @runtime_checkable
 class GeneratesAhead(Protocol):
     """What rollouts.EngineTrainer has and SFT's trainer lacks; SFT need not import all of GRPO to ask for it."""
+
+    redraw: Redraw | None
 
     def cycle(self) -> dict[str, torch.Tensor]: ...
 
@@ -95,6 +99,8 @@ def save(trainer: Trainer, checkpoint: Path) -> None:
         "tokens": trainer._total_train_tokens,
     }
     cycle = trainer.cycle() if isinstance(trainer, GeneratesAhead) else {}
+    if isinstance(trainer, GeneratesAhead) and trainer.redraw:
+        state["redraw"] = trainer.redraw.state()
     save_file(cycle, process_file(checkpoint, distributed.rank()), {STATE: json.dumps(state)})
 
 
@@ -124,3 +130,5 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     trainer._total_train_tokens = state["tokens"]
     if isinstance(trainer, GeneratesAhead):
         trainer.restore_cycle(cycle)
+        if trainer.redraw:
+            trainer.redraw.restore(state.get("redraw", {}))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from statistics import fmean
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch.nn.functional import pad
 from trl import GRPOTrainer
 from trl.extras.profiling import profiling_context
@@ -17,6 +19,7 @@ from trl.trainer.utils import RepeatSampler, split_tensor_dict
 from pipeline.core import stopwatch
 from pipeline.engines.engine import Engine, Request, Sampling, seed_of
 from pipeline.training.flat import of_groups
+from pipeline.training.redraw import Redraw
 
 SKIPPED = "completions_skipped"  # share of a step's completions that nothing is learned from
 
@@ -24,11 +27,27 @@ SKIPPED = "completions_skipped"  # share of a step's completions that nothing is
 class EpochSampler(RepeatSampler):  # type: ignore[misc]
     """TRL's sampler, whose order follows from the epoch: TRL's own takes the first epoch's after every resume."""
 
+    redraw: Redraw | None = None
+    epoch = 0
+
     def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
         if self.shuffle:
             self.generator.manual_seed(self.seed)
             for _ in range(epoch):
                 torch.randperm(self.num_samples, generator=self.generator)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.redraw is None:
+            yield from super().__iter__()
+            return
+        shuffled = torch.randperm(self.num_samples, generator=self.generator).tolist()
+        batches = self.num_samples // self.batch_size
+        order = self.redraw.order(self.epoch, shuffled, batches * self.batch_size)
+        for first in range(0, len(order), self.batch_size):
+            for _ in range(self.repeat_count):
+                for place in order[first : first + self.batch_size]:
+                    yield from [place] * self.mini_repeat_count
 
 
 class EngineTrainer(GRPOTrainer):  # type: ignore[misc]
@@ -43,6 +62,7 @@ class EngineTrainer(GRPOTrainer):  # type: ignore[misc]
     _buffered_inputs: list[dict[str, Any]] | None
     _learned: dict[str, Any] | None = None  # the micro-batch whose loss is computed
     flat = False  # its model attends as flat.py says: a prompt is computed once for its completions
+    redraw: Redraw | None = None  # where some prompts are drawn less often
 
     # ---- completions
 
@@ -75,7 +95,18 @@ class EngineTrainer(GRPOTrainer):  # type: ignore[misc]
     def _get_train_sampler(self, dataset: Any = None) -> RepeatSampler:
         sampler = super()._get_train_sampler(dataset)
         sampler.__class__ = EpochSampler
+        sampler.redraw = self.redraw
         return sampler
+
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], *words: Any) -> torch.Tensor:
+        """Return the rewards of the completions of all processes, by function."""
+        rewards: torch.Tensor = super()._calculate_rewards(inputs, *words)
+        if self.redraw:
+            ids = gather_object([row["id"] for row in inputs])
+            sums = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+            sums[rewards.isnan().all(dim=1)] = torch.nan
+            self.redraw.observe(ids[:: self.num_generations], sums.view(-1, self.num_generations).tolist())
+        return rewards
 
     # ---- the loss: rows of one prompt together, and none without a gradient
 

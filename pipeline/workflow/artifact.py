@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ARTIFACT, STEP, PROGRESS, STOP = "artifact.json", "step.json", "progress.json", "stop"
 LOG, SCRIPT = "log.txt", "job.slurm"
 ATTEMPTS = "attempts.json"  # how the attempts of the step ended that did not finish it
+DRAWS = "draws.jsonl"  # of GRPO that draws some prompts less often: a line for each prompt and epoch
 HISTORY = "history.json"  # of a training stage: what its trainer logged, step by step
 PROMPTS = "prompts.json"  # of an evaluation: the questions that are only shown, with their answers
 TOKENS = "tokens"  # of a preprocess step: the folder of its rows' tokens, which training makes and can make again

@@ -128,6 +128,9 @@ WAYS: dict[str, Way] = {
     "sft muon": Way("sft", 2, "zero2", ("sft.optimizer.name=muon",), moves=("1 zero2",)),
     "grpo": Way("grpo", 1, "none", (*GRPO, *MICRO, "grpo.num_iterations=2"), 6, ("1 none 2",)),
     "grpo lora": Way("grpo", 1, "zero2", (*GRPO, *MICRO, *LORA, "lora.dropout=0.1", "grpo.beta=0.1"), 6),
+    "grpo redraw": Way(  # an epoch has four steps: the checkpoint is inside the third
+        "grpo", 2, "none", (*GRPO, "grpo.max_steps=17", "grpo.redraw_without_spread=0.1"), 11, ("1 none",)
+    ),
     **two("none"),
     **two("zero2"),
     **two("zero3"),
@@ -240,6 +243,11 @@ def letters(sample: Sample) -> float:
     return len(set(sample.completion)) / 10
 
 
+def letters_of_yes(sample: Sample) -> float:
+    """A reward that makes prompts whose answer is No always wrong."""
+    return letters(sample) if sample.example.gold == "Yes" else 0.0
+
+
 def record_rows(trainer: Any, out: Path) -> None:
     """Write which rows this process takes in each step."""
     file = out / f"rows-{distributed.rank()}.jsonl"
@@ -296,7 +304,8 @@ def run(plan: Plan, stage: str, folder: Path, base: Path | None = None, kill: in
         return train(trainer, *words)
 
     sft.train = grpo.train = watched  # type: ignore[assignment,attr-defined]
-    grpo.find_rewards = lambda wanted: (dict.fromkeys(wanted, letters), [])  # type: ignore[attr-defined]
+    reward = letters_of_yes if plan.steps[0].recipe.grpo.redraw_without_spread < 1 else letters
+    grpo.find_rewards = lambda wanted: (dict.fromkeys(wanted, reward), [])  # type: ignore[attr-defined]
     rank, world = distributed.rank(), distributed.world_size()
     runtime = Runtime(plan.cluster, ProgressFile(None, stage), rank, world, folder, None, None)
     inputs = {}

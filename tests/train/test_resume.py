@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from killed import WAYS, history
 from running import ROOT
 from safetensors.torch import load_file
 
-from pipeline.core.files import read_json
+from pipeline.core.files import read_json, read_lines
 from pipeline.training.checkpoints import numbered, validation_error
 from pipeline.workflow.signing import MANIFEST
 
@@ -102,7 +103,7 @@ def test_another_layout_goes_on_with_the_same_rows_weights_and_optimizer(trained
     assert ("schedule and the order of the rows are kept" in log) == (len(move.split()) == 2)
     assert ("the optimizer begins anew" in log) == (name == "sft adafactor")
     assert ("other random numbers" in log) == (move[0] != str(WAYS[name].processes))
-    if name in ("sft adafactor", "grpo zero2"):  # other random numbers draw other completions
+    if name in ("sft adafactor", "grpo zero2", "grpo redraw"):  # other random numbers draw other completions
         return
     tolerance = 2e-3 if name == "sft packed" else 2e-7  # bfloat16 has 8 bits
     losses = [[entry["loss"] for entry in history(step) if "loss" in entry] for step in (straight, moved)]
@@ -123,6 +124,30 @@ def test_a_resume_hashes_each_byte_once_in_one_process(trained: Path, name: str)
     manifest = read_json(step / "checkpoints" / read_json(step / "m.json")["resumed_from"] / MANIFEST)
     hashed = [int((step / f"hashed-{rank}.txt").read_text()) for rank in range(2)]
     assert hashed == [sum(entry["size"] for entry in manifest.values()), 0]
+
+
+def test_prompts_that_are_always_wrong_are_drawn_less_often_and_that_is_recorded(trained: Path) -> None:
+    """The rewards of this run make every second prompt always wrong; two processes take a prompt each in a step."""
+    step = trained / "grpo redraw" / "straight"
+    lines = read_lines(step / "draws.jsonl")
+    assert lines == read_lines(step.parent / "killed" / "draws.jsonl")
+    wrong = {line["id"] for line in lines if line["last"] == "all wrong"}
+    assert wrong == {f"grpo-{k}" for k in (1, 3, 5, 7)}
+    assert {line["last"] for line in lines if line["id"] not in wrong} == {"none yet", "spread"}
+    recorded = [Counter({line["id"]: line["drawn"] for line in lines if line["epoch"] == k}) for k in range(4)]
+    taken = [Counter[str]() for _ in range(5)]
+    for file in step.glob("rows-*.jsonl"):
+        for number, names in map(json.loads, file.read_text().splitlines()):
+            taken[number // 4].update(set(names))  # each process has one prompt in a step
+    assert taken[:4] == recorded
+    assert recorded[0] == Counter(f"grpo-{k}" for k in range(8))
+    later = sum(recorded[1:], Counter())
+    assert sum(later.values()) == 24
+    assert sum(later[name] for name in wrong) <= 5  # of 12 if they were drawn as the others
+    metrics = read_json(step / "m.json")
+    assert metrics["prompts_drawn"] == 40
+    assert metrics["prompts_left_out"] == sum(line["left_out"] for line in lines) > 0
+    assert (metrics["last_group_all_wrong"], metrics["last_group_spread"]) == (4, 4)
 
 
 def test_the_runs_cross_what_they_are_about(trained: Path) -> None:
