@@ -103,9 +103,11 @@ def intervals(
     return "".join([*out, "</svg>"])
 
 
-def stacked(bars: Sequence[Bar], *, title: str, unit: str) -> str:
-    """One row a bar, its parts from left to right, with a legend; each part tells its value and its share."""
-    names = dict.fromkeys(name for bar in bars for name, _ in bar.parts)
+def stacked(bars: Sequence[Bar], names: Sequence[str], *, title: str, unit: str) -> str:
+    """One row a bar, its parts from left to right, with a legend; each part tells its value and its share.
+
+    `names`: those of all parts, as the legend lists them.
+    """
     grid = ticks(0.0, max((bar.total for bar in bars), default=0.0))
     left, right, columns = 190, 72, 4
     inner, legend = WIDTH - left - right, 20 * math.ceil(len(names) / columns)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline.core.stopwatch import PARTS
 from pipeline.scoring.charts import Bar, Mark, Series, curves, intervals, stacked
 from pipeline.scoring.metrics import SOLVER, TITLES
 from pipeline.scoring.results import Figure, Report
@@ -124,7 +125,8 @@ def _time(report: Report) -> str | None:
     longest = max(sum(parts.values()) for parts in steps.values())
     unit, size = next((name, size) for name, size in UNITS.items() if longest >= 2 * size or size == 1)
     bars = [Bar(label, tuple((name, spent / size) for name, spent in parts.items())) for label, parts in steps.items()]
-    return stacked(bars, title="time by step and part", unit=unit)
+    used = [name for name in PARTS if any(name in parts for parts in steps.values())]
+    return stacked(bars, used, title="time by step and part", unit=unit)
 
 
 def _coin(metric: str) -> list[tuple[float, str]]:

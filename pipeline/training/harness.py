@@ -41,7 +41,7 @@ from pipeline.core.errors import (
 from pipeline.core.files import appears
 from pipeline.core.heartbeat import Failure, report_failure
 from pipeline.core.project import TYPED_IN, enter_project
-from pipeline.core.slurm_client import read_job, this_job, this_retry
+from pipeline.core.slurm_client import this_job, this_retry
 from pipeline.workflow import faults
 from pipeline.workflow.artifact import ARTIFACT, ATTEMPTS, SCHEMA, WARNINGS, Artifact, finalize, is_done, open_artifact
 from pipeline.workflow.attempts import CONNECTION, DIVERGED, MEMORY, bad_batches, keep, kind_of, read_attempts, shrinks
@@ -50,7 +50,7 @@ from pipeline.workflow.progress import BadBatch, ProgressFile, Shrink, many_atte
 from pipeline.workflow.runtime import Runtime, format_hardware
 from pipeline.workflow.stage import STAGES, EvaluateEndpoint, StepSpec, read_spec
 from pipeline.workflow.task_code import code_of
-from pipeline.workflow.time_spent import add
+from pipeline.workflow.time_spent import add, queued_since
 from pipeline.workflow.watchdog import dump_on_signal
 
 
@@ -112,7 +112,9 @@ def run_spec(folder: Path, run: StageFunction) -> int:
         if rank == 0:
             keep(folder, read_progress(folder))
         command = read_attempts(folder).command
-        progress = ProgressFile(folder if rank == 0 else None, spec.name, command, lambda: _ready(spec, folder))
+        progress = ProgressFile(
+            folder if rank == 0 else None, spec.name, command, lambda: queued_since(folder, spec.inputs)
+        )
         cluster, shrunk = _as_small_as_needed(spec, folder, world)
         spec = replace(spec, cluster=cluster)
         runtime = Runtime(cluster, progress, rank, world, folder, holder, spec.options)
@@ -171,19 +173,6 @@ def run_spec(folder: Path, run: StageFunction) -> int:
                 raise DiskError(disk) from error
             raise
     return 0
-
-
-def _ready(spec: StepSpec, folder: Path) -> float:
-    """Return since when a step waits for its Slurm job, in seconds since the epoch: submitted, and its inputs done.
-
-    0 outside of a job.
-    """
-    found = []
-    with contextlib.suppress(OSError, ArtifactError):
-        if this_job() and (record := read_job(folder)):
-            found.append(record.submitted)
-            found += [(Path(where) / ARTIFACT).stat().st_mtime for where in spec.inputs.values()]
-    return max(found, default=0.0)
 
 
 def _discard_incomplete(folder: Path, spec: StepSpec) -> None:

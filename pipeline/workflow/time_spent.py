@@ -8,10 +8,15 @@ The parts of one attempt are those of core/stopwatch.py.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
+from pipeline.core.errors import ArtifactError
+from pipeline.core.slurm_client import read_job, this_job
 from pipeline.core.stopwatch import PARTS
+from pipeline.workflow.artifact import ARTIFACT
 
 Seconds = Mapping[str, float]  # by part
 TIME_NOTE = (
@@ -34,6 +39,19 @@ def between(counted: float, noticed: float, began: float) -> dict[str, float]:
     """
     lost = max(0.0, min(noticed, began) - counted)
     return add({"lost": lost, "wait": max(0.0, began - max(counted, noticed))})
+
+
+def queued_since(folder: Path, inputs: Mapping[str, str]) -> float:
+    """Return since when a step waits for its Slurm job, in seconds since the epoch: submitted, and its inputs done.
+
+    0 outside of a job. `inputs` are the folders of other steps, by role.
+    """
+    found = []
+    with contextlib.suppress(OSError, ArtifactError):
+        if this_job() and (record := read_job(folder)):
+            found.append(record.submitted)
+            found += [(Path(where) / ARTIFACT).stat().st_mtime for where in inputs.values()]
+    return max(found, default=0.0)
 
 
 def table(rows: Mapping[str, Seconds]) -> str:

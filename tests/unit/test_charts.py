@@ -58,7 +58,7 @@ def test_a_curve_passes_through_its_points() -> None:
 
 def test_the_parts_of_a_bar_follow_each_other() -> None:
     bars = [Bar("sft <b>", (("start", 2.0), ("forward/backward", 6.0))), Bar("grpo", (("start", 4.0),))]
-    svg = stacked(bars, title="time", unit="minutes")
+    svg = stacked(bars, ["forward/backward", "start"], title="time", unit="minutes")
     found = [rect.attrib for rect in ElementTree.fromstring(svg).iter("rect") if "rx" not in rect.attrib]
     (first, second, other) = ((float(one["x"]), float(one["width"])) for one in found)
     assert math.isclose(first[0] + first[1], second[0], abs_tol=0.11)
@@ -67,7 +67,9 @@ def test_the_parts_of_a_bar_follow_each_other() -> None:
     assert second[0] + second[1] < 510
     assert [one["class"] for one in found] == ["part-start", "part-forward-backward", "part-start"]
     assert "sft &lt;b&gt;, forward/backward: 6 minutes (75 %)" in svg
-    ElementTree.fromstring(stacked([], title="nothing", unit="seconds"))
+    legend = [rect.attrib["class"] for rect in ElementTree.fromstring(svg).iter("rect") if "rx" in rect.attrib]
+    assert legend == ["part-forward-backward", "part-start"]
+    ElementTree.fromstring(stacked([], [], title="nothing", unit="seconds"))
 
 
 def test_a_chart_in_full() -> None:

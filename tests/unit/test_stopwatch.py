@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.core import stopwatch
+from pipeline.core.slurm_client import JobRecord, write_job
 from pipeline.workflow import faults
 from pipeline.workflow.artifact import Artifact, finalize, open_artifact
 from pipeline.workflow.progress import Progress, ProgressFile, earlier_time, read_progress
-from pipeline.workflow.time_spent import add, between, table
+from pipeline.workflow.time_spent import add, between, queued_since, table
 
 
 class Clock:
@@ -154,6 +155,24 @@ def test_a_queue_is_waited_in() -> None:
     assert earlier_time(attempt("stopped", command=0), 1, 1200.0, lambda: 1150.0)["wait"] == 50
     assert earlier_time(attempt("stopped", updated=1050.0), 1, 1200.0, lambda: 900.0)["wait"] == 150  # queued again
     assert earlier_time(None, 1, 1200.0, lambda: 1300.0) == {}  # another node's clock is ahead
+
+
+def test_a_job_is_queued_since_its_submission_and_the_end_of_its_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, data = tmp_path / "sft", tmp_path / "data"
+    for folder in (step, data):
+        folder.mkdir()
+    write_job(step, JobRecord("token", "slurm", 900.0, "7"))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert queued_since(step, {}) == 0.0
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert queued_since(step, {}) == 900.0
+    (data / "artifact.json").touch()
+    os.utime(data / "artifact.json", (1100.0, 1100.0))
+    assert queued_since(step, {"data": str(data)}) == 1100.0
+    (step / "job.json").write_text("{")
+    assert queued_since(step, {}) == 0.0
 
 
 def test_clocks_of_two_nodes_make_no_part_negative() -> None:
