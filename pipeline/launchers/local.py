@@ -1,8 +1,9 @@
-"""Run a plan's steps on this machine, one after another, with a progress bar each.
+"""Run a plan's steps on this machine, with a progress bar each: one after another, or two beside each other.
 
-The first Ctrl-C requests a stop: the running step saves at its next optimizer step and exits. The second ends it at
-once. In a Slurm job (sbatch --wrap, salloc) TERM, USR1 and the approaching time limit request a stop too. The step's
-processes form a session of their own, so none is left behind. The same command resumes.
+A step begins when its inputs are done and what it needs is free (room.py): an evaluation of the base model runs beside
+SFT where cores or GPUs are left. The first Ctrl-C requests a stop: the running steps save at their next optimizer step
+and exit. The second ends them at once. In a Slurm job (sbatch --wrap, salloc) TERM, USR1 and the approaching time limit
+request a stop too. A step's processes form a session of their own, so none is left behind. The same command resumes.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from types import FrameType
 
 from tqdm import tqdm
 
@@ -26,6 +27,8 @@ from pipeline.core import cgroups
 from pipeline.core.errors import LaunchError, PipelineError, PlanError, Stopped, explain_disk, printable
 from pipeline.core.slurm_client import JOB_FILE, is_installed, job_end, this_job
 from pipeline.launchers import debug
+from pipeline.launchers.room import Room
+from pipeline.launchers.stops import StopRequests
 from pipeline.launchers.torchrun import command, environment, hang_timeout
 from pipeline.workflow import faults
 from pipeline.workflow.artifact import STOP
@@ -56,38 +59,99 @@ def run_plan(plan: Plan) -> list[Step]:
     if queued:
         problems = [describe_job(folder, job) for folder, job in queued.items()]
         raise PlanError(*problems, "Fix: wait for it (python -m pipeline status), or end it: python -m pipeline cancel")
-    start = debug.run_step if plan.cluster.launcher == "debug" else run_step
-    ran: list[Step] = []
-    failed: dict[str, PipelineError] = {}
-    for number, step in enumerate(todo, 1):
-        broken = [needed.label for needed in step.inputs.values() if needed.label in failed or not needed.done]
-        title = f"[{number}/{len(todo)}] {step.label}"
-        if broken:
-            failed[step.label] = LaunchError(f"{step.label}: skipped, because its input {broken[0]} failed")
-            tqdm.write(f"{title}  skipped: {broken[0]} failed")
-            continue
+    if plan.cluster.launcher == "debug":
+        return _Run(plan, todo, lambda step, title, _: _in_this_thread(step, plan, title)).run()
+    with StopRequests() as stops, ThreadPoolExecutor(len(todo) or 1) as pool:
+        return _Run(plan, todo, lambda *words: pool.submit(run_step, *words, plan=plan, stops=stops), stops).run()
+
+
+def _in_this_thread(step: Step, plan: Plan, title: str) -> Future[None]:
+    """Run a step at once, as a pool would: a debugger stops in the thread that has the terminal."""
+    done: Future[None] = Future()
+    try:
+        debug.run_step(step, plan, title)
+        done.set_result(None)
+    except BaseException as error:
+        done.set_exception(error)
+    return done
+
+
+class _Run:
+    """The steps of a plan: those that wait, those that run, and how the others ended."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        todo: Sequence[Step],
+        start: Callable[[Step, str, Mapping[str, str]], Future[None]],
+        stops: StopRequests | None = None,
+    ) -> None:
+        self.start, self.stops, self.room = start, stops, Room(plan.cluster)
+        self.waiting = {f"[{number}/{len(todo)}] {step.label}": step for number, step in enumerate(todo, 1)}
+        self.running: dict[Future[None], Step] = {}
+        self.ran: list[Step] = []
+        self.failed: dict[str, PipelineError] = {}
+        self.stopped: Stopped | None = None
+
+    def run(self) -> list[Step]:
+        """Run all steps, each when its inputs are done and it has room. Raises Stopped or what failed at the end."""
         try:
-            start(step, plan, title)
-            ran.append(step)
-        except Stopped:
+            while self.waiting or self.running:
+                self._start_what_can()
+                for future in wait(self.running, return_when=FIRST_COMPLETED).done:
+                    self._end(future)
+        except BaseException:
+            if self.stops:
+                self.stops.end()  # the other steps: nobody waits for them any longer
             raise
+        if self.stopped:
+            for error in self.failed.values():
+                tqdm.write("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+            raise self.stopped
+        if self.failed:
+            first = next(iter(self.failed.values()))
+            combined = type(first)(*(problem for error in self.failed.values() for problem in error.problems))
+            combined.exit_code = first.exit_code  # an invalid setting keeps code 2 where only the step's process
+            raise combined  # detects it
+        return self.ran
+
+    def _start_what_can(self) -> None:
+        for title, step in list(self.waiting.items()):
+            coming = {one.label for one in (*self.waiting.values(), *self.running.values())}
+            inputs = [needed for needed in step.inputs.values() if not needed.done or needed.label in self.failed]
+            broken = [needed.label for needed in inputs if needed.label not in coming]
+            if self.stopped:
+                del self.waiting[title]
+            elif broken:
+                del self.waiting[title]
+                self.failed[step.label] = LaunchError(f"{step.label}: skipped, because its input {broken[0]} failed")
+                tqdm.write(f"{title}  skipped: {broken[0]} failed")
+            elif not inputs and (more := self.room.take(step)) is not None:
+                del self.waiting[title]
+                self.running[self.start(step, title, more)] = step
+
+    def _end(self, future: Future[None]) -> None:
+        step = self.running.pop(future)
+        self.room.leave(step)
+        try:
+            future.result()
+            self.ran.append(step)
+        except Stopped as error:
+            self.stopped = self.stopped or error
         except PipelineError as error:
-            failed[step.label] = error
-    if failed:
-        first = next(iter(failed.values()))
-        combined = type(first)(*(problem for error in failed.values() for problem in error.problems))
-        combined.exit_code = first.exit_code  # an invalid setting keeps code 2 where only the step's process detects it
-        raise combined
-    return ran
+            self.failed[step.label] = error
 
 
-def run_step(step: Step, plan: Plan, title: str) -> None:
-    """Run a step, again after a failure that may pass. Raises Stopped or the step's failure."""
+def run_step(step: Step, title: str, more: Mapping[str, str], *, plan: Plan, stops: StopRequests) -> None:
+    """Run a step, again after a failure that may pass. Raises Stopped or the step's failure.
+
+    `more`: variables for its processes.
+    """
     write_spec(step.folder, spec_of(step, plan.cluster))
     (step.folder / JOB_FILE).unlink(missing_ok=True)  # of an earlier attempt on Slurm
     while True:
         try:
-            return _attempt(step, plan, title)
+            return _attempt(step, plan, title, stops, more)
         except Stopped:
             raise
         except LaunchError as error:
@@ -99,30 +163,35 @@ def run_step(step: Step, plan: Plan, title: str) -> None:
                 failure.exit_code = error.exit_code
                 raise failure from error
             tqdm.write(f"{error.problems[0]}\nnote: {decision.sentence}", file=sys.stderr)
-            time.sleep(decision.delay)
+            if stops.wait(decision.delay):
+                raise Stopped(f"{step.label} was stopped. Fix: run the same command to resume") from error
 
 
-def _attempt(step: Step, plan: Plan, title: str) -> None:
+def _attempt(step: Step, plan: Plan, title: str, stops: StopRequests, more: Mapping[str, str]) -> None:
     """Start a step's processes, show their progress, and wait for them. Raises Stopped or the step's failure."""
+    if stops.count:
+        raise Stopped(f"{step.label} did not begin. Fix: run the same command to resume")
     stage = step.runs_as
     if stage.processes == "all":
         check_port()
     started, attempt, kills = time.time(), uuid.uuid4().hex, cgroups.memory_kills()
     limit, stopping = _stop_at(step, plan), False
     log = step.folder / "log.txt"
+    settings = {**environment(stage, plan.cluster, step.folder), **more, ATTEMPT: attempt}
     with log.open("ab") as file, heartbeats() as signs:
         process = subprocess.Popen(
             command(stage, step.folder, plan.cluster),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**environment(stage, plan.cluster, step.folder), ATTEMPT: attempt, **heartbeat_settings(signs)},
+            env={**settings, **heartbeat_settings(signs)},
             start_new_session=True,
         )
         suspended = faults.StoppedProcesses(process.pid)
         watchdog, hangs = Watchdog(signs, hang_timeout(stage, plan.cluster), POLL_SECONDS), None
-        with _stopping(process, step, plan.cluster.kill_timeout, attempt) as stop_requests, _Bar(title) as bar:
+        with _stopping(process, step, plan.cluster.kill_timeout, attempt, stops) as obey, _Bar(title) as bar:
             while process.poll() is None:
+                obey()
                 if progress := _progress(step, attempt):
                     bar.show(progress)
                 for warning in suspended.new():
@@ -138,13 +207,14 @@ def _attempt(step: Step, plan: Plan, title: str) -> None:
                     stopping = True
                     (step.folder / STOP).touch()
                     tqdm.write("stopping: this Slurm job ends soon; the step saves and exits", file=sys.stderr)
-                time.sleep(POLL_SECONDS)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(POLL_SECONDS)
             seconds = time.time() - started
             last = _progress(step, attempt)
             if last is None:
                 ensure_unlocked(step.folder)  # another run may have started this step at the same moment
             died = None
-            if not stop_requests():
+            if not stops.count:
                 died = faults.record_death(step.folder, "its process", process.returncode, kills, attempt)
             bar.end(_progress(step, attempt) or last, seconds, step.done)
     if stopping:
@@ -203,39 +273,37 @@ def _failure(step: Step, code: int, progress: Progress | None, log: Path, died: 
 
 
 @contextlib.contextmanager
-def _stopping(process: subprocess.Popen[bytes], step: Step, grace: int, attempt: str) -> Iterator[Callable[[], int]]:
-    """Turn Ctrl-C, TERM and USR1 into a stop request, and a second Ctrl-C into the end; leave no process behind.
+def _stopping(
+    process: subprocess.Popen[bytes], step: Step, grace: int, attempt: str, stops: StopRequests
+) -> Iterator[Callable[[], None]]:
+    """Turn the first stop request into a save, and the second into the end; leave no process behind.
 
-    A batch system repeats its signals, so a second TERM or USR1 does not end the step. A Ctrl-C before a step has
-    started its work, or in a step that cannot save, ends it at once. Yields a function that returns the number of stop
-    requests.
+    A Ctrl-C before a step has started its work, or in a step that cannot save, ends it at once. Yields a function that
+    is called again and again, and does what was requested since the last call.
     """
-    requests = 0
+    obeyed = 0
 
-    def handle(signum: int, frame: FrameType | None) -> None:
-        nonlocal requests
-        if requests and signum != signal.SIGINT and this_job():
+    def obey() -> None:
+        nonlocal obeyed
+        if stops.count == obeyed:
             return
-        requests += 1
+        first, obeyed = not obeyed and stops.count == 1, stops.count
         progress = _progress(step, attempt)
-        begun = signum != signal.SIGINT or (progress is not None and progress.state != "starting")
-        if requests == 1 and STAGES[step.stage].resumable and begun:
+        begun = not stops.by_user or (progress is not None and progress.state != "starting")
+        if first and STAGES[step.stage].resumable and begun:
             (step.folder / STOP).touch()
-            message = "stopping: the step saves at its next optimizer step and exits; Ctrl-C again ends it at once"
-            tqdm.write(message, file=sys.stderr)
+            saves = f"{step.label} saves at its next optimizer step and exits"
+            tqdm.write(f"stopping: {saves}; Ctrl-C again ends it at once", file=sys.stderr)
         else:
             end(process, grace)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield lambda: requests
+        yield obey
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         end(process, grace)
-        if requests:
+        if stops.count:
             _mark_stopped(step, attempt)
-    if requests:
+    if stops.count:
         state = f"stopped after {step.label}" if step.done else f"{step.label} was stopped"
         raise Stopped(f"{state}. Fix: run the same command to resume")
 
@@ -274,7 +342,8 @@ class _Bar:
         self.printed_at = time.time()
 
     def __enter__(self) -> _Bar:
-        print(f"{self.title} …", file=sys.stderr, flush=True) if not self.live else None
+        if not self.live:
+            print(f"{self.title} …\n", end="", file=sys.stderr, flush=True)  # one write: another step may write too
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -286,7 +355,8 @@ class _Bar:
         if not self.live:
             if time.time() - self.printed_at >= BAR_SECONDS:
                 self.printed_at = time.time()
-                print(f"  {progress.done}/{progress.total or '?'} {text}", file=sys.stderr, flush=True)
+                where = f"{self.title} {progress.done}/{progress.total or '?'}"
+                print(f"  {where} {text}\n", end="", file=sys.stderr, flush=True)
             return
         if self.bar is None:
             self.bar = tqdm(desc=self.title, unit=f" {progress.unit}", leave=False, dynamic_ncols=True)

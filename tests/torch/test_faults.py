@@ -17,6 +17,7 @@ from pipeline.core import cgroups
 from pipeline.core.errors import LaunchError
 from pipeline.core.files import read_json
 from pipeline.launchers import local, torchrun
+from pipeline.launchers.stops import StopRequests
 from pipeline.workflow import faults
 from pipeline.workflow.plan import make_plan
 from pipeline.workflow.progress import ATTEMPT, ProgressFile, read_progress
@@ -285,8 +286,8 @@ def test_both_launchers_say_that_a_process_is_stopped(
     helper.start()
     for module in (local, torchrun):
         monkeypatch.setattr(module, "command", lambda *_: [sys.executable, "-c", child])
-    with pytest.raises(LaunchError):
-        local.run_step(step, plan, "[1/1]")
+    with pytest.raises(LaunchError), StopRequests() as stops:
+        local.run_step(step, "[1/1]", {}, plan=plan, stops=stops)
     signals = {number: signal.getsignal(number) for number in torchrun.STOP_SIGNALS}
     assert torchrun.run_on_node(step.folder) == 1
     for number, handler in signals.items():

@@ -18,9 +18,11 @@ import pytest
 from running import NANO, ROOT, only, run_cli, run_here
 from safetensors.torch import load_file
 
+from pipeline.config.cluster import core_count
 from pipeline.core.errors import ArtifactError
 from pipeline.core.files import read_json, read_lines
 from pipeline.launchers.local import run_plan, run_step
+from pipeline.launchers.stops import StopRequests
 from pipeline.training.checkpoints import numbered, validation_error
 from pipeline.workflow.artifact import open_artifact
 from pipeline.workflow.lock import is_alive, lock, read_holder
@@ -323,6 +325,17 @@ def test_torchrun_by_hand(with_data: Path) -> None:
     assert open_artifact(only(with_data, "tiny/sft-*")).provenance["processes"] == 2
 
 
+def test_a_core_that_sft_leaves_free_evaluates_the_base_model(with_data: Path) -> None:
+    """At the same time, and with the same results as in a run in which each step has the whole machine."""
+    words = ["cluster.processes=1", "cluster.threads=1", "grpo.init_from=none"]
+    sub_run(with_data, *words, stages="sft,evaluate")
+    sft, base, after = (only(with_data, f"tiny/{name}-*") for name in ("sft", "evaluate-base", "evaluate-sft"))
+    begun, seconds = (open_artifact(sft).provenance[name] for name in ("started", "seconds"))
+    beside = open_artifact(base).provenance["started"] < begun + seconds
+    assert beside == (core_count() > 1)
+    assert open_artifact(after).provenance["started"] > begun + seconds
+
+
 def test_a_stage_by_hand_and_alone(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipeline.preprocess", "tiny", *NANO, "--runs", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -430,7 +443,7 @@ def test_ctrl_c_saves_leaves_nothing_running_and_the_next_command_goes_on(long_r
     process.send_signal(signal.SIGINT)
     told = process.communicate(timeout=120)[0]
     assert process.returncode == 75, told
-    assert "stopping: the step saves at its next optimizer step and exits" in told
+    assert "stopping: tiny/sft saves at its next optimizer step and exits" in told
     assert "Fix: run the same command to resume" in told
     assert read_holder(folder) is None
     with pytest.raises(ProcessLookupError):
@@ -455,8 +468,11 @@ def test_the_loser_of_two_simultaneous_runs_says_who_has_the_step(
     with lock(step.folder):
         winner = ProgressFile(step.folder, step.name)
         winner.update(state="running", done=3, total=6, figures={"loss": 0.123})
-        with pytest.raises(ArtifactError, match=f"is being written by process {os.getpid()} on "):
-            run_step(step, plan, "[1/1] second")
+        with (
+            pytest.raises(ArtifactError, match=f"is being written by process {os.getpid()} on "),
+            StopRequests() as stops,
+        ):
+            run_step(step, "[1/1] second", {}, plan=plan, stops=stops)
         shown = capfd.readouterr()
         assert "0.123" not in shown.out + shown.err
         progress = read_progress(step.folder)

@@ -21,6 +21,7 @@ from pipeline.core import slurm_client as slurm
 from pipeline.core.errors import ArtifactError, LaunchError, PlanError, Stopped
 from pipeline.launchers import local
 from pipeline.launchers.slurm import run_plan, submissions_table
+from pipeline.launchers.stops import StopRequests
 from pipeline.workflow import status
 from pipeline.workflow.lock import lock
 from pipeline.workflow.plan import make_plan, spec_of
@@ -523,10 +524,11 @@ def test_a_batch_systems_signals_to_a_local_run_are_one_wish_to_stop(
     process = subprocess.Popen(["sleep", "60"], start_new_session=True)
 
     def signalled() -> None:
-        with local._stopping(process, step, 5, "attempt") as asked:
+        with StopRequests() as stops, local._stopping(process, step, 5, "attempt", stops) as obey:
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)
-            assert asked() == 1
+            obey()
+            assert stops.count == 1
             assert (step.folder / "stop").exists()
             assert process.poll() is None  # it saves, and leaves by itself
 
