@@ -100,15 +100,8 @@ def test_grpo_is_measured_with_its_generation(
 def test_a_comparison_prints_a_table_and_keeps_every_run(tmp_path: Path) -> None:
     file = tmp_path / "runs.json"
     words = ["--runs", "1", "--steps", "3", "--ways", "ours", "--processes", "1", "--work", str(tmp_path / "work")]
-    done = subprocess.run(
-        ["bash", "scripts/bench", "sft", *words, "--json", str(file), *SMALL],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHON": sys.executable},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "| ours | " in done.stdout
+    out = run_bench("sft", *words, "--json", str(file), *SMALL)
+    assert "| ours | " in out
     kept = read_json(file)
     assert kept is not None
     assert [run["steps"] for run in kept["tiny, sft"]["ways"]["ours"]] == [2]
@@ -120,3 +113,50 @@ def test_ratios_are_taken_run_by_run() -> None:
     runs = {way: [{"steps": 2, "seconds": one} for one in of_run] for way, of_run in seconds.items()}
     assert bench_training.ratios(runs, "ours", lambda run: run["steps"] / run["seconds"]) == "3.00 (2.00 … 4.00)"
     assert bench_training.exponent([10, 40, 160], [1.0, 16.0, 256.0]) == pytest.approx(2)
+
+
+def run_bench(*words: str) -> str:
+    done = subprocess.run(
+        ["bash", "scripts/bench", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_start_of_commands_and_of_a_stage_is_measured(tmp_path: Path) -> None:
+    file = tmp_path / "runs.json"
+    words = ["--runs", "1", "--stages", "evaluate", "--work", str(tmp_path / "work"), "--json", str(file)]
+    out = run_bench("startup", *words, "cluster.processes=1", *SMALL)
+    assert "| `plan` | " in out
+    kept = read_json(file)
+    assert kept is not None
+    (stage,) = kept["stages"]["evaluate"]
+    assert 0 < stage["start"] < stage["start"] + stage["rows"] + stage["load"] <= stage["seconds"] + 0.5
+    assert stage["processor"] > 0.5
+    (status,) = kept["commands"]["status"]
+    assert status["processor"] > 0
+
+
+def test_stages_are_measured_beside_another_revision(tmp_path: Path) -> None:
+    """Here beside itself: the revision that is checked out."""
+    words = ["--ref", "HEAD", "--runs", "1", "--work", str(tmp_path / "work"), *SMALL, "--json", str(tmp_path / "json")]
+    out = run_bench("pipeline", *words, "--stages", "preprocess")
+    assert "| step | s here | s at HEAD | here ÷ HEAD |" in out
+    kept = read_json(tmp_path / "json")
+    assert kept is not None
+    for (run,) in kept.values():
+        assert 0 < run["preprocess"] < run["all"]
+    worktrees = subprocess.check_output(["git", "worktree", "list"], text=True, cwd=ROOT)
+    assert "bench-" not in worktrees
+
+
+def test_preprocess_is_measured_by_rows(tmp_path: Path) -> None:
+    words = ["--runs", "1", "--rows", "20,40", "--n", "3", "--work", str(tmp_path / "work")]
+    out = run_bench("preprocess", *words, *SMALL)
+    lines = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")][1:]
+    assert [line[1] for line in lines] == ["20, 40"]
+    assert float(lines[0][4].strip(" |")) < 1.5
