@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import bench_training
 import bench_worker
 import pytest
+from pyarrow.parquet import read_table
 from running import NANO, ROOT, only, run_cli, run_here
 from transformers import Trainer
 
@@ -23,6 +25,7 @@ from pipeline.workflow.stage import STAGES, read_spec
 
 STEPS = 4
 OF_A_BENCH = ("task.params.phases", "task.params.grpo_rows", "sft.max_steps", "grpo.max_steps", "cluster.processes")
+FEW = "task.params.phases=[{n: [3], rows: 8}]"
 SMALL = [word for word in NANO if not word.startswith(OF_A_BENCH)]
 
 
@@ -115,10 +118,10 @@ def test_ratios_are_taken_run_by_run() -> None:
     assert bench_training.exponent([10, 40, 160], [1.0, 16.0, 256.0]) == pytest.approx(2)
 
 
-def run_bench(*words: str) -> str:
+def run_bench(*words: str, cwd: Path = ROOT) -> str:
     done = subprocess.run(
         ["bash", "scripts/bench", *words],
-        cwd=ROOT,
+        cwd=cwd,
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHON": sys.executable},
@@ -130,7 +133,7 @@ def run_bench(*words: str) -> str:
 def test_the_start_of_commands_and_of_a_stage_is_measured(tmp_path: Path) -> None:
     file = tmp_path / "runs.json"
     words = ["--runs", "1", "--stages", "evaluate", "--work", str(tmp_path / "work"), "--json", str(file)]
-    out = run_bench("startup", *words, "cluster.processes=1", *SMALL)
+    out = run_bench("startup", *words, "cluster.processes=1", *SMALL, FEW)
     assert "| `plan` | " in out
     kept = read_json(file)
     assert kept is not None
@@ -142,16 +145,26 @@ def test_the_start_of_commands_and_of_a_stage_is_measured(tmp_path: Path) -> Non
 
 
 def test_stages_are_measured_beside_another_revision(tmp_path: Path) -> None:
-    """Here beside itself: the revision that is checked out."""
-    words = ["--ref", "HEAD", "--runs", "1", "--work", str(tmp_path / "work"), *SMALL, "--json", str(tmp_path / "json")]
-    out = run_bench("pipeline", *words, "--stages", "preprocess")
-    assert "| step | s here | s at HEAD | here ÷ HEAD |" in out
-    kept = read_json(tmp_path / "json")
+    """In a repository of two commits; the older one makes fewer rows for GRPO."""
+    project = tmp_path / "project"
+    for name in ("pipeline", "configs", "deepspeed", "scripts", "tests/support"):
+        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    git = ["git", "-C", str(project), "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    recipe = project / "configs" / "tiny.yaml"
+    for before, rows in ((2000, 4), (4, 8)):
+        recipe.write_text(recipe.read_text().replace(f"grpo_rows: {before}", f"grpo_rows: {rows}"))
+        for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", f"{rows} rows"]):
+            subprocess.run([*git, *words], check=True)
+    work, file = tmp_path / "work", tmp_path / "runs.json"
+    words = ["--ref", "HEAD~1", "--runs", "1", "--stages", "preprocess", "--work", str(work), "--json", str(file)]
+    out = run_bench("pipeline", *words, *SMALL, FEW, cwd=project)
+    assert "| step | s here | s at HEAD~1 | here ÷ HEAD~1 |" in out
+    kept = read_json(file)
     assert kept is not None
-    for (run,) in kept.values():
-        assert 0 < run["preprocess"] < run["all"]
-    worktrees = subprocess.check_output(["git", "worktree", "list"], text=True, cwd=ROOT)
-    assert "bench-" not in worktrees
+    assert list(kept) == ["HEAD~1", "here"]
+    assert all(0 < run["preprocess"] < run["all"] for (run,) in kept.values())
+    assert read_table(only(work, "tiny/preprocess-*/data/grpo.parquet")).num_rows == 8  # the last run was here
+    assert subprocess.check_output([*git, "worktree", "list"], text=True).count("\n") == 1
 
 
 def test_preprocess_is_measured_by_rows(tmp_path: Path) -> None:
