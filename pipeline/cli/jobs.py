@@ -32,10 +32,11 @@ def status_command(args: argparse.Namespace) -> int:
     elif args.watch:
         for text in status.watch(read):
             print(text, flush=True)
+        rows, _ = read()
     else:
         print(status.show(rows, troubles))
-        if args.time and (spent := table({row.step: row.seconds_by_part for row in rows})):
-            print(f"\nseconds {TIME_NOTE}\n{spent}")
+    if args.time and not args.json and (spent := table({row.step: row.seconds_by_part for row in rows})):
+        print(f"\nseconds {TIME_NOTE}\n{spent}")
     reports = [row for row in rows if row.state == "done" and row.stage == "report"]
     if not args.json and reports and not any(row.live for row in rows):
         print("\n" + "\n".join(f"report: {row.folder}/report.html" for row in reports))

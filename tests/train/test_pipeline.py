@@ -198,7 +198,8 @@ def test_the_report_is_three_files_and_needs_no_network(nano: Path) -> None:
 
 
 def test_status_and_list(nano: Path) -> None:
-    told = run_cli("status", "--runs", str(nano)).stdout
+    told = run_cli("status", "--time", "--runs", str(nano)).stdout
+    assert "\nseconds of rank 0" in told
     heading, *lines = told.partition("\n\n")[0].splitlines()
     assert heading.startswith("state")
     rows = [line for line in lines if not line.startswith(" ")]
