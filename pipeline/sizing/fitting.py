@@ -89,9 +89,11 @@ def _resolve_stage(recipe: Recipe, cluster: Cluster, stage: Stage) -> TrainingSt
     if layout.gradient_checkpointing == "auto":  # it saves memory of GPUs, and costs a third more computing
         needed = not recipe.model.random_init and wanted_gpus(cluster) > 0
         layout = replace(layout, gradient_checkpointing=needed)
+    settings, world = recipe.training(stage), cluster.nodes * process_count(cluster)
+    if layout.deepspeed == "auto" and world == 1 and not wanted_gpus(cluster) and settings.optimizer.name != "muon":
+        layout = replace(layout, deepspeed="none")  # there is nothing to share out, and no memory to save
     if layout.deepspeed != "auto" and layout.per_device_batch_size != "auto":
         return layout
-    settings, world = recipe.training(stage), cluster.nodes * process_count(cluster)
     share, dims, given = settings.global_batch_size // world, known_dims(recipe.model), layout.per_device_batch_size
     if dims is None or not usable(cluster) or settings.global_batch_size % world:
         small = given == "auto" and is_unknown(recipe, cluster)

@@ -19,13 +19,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pipeline.workflow.runtime import Runtime
 
 ATTENTION = "therefore_flat"  # no mask function is registered for it, so transformers makes no mask
+BLOCK = 128  # queries
 LAYERS = {"full_attention", "sliding_attention"}  # kinds whose attention this is
 
 
@@ -120,9 +122,38 @@ def _attention(
         q, k, v = (_taken(states, at) for states, at in zip(lined, (places, keys, keys), strict=True))
         mask = flat.mask(prompts, sliding_window)
         causal = mask is None
-        output = sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling, is_causal=causal)[0]
+        attend = _in_blocks if q.device.type == "cpu" and q.shape[2] > BLOCK else sdpa_attention_forward
+        output = attend(module, q, k, v, mask, dropout=dropout, scaling=scaling, is_causal=causal)[0]
         found.append(output.flatten(0, 1))
     return torch.cat(found).index_select(0, flat.outputs)[None], None
+
+
+def _in_blocks(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend block by block of queries, each to the keys that stand before its end.
+
+    PyTorch's kernel for CPUs also multiplies what a mask or the causal order hides: twice the work of long rows.
+    """
+    groups = int(getattr(module, "num_key_value_groups", 1))
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    border = key.shape[2] - query.shape[2]
+    found = []
+    for first, block in zip(range(0, query.shape[2], BLOCK), query.split(BLOCK, 2), strict=True):
+        last = border + first + block.shape[2]
+        ones = query.new_ones(block.shape[2], last, dtype=torch.bool)
+        seen = ones.tril(first) if mask is None else mask[:, :, first : first + block.shape[2], :last]
+        found.append(
+            scaled_dot_product_attention(
+                block, key[:, :, :last], value[:, :, :last], seen, more["dropout"], scale=more["scaling"]
+            )
+        )
+    return torch.cat(found, 2).transpose(1, 2), None
 
 
 def _taken(states: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

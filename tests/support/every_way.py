@@ -5,7 +5,7 @@
 Each way is the recipe's smoke test, run by the stages themselves. Leaves OUT/<recipe>/<way>/{sft,grpo}/ as a run does,
 with the stage's metrics and, under DeepSpeed, what its optimizer holds (engine.json) and what a process holds of the
 weights before GRPO generates and while it does (weights.json); OUT/overflow/ has SFT in float16
-from loss scales that are too high. tests/train/test_training.py starts it and looks at what it left.
+from loss scales that are too high, OUT/padding_free/{true,false}/ a way in float32 without padding and with it. tests/train/test_training.py starts it and looks at what it left.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ WAYS = {
 FAR = [
     f"{stage}.optimizer.learning_rate=1e-2" for stage in ("sft", "grpo")
 ]  # what SFT has learned is far from the base
+FLOAT32 = ["model.dtype=float32", "model.quantization=none", "lora.dropout=0", "grpo.beta=0"]
 current: list[Path] = []  # the folder of the stage that runs
 SHORT = [*FAR, "grpo.beta=0.1", "cluster.save_steps=2", "cluster.processes=2", "cluster.gpu_memory=null"]
 
@@ -79,6 +80,11 @@ def main(layout: str, out: Path) -> None:
     for name, way in cells(layout):
         plan = make_plan([name], [*SHORT, *where, *WAYS[way]], smoke_test=True, runs=out)
         train(plan.steps[0].recipe, plan.cluster, out / name / way)
+    for padding_free in ("true", "false"):
+        words = [*SHORT, *where, *FLOAT32, f"cluster.padding_free={padding_free}"]
+        plan = make_plan(RECIPES[:1], words, smoke_test=True, runs=out)
+        with rewards_that_differ():
+            train(plan.steps[0].recipe, plan.cluster, out / "padding_free" / padding_free)
     if layout != "none":  # accelerate scales nothing on a CPU
         plan = make_plan(RECIPES[:1], [*SHORT, *where, *WAYS["fp16 lora"]], smoke_test=True, runs=out)
         overflow(plan.steps[0].recipe, plan.cluster, out / "overflow")
@@ -116,6 +122,16 @@ def run(stage: str, recipe: Recipe, cluster: Cluster, inputs: dict[str, Artifact
     if rank == 0:
         write_json(folder / "metrics.json", metrics)
     return Artifact(stage, stage, recipe.name, "", {}, {}, {}, metrics, {}, folder)
+
+
+@contextmanager
+def rewards_that_differ() -> Iterator[None]:
+    """Pay a model that knows nothing by the length of its text."""
+    find = grpo.find_rewards
+    pay = {"correctness": lambda sample: float(len(sample.completion) % 3), "format": lambda sample: 0.0}
+    grpo.find_rewards = lambda wanted: (pay, [])  # type: ignore[assignment]
+    yield
+    grpo.find_rewards = find
 
 
 def overflow(recipe: Recipe, cluster: Cluster, out: Path) -> None:

@@ -135,6 +135,20 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return models[0], models[1]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_rows_are_attended_block_by_block(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(kind, "full", tmp_path, checkpointing=False)
+    batch = batch_of(GROUPS)
+    before = padded_scores(model, *batch)
+    wished = gradients(model, before.sum())
+    monkeypatch.setattr("pipeline.training.flat.BLOCK", 2)
+    assert wanted(runtime_of(tmp_path), model, saves=True)
+    after = flat_scores(model, *batch)
+    assert torch.allclose(before, after, atol=3e-6)
+    found = gradients(model, after.sum())
+    assert all(torch.allclose(wished[name], found[name], atol=1e-5) for name in wished)
+
+
 @given(Groups)
 @settings(max_examples=60, deadline=None)
 def test_groups_of_any_lengths_have_the_scores_of_a_padded_batch(

@@ -182,6 +182,16 @@ def test_a_stage_whose_every_step_overflows_fails(trained: tuple[str, Path]) -> 
     assert not (step / "checkpoints").exists()  # or a rerun would resume at the end
 
 
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_without_padding_the_loss_and_its_gradient_are_the_same(trained: tuple[str, Path], stage: str) -> None:
+    histories = [read_json(trained[1] / "padding_free" / word / stage / "history.json") for word in ("true", "false")]
+    flat, padded = ([entry for entry in history if "loss" in entry] for history in histories)
+    assert [entry["loss"] for entry in flat] == pytest.approx([entry["loss"] for entry in padded], rel=1e-4, abs=1e-6)
+    norms = [[entry["grad_norm"] for entry in entries] for entries in (flat, padded)]
+    assert min(norms[1]) > 0
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
 def size_of(value: Any) -> int:
     """Bytes of the tensors in it."""
     if isinstance(value, torch.Tensor):
