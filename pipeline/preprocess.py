@@ -85,13 +85,13 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         metrics["parameters"] = unpack_gguf(recipe.model, out / "model")
     if recipe.model.random_init or recipe.model.gguf:  # the tokenizer is here already; otherwise SFT makes them
         from pipeline.models.loading import base_checkpoint, load_tokenizer
-        from pipeline.training.tokens import encode_split
+        from pipeline.training.tokens import keep_tokens
 
         runtime.progress.update(note="tokenizing")
         tokenizer = load_tokenizer(base_checkpoint(recipe.model, out), recipe.model)
         for split in ("sft", "validation") if "sft" in recipe.stages else ():
             if parts[split]:
-                encode_split(tokenizer, out, split)
+                keep_tokens(tokenizer, out, split)
     different = {example.id for examples in parts.values() for example in examples}  # SFT and GRPO may share theirs
     runtime.progress.update(done=len(parts), figures={"rows": float(len(different))})
     return metrics

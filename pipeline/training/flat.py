@@ -144,7 +144,7 @@ def _in_blocks(
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     border = key.shape[2] - query.shape[2]
     found = []
-    for first, block in zip(range(0, query.shape[2], BLOCK), query.split(BLOCK, 2), strict=True):
+    for first, block in zip(range(0, query.shape[2], BLOCK), torch.split(query, BLOCK, 2), strict=True):
         last = border + first + block.shape[2]
         ones = query.new_ones(block.shape[2], last, dtype=torch.bool)
         seen = ones.tril(first) if mask is None else mask[:, :, first : first + block.shape[2], :last]

@@ -42,7 +42,7 @@ HASH_LENGTH = 16  # hexadecimal characters in the name of a file
 
 def encode_split(tokenizer: PreTrainedTokenizerBase, data: Path, split: str) -> Dataset:
     """Return `encode_rows` of every row of a split of the preprocess step in `data`. Every rank must call it."""
-    path = distributed.from_rank_0(lambda: _cached(tokenizer, data, split))
+    path = distributed.from_rank_0(lambda: keep_tokens(tokenizer, data, split))
     if path is None:
         return Dataset(pa.Table.from_batches(_encode(tokenizer, split_file(data, split)), SCHEMA))
     appears(Path(path))
@@ -66,8 +66,8 @@ def prompt_lengths(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -
     return distributed.from_rank_0(count)
 
 
-def _cached(tokenizer: PreTrainedTokenizerBase, data: Path, split: str) -> str | None:
-    """Return the path of the split's tokens, after writing them if need be; None where they cannot be written."""
+def keep_tokens(tokenizer: PreTrainedTokenizerBase, data: Path, split: str) -> str | None:
+    """Return the path of the file of a split's tokens, written if need be by this process; None where it cannot be."""
     folder, name = data / TOKENS, f"{split}-{_key(tokenizer, split_file(data, split))}"
     for path in folder.glob(f"{name}-*.arrow"):
         if path.stem == f"{name}-{_digest(path)}":

@@ -4,8 +4,9 @@
 
 Each way is the recipe's smoke test, run by the stages themselves. Leaves OUT/<recipe>/<way>/{sft,grpo}/ as a run does,
 with the stage's metrics and, under DeepSpeed, what its optimizer holds (engine.json) and what a process holds of the
-weights before GRPO generates and while it does (weights.json); OUT/overflow/ has SFT in float16
-from loss scales that are too high, OUT/padding_free/{true,false}/ a way in float32 without padding and with it. tests/train/test_training.py starts it and looks at what it left.
+weights before GRPO generates and while it does (weights.json); OUT/overflow/ has SFT in float16 from loss scales that
+are too high, OUT/padding_free/{true,false}/ one way in float32 without padding and with it.
+tests/train/test_training.py starts it and looks at what it left.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from accelerate.state import AcceleratorState
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
@@ -28,6 +30,7 @@ from pipeline.config.cluster import Cluster, TrainingStage
 from pipeline.config.recipe import Recipe
 from pipeline.core.errors import LaunchError
 from pipeline.core.files import write_json
+from pipeline.rewards.reward import RewardFunction
 from pipeline.training import distributed, rollouts
 from pipeline.training import trainer as training
 from pipeline.workflow.artifact import Artifact
@@ -127,11 +130,12 @@ def run(stage: str, recipe: Recipe, cluster: Cluster, inputs: dict[str, Artifact
 @contextmanager
 def rewards_that_differ() -> Iterator[None]:
     """Pay a model that knows nothing by the length of its text."""
-    find = grpo.find_rewards
-    pay = {"correctness": lambda sample: float(len(sample.completion) % 3), "format": lambda sample: 0.0}
-    grpo.find_rewards = lambda wanted: (pay, [])  # type: ignore[assignment]
-    yield
-    grpo.find_rewards = find
+    pay: dict[str, RewardFunction] = {
+        "correctness": lambda sample: float(len(sample.completion) % 3),
+        "format": lambda sample: 0.0,
+    }
+    with patch.object(grpo, "find_rewards", lambda wanted: (pay, [])):
+        yield
 
 
 def overflow(recipe: Recipe, cluster: Cluster, out: Path) -> None:

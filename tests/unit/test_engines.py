@@ -121,7 +121,10 @@ def test_vllm_takes_its_share_beside_the_trainer_and_gives_it_back_while_it_slee
     recipe = recipe_of("deepseek7b")
 
     def learning(*words: str) -> float:
-        found = {need.phase: need.total for need in needs(recipe, cluster_of("local", *GPUS, *words)) or ()}
+        found = {
+            need.phase: need.total
+            for need in needs(recipe, cluster_of("local", *GPUS, "grpo.deepspeed=zero2", *words)) or ()
+        }
         return found["grpo, learning"]
 
     share = 0.35 * usable(cluster_of("local", *GPUS))
@@ -131,7 +134,7 @@ def test_vllm_takes_its_share_beside_the_trainer_and_gives_it_back_while_it_slee
     assert awake - small == pytest.approx(share)
     assert asleep <= usable(cluster_of("local", *GPUS))
     assert plain_engine > 0
-    where = resolve_auto(recipe, cluster_of("local", *GPUS, "generation.grpo.engine=vllm"))
+    where = resolve_auto(recipe, cluster_of("local", *GPUS, "grpo.deepspeed=zero2", "generation.grpo.engine=vllm"))
     hosts = {need.stage: need for need in host_estimates(recipe, where)}
     assert "of what vLLM keeps there" in hosts["grpo"].what
     assert hosts["grpo"].bytes - hosts["sft"].bytes > 4 * 3 * GIB  # the base in 4 bit, of each of four processes
