@@ -13,13 +13,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
 
 from pipeline.core import stopwatch
-from pipeline.launchers.torchrun import LOOPBACK, environment
+from pipeline.launchers.torchrun import environment, single_rank
 from pipeline.training.harness import run_spec
 from pipeline.workflow import faults
 from pipeline.workflow.plan import Plan, Step, spec_of
@@ -36,7 +35,7 @@ def run_step(step: Step, plan: Plan, title: str) -> None:
     settings = environment(stage, plan.cluster, step.folder)
     wanted = {name: value for name, value in settings.items() if name not in START_ONLY}
     print(f"{title} …", file=sys.stderr, flush=True)
-    ranks = _single_rank() if stage.processes == "all" else {}
+    ranks = single_rank() if stage.processes == "all" else {}
     with _environment({**wanted, **ranks}), warnings.catch_warnings():
         for kind in (FutureWarning, DeprecationWarning):  # as PYTHONWARNINGS does for processes
             warnings.simplefilter("ignore", kind)
@@ -47,15 +46,6 @@ def run_step(step: Step, plan: Plan, title: str) -> None:
         finally:
             if "pipeline.training.distributed" in sys.modules:
                 sys.modules["pipeline.training.distributed"].reset()
-
-
-def _single_rank() -> dict[str, str]:
-    """Return the variables that torchrun sets for the only process of a run."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port = probe.getsockname()[1]
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    return {**ranks, "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port)}
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from pipeline.core.slurm_client import JOB_FILE, is_installed, job_end, this_job
 from pipeline.launchers import debug
 from pipeline.launchers.room import Room
 from pipeline.launchers.stops import StopRequests
-from pipeline.launchers.torchrun import command, environment, hang_timeout
+from pipeline.launchers.torchrun import command, environment, hang_timeout, is_single, single_rank
 from pipeline.workflow import faults
 from pipeline.workflow.artifact import STOP
 from pipeline.workflow.attempts import HANG, decide
@@ -178,6 +178,7 @@ def _attempt(step: Step, plan: Plan, title: str, stops: StopRequests, more: Mapp
     limit, stopping = _stop_at(step, plan), False
     log = step.folder / "log.txt"
     settings = {**environment(stage, plan.cluster, step.folder), **more, ATTEMPT: attempt}
+    settings |= single_rank() if is_single(stage, plan.cluster) else {}
     with log.open("ab") as file, heartbeats() as signs:
         process = subprocess.Popen(
             command(stage, step.folder, plan.cluster),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import uuid
@@ -86,9 +87,12 @@ def port_of(job: str, attempt: int = 0, retry: int = 0) -> int:
 
 
 def command(stage: Stage, folder: Path, cluster: Cluster, at: Rendezvous | None = None) -> list[str]:
-    """Return the argv that runs a stage's processes of this node. Outside of a job torchrun chooses the port."""
+    """Return the argv that runs a stage's processes of this node. Outside of a job torchrun chooses the port.
+
+    A process that is alone there needs no torchrun, whose own start takes seconds, but the variables of `single_rank`.
+    """
     work = ["-m", stage.module, "--step", str(folder)]
-    if stage.processes == "one":
+    if stage.processes == "one" or is_single(stage, cluster, at):
         return [sys.executable, *work]
     where = ["--standalone"]
     if at:
@@ -97,6 +101,20 @@ def command(stage: Stage, folder: Path, cluster: Cluster, at: Rendezvous | None 
         where += [f"--local-addr={at.address}"] * bool(at.address)
     count = stage_processes(stage, cluster)
     return [sys.executable, "-m", "pipeline.training.distributed", *where, f"--nproc-per-node={count}", *work]
+
+
+def is_single(stage: Stage, cluster: Cluster, at: Rendezvous | None = None) -> bool:
+    """Return whether a stage that has ranks runs as one process outside of a job."""
+    return at is None and stage.processes == "all" and stage_processes(stage, cluster) == 1
+
+
+def single_rank() -> dict[str, str]:
+    """Return the variables that torchrun sets for the only process of a run."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        port = probe.getsockname()[1]
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    return {**ranks, "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port)}
 
 
 def environment(stage: Stage, cluster: Cluster, folder: Path | None = None) -> dict[str, str]:
@@ -135,8 +153,10 @@ def run_on_node(folder: Path) -> int:
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: (folder / STOP).touch())
     kills = cgroups.memory_kills()
-    words = command(stage, folder, spec.cluster, rendezvous(spec.cluster.slurm.host_suffix))
+    at = rendezvous(spec.cluster.slurm.host_suffix)
+    words = command(stage, folder, spec.cluster, at)
     settings = {**environment(stage, spec.cluster, folder), ATTEMPT: attempt}
+    settings |= single_rank() if is_single(stage, spec.cluster, at) else {}
     settings["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SHUTDOWN_SECONDS)
     with heartbeats() as signs:
         settings |= heartbeat_settings(signs)

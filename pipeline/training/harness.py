@@ -95,7 +95,8 @@ def _run_stage(folder: Path, run: StageFunction) -> int:
 def _process_start() -> float | None:
     """Return when this rank's torchrun started, or this process where there is none; None where that is not known."""
     parent = os.environ.get(faults.PARENT, "")
-    torchrun = stopwatch.process_start(int(parent)) if "RANK" in os.environ and parent.isdigit() else None
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and parent.isdigit()
+    torchrun = stopwatch.process_start(int(parent)) if by_torchrun else None
     return torchrun or stopwatch.process_start()
 
 

@@ -163,6 +163,7 @@ def test_the_processes_of_a_job_meet_at_its_first_host() -> None:
     alone = command(STAGES["sft"], Path("runs/x"), cluster)
     assert "--standalone" in alone
     assert "torch" not in " ".join(command(STAGES["report"], Path("runs/x"), cluster))
+    assert "torch" not in " ".join(command(STAGES["sft"], Path("runs/x"), replace(cluster, processes=1)))
 
 
 @given(st.integers(1, 10**8), st.integers(1, len(PORTS) - 1))
