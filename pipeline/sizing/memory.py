@@ -252,6 +252,11 @@ def training_estimates(recipe: Recipe, cluster: Cluster, dims: ModelDims, stage:
     ]
 
 
+def shared_keys(dims: ModelDims, rows: int, tokens: int, wide: int) -> int:
+    """Return the bytes of keys and values of a layer's attention where a prompt's stand beside each completion's."""
+    return 2 * wide * dims.query * rows * tokens
+
+
 def _learning_estimate(layout: _Layout, cluster: Cluster, held: list[Term]) -> MemoryEstimate:
     """Estimate GRPO's training step: rows of prompt and completion, or each prompt once."""
     grpo, rows = layout.recipe.grpo, layout.rows
@@ -260,8 +265,7 @@ def _learning_estimate(layout: _Layout, cluster: Cluster, held: list[Term]) -> M
         return _training_estimate("grpo, learning", layout, held, prompt + new, new)
     prompts = -(-rows // grpo.num_generations) + (rows % grpo.num_generations != 0 and rows > grpo.num_generations)
     wide = BYTES_32 if layout.recipe.model.dtype == "float32" else BYTES_16
-    # the attention has the keys and values of a prompt beside those of each of its completions
-    taken = 2 * wide * layout.dims.query * rows * (prompt + new) * (1 if layout.checkpointing else layout.dims.layers)
+    taken = shared_keys(layout.dims, rows, prompt + new, wide) * (1 if layout.checkpointing else layout.dims.layers)
     more = Term(f"keys and values of {rows} × {prompt + new} tokens", taken)
     tokens = -(-(prompts * prompt + rows * new) // rows)  # of a row, on average
     return _training_estimate("grpo, learning", layout, [*held, more], tokens, new)

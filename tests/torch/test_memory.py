@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from live_bytes import LiveBytes, LiveTensors
+from live_bytes import LiveBytes, LiveTensors, repeated
 from peft import LoraConfig, get_peft_model
 from published import PUBLISHED
 from recipes import cluster_of, recipe_of
@@ -23,7 +23,7 @@ from pipeline.config.cluster import Cluster, batches, read_cluster
 from pipeline.config.model_files import model_config
 from pipeline.config.recipe import Lora, Recipe, read, recipe_names
 from pipeline.sizing.fitting import needs, resolve_auto, suggest_overrides
-from pipeline.sizing.memory import FRAGMENTATION, MemoryEstimate, Term, states_of, usable, zero_of
+from pipeline.sizing.memory import FRAGMENTATION, MemoryEstimate, Term, shared_keys, states_of, usable, zero_of
 from pipeline.sizing.model_sizes import (
     GIB,
     TILE,
@@ -33,6 +33,7 @@ from pipeline.sizing.model_sizes import (
     logits_and_loss_bytes,
     prefill_bytes_per_token,
 )
+from pipeline.training import flat
 from pipeline.workflow.plan import make_plan, spec_of
 
 LORA = Lora(True, 8, 16.0, 0.05, ("all-linear",))
@@ -146,6 +147,33 @@ def test_sdpa_keeps_the_keys_that_were_repeated_for_it(kind: str) -> None:
     ]
     whole, _ = activation_bytes_per_token(dims_of(few), None, repeated=True)
     assert (growth[1] - growth[0]) / 64 / 2 == pytest.approx(whole, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_that_is_computed_once_is_held_once_but_for_its_keys(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the planner says of a learning step is enough, and not much too much."""
+    prompt, rows, sizes = 256, 8, (128, 192)
+    monkeypatch.setattr(flat, "sdpa_attention_forward", repeated)
+    measured = []
+    for new in sizes:
+        place = flat.Flat([new] * rows, [prompt], [0] * rows).to("meta")
+        alive = []
+        for layers in (2, 4):
+            model = empty(config_of(kind, num_hidden_layers=layers), lora=None, checkpointing=False)
+            model.config._attn_implementation = flat.ATTENTION
+            ids = torch.ones((1, place.tokens), dtype=torch.long, device="meta")
+            gc.collect()
+            with LiveBytes() as live:
+                output = model(input_ids=ids, position_ids=place.positions[None], flat=place)
+                alive.append(live.live)
+            assert output.logits.shape[1] == place.tokens
+        measured.append((alive[1] - alive[0]) / 2)
+    dims, more = dims_of(config_of(kind)), sizes[1] - sizes[0]
+    whole, _ = activation_bytes_per_token(dims, None, repeated=True)
+    planned = rows * more * whole + shared_keys(dims, rows, more, 2)
+    assert 0.75 * planned < measured[1] - measured[0] < 1.02 * planned
 
 
 @pytest.mark.parametrize("adapters", ["none", "16 bit", "32 bit"])
