@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.recipe import Recipe, read
+from pipeline.core.files import read_json
 from pipeline.launchers.torchrun import command, environment
 from pipeline.workflow.stage import STAGES, read_spec
 
@@ -88,7 +89,9 @@ class Bench:
         if code or not ranks:
             end = self.log.read_text(encoding="utf-8")[-3000:]
             raise SystemExit(f"bench: {way} ended with exit code {code}:\n{end}")
-        return combined(ranks)
+        record = read_json(self.folder / "artifact.json")  # of `ours`
+        parts = {"parts": record["provenance"].get("seconds_by_part", {})} if record else {}
+        return {**combined(ranks), **parts}
 
 
 def combined(ranks: list[Run]) -> Run:
@@ -267,9 +270,12 @@ def headline(bench: Bench, cost: Run, options: argparse.Namespace, ckpt: str | N
     if bench.stage == "sft":
         mean = cost["tokens"] / cost["rows"]
         parts.append(f"{cost['rows']} rows of {mean:.0f} tokens, the longest {cost['longest']}")
+        parts.append(f"{cost['operations'] / cost['tokens'] / 1e6:.3g} million operations a token")
+        if cost["orthogonalized"]:
+            parts.append(f"muon {cost['orthogonalized'] / 1e9:.3g} billion a step")
     else:
         parts.append(f"from {'the SFT step' if ckpt else 'the initial weights'}")
-    parts.append(f"this machine's products of these shapes: {cost['rate'] / 1e9:.0f} GFLOP/s")
+    parts.append(f"this machine's products of these shapes: {cost['rate'] / 1e9:.3g} GFLOP/s")
     return ", ".join(parts)
 
 
@@ -334,6 +340,8 @@ def grpo_table(results: dict[str, list[Run]]) -> list[str]:
 
 
 def print_profile(run: Run) -> None:
+    print("\nthe whole step, by part, as rank 0 counts it:\n")
+    print(", ".join(f"{name} {seconds:.1f} s" for name, seconds in run["parts"].items()))
     profile = run["profile"]
     total = sum(profile["seconds"].values())
     print("\nwhere the seconds of rank 0 went (with the profiler, which slows Python down):\n")
@@ -398,7 +406,8 @@ def growth(options: argparse.Namespace, runs: Path) -> Run:
 
 def point(options: argparse.Namespace, runs: Path, axis: Axis, value: int, n: int) -> list[float]:
     steps = axis.steps(value, options.steps or {"sft": 20, "grpo": 3}[axis.stage])
-    words = [f"cluster.processes={options.processes}", *axis.words(value), *options.overrides]
+    # without a KL term the completions of initial weights, whose rewards are all 0, have no gradient to compute
+    words = [f"cluster.processes={options.processes}", "grpo.beta=0.001", *axis.words(value), *options.overrides]
     made = overrides(axis.stage, options.recipe, steps, words, n)
     bench = prepare(axis.stage, options.recipe, made, runs, steps=steps)
     found = [bench.run("ours") for _ in range(options.runs)]

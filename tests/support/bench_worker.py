@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from pipeline.core import stopwatch
 from pipeline.training import distributed
 from pipeline.training.harness import run_spec
 from pipeline.workflow import faults
@@ -58,7 +59,7 @@ class Meter(TrainerCallback):  # type: ignore[misc]
         if self.generating or ids is None:
             return
         self.counts["places"] += ids.numel()
-        if mask is not None and mask.shape != ids.shape:  # of pairs of tokens, where rows stand in one another's place
+        if mask is not None and mask.shape != ids.shape:  # it says who attends to whom; nothing is padded
             mask = None
         self.counts["tokens"] += ids.numel() if mask is None else int(mask.sum())
 
@@ -176,6 +177,7 @@ def machine(folder: Path) -> dict[str, Any]:
     attention = 6 * width * config.num_hidden_layers * sum(length * length for length in lengths)
     at_once = max(lengths)
     shapes = Counter(tuple(m.weight.shape) for m in layers if min(m.weight.shape) > 1)
+    muon = job.recipe.sft.optimizer.name == "muon"
     return {
         "rate": matmul_rate(shapes, at_once, job.dtype),
         "rows": len(rows),
@@ -183,10 +185,18 @@ def machine(folder: Path) -> dict[str, Any]:
         "longest": at_once,
         "labels": labels,
         "operations": body + trained * head.weight.numel() * labels + attention,
+        "orthogonalized": sum(newton_schulz(min(one), max(one)) * times for one, times in shapes.items())
+        if muon
+        else 0,
         "weights": sum(weights.numel() for weights in model.parameters()),
         "precision": str(job.dtype).removeprefix("torch."),
         "attention_share": attention / (body + trained * head.weight.numel() * labels + attention),
     }
+
+
+def newton_schulz(short: int, long: int) -> int:
+    """Return the operations in which Muon orthogonalizes one update: 5 iterations of three products."""
+    return 5 * (4 * short * short * long + 2 * short**3)
 
 
 def matmul_rate(shapes: Counter[tuple[int, ...]], tokens: int, dtype: torch.dtype) -> float:
@@ -230,6 +240,7 @@ def work(way: str, folder: Path, out: Path, warmup: int, profile: bool = False) 
     measure(warmup, profile, out)
     stage = read_spec(folder).stage
     if way == "ours":
+        stopwatch.begin(stopwatch.process_start())
         run_spec(folder, importlib.import_module(f"pipeline.{stage}").run)
         return
     from plain_training import WAYS, read_job
