@@ -26,7 +26,7 @@ from typing import Any
 
 from bench_training import pipeline, spread, workspace
 
-from pipeline.launchers.torchrun import command, environment
+from pipeline.launchers.torchrun import command, environment, is_single, single_rank
 from pipeline.workflow.progress import read_progress
 from pipeline.workflow.stage import STAGES, read_spec
 
@@ -135,6 +135,7 @@ def until_first_step(stage: str, step: Prepared) -> Run:
     (step.folder / "step.json").write_text(step.spec, encoding="utf-8")
     cluster = read_spec(step.folder).cluster
     began, settings = time.time(), environment(STAGES[stage], cluster, step.folder)
+    settings |= single_rank() if is_single(STAGES[stage], cluster) else {}
     with (step.folder / "log.txt").open("w", encoding="utf-8") as log:
         words = command(STAGES[stage], step.folder, cluster)
         process = subprocess.Popen(words, stdout=log, stderr=log, env=settings, start_new_session=True)

@@ -31,7 +31,7 @@ from typing import Any
 
 from pipeline.config.recipe import Recipe, read
 from pipeline.core.files import read_json
-from pipeline.launchers.torchrun import command, environment
+from pipeline.launchers.torchrun import command, environment, is_single, single_rank
 from pipeline.workflow.stage import STAGES, read_spec
 
 WORKER = Path(__file__).with_name("bench_worker.py")
@@ -83,8 +83,9 @@ class Bench:
         words = command(stage, self.folder, cluster)
         options = ["--way", way, "--out", str(out), "--warmup", str(self.warmup), *["--profile"] * profile]
         words = [*words[: words.index(stage.module) - 1], str(WORKER), "--step", str(self.folder), *options]
+        settings = environment(stage, cluster, self.folder) | (single_rank() if is_single(stage, cluster) else {})
         with self.log.open("w", encoding="utf-8") as log:
-            code = subprocess.call(words, stdout=log, stderr=log, env=environment(stage, cluster, self.folder))
+            code = subprocess.call(words, stdout=log, stderr=log, env=settings)
         ranks = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
         if code or not ranks:
             end = self.log.read_text(encoding="utf-8")[-3000:]

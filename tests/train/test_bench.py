@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import warnings
@@ -19,7 +18,7 @@ from running import NANO, ROOT, only, run_cli, run_here
 from transformers import Trainer
 
 from pipeline.core.files import read_json
-from pipeline.launchers.torchrun import environment
+from pipeline.launchers.torchrun import environment, single_rank
 from pipeline.training import distributed
 from pipeline.workflow.stage import STAGES, read_spec
 
@@ -48,12 +47,8 @@ def measured(
 ) -> bench_training.Run:
     """Run a way in this process, as the only one of a run."""
     spec = read_spec(folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     before = dict(os.environ)
-    os.environ.update({**environment(STAGES[spec.stage], spec.cluster, folder), **ranks})
+    os.environ.update({**environment(STAGES[spec.stage], spec.cluster, folder), **single_rank()})
     monkeypatch.setattr(Trainer, "train", Trainer.train)  # the meter replaces it
     try:
         with warnings.catch_warnings():
