@@ -35,7 +35,7 @@ class TrainingStage:
 
     per_device_batch_size: PositiveInt | Literal["auto"]
     deepspeed: str  # none, the name of a file in deepspeed/, or auto: the cheapest that fits
-    gradient_checkpointing: bool | Literal["auto"]  # auto: on GPUs, except for a randomly initialised model
+    gradient_checkpointing: bool | Literal["auto"]  # auto: on GPUs whose memory asks for it
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from pipeline.sizing.memory import (
     Term,
     evaluation_estimate,
     phases,
+    shares_prompts,
     training_estimates,
     usable,
 )
@@ -40,6 +41,7 @@ from pipeline.sizing.model_sizes import GIB, known_dims
 AUTO_ZERO = ("zero2", "zero3", "zero3_offload")  # the cheapest first
 UNKNOWN_AT_ONCE = 8  # prompts that are answered at once where nobody knows what fits
 LIGHT = "paged_adamw_8bit"
+ENOUGH_TOKENS = 4096  # of a device at once, that keep a GPU busy: more rows gain less than checkpointing costs
 ENOUGH = (("fits",), ("fits", "tight"))
 
 
@@ -85,25 +87,35 @@ def is_unknown(recipe: Recipe, cluster: Cluster) -> bool:
 
 
 def _resolve_stage(recipe: Recipe, cluster: Cluster, stage: Stage) -> TrainingStage:
-    layout = cluster.layout(stage)
-    if layout.gradient_checkpointing == "auto":  # it saves memory of GPUs, and costs a third more computing
-        needed = not recipe.model.random_init and wanted_gpus(cluster) > 0
-        layout = replace(layout, gradient_checkpointing=needed)
+    layout, on_gpus = cluster.layout(stage), wanted_gpus(cluster) > 0
+    if layout.gradient_checkpointing == "auto" and (recipe.model.random_init or not on_gpus):
+        layout = replace(layout, gradient_checkpointing=False)
     settings, world = recipe.training(stage), cluster.nodes * process_count(cluster)
-    if layout.deepspeed == "auto" and world == 1 and not wanted_gpus(cluster) and settings.optimizer.name != "muon":
+    if layout.deepspeed == "auto" and world == 1 and not on_gpus and settings.optimizer.name != "muon":
         layout = replace(layout, deepspeed="none")  # there is nothing to share out, and no memory to save
-    if layout.deepspeed != "auto" and layout.per_device_batch_size != "auto":
+    if "auto" not in (layout.deepspeed, layout.per_device_batch_size, layout.gradient_checkpointing):
         return layout
     share, dims, given = settings.global_batch_size // world, known_dims(recipe.model), layout.per_device_batch_size
     if dims is None or not usable(cluster) or settings.global_batch_size % world:
         small = given == "auto" and is_unknown(recipe, cluster)
         zero = AUTO_ZERO[0] if layout.deepspeed == "auto" else layout.deepspeed
-        return replace(layout, deepspeed=zero, per_device_batch_size=1 if small else given)
+        saving = layout.gradient_checkpointing in (True, "auto")
+        one = 1 if small else given
+        return replace(layout, deepspeed=zero, per_device_batch_size=one, gradient_checkpointing=saving)
     zeros = AUTO_ZERO if layout.deepspeed == "auto" else (layout.deepspeed,)
     if settings.optimizer.name == "muon":  # which DeepSpeed refuses under ZeRO-3
         zeros = zeros[:1]
     rows = [n for n in range(min(share, AUTO_PER_DEVICE), 0, -1) if share % n == 0] if given == "auto" else [given]
-    choices = [replace(layout, deepspeed=zero, per_device_batch_size=n) for zero in zeros for n in rows]
+    asked = layout.gradient_checkpointing
+    savings = [False, True] if asked == "auto" else [asked]
+    options = [(n, saving) for saving in savings for n in rows]
+    options = [one for one in options if one[1] is savings[-1] or one[0] == rows[0] or _busy(recipe, stage, one[0])]
+    options.sort(key=lambda one: (_computed(recipe, cluster, stage, *one), -one[0]))
+    choices = [
+        replace(layout, deepspeed=zero, per_device_batch_size=n, gradient_checkpointing=saving)
+        for zero in zeros
+        for n, saving in options
+    ]
     for enough in ENOUGH:
         for choice in choices:
             tried = _with(cluster, stage, choice)
@@ -112,6 +124,26 @@ def _resolve_stage(recipe: Recipe, cluster: Cluster, stage: Stage) -> TrainingSt
             if held and stage not in {need.stage for need in too_large(recipe, tried)}:
                 return choice
     return choices[-1]  # the smallest; check reports that it does not fit
+
+
+def _longest(recipe: Recipe, stage: Stage) -> tuple[int, int]:
+    """Return the tokens of a row's prompt, where rows share it, and of the rest."""
+    if stage == "sft":
+        return 0, recipe.sft.max_length
+    return recipe.grpo.max_prompt_length, recipe.grpo.max_completion_length
+
+
+def _busy(recipe: Recipe, stage: Stage, rows: int) -> bool:
+    """Return whether so many rows keep a GPU busy."""
+    return rows * sum(_longest(recipe, stage)) >= ENOUGH_TOKENS
+
+
+def _computed(recipe: Recipe, cluster: Cluster, stage: Stage, rows: int, checkpointing: bool) -> float:
+    """Return what a row costs: its tokens, its share of its prompt, and a third more where activations are not kept."""
+    prompt, rest = _longest(recipe, stage)
+    shared = stage == "grpo" and shares_prompts(recipe, cluster, rows)
+    tokens = rest + prompt / (min(rows, recipe.grpo.num_generations) if shared else 1)
+    return tokens * (4 / 3 if checkpointing else 1)
 
 
 def _with(cluster: Cluster, stage: str, layout: TrainingStage) -> Cluster:

@@ -149,6 +149,20 @@ def test_sdpa_keeps_the_keys_that_were_repeated_for_it(kind: str) -> None:
     assert (growth[1] - growth[0]) / 64 / 2 == pytest.approx(whole, rel=0.01)
 
 
+def test_activations_are_computed_again_only_where_memory_asks_for_it() -> None:
+    def layouts(name: str, cluster: str, *words: str) -> list[tuple[object, bool]]:
+        found = resolve_auto(recipe_of(name), cluster_of(cluster, *words))
+        return [(one.per_device_batch_size, one.gradient_checkpointing is True) for one in (found.sft, found.grpo)]
+
+    assert [again for _, again in layouts("qwen1.5b", "h100")] == [False, False]
+    assert [again for _, again in layouts("llama8b", "2x3090")] == [True, True]
+    on_40_gb = layouts("deepseek7b", "a100")
+    assert on_40_gb == [(16, True), (8, True)]  # one group: with fewer rows its prompt would be computed several times
+    asked = layouts("qwen1.5b", "h100", "sft.gradient_checkpointing=true", "grpo.gradient_checkpointing=true")
+    assert [again for _, again in asked] == [True, True]
+    assert [again for _, again in layouts("tiny", "local")] == [False, False]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prompt_that_is_computed_once_is_held_once_but_for_its_keys(
     kind: str, monkeypatch: pytest.MonkeyPatch
@@ -407,6 +421,7 @@ def test_what_is_generated_at_once_is_a_whole_share_of_whole_groups(
 def test_what_is_said_is_not_decided_again(tmp_path: Path) -> None:
     engines = ["generation.grpo.engine=transformers", "generation.grpo.sleep=false"]
     engines += ["generation.evaluate.engine=transformers", "generation.evaluate.tensor_parallel=1"]
+    engines += [f"{stage}.gradient_checkpointing=true" for stage in ("sft", "grpo")]
     recipe = recipe_of("deepseek7b")
     said = cluster_of("2x2080ti", "generation_batch_size=4", "evaluate_batch_size=8", *engines)
     assert resolve_auto(recipe, said) == said
