@@ -36,6 +36,7 @@ from pipeline.config.model_files import TEMPLATES, gguf_file, special_in
 from pipeline.config.recipe import Lora, Model, RandomInit
 from pipeline.core.errors import ArtifactError, RecipeError
 from pipeline.models.gguf import read_tokenizer
+from pipeline.models.read_ahead import read_ahead
 from pipeline.models.template_trial import try_template
 from pipeline.models.weight_checks import (
     NO_CODE,
@@ -50,6 +51,7 @@ from pipeline.models.weight_checks import (
     check_sizes,
     forget_generation_config,
     loading_errors,
+    weight_files,
 )
 from pipeline.scoring.answers import OPEN
 from pipeline.workflow.artifact import Artifact
@@ -291,6 +293,7 @@ def load_model(
     name, revision = checkpoint.base, revision_of(checkpoint, model)
     check_sizes(name, revision)
     with loading_errors(f"model {name}"):
+        read_ahead(weight_files(name, revision))
         base, info = AutoModelForCausalLM.from_pretrained(
             name,
             revision=revision,

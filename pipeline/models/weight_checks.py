@@ -27,6 +27,7 @@ from transformers.utils.hub import cached_file
 from pipeline.config import model_files
 from pipeline.core.errors import ArtifactError, PipelineError
 from pipeline.core.files import read_json
+from pipeline.models.read_ahead import local_share
 from pipeline.workflow.weights import ADAPTER
 
 if TYPE_CHECKING:
@@ -214,7 +215,8 @@ def check_finite(model: PreTrainedModel, name: str, revision: str | None, dtype:
         files = weight_files(name, revision)
         for file in files:
             with safe_open(file, "pt") as opened:
-                _refuse_infinite(((key, opened.get_tensor(key)) for key in list(opened.keys())), str(file), dtype)
+                keys = local_share(list(opened.keys()))  # the node's other processes check the others
+                _refuse_infinite(((key, opened.get_tensor(key)) for key in keys), str(file), dtype)
         if not files:
             _refuse_infinite(model.named_parameters(), name, dtype)
 

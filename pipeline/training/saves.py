@@ -7,7 +7,8 @@
 A checkpoint is valid from the moment its manifest is there, and that is written last, when every file is on the disk.
 Then each file is read again, from the disk where the kernel can forget its copy, and compared with the manifest. Only
 then are older checkpoints deleted. A process that ends in between leaves an incomplete checkpoint, which is passed
-over, and the older ones. The next save waits for the one before, and so do a stop and the end of training.
+over, and the older ones. The next save waits for the one before, and so does a stop. At the end of training the model
+is saved meanwhile.
 """
 
 from __future__ import annotations
@@ -201,8 +202,14 @@ class CheckpointCallback(TrainerCallback):
         self.deadline.begin()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        with stopwatch.part("save"):
-            distributed.from_rank_0(lambda: self.saves.wait(ending=self.stopped))
+        if self.stopped:  # the process leaves next
+            distributed.from_rank_0(lambda: self.saves.wait(ending=True))
+        self._note_save()
+        self._warn()
+
+    def commit(self) -> None:
+        """Wait for the last checkpoint, whose commit goes on while the trained model is saved."""
+        distributed.from_rank_0(self.saves.wait)
         self._note_save()
         self._warn()
 

@@ -243,22 +243,25 @@ def train(
     try:
         with logger_environment(out, runtime):
             loss = run_trainer(trainer, progress, resume)
+        if runtime.rank == 0:
+            write_history(trainer.state.log_history, out)
+        raise_if_diverged(divergence)
+        if progress.skipped and progress.skipped >= trainer.state.global_step:
+            stopper.finish()  # no step was taken, so the checkpoints are deleted next
+        raise_if_training_failed(trainer, progress, signal, stopped=stopper.stopped, out=out)
+        if stopper.stopped:
+            raise Stopped(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved")
+        signal.warn()
+        for one in bad:
+            runtime.warn(
+                f"the batch of step {one.step} was skipped, because training diverged at it: {join_first(one.rows)}"
+            )
+        runtime.progress.update(state="saving", note="saving the model")
+        save(trainer, out)
+        stopper.commit()  # the last checkpoint, which was hashed and read back meanwhile
     finally:
         heartbeat.beat(long=True)
         stopper.finish()  # a failure loses no checkpoint that is written
-    if runtime.rank == 0:
-        write_history(trainer.state.log_history, out)
-    raise_if_diverged(divergence)
-    raise_if_training_failed(trainer, progress, signal, stopped=stopper.stopped, out=out)
-    if stopper.stopped:
-        raise Stopped(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved")
-    signal.warn()
-    for one in bad:
-        runtime.warn(
-            f"the batch of step {one.step} was skipped, because training diverged at it: {join_first(one.rows)}"
-        )
-    runtime.progress.update(state="saving", note="saving the model")
-    save(trainer, out)
     steps = {"steps": trainer.state.global_step, "epochs": trainer.state.epoch, "train_loss": loss}
     scaled = {"skipped_steps": progress.skipped, "loss_scale": loss_scale(trainer)} if trainer.args.fp16 else {}
     found = {"peak_memory_gb": round(peak_memory(), 3), "resumed_from": resume.name if resume else None}

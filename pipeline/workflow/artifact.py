@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.core import slurm_client as slurm
 from pipeline.core.errors import ArtifactError, DataError
 from pipeline.core.files import read_json, sync, write_json
-from pipeline.core.hashing import file_sha256
+from pipeline.core.hashing import file_sha256, files_sha256
 from pipeline.core.records import InvalidRecord, invalid_record, read_mapping, read_record
 from pipeline.workflow.lock import OWNER
 
@@ -83,23 +83,26 @@ class Artifact:
         return {name: float(one) for name, one in known if isinstance(one, int | float)}
 
 
-def hash_files(folder: Path, *, leave_out: set[str] = NOT_PAYLOAD | TRANSIENT) -> dict[str, FileEntry]:
+def hash_files(
+    folder: Path, *, leave_out: set[str] = NOT_PAYLOAD | TRANSIENT, at_once: bool = False
+) -> dict[str, FileEntry]:
     """Every file below `folder` with its size and sha256, top-level names in `leave_out` left out.
 
     Files and folders are on the disk when this returns, so a record written after it is never there without them.
+    `at_once`: many files are read together, while nothing else runs.
     """
-    found = {}
-    folders = {folder}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        if path.is_file() and relative.parts[0] not in leave_out and not path.name.startswith("."):
-            digest = file_sha256(path)
-            sync(path)
-            found[relative.as_posix()] = FileEntry(path.stat().st_size, digest)
-            folders.add(path.parent)
-    for place in folders:
-        sync(place)
-    return found
+    found = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).parts[0] not in leave_out and not path.name.startswith(".")
+    ]
+    digests = files_sha256(found) if at_once else [file_sha256(path) for path in found]
+    for path in (*found, *{folder, *(path.parent for path in found)}):
+        sync(path)
+    return {
+        path.relative_to(folder).as_posix(): FileEntry(path.stat().st_size, digest)
+        for path, digest in zip(found, digests, strict=True)
+    }
 
 
 def finalize(artifact: Artifact, seconds: Callable[[], dict[str, float]] = dict) -> Artifact:
@@ -109,7 +112,7 @@ def finalize(artifact: Artifact, seconds: Callable[[], dict[str, float]] = dict)
     """
     record = asdict(artifact)
     del record["folder"]
-    record["files"] = {name: asdict(entry) for name, entry in hash_files(artifact.folder).items()}
+    record["files"] = {name: asdict(entry) for name, entry in hash_files(artifact.folder, at_once=True).items()}
     if spent := seconds():
         record["provenance"] = {**artifact.provenance, SECONDS: spent}
     write_json(artifact.folder / ARTIFACT, record, durable=True)

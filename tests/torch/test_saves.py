@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from running import NANO, only, run_here
@@ -15,6 +16,7 @@ from running import NANO, only, run_here
 from pipeline.config.cluster import read_cluster
 from pipeline.core.errors import DiskError, LaunchError
 from pipeline.core.files import read_json
+from pipeline.training import trainer
 from pipeline.training.checkpoints import (
     checkpoint_to_resume,
     file_sizes,
@@ -25,6 +27,7 @@ from pipeline.training.checkpoints import (
     wait_for_files,
 )
 from pipeline.training.saves import Saves
+from pipeline.workflow import signing
 from pipeline.workflow.artifact import open_artifact
 from pipeline.workflow.layouts import Layout
 from pipeline.workflow.progress import ProgressFile
@@ -67,6 +70,31 @@ def test_training_goes_on_while_a_checkpoint_is_hashed_and_the_next_save_waits(t
     assert waited < saves.seconds / 4 or saves.seconds < 0.1
     saves.wait()
     assert latest_valid_checkpoint(tmp_path) == (second, [])
+
+
+def test_the_trained_model_is_saved_while_the_last_checkpoint_is_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing waits for its hashes but the end of the step, which has them all."""
+    saving, real = threading.Event(), trainer.save
+
+    def sign(folder: Path, manifest: dict[str, Any]) -> None:
+        if folder.name == "checkpoint-6":
+            assert saving.wait(60)
+        signing.sign(folder, manifest)
+
+    def save_model(*words: Any) -> None:
+        saving.set()
+        real(*words)
+
+    monkeypatch.setattr("pipeline.training.checkpoints.sign", sign)
+    monkeypatch.setattr("pipeline.training.trainer.save", save_model)
+    words = [*NANO, "cluster.processes=1", "cluster.launcher=debug"]
+    run_here("run", "tiny", *words, "--stages", "preprocess,sft", "--runs", str(tmp_path))
+    step = only(tmp_path, "tiny/sft-*")
+    assert open_artifact(step, deep=True).metrics["steps"] == 6
+    assert names(step / "checkpoints") == ["checkpoint-4", "checkpoint-6"]
+    assert validation_error(step / "checkpoints" / "checkpoint-6") is None
 
 
 def test_a_process_that_dies_before_the_manifest_loses_no_older_checkpoint(tmp_path: Path) -> None:
