@@ -28,11 +28,10 @@ from pipeline.models.loading import initial_checkpoint, load_tokenizer
 from pipeline.training import distributed, flat
 from pipeline.training.divergence import name_token_rows
 from pipeline.training.harness import main
-from pipeline.training.tokens import encode_split, row_lengths
+from pipeline.training.tokens import encode_split, masked_lengths, row_lengths
 from pipeline.training.trainer import (
     layout_and_batches,
     load_for_training,
-    load_rows,
     logger_environment,
     preserve_adapter_dtype,
     require_rows,
@@ -40,7 +39,7 @@ from pipeline.training.trainer import (
     training_arguments,
     warn_of_long_rows,
 )
-from pipeline.workflow.artifact import Artifact
+from pipeline.workflow.artifact import Artifact, read_split
 from pipeline.workflow.runtime import Runtime
 
 WINDOW = 16  # global batches that are sorted by length together: little padding, yet a random order
@@ -57,7 +56,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     runtime.progress.update(note="tokenizing")
     checkpoint = initial_checkpoint(recipe.model, inputs)
     tokenizer = load_tokenizer(checkpoint, recipe.model)
-    rows = load_rows(inputs["data"], "sft")
+    rows = read_split(inputs["data"], "sft", ["id", "tags"]).to_pydict()
     encoded = encode_split(tokenizer, inputs["data"].folder, "sft")
     kept = within_length(encoded, settings.max_length)
     limit = f"sft.max_length {settings.max_length} tokens"
@@ -66,14 +65,13 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     if settings.order != "shuffled":
         phases = [tags.get("phase", 0) if settings.order == "curriculum" else 0 for tags in rows["tags"]]
         # like prompts, not like answers: rows of short answers, alone in their batches, would weigh many times more
-        prompts = [row.count(-100) for row in encoded["labels"]]
-        kept = order_rows(kept, phases, prompts, settings.global_batch_size, recipe.seed)
+        kept = order_rows(kept, phases, masked_lengths(encoded), settings.global_batch_size, recipe.seed)
     dataset = unmask_prompts(encoded, kept, settings.full_loss_fraction)
 
     # ---- rows whose loss is only looked at
     validation = None
     if settings.eval_steps:
-        held_out = load_rows(inputs["data"], "validation")
+        held_out = read_split(inputs["data"], "validation", ["id"]).to_pydict()
         others = encode_split(tokenizer, inputs["data"].folder, "validation")
         short = within_length(others, settings.max_length)
         validation = others.select(short)

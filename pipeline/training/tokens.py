@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -53,6 +54,14 @@ def encode_split(tokenizer: PreTrainedTokenizerBase, data: Path, split: str) -> 
 def row_lengths(rows: Dataset) -> list[int]:
     """Return the number of tokens of each row."""
     found: list[int] = pc.list_value_length(rows.data["input_ids"]).to_pylist()
+    return found
+
+
+def masked_lengths(rows: Dataset) -> list[int]:
+    """Return the number of tokens without a loss of each row, which are those of its prompt."""
+    labels = rows.data["labels"].combine_chunks()
+    before = np.concatenate([[0], np.cumsum(labels.flatten().to_numpy() == -100)])
+    found: list[int] = np.diff(before[labels.offsets.to_numpy() - labels.offsets[0].as_py()]).tolist()
     return found
 
 

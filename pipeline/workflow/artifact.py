@@ -6,7 +6,7 @@ write into a running step's folder: lock.py. Which weights a folder holds: weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -216,11 +216,11 @@ def step_of(path: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def read_split(data: Artifact, split: str) -> pa.Table:
-    """The rows that preprocess has written: `data/<split>.parquet` of its step."""
+def read_split(data: Artifact, split: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows that preprocess has written, or some of their columns: `data/<split>.parquet` of its step."""
     import pyarrow.parquet as pq
 
-    return pq.read_table(split_file(data.folder, split))
+    return pq.read_table(split_file(data.folder, split), columns=list(columns) if columns else None)
 
 
 def split_file(data: Path, split: str) -> Path:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config.recipe import Model, RandomInit
 from pipeline.models.loading import encode_rows, load_tokenizer, make_random_model, read_template
 from pipeline.training import tokens
-from pipeline.training.tokens import encode_split, row_lengths
+from pipeline.training.tokens import encode_split, masked_lengths, row_lengths
 from pipeline.workflow.weights import find_checkpoint
 
 SCRATCH = RandomInit("qwen2", 400, 16, 1, 2, 2, 32, 128, 10000.0, 0.02)
@@ -55,6 +55,7 @@ def test_rows_are_encoded_once(tokenizer: PreTrainedTokenizerBase, data: Path, m
     rows = encode_split(tokenizer, data, "sft")
     assert list(rows) == expected(tokenizer)
     assert row_lengths(rows) == [len(row["input_ids"]) for row in expected(tokenizer)]
+    assert masked_lengths(rows) == [row["labels"].count(-100) for row in expected(tokenizer)]
     monkeypatch.setattr(tokens, "_encode", lambda *_: pytest.fail("encoded again"))
     assert list(encode_split(tokenizer, data, "sft")) == expected(tokenizer)
     assert len(files(data)) == 1
