@@ -23,6 +23,7 @@ from running import NANO, ROOT, only, pid_of_rank, run_cli
 from slurm_lab import Lab, copy_steps, has_ended, is_running, jobs_of, rows, slurm, submit, wait_for_end, wait_until
 
 from pipeline.core.files import read_json
+from pipeline.core.slurm_client import read_job
 from pipeline.training.checkpoints import validation_error
 from pipeline.workflow.artifact import open_artifact
 from pipeline.workflow.attempts import HANG, KILLED, read_attempts
@@ -393,9 +394,14 @@ def test_a_preempted_job_saves_and_goes_on(lab: Lab, runs: Path, nano: Path) -> 
     assert "COMPLETED" in slurm("sacct", "-X", "-n", "-P", "-j", urgent, "-o", "state")
     assert found["tiny/sft"]["restarts"] == 1
     assert [found[f"tiny/{name}"]["state"] for name in ("sft", "grpo")] == ["done", "done"]  # what waited still ran
-    metrics = open_artifact(only(runs, "tiny/sft-*")).metrics
-    assert metrics["resumed_from"]
-    assert metrics["steps"] == 40
+    sft = open_artifact(only(runs, "tiny/sft-*"))
+    assert sft.metrics["resumed_from"]
+    assert sft.metrics["steps"] == 40
+    job = read_job(sft.folder)
+    assert job is not None
+    whole = (sft.folder / "artifact.json").stat().st_mtime - job.submitted
+    assert sum(sft.seconds_by_part.values()) == pytest.approx(whole, abs=1)  # both attempts and the queue before each
+    assert sft.seconds_by_part["wait"] > 0.5
 
 
 def test_a_signal_to_every_process_of_a_step_is_a_wish_to_stop(lab: Lab, runs: Path, nano: Path) -> None:
