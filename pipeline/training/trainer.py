@@ -22,7 +22,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
 from pipeline.config.cluster import Batches, TrainingStage, batches, deepspeed_file, zero_stage
-from pipeline.config.recipe import Optimizer, Recipe
+from pipeline.config.model_files import model_config
+from pipeline.config.recipe import Model, Optimizer, Recipe
 from pipeline.core import heartbeat, stopwatch
 from pipeline.core.errors import DataError, Diverged, LaunchError, RecipeError, Stopped, join_first
 from pipeline.models.loading import add_lora, choose_dtype, load_model
@@ -51,6 +52,7 @@ from pipeline.workflow.weights import Checkpoint
 LOGGER_FOLDERS = {"TENSORBOARD_LOGGING_DIR": "tensorboard", "WANDB_DIR": "", "TRACKIO_DIR": "trackio"}
 PROJECT = "therefore"  # the project of the runs in wandb and trackio
 MAX_ROWS_NAMED = 256  # of a bad batch, in the records
+LEAST_BUCKET = 2**22  # gradients that ZeRO sums over the processes at once: 16 MB in float32
 SKIPPED_SHARE_WARNING = 0.1  # share of skipped steps above which a warning is given
 
 
@@ -102,13 +104,19 @@ def read_deepspeed(layout: TrainingStage) -> dict[str, Any] | None:
     return deepspeed_file(layout.deepspeed)
 
 
-def deepspeed_settings(optimizer: Optimizer, layout: TrainingStage) -> dict[str, Any] | None:
+def deepspeed_settings(model: Model, optimizer: Optimizer, layout: TrainingStage) -> dict[str, Any] | None:
     """Return the stage's DeepSpeed settings, with the optimizer section for Muon.
+
+    A bucket of gradients has `LEAST_BUCKET` elements even for a small model: transformers makes it the square of the
+    hidden size, so that each matrix of a small model would be summed over the processes by itself.
 
     Muon orthogonalizes the update of each hidden matrix. For an update of AdamW's size, its learning rate is larger by
     1 / (0.2 · √(longer side)).
     """
     settings = read_deepspeed(layout)
+    width = model.random_init.hidden_size if model.random_init else (model_config(model) or {}).get("hidden_size", 0)
+    if settings and 0 < width**2 < LEAST_BUCKET and settings["zero_optimization"]["reduce_bucket_size"] == "auto":
+        settings["zero_optimization"]["reduce_bucket_size"] = LEAST_BUCKET
     if settings and optimizer.name == "muon":
         params = {
             "lr": "auto",
@@ -155,7 +163,7 @@ def training_arguments(
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "gradient_checkpointing": layout.gradient_checkpointing is True,  # auto is decided before a step starts
-        "deepspeed": deepspeed_settings(optimizer, layout),
+        "deepspeed": deepspeed_settings(recipe.model, optimizer, layout),
         "save_strategy": "steps",
         "save_steps": cluster.save_steps,
         "save_total_limit": None,  # saves.py deletes older ones, after the newer one was read back
