@@ -28,12 +28,12 @@ from pipeline.workflow.artifact import is_done
 from pipeline.workflow.progress import Progress, read_progress
 from pipeline.workflow.signing import MANIFEST
 
-STEPS = {"sft": 300, "grpo": 90, "evaluate": 240}  # optimizer steps, and rows of the main split
+STEPS = {"sft": 400, "grpo": 240, "evaluate": 480}  # optimizer steps, and rows of the main split
 SAVE_STEPS = 5
 SMALL = [
     *NANO,
     "task.params.phases=[{n: [3, 4], rows: 2400}]",
-    "task.params.grpo_rows=180",
+    "task.params.grpo_rows=480",
     f"task.params.test_rows={STEPS['evaluate']}",
     f"sft.max_steps={STEPS['sft']}",
     f"grpo.max_steps={STEPS['grpo']}",
@@ -44,11 +44,11 @@ SMALL = [
     "cluster.hang_timeout=8",
     f"cluster.save_steps={SAVE_STEPS}",
 ]
-FOLDERS = {"sft": "sft", "grpo": "grpo", "evaluate": "evaluate-grpo"}  # of the step that is disturbed
+FOLDERS = {"sft": "sft", "grpo": "grpo", "evaluate": "evaluate-base"}  # of the step that is disturbed
 INPUTS = {
     "sft": ["preprocess"],
     "grpo": ["preprocess", "sft"],
-    "evaluate": ["preprocess", "sft", "grpo", "evaluate-base", "evaluate-sft"],
+    "evaluate": ["preprocess", "sft", "grpo", "evaluate-sft", "evaluate-grpo"],
 }
 PAUSE = 6.0  # seconds that a network, a node or a controller is away
 
