@@ -209,6 +209,7 @@ def forked(processes: int, folder: Path, work: Callable[[], None], *, dies: bool
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
             os.environ.update({key: str(value) for key, value in ranks.items()}, MASTER_ADDR="127.0.0.1")
             work()
+            distributed.barrier()  # rank 0 holds the store that the others may still ask
             distributed.finish()
             code = 0
         except BaseException:
