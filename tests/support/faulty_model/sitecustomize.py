@@ -3,7 +3,7 @@
 TRAIN_ROWS and GENERATE_ROWS are the rows that a model can be given at once, with gradients and without, on rank
 ON_RANK. More of them raise what CUDA's allocator raises. BAD_ROW is a file: the first row of the BAD_CALL-th
 micro-batch of rank 0 is written there, and that row makes the loss of its batch NaN from then on, in every process.
-KILL_CALL: at that micro-batch of its process rank 0 is killed.
+KILL_CALL: at that micro-batch of its process rank 0 is killed; each takes a while.
 Python imports this module by itself when it starts.
 """
 
@@ -14,6 +14,7 @@ import importlib.machinery
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +42,7 @@ def limit_rows() -> None:
     def forward(self: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and (kill := os.environ.get("KILL_CALL")) and os.environ["RANK"] == "0":
             calls[0] += 1
+            time.sleep(0.6)  # progress.json is written twice a second, so each step is in it
             if calls[0] == int(kill):
                 os.kill(os.getpid(), signal.SIGKILL)
         if bad_row and torch.is_grad_enabled() and ids.dim() == 2:
