@@ -93,7 +93,7 @@ def test_every_second_of_a_step_is_in_a_part(nano: Path) -> None:
     assert set(spent["sft"]) == trained
     assert set(spent["grpo"]) == trained | {"generate", "rewards"}
     assert {"load", "rows", "generate", "evaluate", "wait"} <= set(spent["evaluate-sft"])
-    assert spent["sft"]["forward/backward"] > spent["sft"]["optimizer"] > 0
+    assert min(spent["sft"][part] for part in ("forward/backward", "optimizer")) > 0
 
 
 def test_a_second_run_starts_nothing(nano: Path) -> None:
