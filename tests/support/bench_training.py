@@ -97,7 +97,7 @@ class Bench:
 
 def combined(ranks: list[Run]) -> Run:
     """Return one record of all processes: sums of what each did, the longest time, rank 0's other figures."""
-    sums = ("rate", "places", "memory_gb", "completions", "completion_tokens", "prompt_tokens")
+    sums = ("rate", "bandwidth", "places", "memory_gb", "completions", "completion_tokens", "prompt_tokens")
     found = {**ranks[0], **{name: sum(rank.get(name, 0) for rank in ranks) for name in sums}}
     if "seconds" in found:
         found["tokens"] = sum(rank["tokens"] for rank in ranks)
@@ -246,6 +246,8 @@ def compare_all(options: argparse.Namespace, runs: Path) -> Run:
         print(f"\n{title}: {headline(bench, cost, options, ckpt)}\n")
         print("\n".join(sft_table(results, cost) if stage == "sft" else grpo_table(results)))
         if options.profile:
+            if stage == "sft" and "ours" in results:
+                print(roofline(results["ours"], cost, options.processes))
             print_profile(bench.run("ours", profile=True))
     return found
 
@@ -338,6 +340,20 @@ def grpo_table(results: dict[str, list[Run]]) -> list[str]:
             f"| {last['memory_gb']:.2f} GB |"
         )
     return lines
+
+
+def roofline(runs: Sequence[Run], cost: Run, processes: int) -> str:
+    """Return what a step of `ours` needs at the rates of this machine, and what it took."""
+    tokens = statistics.median(run["tokens"] / run["steps"] for run in runs)
+    spent = statistics.median(run["seconds"] / run["steps"] for run in runs)
+    operations, moved = tokens * cost["operations"] / cost["tokens"], processes * cost["bytes"]
+    return (
+        f"\na step of {tokens:,.0f} tokens: {operations / 1e9:.3g} billion operations, at the rate of products "
+        f"{1000 * operations / cost['rate']:.0f} ms; muon {cost['orthogonalized'] / 1e9:.3g} billion, "
+        f"{1000 * cost['orthogonalized'] / cost['rate']:.0f} ms; weights, gradients and moments {moved / 1e6:.3g} MB, "
+        f"at {cost['bandwidth'] / 1e9:.3g} GB/s {1000 * moved / cost['bandwidth']:.1f} ms; it took "
+        f"{1000 * spent:.0f} ms"
+    )
 
 
 def print_profile(run: Run) -> None:

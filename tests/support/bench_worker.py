@@ -30,6 +30,8 @@ from pipeline.workflow import faults
 from pipeline.workflow.stage import read_spec
 
 MEASURED_SECONDS = 0.3  # of matrix products, for each shape of layer
+PROFILED_STEPS = 5  # after the warm-up; each has thousands of operators
+COPIED_BYTES = 1 << 28
 TOP = 25  # operators of a profile that are printed
 GROUPS = {  # of a profile, by the names of operators
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::matmul"),
@@ -48,6 +50,7 @@ class Meter(TrainerCallback):  # type: ignore[misc]
         self.first: tuple[float, int, Counter[str]] | None = None
         self.last: tuple[float, int, Counter[str]] | None = None
         self.generating = False
+        self.profiled = 0.0  # seconds
         self.profiler = torch.profiler.profile() if profile and os.environ.get("RANK", "0") == "0" else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **_: Any) -> None:
@@ -87,10 +90,10 @@ class Meter(TrainerCallback):  # type: ignore[misc]
             self.first = self.last
             if self.profiler:
                 self.profiler.start()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.profiler and self.first:
+        last_of_profile = min(self.warmup + PROFILED_STEPS, state.max_steps)
+        if self.profiler and self.first and not self.profiled and state.global_step == last_of_profile:
             self.profiler.stop()
+            self.profiled = self.last[0] - self.first[0]
 
     def result(self) -> dict[str, Any]:
         if self.first is None or self.last is None or self.last[1] == self.first[1]:
@@ -127,7 +130,7 @@ def measure(warmup: int, profile: bool, out: Path) -> None:
         found = train(self, *args, **kwargs)
         result = meter.result()
         if meter.profiler:
-            result["profile"] = summary(meter.profiler, result["seconds"])
+            result["profile"] = summary(meter.profiler, meter.profiled)
         write(out, result)
         return found
 
@@ -180,11 +183,14 @@ def machine(folder: Path) -> dict[str, Any]:
     muon = job.recipe.sft.optimizer.name == "muon"
     return {
         "rate": matmul_rate(shapes, at_once, job.dtype),
+        "bandwidth": bandwidth(),
         "rows": len(rows),
         "tokens": sum(lengths),
         "longest": at_once,
         "labels": labels,
         "operations": body + trained * head.weight.numel() * labels + attention,
+        # of each process and step: weights are read three times and written, gradients and moments written and read
+        "bytes": 4 * (4 * (learned + frozen + head.weight.numel()) + 6 * (learned + head.weight.numel())),
         "orthogonalized": sum(newton_schulz(min(one), max(one)) * times for one, times in shapes.items())
         if muon
         else 0,
@@ -212,6 +218,13 @@ def matmul_rate(shapes: Counter[tuple[int, ...]], tokens: int, dtype: torch.dtyp
             operations += 2.0 * tokens * rows * columns * count
             seconds += seconds_of(product) * count
     return operations / seconds
+
+
+def bandwidth() -> float:
+    """Return the bytes a second of copying what is too large for a cache: those read and those written."""
+    given = torch.ones(COPIED_BYTES // 4, device="cuda" if torch.cuda.is_available() else "cpu")
+    copied = torch.empty_like(given)
+    return 2 * COPIED_BYTES / seconds_of(lambda: copied.copy_(given))
 
 
 def seconds_of(product: Callable[[], Any]) -> float:
