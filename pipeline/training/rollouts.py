@@ -196,8 +196,8 @@ class EngineTrainer(GRPOTrainer):  # type: ignore[misc]
                 output = model(**inputs, fused_lm_head=True)
             hidden = seen[:, -scored:] == 0
             wide = (0, scored - line.own.shape[1])
-            scores = [output.log_probs[0], output.entropy[0]][: 1 + compute_entropy]
-            parts.append([pad(one[line.own], wide).masked_fill(hidden, 0) for one in scores])
+            scores = [output.log_probs, output.entropy] if compute_entropy else [output.log_probs]
+            parts.append([pad(one[0][line.own], wide).masked_fill(hidden, 0) for one in scores])
         whole = [torch.cat(scores) for scores in zip(*parts, strict=True)]
         return whole[0], whole[1] if compute_entropy else None, None
 
