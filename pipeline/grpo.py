@@ -137,9 +137,9 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         rows = min(at_once, runtime.cluster.generation.grpo.rows or at_once)
         trainer.engine = TransformersEngine(model, tokenizer, rows)
     shares = shares_prompts(recipe, runtime.cluster, sizes.per_device) and not trainer.aux_loss_enabled
-    trainer.flat = flat.wanted(runtime, model, saves=shares)
+    trainer.flat = flat.replace_attention(runtime, model, saves=shares)
     if trainer.flat and trainer.ref_model is not None:
-        flat.wanted(runtime, trainer.accelerator.unwrap_model(trainer.ref_model), saves=True)
+        flat.replace_attention(runtime, trainer.accelerator.unwrap_model(trainer.ref_model), saves=True)
     if settings.redraw_without_spread < 1:
         highest = sum(max(0.0, reward.weight) for reward in settings.rewards.values())
         record = out / DRAWS if runtime.rank == 0 else None

@@ -102,7 +102,7 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
     model = load_for_training(recipe, checkpoint, layout)
     with preserve_adapter_dtype(model), logger_environment(out, runtime):
         trainer = RowsTrainer(model, config, train_dataset=dataset, eval_dataset=validation, processing_class=tokenizer)
-    if flat.wanted(runtime, model, saves=sizes.per_device > 1 or settings.packing):
+    if flat.replace_attention(runtime, model, saves=sizes.per_device > 1 or settings.packing):
         trainer.data_collator = flat.collate  # not at construction, where TRL has one of its own for packed rows
     if settings.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))

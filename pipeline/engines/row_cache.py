@@ -7,8 +7,7 @@ of them: with one query per row, reading keys and values is what attention costs
     position:   0 … p-1                      p … p+n-1
     buffer:     prefix[f, :, 0 … p-1, :]     own[r, :, 0 … n-1, :]
 
-It replaces a model's attention through transformers' `ALL_ATTENTION_FUNCTIONS`, so every architecture that looks its
-attention up there works, whatever its projections, rotations and adapters do.
+It takes the place of a model's attention by models/attention.py.
 """
 
 from __future__ import annotations
@@ -21,11 +20,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pipeline.core.errors import LaunchError
+from pipeline.models.attention import register
 
-ATTENTION = "therefore_rows"  # no mask function is registered for it, so transformers makes no mask
+ATTENTION = "therefore_rows"
 
 
 @dataclass
@@ -106,12 +104,13 @@ class RowCache:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        *,
         scaling: float,
         window: int | None,
+        dropout: float,
     ) -> torch.Tensor:
-        """Return the attention's output, of shape (rows, tokens, query heads, width)."""
+        """Return the attention's output, of shape (rows, tokens, query heads, width); nothing is dropped."""
         layer = self.layer(int(module.layer_idx), key, value)  # type: ignore[arg-type]
-        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast they come in float32
         if isinstance(self.now, Reading):
             return _read(self.now, layer, module, query, key, value, scaling, window)
         assert self.now is not None
@@ -240,30 +239,7 @@ def _mask(now: Going, part: Part, tokens: int, border: int, window: int | None, 
     return now.masks[key]
 
 
-def _attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    row_cache: RowCache,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    if softcap is not None or s_aux is not None:
-        raise LaunchError(
-            "generation: got a model whose attention has a soft cap or sinks; expected a plain softmax, as the "
-            "transformers engine computes it. Fix: another model"
-        )
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return row_cache.attend(module, query, key, value, scaling, sliding_window), None
-
-
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
+register(ATTENTION, "row_cache", RowCache.attend)
 
 
 @contextlib.contextmanager

@@ -5,11 +5,11 @@
     model(input_ids=tokens[None], position_ids=flat.positions[None], flat=flat, …)
 
 Everything but the attention treats each token by itself: projections, norms and the head then compute only real tokens.
-The attention takes the line apart again: prompts attend to themselves, rows to themselves and to their prompt, whose
-keys and values are read in place (the split of Prefix Grouper, Liu et al. 2025, arXiv 2506.05433). Losses and gradients
-are those of a padded batch.
+The attention takes the line apart again: prompts attend to themselves, rows to themselves and to their prompt, a copy
+of whose keys and values stands before theirs (the split of Prefix Grouper, Liu et al. 2025, arXiv 2506.05433). Losses
+and gradients are those of a padded batch.
 
-It replaces a model's attention through transformers' `ALL_ATTENTION_FUNCTIONS`, as engines/row_cache.py does.
+It takes the place of a model's attention by models/attention.py.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from peft import PeftModel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pipeline.models.attention import is_plain, register
 from pipeline.workflow.runtime import Runtime
 
-ATTENTION = "therefore_flat"  # no mask function is registered for it, so transformers makes no mask
+ATTENTION = "therefore_flat"
 BLOCK = 128  # queries
-LAYERS = {"full_attention", "sliding_attention"}  # kinds whose attention this is
 
 
 class Flat:
@@ -39,21 +38,18 @@ class Flat:
     """
 
     def __init__(self, rows: Sequence[int], prompts: Sequence[int] = (), of: Sequence[int] = ()) -> None:
-        self.rows = list(rows)
         lengths = torch.tensor([*prompts, *rows])
         first = lengths.cumsum(0) - lengths  # of each prompt and row, in the line
         count, before = len(prompts), torch.tensor(list(of), dtype=torch.long)
-        self.tokens = int(lengths.sum())
         self.prompts = _places(first[:count], lengths[:count])  # (prompts, longest): of each token, in the line
         self.own = _places(first[count:], lengths[count:])
         self.prompt_lengths = lengths[:count][before]  # of each row's prompt
         self.keys = torch.cat([self.prompts[before], self.own], 1) if count else self.own
-        at = torch.arange(self.own.shape[1])
         self.places = torch.cat([torch.arange(n) for n in lengths])  # of each token, in its own prompt or row
         offsets = torch.cat([torch.zeros(count, dtype=torch.long), self.prompt_lengths]) if count else 0 * lengths
         self.positions = self.places + offsets.repeat_interleave(lengths)
         # where each token's output stands among the outputs of all prompts, then of all rows
-        width = torch.tensor([self.prompts.shape[1]] * count + [len(at)] * len(rows))
+        width = torch.tensor([self.prompts.shape[1]] * count + [self.own.shape[1]] * len(rows))
         start = width.cumsum(0) - width
         self.outputs = self.places + start.repeat_interleave(lengths)
         self.masks: dict[tuple[bool, int | None], torch.Tensor | None] = {}
@@ -100,32 +96,33 @@ def _places(first: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return first[:, None] + torch.where(at < lengths[:, None], at, 0)
 
 
-def _attention(
+def _attend(
+    flat: Flat,
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
     *,
-    flat: Flat,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    lined = [states[0].transpose(0, 1).to(value.dtype) for states in (query, key, value)]  # (tokens, heads, width)
+    scaling: float,
+    window: int | None,
+    dropout: float,
+) -> torch.Tensor:
+    """Attend within each prompt, and from each row to its prompt and itself. Returns (1, tokens, heads, width)."""
+    lined = [states[0].transpose(0, 1) for states in (query, key, value)]  # (tokens, heads, width)
     found = []
     for prompts, places in ((True, flat.prompts), (False, flat.own)):
         if not places.numel():
             continue
         keys = places if prompts else flat.keys
         q, k, v = (_taken(states, at) for states, at in zip(lined, (places, keys, keys), strict=True))
-        mask = flat.mask(prompts, sliding_window)
-        causal = mask is None
-        attend = _in_blocks if q.device.type == "cpu" and q.shape[2] > BLOCK else sdpa_attention_forward
-        output = attend(module, q, k, v, mask, dropout=dropout, scaling=scaling, is_causal=causal)[0]
+        mask = flat.mask(prompts, window)
+        if q.device.type == "cpu" and q.shape[2] > BLOCK:
+            output = _in_blocks(module, q, k, v, mask, scaling, dropout)
+        else:
+            words = {"dropout": dropout, "scaling": scaling, "is_causal": mask is None}
+            output, _ = sdpa_attention_forward(module, q, k, v, mask, **words)
         found.append(output.flatten(0, 1))
-    return torch.cat(found).index_select(0, flat.outputs)[None], None
+    return torch.cat(found).index_select(0, flat.outputs)[None]
 
 
 def _in_blocks(
@@ -134,8 +131,9 @@ def _in_blocks(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    **more: Any,
-) -> tuple[torch.Tensor, None]:
+    scaling: float,
+    dropout: float,
+) -> torch.Tensor:
     """Attend block by block of queries, each to the keys that stand before its end.
 
     PyTorch's kernel for CPUs also multiplies what a mask or the causal order hides: twice the work of long rows.
@@ -148,12 +146,9 @@ def _in_blocks(
         last = border + first + block.shape[2]
         ones = query.new_ones(block.shape[2], last, dtype=torch.bool)
         seen = ones.tril(first) if mask is None else mask[:, :, first : first + block.shape[2], :last]
-        found.append(
-            scaled_dot_product_attention(
-                block, key[:, :, :last], value[:, :, :last], seen, more["dropout"], scale=more["scaling"]
-            )
-        )
-    return torch.cat(found, 2).transpose(1, 2), None
+        before = key[:, :, :last], value[:, :, :last]
+        found.append(scaled_dot_product_attention(block, *before, seen, dropout, scale=scaling))
+    return torch.cat(found, 2).transpose(1, 2)
 
 
 def _taken(states: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -161,7 +156,7 @@ def _taken(states: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     return states.index_select(0, at.flatten()).view(*at.shape, *states.shape[1:]).transpose(1, 2)
 
 
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
+register(ATTENTION, "flat", _attend)
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -205,24 +200,15 @@ def of_groups(ids: torch.Tensor, mask: torch.Tensor, scored: int) -> tuple[Flat,
     return flat, {name: value.to(ids.device) for name, value in inputs.items()} | {"flat": flat}
 
 
-def can_be_flat(model: PreTrainedModel | PeftModel) -> bool:
-    """Return whether a model's attention can be replaced: a plain softmax, in layers that look their attention up."""
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = plain.config.get_text_config()
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
-    kinds = set(getattr(config, "layer_types", None) or LAYERS)
-    return bool(plain._supports_attention_backend) and not capped and kinds <= LAYERS and config is plain.config
+def replace_attention(runtime: Runtime, model: PreTrainedModel | PeftModel, *, saves: bool) -> bool:
+    """Have a model attend as the `flat` of each forward pass says, where `cluster.padding_free` and the model allow it.
 
-
-def wanted(runtime: Runtime, model: PreTrainedModel | PeftModel, *, saves: bool) -> bool:
-    """Decide `cluster.padding_free` for a model, and have it attend as the `flat` of each forward pass says if so.
-
-    `saves`: whether that saves computing. From then on every forward pass must be given a `flat`.
+    `saves`: whether that saves computing. Returns whether it does; then every forward pass must be given a `flat`.
     """
     asked = runtime.cluster.padding_free
     if asked is False or (asked == "auto" and not saves):
         return False
-    possible = can_be_flat(model)
+    possible = is_plain(model.get_base_model() if isinstance(model, PeftModel) else model)
     if possible:
         model.config._attn_implementation = ATTENTION
     elif asked is True:

@@ -115,8 +115,9 @@ def deepspeed_settings(model: Model, optimizer: Optimizer, layout: TrainingStage
     """
     settings = read_deepspeed(layout)
     width = model.random_init.hidden_size if model.random_init else (model_config(model) or {}).get("hidden_size", 0)
-    if settings and 0 < width**2 < LEAST_BUCKET and settings["zero_optimization"]["reduce_bucket_size"] == "auto":
-        settings["zero_optimization"]["reduce_bucket_size"] = LEAST_BUCKET
+    zero = settings["zero_optimization"] if settings else {}
+    if 0 < width**2 < LEAST_BUCKET and zero.get("reduce_bucket_size") == "auto":
+        zero["reduce_bucket_size"] = LEAST_BUCKET
     if settings and optimizer.name == "muon":
         params = {
             "lr": "auto",

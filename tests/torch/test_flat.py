@@ -16,10 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from pipeline.config.architectures import ARCHITECTURES
 from pipeline.config.recipe import RandomInit
+from pipeline.models.attention import is_plain
 from pipeline.models.loading import make_random_model, nf4_config
 from pipeline.sizing.memory import shares_prompts
-from pipeline.training.flat import Flat, can_be_flat, collate, of_groups, wanted
+from pipeline.training.flat import Flat, collate, of_groups, replace_attention
 from pipeline.training.rollouts import EngineTrainer, _in_groups
 from pipeline.workflow.progress import ProgressFile
 from pipeline.workflow.runtime import Runtime
@@ -30,7 +32,7 @@ WINDOWS: dict[str, dict[str, Any]] = {  # layers that see a few tokens back, as 
     "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": {"sliding_window": 6},
 }
-KINDS = ["qwen2", "llama", "phi3", "qwen3", "gemma3_text"]
+KINDS = sorted(ARCHITECTURES)
 GROUPS = [([5, 6, 7, 8, 9, 10, 11, 12], [[30, 31, 32], [33], [35, 36, 37, 38]]), ([20], [[40, 41], []])]
 
 
@@ -97,7 +99,7 @@ def test_a_prompt_that_is_computed_once_gives_the_same_scores_and_gradients(
     weights = torch.rand(len(ids), scored)
     before = padded_scores(model, ids, mask, scored)
     wished = gradients(model, (before * weights).sum())
-    assert wanted(runtime_of(tmp_path), model, saves=True)
+    assert replace_attention(runtime_of(tmp_path), model, saves=True)
     after = flat_scores(model, ids, mask, scored)
     assert torch.allclose(before, after, atol=3e-6)
     found = gradients(model, (after * weights).sum())
@@ -111,7 +113,7 @@ def test_a_prompt_is_read_once(tmp_path: Path) -> None:
     seen = []
     model.get_input_embeddings().register_forward_hook(lambda _, tokens, __: seen.append(tokens[0].numel()))
     ids, mask, scored = batch_of(GROUPS)
-    assert wanted(runtime_of(tmp_path), model, saves=True)
+    assert replace_attention(runtime_of(tmp_path), model, saves=True)
     flat_scores(model, ids, mask, scored)
     assert seen == [7 + (3 + 1 + 4) + 0 + (2 + 1)]  # each prompt but for its last token, which leads each completion
 
@@ -131,7 +133,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """The same weights twice: padded, and flat."""
     folder = tmp_path_factory.mktemp("pair")
     models = [make_model("gemma3_text", "full", folder, checkpointing=False) for _ in range(2)]
-    assert wanted(runtime_of(folder), models[1], saves=True)
+    assert replace_attention(runtime_of(folder), models[1], saves=True)
     return models[0], models[1]
 
 
@@ -142,7 +144,7 @@ def test_long_rows_are_attended_block_by_block(kind: str, tmp_path: Path, monkey
     before = padded_scores(model, *batch)
     wished = gradients(model, before.sum())
     monkeypatch.setattr("pipeline.training.flat.BLOCK", 2)
-    assert wanted(runtime_of(tmp_path), model, saves=True)
+    assert replace_attention(runtime_of(tmp_path), model, saves=True)
     after = flat_scores(model, *batch)
     assert torch.allclose(before, after, atol=3e-6)
     found = gradients(model, after.sum())
@@ -181,13 +183,24 @@ def test_rows_in_one_line_have_the_loss_of_padded_rows(pair: tuple[Any, Any], le
     assert torch.allclose(before.log_probs.sum(), after.log_probs.sum(), atol=5e-5)
 
 
-def test_what_cannot_be_replaced_is_padded(tmp_path: Path) -> None:
-    capped = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma2", **SMALL), attn_implementation="sdpa")
-    kept = capped.config._attn_implementation
-    assert not can_be_flat(capped)  # its scores have a soft cap
+OTHERS: dict[str, dict[str, Any]] = {
+    "gemma2": {},  # its scores have a soft cap
+    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1},  # it attends to sinks, too
+    "recurrent_gemma": {"lru_width": 64, "attention_window_size": 8},  # a state leads from token to token
+    "llama4_text": {},  # chunks
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_cannot_be_replaced_is_padded(kind: str, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        config = AutoConfig.for_model(kind, **SMALL, **OTHERS[kind])
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    assert not is_plain(model)
+    assert not replace_attention(runtime_of(tmp_path), model, saves=True)
     runtime = runtime_of(tmp_path, "padding_free=true")
-    assert not wanted(runtime, capped, saves=True)
-    assert capped.config._attn_implementation == kept
+    assert not replace_attention(runtime, model, saves=True)
+    assert model.config._attn_implementation == "eager"
     assert "cannot be replaced" in runtime.progress.now.warnings[0]
 
 
@@ -197,7 +210,7 @@ def test_what_cannot_be_replaced_is_padded(tmp_path: Path) -> None:
 )
 def test_the_setting_decides(word: str, saves: bool, found: bool, tmp_path: Path) -> None:
     model = make_model("qwen2", "full", tmp_path, checkpointing=False)
-    assert wanted(runtime_of(tmp_path, f"padding_free={word}"), model, saves=saves) == found
+    assert replace_attention(runtime_of(tmp_path, f"padding_free={word}"), model, saves=saves) == found
     assert (model.config._attn_implementation != "sdpa") == found
 
 
@@ -272,20 +285,20 @@ def test_completions_without_a_gradient_are_not_computed_and_nothing_else_change
     folder: Path, loss_type: str, old: bool, advantages: list[float], flat: bool
 ) -> None:
     plain, ours = trainer_of(GRPOTrainer, folder, loss_type), trainer_of(EngineTrainer, folder, loss_type)
-    ours.flat = flat and wanted(runtime_of(folder), ours.model, saves=True)
+    ours.flat = flat and replace_attention(runtime_of(folder), ours.model, saves=True)
     batch = rollouts(advantages, old=old)
     loss = plain._compute_loss(plain.model, batch)
     wished = gradients(plain.model, loss)
     read: list[int] = []
-    ours.model.get_input_embeddings().register_forward_hook(
-        lambda _, tokens, __: read.append(tokens[0].shape[0] if not flat else tokens[0].numel())
-    )
+    ours.model.get_input_embeddings().register_forward_hook(lambda _, tokens, __: read.append(tokens[0].numel()))
     mine = ours._compute_loss(ours.model, batch)
     assert torch.allclose(loss, mine, atol=1e-6)
     found = gradients(ours.model, mine)
     assert all(torch.allclose(wished[name], found[name], atol=1e-6) for name in wished)
     useful = sum(one != 0 for one in advantages)
-    assert read == [max(useful, 1)] if not flat else read[0] <= {0: 2, 2: 8, 4: 14}[useful]
+    width = batch["prompt_ids"].shape[1] + batch["completion_ids"].shape[1]
+    lines = {0: 1, 2: 3 + 3 + 1, 4: 3 + 3 + 1 + 1 + 2 + 3}  # of prompts but for their last token, and of completions
+    assert read == [lines[useful] if flat else 2 if not useful else useful * width]
     entropies = [trainer._metrics["train"]["entropy"] for trainer in (plain, ours)]
     assert not entropies[1] if not useful else useful < 4 or entropies[0] == pytest.approx(entropies[1])
 

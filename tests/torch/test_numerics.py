@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from recipes import cluster_of, recipe_of
 from running import NANO
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import sdpa_attention
 from trl.kernels import chunked_logprob
+from trl.trainer import utils
 
 from pipeline import preprocess, sft
 from pipeline.config.cluster import read_cluster
@@ -30,7 +32,7 @@ from pipeline.training.callbacks import (
     ProgressCallback,
 )
 from pipeline.training.saves import CheckpointCallback
-from pipeline.training.trainer import load_for_training, raise_if_training_failed
+from pipeline.training.trainer import LEAST_BUCKET, deepspeed_settings, load_for_training, raise_if_training_failed
 from pipeline.workflow.artifact import STOP, Artifact
 from pipeline.workflow.plan import make_plan
 from pipeline.workflow.progress import ProgressFile, read_progress
@@ -207,6 +209,47 @@ def test_without_a_compiler_or_headers_torch_computes_the_head(
     (line,) = capsys.readouterr().out.splitlines()
     assert sentence in line
     assert "Fix: load a compiler module" in line
+
+
+def test_the_head_scores_what_has_a_label_and_nothing_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Triton, TRL would score prompts and padding too."""
+    kernels.choose_head()
+    model = load_model(find_checkpoint(str(folder)), MODEL, dtype=torch.float32)
+    utils.add_fused_lm_head(model)
+    scored = []
+
+    class Spy(chunked_logprob.ChunkedLogProbFunction):  # type: ignore[misc]
+        @staticmethod
+        def forward(ctx: Any, hidden: torch.Tensor, *words: Any) -> Any:
+            scored.append(len(hidden))
+            return chunked_logprob.ChunkedLogProbFunction.forward(ctx, hidden, *words)
+
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Spy)
+    ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 0, 0]])
+    labels = torch.tensor([[-100, -100, -100, 8, 9], [-100, -100, 7, -100, -100]])
+    found = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
+    assert scored == [3]
+    assert (found != 0).sum() == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "found"),
+    [
+        ("tiny", "auto", LEAST_BUCKET),
+        ("deepseek7b", "auto", "auto"),  # the square of its width is more
+        ("tiny", 1000, 1000),
+        ("tiny", None, None),  # a file of the user's that does not name it
+    ],
+)
+def test_a_small_models_gradients_are_summed_together(
+    name: str, given: object, found: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zero = {"stage": 2} if given is None else {"stage": 2, "reduce_bucket_size": given}
+    monkeypatch.setattr("pipeline.training.trainer.read_deepspeed", lambda _: {"zero_optimization": zero})
+    recipe = recipe_of(name)
+    settings = deepspeed_settings(recipe.model, recipe.grpo.optimizer, cluster_of("local").grpo)
+    assert settings is not None
+    assert settings["zero_optimization"].get("reduce_bucket_size") == found
 
 
 def test_a_cache_that_belongs_to_someone_else_is_not_used(on_cuda: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from running import ROOT
 
+from pipeline.launchers.torchrun import single_rank
 from pipeline.training import operators
 from pipeline.training.operators import BATON, clear_stale, locked
 
@@ -116,3 +117,20 @@ def test_setup_builds_the_operator_beside_a_stale_lock(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert f"removed {folder / BATON}" in done.stdout
     assert "cannot be built: no C++ compiler (no-such-compiler); gloo is used instead" in done.stdout
+
+
+MUON = """\
+from pipeline.training import distributed
+distributed.start(deepspeed=True)
+from deepspeed.runtime.zero.muon import original_muon
+print("compiled" if hasattr(original_muon.zeropower_via_newtonschulz5, "_torchdynamo_orig_callable") else "eager")
+"""
+
+
+def test_muons_products_are_not_compiled_on_a_cpu() -> None:
+    """That would take half a minute of a first start, and gain nothing."""
+    settings = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), **single_rank()}
+    done = subprocess.run(
+        [sys.executable, "-c", MUON], env={**os.environ, **settings}, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout.splitlines()[-1] == "eager", done.stderr
