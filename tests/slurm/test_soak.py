@@ -13,7 +13,7 @@ from slurm_lab import Lab, copy_steps
 from soak import Record, disturb, result
 from soak_faults import FAULTS, INPUTS, Trial
 
-SETTINGS = [*NANO, "grpo.max_steps=40", "cluster.save_steps=3", "cluster.hang_timeout=8"]
+SETTINGS = [*NANO, "grpo.max_steps=100", "cluster.save_steps=3", "cluster.hang_timeout=8"]  # longer than both faults
 CHOSEN = [  # those that Slurm or the launcher answers without the user
     "rank 1 out of host memory",
     "preempted by CANCEL, 20 s of grace",

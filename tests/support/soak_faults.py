@@ -222,16 +222,26 @@ def in_a_save(fault: Callable[[Trial], None]) -> Callable[[Trial], None]:
 
 
 def out_of_memory(trial: Trial) -> None:
-    """Have the kernel kill rank 1 for memory: it and its parent move to a memory cgroup without room."""
+    """Have the kernel kill rank 1 for memory, in a memory cgroup without room.
+
+    What it holds already is charged elsewhere, and its allocator may ask for nothing more, so another process of the
+    group asks: the kernel takes rank 1, the largest of the two, then that one. Its parent joins before it can notice.
+    """
     group = Path("/sys/fs/cgroup/memory") / f"soak-{os.getpid()}-{time.time_ns()}"
     group.mkdir()
     (group / "memory.limit_in_bytes").write_text(str(6 << 20))
     pid = trial.ranks()[1]
     parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    for one in (parent, pid):
-        (group / "cgroup.procs").write_text(str(one))
-    wait(lambda: not Path(f"/proc/{pid}").exists(), 60, "kill for memory")
-    (group / "memory.limit_in_bytes").write_text("-1")  # its parent goes on
+    kill([parent], signal.SIGSTOP)
+    try:
+        (group / "cgroup.procs").write_text(str(pid))
+        greedy = ["sh", "-c", f"echo $$ > {group}/cgroup.procs && exec tail /dev/zero"]
+        subprocess.run(greedy, stderr=subprocess.DEVNULL, timeout=60)
+        wait(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z", 30, "kill of rank 1")
+        (group / "memory.limit_in_bytes").write_text("-1")  # its parent goes on
+        (group / "cgroup.procs").write_text(str(parent))
+    finally:
+        kill([parent], signal.SIGCONT)
 
     def leave() -> None:
         for one in (group / "cgroup.procs").read_text().split():
