@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.cli.plans import evaluation_plan_of, export_plan_of, plan_of, refuse_what_would_fail, typed_again
 from pipeline.cli.results import show_end, show_export, show_metrics, show_plan
 from pipeline.core import slurm_client as slurm
-from pipeline.core.errors import (
-    PlanError,
-)
+from pipeline.core.errors import PlanError
 from pipeline.workflow import refresh
 from pipeline.workflow.jobs import record_job
-from pipeline.workflow.plan import RUNS, Plan, spec_of
+from pipeline.workflow.plan import RUNS, Plan, Step, spec_of
+from pipeline.workflow.progress import format_duration
 from pipeline.workflow.stage import STAGES, write_spec
 
 
@@ -143,6 +145,7 @@ def prepare_command(args: argparse.Namespace) -> int:
     todo = [step for step in steps if not step.done]
     if job:
         refuse_what_would_fail(plan)
+        _note_early_signal(plan, todo)
         record_job([step.folder for step in todo], job)
     for step in todo:
         write_spec(step.folder, spec_of(step, plan.cluster))
@@ -153,6 +156,24 @@ def prepare_command(args: argparse.Namespace) -> int:
         print("".join(f"{step.label}: done already\n" for step in steps if step.done), end="", file=sys.stderr)
     print(told, end="")
     return 0
+
+
+def _note_early_signal(plan: Plan, todo: Sequence[Step]) -> None:
+    """Say where a time limit of the command line is shorter than the warning of the script's own --signal.
+
+    Slurm then signals half a minute after the start, and the step saves and starts again without end.
+    """
+    end = slurm.job_end()
+    left = math.inf if end is None else end - time.time()
+    for step in todo:
+        warning = plan.cluster.slurm.save_seconds(step.stage)
+        if left <= warning and STAGES[step.stage].resumable:
+            print(
+                f"note: {step.label}: {format_duration(left)} are left to this job, and it is signalled to save "
+                f"{format_duration(warning)} before the limit, which is at once. "
+                f"Fix: sbatch --signal=B:USR1@{max(30, int(left) // 4)} … (or a longer --time)",
+                file=sys.stderr,
+            )
 
 
 def _of_this_job() -> list[str]:

@@ -574,6 +574,19 @@ def test_a_job_is_as_wide_as_slurm_made_it_and_starts_again_with_what_it_resolve
     assert other != str(folder)
 
 
+@pytest.mark.parametrize(("minutes", "told"), [(10, True), (90, False)])
+def test_a_limit_shorter_than_the_scripts_warning_is_said(tmp_path: Path, fake: Path, minutes: int, told: bool) -> None:
+    """sbatch --time=10 slurm/sft.slurm: Slurm would signal at once, and the job save and start again without end."""
+    (fake / "jobs.json").write_text(json.dumps({"7": {"state": "RUNNING", "reason": ""}}))
+    here = ["--cluster", "slurm", "tiny", "cluster.slurm.signal_before_limit=900", "--runs", str(tmp_path / "runs")]
+    env = {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(int(time.time()) + 60 * minutes)}
+    done = run_cli("prepare", "--stages", "preprocess,sft", *here, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "preprocess: " not in done.stderr  # it has nothing to save
+    assert ("tiny/sft: " in done.stderr and "signalled to save 15:00 before the limit" in done.stderr) is told
+    assert ("Fix: sbatch --signal=B:USR1@1" in done.stderr) is told
+
+
 def test_a_step_that_is_queued_is_not_taken_by_another_job(tmp_path: Path, fake: Path) -> None:
     run_plan(plan_of(tmp_path, stages=("preprocess",)))
     words = ["prepare", "--stages", "preprocess", "--cluster", "slurm", "tiny", "--runs", str(tmp_path / "runs")]
