@@ -9,7 +9,7 @@ tokenizer trained on the rows. A GGUF file is unpacked to `model/`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,9 +74,16 @@ def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runt
         from pipeline.models.loading import make_random_model
 
         runtime.progress.update(note="training the tokenizer")
-        texts = tokenizer_texts(task, splits.sft[:: max(1, len(splits.sft) // TOKENIZER_ROWS)] or splits.grpo)
-        template = recipe.model.chat_template or "think"
-        metrics["parameters"] = make_random_model(recipe.model.random_init, texts, template, out / "model", recipe.seed)
+        some = splits.sft[:: max(1, len(splits.sft) // TOKENIZER_ROWS)] or splits.grpo
+        prompts = [message["content"] for example in some for message in task.messages(example)]
+        metrics["parameters"] = make_random_model(
+            recipe.model.random_init,
+            (example.target for example in some),
+            recipe.model.chat_template or "think",
+            out / "model",
+            recipe.seed,
+            prompts,
+        )
     # ---- or one from a file
     if recipe.model.gguf:
         from pipeline.models.loading import unpack_gguf
@@ -156,13 +163,6 @@ def write_rows(task: Task, examples: Iterable[Example], path: Path) -> None:
     """Examples as records; the same examples give the same bytes."""
     table = pa.Table.from_pylist(list(rows(task, list(examples))))
     pq.write_table(table, path, compression="zstd")
-
-
-def tokenizer_texts(task: Task, examples: list[Example]) -> Iterator[str]:
-    for example in examples:
-        for message in task.messages(example):
-            yield message["content"]
-        yield example.target
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -490,14 +491,19 @@ def unpack_gguf(model: Model, out: Path) -> int:
 # ---------------------------------------------------------------- random initialisation
 
 
-def make_random_model(scratch: RandomInit, texts: Iterable[str], template: str, out: Path, seed: int) -> int:
-    """Train a tokenizer on `texts`, initialise weights at random, and save both as a model folder.
+def make_random_model(
+    scratch: RandomInit, texts: Iterable[str], template: str, out: Path, seed: int, prompts: Iterable[str] = ()
+) -> int:
+    """Train a tokenizer on `texts` and `prompts`, initialise weights at random, and save both as a model folder.
 
     Returns the number of parameters. The tokenizer is a byte-level BPE over words with their leading space, so it
-    encodes any text; words that are frequent in the task become one token.
+    encodes any text; words that are frequent in the task become one token, and with `tokens: phrases` so do phrases
+    of the prompts.
     """
     chat_template = read_template(template)
-    tokenizer = train_tokenizer(texts, scratch.vocabulary, special_in(chat_template))
+    phrases = scratch.tokens == "phrases"
+    texts, prompts = (texts, prompts) if phrases else (chain(prompts, texts), ())
+    tokenizer = train_tokenizer(texts, scratch.vocabulary, special_in(chat_template), prompts)
     tokenizer.chat_template = chat_template
     tokenizer.eos_token = end_of_turn(tokenizer)
     tokenizer.model_max_length = scratch.context
@@ -524,20 +530,50 @@ def make_random_model(scratch: RandomInit, texts: Iterable[str], template: str, 
     model = AutoModelForCausalLM.from_config(config, **NO_CODE)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    if phrases:
+        check_split(tokenizer, scratch.architecture, out)
     return int(model.num_parameters())
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int, special: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+def check_split(tokenizer: PreTrainedTokenizerFast, architecture: str, out: Path) -> None:
+    """Raise RecipeError where transformers loads the tokenizer of `out` with another split than it was trained with.
+
+    For some architectures it takes that of their published models, whatever the file says: no phrase is ever found.
+    """
+    loaded = AutoTokenizer.from_pretrained(out, **NO_CODE).backend_tokenizer.pre_tokenizer
+    if str(loaded) != str(tokenizer.backend_tokenizer.pre_tokenizer):
+        raise RecipeError(
+            f"model.random_init.tokens: got phrases with architecture {architecture}, whose tokenizers transformers "
+            "always splits into words. Fix: model.random_init.architecture=llama, or model.random_init.tokens=words"
+        )
+
+
+# a word with its leading space
+WORD = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"
+# words in a row, without punctuation and names of variables, which are single capital letters
+PHRASE = r" ?\b\p{Lu}\b|(?:(?! ?\b\p{Lu}\b) ?[\p{L}\p{N}]+)+| ?[^\s\p{L}\p{N}]+|\s"
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocabulary: int, special: Sequence[str] = (), prompts: Iterable[str] = ()
+) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer of at most `vocabulary` tokens; equal texts give an equal tokenizer.
 
-    `special` are a chat template's special tokens, in addition to the project's.
+    `special` are a chat template's special tokens, in addition to the project's. Of `prompts`, whole phrases become
+    tokens (superword BPE, Liu et al. 2025), but never with the name of a variable: attention looks up facts, not
+    words. Of `texts` only words do, because each word of an answer is a decision of the model.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    words = pre_tokenizers.Split(Regex(WORD), "isolated")
+    prompts = list(prompts)
+    corpus: Iterable[str] = texts
+    if prompts:
+        corpus = chain(prompts, (word for text in texts for word, _ in words.pre_tokenize_str(text)))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"), "isolated"),
+            pre_tokenizers.Split(Regex(PHRASE), "isolated") if prompts else words,
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -548,7 +584,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, special: Sequence[str
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in THINK_TAGS])
     roles = list(dict.fromkeys([*ROLE_TOKENS, *special]))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS, additional_special_tokens=roles)

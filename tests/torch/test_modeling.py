@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pipeline.config.architectures import ARCHITECTURES, ModelType
 from pipeline.config.recipe import Lora, Model, RandomInit, Recipe, read
 from pipeline.core.errors import ArtifactError, RecipeError
 from pipeline.models.loading import (
@@ -88,6 +89,47 @@ def test_any_text_can_be_read_and_frequent_words_are_one_token() -> None:
     kept = tokenizer.decode(tokenizer.encode("x</think>y<|end|>"), skip_special_tokens=True)
     assert kept == "x</think>y"  # the tags are text: rewards have to see them
     assert train_tokenizer([*TEXTS * 50], 400).get_vocab() == tokenizer.get_vocab()
+
+
+def test_phrases_of_prompts_are_one_token_and_words_of_answers_are() -> None:
+    prompts = ["A correlates with B. However, A and C are independent given B."] * 20
+    answers = ["A B linked. A C apart given B."] * 20
+    tokenizer = train_tokenizer(answers, 600, prompts=prompts)
+    whole = tokenizer.tokenize("C correlates with A. B and C are independent given A.")
+    assert [word.replace("Ġ", "_") for word in whole] == [
+        *("C", "_correlates_with", "_A", ".", "_B", "_and", "_C", "_are_independent_given", "_A", ".")
+    ]
+    assert len(tokenizer.encode(" A C apart given B.")) == len([" A", " C", " apart", " given", " B", "."])
+    strange = "naïve → 你好 \t«x»  12345 CamelCase A1 Ärger\n\n"
+    assert tokenizer.decode(tokenizer.encode(strange)) == strange
+    assert train_tokenizer(answers, 600, prompts=prompts).get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_a_tokenizer_with_phrases_is_loaded_as_it_was_trained_or_refused(
+    architecture: ModelType, tmp_path: Path
+) -> None:
+    texts, prompts = ["A B linked."] * 20, ["A correlates with B."] * 20
+    scratch = RandomInit(architecture, 600, 32, 1, 2, 2, 64, 128, 10000.0, 0.02, "phrases")
+    if architecture == "qwen2":
+        with pytest.raises(RecipeError, match=r"random_init\.tokens: got phrases with architecture qwen2, .*=llama"):
+            make_random_model(scratch, texts, "think", tmp_path, 1, prompts)
+        return
+    make_random_model(scratch, texts, "think", tmp_path, 1, prompts)
+    tokenizer = load_tokenizer(find_checkpoint(str(tmp_path)), MODEL)
+    assert len(tokenizer.encode(" correlates with", add_special_tokens=False)) == 1
+
+
+def test_the_tokenizer_of_words_is_what_it_was(tmp_path: Path) -> None:
+    """Prompts and answers apart give the tokens of both together: what was trained keeps its fingerprint."""
+    scratch = RandomInit("qwen2", 600, 32, 1, 2, 2, 64, 128, 10000.0, 0.02)
+    for name, texts, prompts in (
+        ("one", TEXTS[:1] * 20, TEXTS[1:] * 20),
+        ("all", [*TEXTS[:1] * 20, *TEXTS[1:] * 20], []),
+    ):
+        make_random_model(scratch, texts, "think", tmp_path / name, 1, prompts)
+    one, both = ((tmp_path / name / "tokenizer.json").read_bytes() for name in ("one", "all"))
+    assert one == both
 
 
 def test_pad_is_not_the_stop_token(folder: Path) -> None:
