@@ -59,8 +59,7 @@ class RandomInit:
     context: PositiveInt  # tokens
     rope_theta: PositiveFloat
     initializer_range: PositiveFloat
-    # of the prompts, a frequent phrase may be one token; never with the name of a variable (superword BPE)
-    tokens: Literal["words", "phrases"] = added("words")
+    tokens: Literal["words", "phrases"] = added("words")  # phrases: a frequent phrase of the prompts is one token
 
 
 @dataclass(frozen=True)

@@ -143,8 +143,7 @@ def wait_for_end(runs: Path, seconds: float = 400) -> dict[str, dict[str, Any]]:
 
 def has_ended(job: str) -> bool:
     """Whether a job is over, and its epilogue too; one that Slurm starts again is not, in any of its states between."""
-    state = slurm("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
-    return state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "PREEMPTED")
+    return slurm("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T") in slurm_client.FINAL_STATES
 
 
 def copy_steps(source: Path, runs: Path, *names: str) -> None:

@@ -222,7 +222,7 @@ def in_a_save(fault: Callable[[Trial], None]) -> Callable[[Trial], None]:
 
 
 def out_of_memory(trial: Trial) -> None:
-    """Have the kernel kill rank 1 for memory, in a memory cgroup without room.
+    """Have the kernel kill rank 1 for memory, in a memory cgroup whose limit is reached.
 
     What it holds already is charged elsewhere, and its allocator may ask for nothing more, so another process of the
     group asks: the kernel takes rank 1, the largest of the two, then that one. Its parent joins before it can notice.
@@ -238,7 +238,7 @@ def out_of_memory(trial: Trial) -> None:
         greedy = ["sh", "-c", f"echo $$ > {group}/cgroup.procs && exec tail /dev/zero"]
         subprocess.run(greedy, stderr=subprocess.DEVNULL, timeout=60)
         wait(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z", 30, "kill of rank 1")
-        (group / "memory.limit_in_bytes").write_text("-1")  # its parent goes on
+        (group / "memory.limit_in_bytes").write_text("-1")  # its parent continues
         (group / "cgroup.procs").write_text(str(parent))
     finally:
         kill([parent], signal.SIGCONT)

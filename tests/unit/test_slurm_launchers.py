@@ -574,8 +574,10 @@ def test_a_job_is_as_wide_as_slurm_made_it_and_starts_again_with_what_it_resolve
     assert other != str(folder)
 
 
-@pytest.mark.parametrize(("minutes", "told"), [(10, True), (90, False)])
-def test_a_limit_shorter_than_the_scripts_warning_is_said(tmp_path: Path, fake: Path, minutes: int, told: bool) -> None:
+@pytest.mark.parametrize(("minutes", "noted"), [(10, True), (90, False)])
+def test_a_limit_shorter_than_the_scripts_warning_is_noted(
+    tmp_path: Path, fake: Path, minutes: int, noted: bool
+) -> None:
     """sbatch --time=10 slurm/sft.slurm: Slurm would signal at once, and the job save and start again without end."""
     (fake / "jobs.json").write_text(json.dumps({"7": {"state": "RUNNING", "reason": ""}}))
     here = ["--cluster", "slurm", "tiny", "cluster.slurm.signal_before_limit=900", "--runs", str(tmp_path / "runs")]
@@ -583,8 +585,8 @@ def test_a_limit_shorter_than_the_scripts_warning_is_said(tmp_path: Path, fake: 
     done = run_cli("prepare", "--stages", "preprocess,sft", *here, env=env)
     assert done.returncode == 0, done.stderr
     assert "preprocess: " not in done.stderr  # it has nothing to save
-    assert ("tiny/sft: " in done.stderr and "signalled to save 15:00 before the limit" in done.stderr) is told
-    assert ("Fix: sbatch --signal=B:USR1@1" in done.stderr) is told
+    assert ("tiny/sft: " in done.stderr and "signalled to save 15:00 before the limit" in done.stderr) is noted
+    assert ("Fix: sbatch --signal=B:USR1@1" in done.stderr) is noted
 
 
 def test_a_step_that_is_queued_is_not_taken_by_another_job(tmp_path: Path, fake: Path) -> None:
