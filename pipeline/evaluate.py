@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
-PROGRESS_METRICS = ("f1", "balanced_accuracy", "accuracy", "proxy", "preference", "unanswered")
+PROGRESS_METRICS = ("f1", "balanced_accuracy", "accuracy", "valid_proofs", "proxy", "preference", "unanswered")
 
 
 def run(recipe: Recipe, inputs: Mapping[str, Artifact], out: Path, runtime: Runtime) -> dict[str, Any]:
@@ -182,6 +182,7 @@ def answer_rows(
                 reason=verdict.reason,
                 solved=task.solve(example),
                 thought=has_thought(completion.text, model.prompt_opens_think),
+                proof=task.check_thought(example, completion.text, model.prompt_opens_think),
                 preferred=model.prefers(row) if answer.sample == 0 else None,
                 completion=completion.text,
                 tokens=completion.tokens,

@@ -230,7 +230,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--copies", type=int, default=1, metavar="K", help="each claim under K renamings (default: 1)")
-    sub.add_argument("--proofs", choices=["none", "short", "full"], default="none", help="in the completions")
+    sub.add_argument("--proofs", choices=["none", "short", "full", "steps"], default="none", help="in the completions")
     sub.add_argument("--processes", type=int, default=1, metavar="P", help="the bytes do not depend on it")
     return top
 

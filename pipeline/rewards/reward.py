@@ -30,6 +30,7 @@ class Sample:
     truncated: bool  # whether it reached the length limit
     grade: Grade
     well_formed: bool
+    check: Callable[[], float | None] = lambda: None  # Task.check_thought of it, called where a reward wants it
 
     @property
     def verdict(self) -> Grade:
@@ -56,6 +57,7 @@ def make_sample(task: Task, example: Example, completion: str, prompt_opens_thin
         truncated,
         task.judge(example, completion, prompt_opens_think, truncated),
         not truncated and task.is_well_formed(completion, prompt_opens_think),
+        lambda: task.check_thought(example, completion, prompt_opens_think),
     )
 
 
@@ -83,7 +85,7 @@ def find_rewards(wanted: Mapping[str, Reward]) -> tuple[dict[str, RewardFunction
         found[name] = partial(function, **reward.params)
     others = sum(reward.weight for name, reward in wanted.items() if name != "correctness")
     correctness = wanted["correctness"].weight if "correctness" in wanted else 0.0
-    if "structure" in wanted and others >= correctness:
+    if {"structure", "proof"} & wanted.keys() and others >= correctness:
         problems.append(
             f"grpo.rewards: the others weigh {others:g}, correctness {correctness:g}: a good thought with the wrong "
             "verdict could earn as much as the right one. Fix: keep their sum below correctness"

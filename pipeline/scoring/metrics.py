@@ -29,7 +29,17 @@ from pipeline.scoring.results import Baselines, Figure, Metrics, ModelResult, Un
 
 Array = NDArray[np.float64]
 
-MAIN_METRICS = ("f1", "balanced_accuracy", "mcc", "accuracy", "proxy", "preference", "unanswered", "tokens")
+MAIN_METRICS = (
+    "f1",
+    "balanced_accuracy",
+    "mcc",
+    "accuracy",
+    "valid_proofs",
+    "proxy",
+    "preference",
+    "unanswered",
+    "tokens",
+)
 CLASS_METRICS = ("f1", "balanced_accuracy", "mcc", "precision", "recall")  # only with a positive class
 LOWER_IS_BETTER = ("unanswered",)
 TITLES = {
@@ -40,6 +50,7 @@ TITLES = {
     "proxy": "match (proxy)",
     "precision": "precision",
     "recall": "recall",
+    "valid_proofs": "valid proofs",
     "preference": "preference accuracy",
     "thoughts": "answers with a thought",
     "validation_loss": "validation loss",
@@ -62,6 +73,7 @@ class Outcome:
     tokens: int  # of the completion
     proxy: bool | None = None  # what stands in for `correct` where that is None
     thought: bool = False  # whether the completion thinks before it answers
+    proved: bool | None = None  # whether the thought is a valid proof of the verdict; None without a checker
     preferred: bool | None = None  # whether the gold answer is likelier than the rejected one; None without one
     sample: int = 0
     answer: str | None = None  # as it was read
@@ -79,6 +91,7 @@ def outcome_of(prediction: Prediction, positive: str | None) -> Outcome:
         tokens=prediction.tokens,
         proxy=None if prediction.proxy is None else prediction.proxy and answered,
         thought=prediction.thought,
+        proved=None if prediction.proof is None else prediction.proof == 1,
         preferred=prediction.preferred,
         sample=prediction.sample,
         answer=prediction.answer,
@@ -105,6 +118,8 @@ class Counts:
     proxy_matches: Array = field(default_factory=_zero)
     tokens: Array = field(default_factory=_zero)
     thoughts: Array = field(default_factory=_zero)  # rows with a thought
+    checked: Array = field(default_factory=_zero)  # rows whose thought was checked step by step
+    proved: Array = field(default_factory=_zero)  # of them, rows with a valid proof
     with_rejected: Array = field(default_factory=_zero)  # rows with a rejected answer
     preferred: Array = field(default_factory=_zero)  # of them, rows whose gold answer is likelier
 
@@ -130,6 +145,8 @@ def count_groups(outcomes: Sequence[Outcome], groups: Sequence[str]) -> Counts:
             counts.proxy_matches[group] += share * (outcome.proxy is True)
         counts.tokens[group] += share * outcome.tokens
         counts.thoughts[group] += share * outcome.thought
+        counts.checked[group] += share * (outcome.proved is not None)
+        counts.proved[group] += share * (outcome.proved is True)
         counts.with_rejected[group] += share * (outcome.preferred is not None)
         counts.preferred[group] += share * (outcome.preferred is True)
     return counts
@@ -233,6 +250,7 @@ def compute_metrics(c: Counts) -> dict[str, Array]:
         "precision": _ratio(c.true_positive, predicted_yes),
         "recall": recall,
         "proxy": _ratio(c.proxy_matches, c.with_proxy),
+        "valid_proofs": _ratio(c.proved, c.checked),
         "preference": _ratio(c.preferred, c.with_rejected),
         "thoughts": _ratio(c.thoughts, rows),
         "unanswered": _ratio(unanswered + c.unverified_unanswered, rows),
@@ -252,6 +270,7 @@ def applicable_metrics(outcomes: Sequence[Outcome]) -> list[str]:
     left_out = {name for name in CLASS_METRICS if not classes}
     left_out |= set() if verified else {"accuracy"}
     left_out |= set() if any(outcome.proxy is not None for outcome in outcomes) else {"proxy"}
+    left_out |= set() if any(outcome.proved is not None for outcome in outcomes) else {"valid_proofs"}
     left_out |= set() if any(outcome.preferred is not None for outcome in outcomes) else {"preference"}
     return [name for name in METRICS if name not in left_out]
 

@@ -38,6 +38,7 @@ class Prediction:
     reason: str | None = None  # why nothing could be read: a key of reading.REASONS
     solved: str | None = None  # the answer of the task's exact program, where it has one
     thought: bool = False  # whether the completion thinks before it answers
+    proof: float | None = None  # share of the thought's steps before the first that does not follow; 1: a valid proof
     preferred: bool | None = None  # whether the gold answer is likelier than the rejected one; None without one
     completion: str = ""
     tokens: int  # of the completion

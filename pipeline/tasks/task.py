@@ -13,7 +13,7 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ import pipeline.tasks
 from pipeline import former_names
 from pipeline.config.recipe import TaskChoice
 from pipeline.core.errors import DataError, RecipeError, did_you_mean, join_first
+from pipeline.core.hashing import plain
 from pipeline.core.schema import Constraint, parse
 from pipeline.scoring.answers import CLOSE, OPEN
 from pipeline.scoring.reading import REASONS, plain_characters
@@ -158,6 +159,14 @@ class Task(ABC):
 
     def solve(self, example: Example) -> str | None:
         """Return the answer of an exact solver, which the report lists as a baseline; None if the task has none."""
+        return None
+
+    def check_thought(self, example: Example, completion: str, prompt_opens_think: bool) -> float | None:
+        """Return the share of the thought's steps before the first that does not follow; None without a checker.
+
+        It is 1 only for a valid proof of the answer that is given. The report shows the share of valid proofs, because
+        a right answer can be a guess; the reward `proof` pays for them.
+        """
         return None
 
     def row_problem(self, values: Any) -> str | None:
@@ -471,8 +480,9 @@ def task_of(choice: TaskChoice, seed: int) -> Task:
 
 
 def resolved_params(task: Task) -> dict[str, Any]:
-    """Return the task's settings with every default filled in, as they enter a fingerprint."""
-    return asdict(task.params)
+    """Return the task's settings with every default filled in, but for neutral ones that were added later."""
+    found: dict[str, Any] = plain(task.params)
+    return found
 
 
 def rows(task: Task, examples: list[Example]) -> Iterator[dict[str, Any]]:

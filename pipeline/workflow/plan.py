@@ -223,7 +223,7 @@ def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def with_task_params(recipe: Recipe) -> Recipe:
     """The recipe with every setting of its task filled in, so that a changed default is a changed identity."""
-    params = plain(resolved_params(task_of(recipe.task, recipe.seed)))
+    params = resolved_params(task_of(recipe.task, recipe.seed))
     return replace(recipe, task=replace(recipe.task, params=params))
 
 

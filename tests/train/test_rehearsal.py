@@ -86,7 +86,9 @@ def test_every_recipe_makes_its_rows_and_its_small_model(name: str, tmp_path: Pa
     runtime = Runtime(plan.cluster, ProgressFile(None, step.name), 0, 1, step.folder, None, None)
     preprocess.run(step.recipe, {}, step.folder, runtime)
     config = read_json(step.folder / "model" / "config.json")
-    assert config["model_type"] == (model_config(recipe_of(name).model) or {"model_type": "qwen2"})["model_type"]
+    model = recipe_of(name).model
+    small = {"model_type": model.random_init.architecture if model.random_init else "qwen2"}
+    assert config["model_type"] == (model_config(model) or small)["model_type"]
     tokenizer = load_tokenizer(find_checkpoint(str(step.folder / "model")), step.recipe.model)
     for split in ("sft", "grpo"):
         rows = read_split(Artifact("preprocess", "preprocess", name, "", {}, {}, {}, {}, {}, step.folder), split)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from itertools import permutations
+from string import ascii_uppercase
 
 import pytest
 from hypothesis import given, settings
@@ -15,10 +16,12 @@ from pipeline.scoring.answers import split_thought
 from pipeline.tasks.corr2cause import Corr2Cause, wording
 from pipeline.tasks.corr2cause.graphs import RELATIONS, EquivalenceClass, Semantics, classes, sampled
 from pipeline.tasks.corr2cause.parse_premise import Claim
+from pipeline.tasks.corr2cause.parse_thought import agreement, read_structure, true_structure
 from pipeline.tasks.corr2cause.proof_checker import check_proof
-from pipeline.tasks.corr2cause.proof_writer import write_proof
-from pipeline.tasks.task import Example, task_of
+from pipeline.tasks.corr2cause.proof_writer import Form, write_proof
+from pipeline.tasks.task import Example, resolved_params, task_of
 
+FORMS: tuple[Form, ...] = ("full", "short", "steps")
 MEANINGS = (Semantics(), Semantics("strict", "descendant", "ancestor"), Semantics("strict", "child", "parent"))
 
 
@@ -34,14 +37,14 @@ def gold(mec: EquivalenceClass, relation: str, i: int, j: int, semantics: Semant
     return "Unknown" if three and mec.allows(relation, i, j, semantics) else "No"
 
 
-def told(mec: EquivalenceClass, *asked: object, short: bool = False, three: bool = False) -> str:
+def told(mec: EquivalenceClass, *asked: object, form: Form = "full", three: bool = False) -> str:
     relation, i, j, semantics = asked
     assert isinstance(relation, str)
     assert isinstance(i, int)
     assert isinstance(j, int)
     assert isinstance(semantics, Semantics)
     claim = Claim(relation, i, j)
-    return write_proof(mec, "ABCDEFGHIJ"[: mec.n], claim, None, semantics, short=short, three=three)
+    return write_proof(mec, "ABCDEFGHIJ"[: mec.n], claim, None, semantics, form=form, three=three)
 
 
 @pytest.mark.slow
@@ -52,11 +55,11 @@ def test_every_proof_of_every_length_in_every_semantics_is_valid(n: int, three: 
         for relation in RELATIONS:
             for i, j in permutations(range(n), 2):
                 for semantics in MEANINGS:
-                    for short in (False, True):
+                    for form in FORMS:
                         asked = (relation, i, j, semantics)
                         found = check_proof(
                             question(mec, relation, i, j),
-                            told(mec, *asked, short=short, three=three),
+                            told(mec, *asked, form=form, three=three),
                             semantics,
                             three=three,
                         )
@@ -74,7 +77,7 @@ def test_proofs_of_larger_classes_are_valid(n: int, count: int) -> None:
         if mec.entails(relation, i, j) or rng.random() < 0.3:
             count -= 1
             found = check_proof(
-                question(mec, relation, i, j), told(mec, relation, i, j, Semantics(), short=count % 2 == 0)
+                question(mec, relation, i, j), told(mec, relation, i, j, Semantics(), form=FORMS[count % 3])
             )
             assert found.problems == []
             assert found.verdict == ("Yes" if mec.entails(relation, i, j) else "No")
@@ -90,7 +93,7 @@ def test_a_yes_about_a_large_class_argues_by_cases_that_cover_it() -> None:
         for relation in ("ancestor", "collider", "confounder"):
             for i, j in permutations(range(mec.n), 2):
                 if mec.entails(relation, i, j):
-                    lines = told(mec, relation, i, j, Semantics(), short=True)
+                    lines = told(mec, relation, i, j, Semantics(), form="short")
                     if "Case:" not in lines:
                         continue
                     found += 1
@@ -112,10 +115,16 @@ def test_no_change_of_a_word_makes_a_wrong_verdict_pass(seed: int) -> None:
     n = rng.choice((4, 5))
     mec, relation = rng.choice(classes(n)), rng.choice(RELATIONS)
     i, j = rng.sample(range(n), 2)
-    lines = told(mec, relation, i, j, Semantics(), short=rng.random() < 0.3)
+    lines = told(mec, relation, i, j, Semantics(), form=rng.choice(FORMS))
     names = "ABCDE"[:n]
-    word = rng.choice(list(re.finditer(r"->|<-|--|\b[A-E]\b|\b[a-z]+\b|Holds|Fails", lines)))
-    like = [{"->", "<-", "--"}, set(names), {"Holds", "Fails"}, {"passes", "collides"}, {"linked", "apart", "open"}]
+    word = rng.choice(list(re.finditer(r"->|<-|--|\||\b[A-E]\b|\b[a-z]+\b|Holds|Fails", lines)))
+    like = [
+        {"->", "<-", "--", "|"},
+        set(names),
+        {"Holds", "Fails"},
+        {"passes", "collides"},
+        {"linked", "apart", "open"},
+    ]
     others = next((sorted(kind - {word[0]}) for kind in like if word[0] in kind), ["nothing"])
     changed = lines[: word.start()] + rng.choice(others) + lines[word.end() :]
     found = check_proof(question(mec, relation, i, j), changed)
@@ -150,7 +159,123 @@ def test_each_kind_of_wrong_step_is_named(old: str, new: str, told_: str) -> Non
     assert told_ in problems[0]
 
 
+FORK = "Pairs: A B --. A C --. A D |. B C --. B D |. C D --."  # D and A meet at C, B is forced
+
+
+def fork() -> EquivalenceClass:
+    renamed = (mec.renamed(order) for mec in classes(4) for order in permutations(range(4)))
+    return next(mec for mec in renamed if FORK in told(mec, "parent", 0, 1, Semantics(), form="steps"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told_"),
+    [
+        ("A D |.", "A D --.", "in the premise they are independent"),
+        ("A D |.", "A D | B C D.", "the premise does not state this"),
+        ("At A: B C. B C --.", "At A: B C D. B C --.", "neighbours of A"),
+        ("At A: B C. B C --.", "At A: B C.", "not every pair of neighbours of A once"),
+        ("At A: B C. B C --.\n", "", "not the next variable"),
+        ("At D: C.\n", "", "not every variable was looked at"),
+        ("A D | collides A C -> C D <-.", "A D | passes.", "C is not in the set"),
+        ("A D | collides A C -> C D <-.", "A D | collides A C <- C D <-.", "does not follow"),
+        ("A D | collides", "A D | B collides", "another set was cited"),
+        ("C A from B from;", "C A open B from;", "not what was shown"),
+        ("D A apart B apart; A B --.", "A B --.", "what a variable is to its ends is missing"),
+        ("D A apart B apart; A B --.", "D A apart B apart; A B ->.", "no rule forces it"),
+        ("Link: A B --.", "Link: A B ->.", "not the link's orientation in the graph"),
+        ("Link: A B --.", "Link: A C ->.", "not the pair of the claim"),
+    ],
+)
+def test_each_kind_of_wrong_step_of_a_proof_in_steps_is_named(old: str, new: str, told_: str) -> None:
+    lines = told(fork(), "parent", 0, 1, Semantics(), form="steps")
+    assert check_proof(question(fork(), "parent", 0, 1), lines).valid
+    assert old in lines
+    problems = check_proof(question(fork(), "parent", 0, 1), lines.replace(old, new, 1)).problems
+    assert len(problems) == 1
+    assert told_ in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told_"),
+    [
+        ("Names: X A. M B.", "Names: M A. X B.", "not the variables, in their order"),
+        ("Names: X A. M B.", "Names: X B. M A.", "not the first letters of the alphabet"),
+        ("X M --, A B --.", "X M --, A C --.", "X M --: not A C --"),
+        ("X M --, A B --.", "A B --.", "A B --: not "),
+        ("Names: X A. M B. Q C. B D.\n", "", "neither linked nor apart"),
+        ("Claim: A direct B.", "Claim: X direct M.", "this is not the hypothesis"),
+    ],
+)
+def test_variables_with_other_names_are_called_by_letters(old: str, new: str, told_: str) -> None:
+    mec, names = fork(), ("X", "M", "Q", "B")
+    premise = wording.premise(names, *wording.relations(mec))
+    asked = f"Premise: {premise}\nHypothesis: {wording.hypothesis('parent', 'X', 'M')}"
+    lines = write_proof(mec, names, Claim("parent", 0, 1), None, Semantics(), form="steps")
+    assert check_proof(asked, lines).valid
+    assert agreement(read_structure(lines, names, premise), true_structure(mec)) == dict.fromkeys(
+        ("skeleton", "separating_sets", "v_structures", "cpdag", "compelled"), 1.0
+    )
+    assert old in lines
+    problems = check_proof(asked, lines.replace(old, new)).problems
+    assert len(problems) == 1
+    assert told_ in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told_"),
+    [
+        ("Open From A: B. B: A C. C: B.", "Open From A: B. B: A. ", "not the nodes that follow B"),
+        ("Open From A: B. B: A C. C: B.", "Open From C: B. B: A C. A: B.", "not the variable of the claim"),
+        ("Open From A: B. B: A C. C: B.", "Open To A: B. B: A C. C: B.", "only a common cause is searched"),
+    ],
+)
+def test_what_could_follow_is_checked_too(old: str, new: str, told_: str) -> None:
+    chain = next(mec for mec in classes(3) if len(mec.pattern.lines) == 2).renamed((1, 0, 2))
+    chain = next(chain.renamed(o) for o in permutations(range(3)) if chain.renamed(o).independences == ((0, 2, (1,)),))
+    lines = told(chain, "ancestor", 0, 2, Semantics(), form="steps")
+    assert check_proof(question(chain, "ancestor", 0, 2), lines).valid
+    assert old in lines
+    problems = check_proof(question(chain, "ancestor", 0, 2), lines.replace(old, new)).problems
+    assert told_ in problems[0]
+
+
+@pytest.mark.parametrize("form", ["full", "steps"])
+def test_the_structure_of_every_proof_is_read_whole(form: Form) -> None:
+    for mec in [*classes(4), *classes(5)[::7]]:
+        true, names = true_structure(mec), "ABCDE"[: mec.n]
+        stated = read_structure(told(mec, "parent", 0, 1, Semantics(), form=form), names)
+        assert all(share == 1.0 for share in agreement(stated, true).values()), (mec, stated)
+
+
 # ---------------------------------------------------------------- rows of the task
+
+
+def test_a_thought_is_a_proof_of_the_verdict_that_is_given_or_none() -> None:
+    task, sft = rows(phases=[{"n": [3, 4], "rows": 20, "proof": "steps"}])
+    example = next(one for one in sft if one.gold == "Yes")
+    assert task.check_thought(example, example.target, False) == 1
+    assert task.check_thought(example, example.target.replace("Therefore: Yes", "Therefore: No"), False) != 1
+    assert task.check_thought(example, example.target.replace("Arrows:", "Perhaps:"), False) != 1
+    assert task.check_thought(example, "Therefore: Yes", False) == 0  # right, and no reason
+    bare, _ = rows(phases=[{"n": [3, 4], "rows": 20, "proof_fraction": 0.0}])
+    assert bare.check_thought(example, example.target, False) is None  # it was not taught to prove
+    assert task.check_thought(task.example_from_text("Does A cause B?"), example.target, False) is None
+
+
+def test_phases_may_draw_any_letters_and_other_words() -> None:
+    plain = {"n": [4, 5], "rows": 200, "proof": "steps"}
+    task, sft = rows(phases=[plain, {**plain, "other_names": 0.5, "paraphrased": 0.25}])
+    first, second = resolved_params(task)["phases"]
+    assert "other_names" not in first  # steps of before the shares existed stay finished
+    assert (second["other_names"], second["paraphrased"]) == (0.5, 0.25)
+    before, after = sft[:200], sft[200:]
+    assert {example.tags["names"] for example in before} == {"ABCD", "ABCDE"}
+    drawn = [example for example in after if example.tags["names"] not in ("ABCD", "ABCDE")]
+    assert 70 <= len(drawn) <= 130
+    assert any(list(example.tags["names"]) != sorted(example.tags["names"]) for example in drawn)
+    assert {letter for example in drawn for letter in example.tags["names"]} == set(ascii_uppercase[4:])
+    assert 30 <= sum(example.tags["style"] == "paraphrased" for example in after) <= 70
+    assert all(example.tags["style"] == "published" for example in before)
 
 
 def rows(seed: int = 0, **params: object) -> tuple[Corr2Cause, list[Example]]:
@@ -165,8 +290,10 @@ def rows(seed: int = 0, **params: object) -> tuple[Corr2Cause, list[Example]]:
 @pytest.mark.parametrize("style", ["published", "paraphrased", "refactored", "plusplus", "story"])
 @pytest.mark.parametrize("labels", ["two", "three"])
 def test_every_target_in_every_style_is_a_valid_proof_of_its_gold(style: str, labels: str, premise: str) -> None:
-    phase = {"n": [3, 4, 5], "rows": 45, "shuffled": 0.5, "proof": "short" if labels == "three" else "full"}
-    task, sft = rows(style=style, labels=labels, premise=premise, phases=[phase])
+    forms = ("short", "steps") if labels == "three" else ("full", "steps")
+    shares = {"shuffled": 0.5, "paraphrased": 0.3, "other_names": 0.3}
+    phases = [{"n": [3, 4, 5], "rows": 45, "proof": form, **shares} for form in forms]
+    task, sft = rows(style=style, labels=labels, premise=premise, phases=phases)
     for example in sft:
         thought = split_thought(example.target, False).thought
         assert thought is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,8 @@ def step_folder(tmp_path: Path, change: Any) -> Path:
 def test_an_empty_mapping_replaces_the_defaults(tmp_path: Path) -> None:
     assert "grpo.rewards: got none; expected at least one" in problems_of("tiny", "grpo.rewards={}")
     file = tmp_path / "mine.yaml"
-    file.write_text(text_of().replace("grpo:\n", "grpo:\n  rewards: {}\n"), encoding="utf-8")
+    text = re.sub(r"  rewards:\n(    .*\n)+", "  rewards: {}\n", text_of())
+    file.write_text(text, encoding="utf-8")
     assert "grpo.rewards: got none; expected at least one" in problems_of(str(file))
     recipe, problems = read("tiny", ["grpo.rewards={}", "grpo.rewards.correctness={weight: 1.0, params: {}}"])
     assert problems == []

@@ -124,7 +124,7 @@ def test_the_same_seed_gives_the_same_intervals_that_hold_the_value_of_equal_mod
     data = outcomes(cells)
     assert summarize(data, 50, 0.9, seed) == summarize(data, 50, 0.9, seed)
     same = compare(data, data, 50, 0.9, seed)
-    assert list(same) == [name for name in MAIN_METRICS if name not in ("proxy", "preference")]
+    assert list(same) == [name for name in MAIN_METRICS if name not in ("valid_proofs", "proxy", "preference")]
     for name in same:
         assert same[name] == Figure(0.0, 0.0, 0.0)
 
@@ -183,6 +183,14 @@ def test_a_preference_is_counted_of_the_rows_that_have_a_rejected_answer() -> No
     assert found["preference"].value == 0.75
     assert found["preference"].low <= 0.75 <= found["preference"].high
     assert "preference" not in summarize([Outcome("1", "g", True, True, True, 5)], 50, 0.95, 0)
+
+
+def test_valid_proofs_are_a_share_of_the_thoughts_that_were_checked() -> None:
+    line = Prediction(split="test", id="1", group="g", gold="Yes", correct=True, answered=True, tokens=3)
+    assert [outcome_of(replace(line, proof=proof), "Yes").proved for proof in (None, 0.9, 1.0)] == [None, False, True]
+    rows = [Outcome(str(k), str(k), True, True, True, 5, proved=k < 1 if k < 4 else None) for k in range(6)]
+    assert summarize(rows, 50, 0.95, 0)["valid_proofs"].value == 0.25
+    assert "valid_proofs" not in summarize([Outcome("1", "g", True, True, True, 5)], 50, 0.95, 0)
 
 
 def test_thoughts_are_a_share_of_all_answers() -> None:

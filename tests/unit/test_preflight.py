@@ -293,7 +293,7 @@ def test_a_disk_without_room_for_checkpoints_is_told(tmp_path: Path, monkeypatch
 
 
 def test_a_reward_that_can_be_hacked_is_told(tmp_path: Path) -> None:
-    plan = make_plan(["tiny"], ["grpo.rewards.correctness.weight=0"], runs=tmp_path)
+    plan = make_plan(["qwen1.5b"], ["grpo.rewards.correctness.weight=0"], runs=tmp_path)
     found, _ = preflight.problems(plan, audited=True)
     assert any("an exploit is paid as much as an honest answer" in text for text in found)
 

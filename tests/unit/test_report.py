@@ -62,7 +62,7 @@ def report() -> Report:
         baselines=baseline_metrics(stages["sft"]),
         differences=differences,
         claims=[claim(difference, "test") for difference in differences],
-        headline=[name for name in MAIN_METRICS if name not in ("proxy", "preference")],
+        headline=[name for name in MAIN_METRICS if name not in ("valid_proofs", "proxy", "preference")],
         unanswered=unanswered_rows(models, ["test"]),
         notes=[],
         warnings=["tiny/sft: 5 of 96 SFT rows are longer than sft.max_length 64 tokens and were left out"],

@@ -34,7 +34,7 @@ def pay(name: str, given: Sample, **params: float) -> float | None:
 
 
 def test_every_reward_is_a_function_of_its_files_name() -> None:
-    assert {"correctness", "format", "match", "structure"} <= set(reward_names())
+    assert {"correctness", "format", "match", "proof", "structure"} <= set(reward_names())
     weights = {name: 1.0 if name == "correctness" else 0.1 for name in reward_names()}
     found, problems = find_rewards({name: Reward(weight, {}) for name, weight in weights.items()})
     assert set(found) == set(reward_names())
@@ -127,7 +127,7 @@ def test_what_was_cut_off_is_unanswered_for_rewards_as_for_evaluation(name: str)
     assert (cut.grade.answered, cut.grade.reason, cut.well_formed) == (False, "truncated", False)
     assert not cut.grade.correct
     assert not cut.grade.proxy
-    for reward in ("correctness", "format", "match", "structure"):
+    for reward in ("correctness", "format", "match", "proof", "structure"):
         assert not pay(reward, cut)
 
 
@@ -255,6 +255,41 @@ def test_no_exploit_pays_with_the_structure_reward_and_weights_that_let_it_are_r
     )
     _, problems = find_rewards({**wanted, "structure": Reward(0.8, {})})
     assert "Fix: keep their sum below correctness" in problems[0]
+
+
+# ---------------------------------------------------------------- proof
+
+
+def test_a_valid_proof_earns_all_and_a_wrong_step_what_stands_before_it(proved: tuple[Task, list[Example]]) -> None:
+    task, examples = proved
+
+    def proof_of(example: Example, completion: str) -> float:
+        paid = pay("proof", make_sample(task, example, completion, True, False))
+        assert paid is not None
+        return paid
+
+    for example in examples:
+        lines, end = thought_of(example).splitlines(), f"\n</think>\nTherefore: {example.gold}"
+        wrong = end.replace(example.gold, "No" if example.gold == "Yes" else "Yes")
+        assert proof_of(example, "\n".join(lines) + end) == 1
+        assert 0 < proof_of(example, "\n".join(lines) + wrong) < 0.5
+        assert proof_of(example, "\n".join(lines)) == 0  # no verdict
+        assert proof_of(example, f"so it is{end}") == 0
+        assert 0 < proof_of(example, "\n".join(lines[:-1]) + end) < 0.5  # no decision
+        cut = [proof_of(example, "\n".join([*lines[:k], "Perhaps.", *lines[k:]]) + end) for k in range(len(lines))]
+        assert cut == sorted(cut)  # the later the first wrong step, the more
+        assert cut[-1] < 0.5
+
+
+def test_no_exploit_pays_with_the_proof_reward(proved: tuple[Task, list[Example]], task: Task) -> None:
+    wanted = {"correctness": Reward(1.0, {}), "format": Reward(0.2, {}), "proof": Reward(0.7, {})}
+    rewards, problems = find_rewards(wanted)
+    assert problems == []
+    for example in proved[1][:10]:
+        assert audit_rewards(proved[0], rewards, {name: one.weight for name, one in wanted.items()}, example) == []
+    assert "keep their sum below correctness" in find_rewards({**wanted, "proof": Reward(0.8, {})})[1][0]
+    other = Example("1", "What is 2 + 2?", "Yes", "g")
+    assert pay("proof", make_sample(task, other, "x</think>Therefore: Yes", True, False)) is None
 
 
 KINDS = {"verdict": "Yes", "number": "72", "expression": "4\\sqrt{3}", "choice": "B", "words": "Vitamin C"}

@@ -25,7 +25,7 @@ from string import ascii_uppercase
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pipeline.core.errors import DataError
-from pipeline.core.schema import Constraint, Fraction, PositiveInt
+from pipeline.core.schema import Constraint, Fraction, PositiveInt, added
 from pipeline.scoring import answers
 from pipeline.tasks.corr2cause import wording
 from pipeline.tasks.corr2cause.graphs import (
@@ -41,7 +41,7 @@ from pipeline.tasks.corr2cause.graphs import (
     sampled,
 )
 from pipeline.tasks.corr2cause.parse_premise import Claim
-from pipeline.tasks.corr2cause.proof_writer import write_proof
+from pipeline.tasks.corr2cause.proof_writer import Form, write_proof
 from pipeline.tasks.corr2cause.published_rows import COLUMNS, gold_of, label_of, question_of, words_of
 from pipeline.tasks.rows import Columns, Row
 from pipeline.tasks.task import Example, Grade, Needs, Splits, Task, thought_block
@@ -65,7 +65,9 @@ class Phase:
     rows: SomeRows
     proof_fraction: Fraction = 1.0  # share of rows with a proof as thought; the others have an empty thought
     shuffled: Fraction = 0.0  # share of rows with the premise's statements in random order: no shortcut by position
-    proof: Literal["full", "short"] = "full"  # short: only the links, the shared arrows and the decision
+    other_names: Fraction = added(0.0)  # share of rows with letters after the first N as names, in any order
+    paraphrased: Fraction = added(0.0)  # share of rows with the hypothesis in the words of the paraphrased test set
+    proof: Form = "full"  # short: only the links, the shared arrows and the decision; steps: one look-up a word
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,8 @@ class RowSpec:
     with_proof: bool
     shuffle: float | None  # the seed of the order of the premise's statements; None: as published
     who: str = ""  # the study in a story's premise
-    proof: str = "full"
+    proof: Form = "full"
+    style: str | None = None  # None: the task's
 
 
 class Corr2Cause(Task):
@@ -171,7 +174,12 @@ class Corr2Cause(Task):
                 sft.append(replace(example, tags={**example.tags, "phase": k}))
         grpo = self._draw("grpo", parts["grpo"] + parts["both"], Phase(p.n, p.grpo_rows, 0.0))
         proofs = float(p.mode == "correct")
-        validation = self._draw("validation", parts["validation"], Phase(p.n, p.validation_rows, proofs), distinct=True)
+        validation = self._draw(
+            "validation",
+            parts["validation"],
+            Phase(p.n, p.validation_rows, proofs, proof=p.phases[-1].proof),
+            distinct=True,
+        )
         test = self._draw("test", parts["test"], Phase(p.n, p.test_rows, 0.0), distinct=True)
         perturbed = list(enumerate(test[: p.perturbed_rows]))
         tests = {
@@ -195,6 +203,26 @@ class Corr2Cause(Task):
 
     def is_well_formed(self, completion: str, prompt_opens_think: bool) -> bool:
         return answers.is_well_formed(completion, prompt_opens_think, self.golds, empty_thought=not self.proves)
+
+    def check_thought(self, example: Example, completion: str, prompt_opens_think: bool) -> float | None:
+        """Return the share of the thought's lines before the first that does not follow; 1 for a proof of the verdict.
+
+        None for a task whose rows have no proofs, and for a question that is not in its words.
+        """
+        if not self.proves:
+            return None
+        from pipeline.tasks.corr2cause.proof_checker import check_proof
+
+        thought = answers.split_thought(completion, prompt_opens_think).thought
+        if not thought:
+            return 0.0
+        three = self.params.labels == "three"
+        try:
+            proof = check_proof(example.question, thought, self.semantics, three=three)
+        except ValueError:  # a typed question that is not in the task's words
+            return None
+        verdict = answers.read_verdict(completion, prompt_opens_think, self.golds).value
+        return 1.0 if proof.valid and proof.verdict == verdict else proof.followed / (proof.lines + 1)
 
     @property
     def proves(self) -> bool:
@@ -316,6 +344,10 @@ class Corr2Cause(Task):
                 claim = rng.choice(everything)
             with_proof, shuffle = rng.random() < phase.proof_fraction, rng.random() < phase.shuffled
             spec = replace(self.rename(rng, claim, with_proof=with_proof, shuffle=shuffle), proof=phase.proof)
+            if phase.other_names and not spec.who and rng.random() < phase.other_names:  # a story has words
+                spec = replace(spec, names=tuple(rng.sample(ascii_uppercase[spec.mec.n :], spec.mec.n)))
+            if phase.paraphrased and rng.random() < phase.paraphrased:
+                spec = replace(spec, style="paraphrased")
             identity = (spec.mec.independences, spec.relation, spec.i, spec.j, spec.names, spec.wording)
             found.setdefault(identity if distinct else len(found), spec)
             if len(found) == count:
@@ -369,7 +401,7 @@ class Corr2Cause(Task):
     def example(self, spec: RowSpec, id: str, *, style: str | None = None) -> Example:
         """Return the example of a row, worded in the task's style or in another."""
         mec, params = spec.mec, self.params
-        style, names = style or params.style, list(spec.names)
+        style, names = style or spec.style or params.style, list(spec.names)
         if style != "story" and spec.who:
             names = list(ascii_uppercase[: mec.n])
         if style == "refactored":
@@ -389,8 +421,8 @@ class Corr2Cause(Task):
         thought = ""
         if spec.with_proof and isinstance(mec, EquivalenceClass):
             about = Claim(spec.relation, spec.i, spec.j)
-            short, three = spec.proof == "short", params.labels == "three"
-            thought = write_proof(mec, names, about, independent, self.semantics, short=short, three=three)
+            three = params.labels == "three"
+            thought = write_proof(mec, names, about, independent, self.semantics, form=spec.proof, three=three)
             if style == "plusplus":
                 edges = [f"{names[a]} has a direct causal effect on {names[b]}." for a, b in sorted(mec.pattern.arrows)]
                 thought += f"\n{' '.join(edges) or 'No edge is shared.'}"

@@ -18,7 +18,7 @@ from functools import cache
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +28,7 @@ from pipeline.core.errors import DataError
 from pipeline.core.hashing import file_sha256
 from pipeline.tasks.corr2cause import Class, ClassClaim, Corr2Cause, Corr2CauseParams, split_classes
 from pipeline.tasks.corr2cause.graphs import EquivalenceClass
+from pipeline.tasks.corr2cause.proof_writer import Form
 from pipeline.tasks.task import task_of
 
 MOST_ROWS = 1_000_000_000  # of a set: about a day on a large machine
@@ -50,7 +51,7 @@ class GenerationSpec:
     params: str  # the task's params as canonical JSON, which is sent to the processes
     seed: int
     copies: int
-    proof: str  # none, short or full
+    proof: Form | Literal["none"]
 
     @property
     def task(self) -> Corr2Cause:
@@ -108,7 +109,7 @@ def _chosen(task: Corr2Cause, rng: random.Random, mec: Class) -> list[ClassClaim
 def _row(task: Corr2Cause, rng: random.Random, claim: ClassClaim, id: str, spec: GenerationSpec) -> dict[str, Any]:
     """Return one row as a record of the parquet schema."""
     drawn = task.rename(rng, claim, with_proof=spec.proof != "none", shuffle=False)
-    example = task.example(replace(drawn, proof=spec.proof), id)
+    example = task.example(drawn if spec.proof == "none" else replace(drawn, proof=spec.proof), id)
     tags, mec = example.tags, drawn.mec
     exact = isinstance(mec, EquivalenceClass)
     arrows = sorted(mec.pattern.arrows) if exact else []  # type: ignore[attr-defined]
@@ -161,7 +162,13 @@ def _schema(style: str) -> pa.Schema:
 
 
 def generate(
-    out: Path, params: Mapping[str, Any], *, seed: int = 0, copies: int = 1, proof: str = "none", processes: int = 1
+    out: Path,
+    params: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    copies: int = 1,
+    proof: Form | Literal["none"] = "none",
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Write the set to the empty or new folder `out`. Returns the counts of the data card.
 

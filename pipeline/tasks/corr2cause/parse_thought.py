@@ -1,7 +1,7 @@
 r"""Parse the graph that a thought states, in any wording, for the structure reward.
 
-It parses proofs ("A B ->.", "A C apart given B"), arrows between names ("A -> B <- C", "A → B", "A — B"), the same in
-LaTeX ("A \to B \leftarrow C", "A \perp C \mid B") and plain sentences ("A directly causes B", "A and C are
+It parses proofs ("A B ->.", "A C apart given B", "A C | B."), arrows between names ("A -> B <- C", "A → B", "A — B"),
+the same in LaTeX ("A \to B \leftarrow C", "A \perp C \mid B") and plain sentences ("A directly causes B", "A and C are
 independent given B"). Of two statements about one pair, the later counts. It ignores sentences copied from the premise,
 and lines about a case, a member or an assumption.
 """
@@ -53,6 +53,10 @@ def true_structure(mec: EquivalenceClass) -> Structure:
 
 _RIGHT, _LEFT, _LINE = r"-{1,2}>|→|⟶|⇒", r"<-{1,2}|←|⟵|⇐", r"--|—|–|―|<->|↔"
 _SUPPOSED = re.compile(r"^\s*(?:case|member|holds|fails|never|there|open|from|to|suppose|assume|if)\b.*$", re.I | re.M)
+
+
+_FORCED = re.compile(r"^Forced: .*$", re.M)  # of a proof in steps: `C A apart` there cites no set
+_CALLED = re.compile(r"^Names: ((?:\S+ [A-Z]\. )*\S+ [A-Z])\.$", re.M)
 
 
 MAX_CHARACTERS = 60_000  # the last characters of a thought are parsed: the later statement about a pair counts
@@ -108,6 +112,10 @@ def read_structure(thought: str, names: Sequence[str], copied: str = "") -> Stru
         words = sentence.removeprefix("However, ").split(" are as follows: ")[-1].strip()
         thought = thought.replace(words, " ") if words else thought
     words = _SUPPOSED.sub("", thought)
+    if called := _CALLED.search(words):  # from here on letters stand for the names: what was read stands beside them
+        letters = dict(item.split(" ") for item in called[1].split(". "))
+        if list(letters) == list(names):
+            names, words = list(letters.values()), re.sub(r"(?m)(?<=[:.] )[^:.,\n]*, ", "", words[called.end() :])
     node = {name.lower(): k for k, name in enumerate(names)}
     # a name is a whole word; single letters must be capitals, because otherwise every "a" would be a variable
     flags = 0 if all(len(name) == 1 for name in names) else re.I
@@ -130,9 +138,10 @@ def read_structure(thought: str, names: Sequence[str], copied: str = "") -> Stru
         rf"(?:,? (?:given|by) {listed})?",
         rf"(?P<a>{name}) is (?:conditionally )?independent of (?P<b>{name})(?:,? given {listed})?",
         rf"(?P<a>{name}) (?:indep|⟂|⊥|⫫|_\|\|_) (?P<b>{name})(?: ?\| ?{listed})?",
+        rf"{two} \|(?: {listed})?(?=\.| passes| collides)",  # of a proof in steps
     )
     for pattern in apart:
-        for match in re.finditer(pattern, words, flags):
+        for match in re.finditer(pattern, _FORCED.sub(lambda line: " " * len(line[0]), words), flags):
             a, b = sorted((node[match["a"].lower()], node[match["b"].lower()]))
             given = {node[listed_name.lower()] for listed_name in re.findall(name, match["set"] or "", flags)}
             if a != b:

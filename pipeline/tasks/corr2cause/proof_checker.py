@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
+from string import ascii_uppercase
 
 from pipeline.tasks.corr2cause.graphs import PUBLISHED, Semantics
 from pipeline.tasks.corr2cause.parse_premise import Claim, Premise, read_claim, read_premise
@@ -26,6 +27,8 @@ class ProofResult:
 
     verdict: str | None = None
     problems: list[str] = field(default_factory=list)
+    lines: int = 0
+    followed: int = 0  # lines before the first that does not follow
 
     @property
     def valid(self) -> bool:
@@ -41,8 +44,8 @@ def check_proof(question: str, thought: str, semantics: Semantics = PUBLISHED, *
     texts = question.removeprefix("Premise: ").split("\nHypothesis: ")
     premise = read_premise(texts[0])
     reader = _Reader(premise, read_claim(texts[1].split("\n")[0], premise.names), semantics, three)
-    found = ProofResult()
     lines = [line for line in thought.strip().splitlines() if line.strip()]
+    found = ProofResult(lines=len(lines))
     for number, line in enumerate(lines, 1):
         try:
             reader.step(line.strip())
@@ -50,6 +53,7 @@ def check_proof(question: str, thought: str, semantics: Semantics = PUBLISHED, *
             reason = wrong if isinstance(wrong, _Wrong) else "cannot be read"
             found.problems.append(f"line {number}: {reason}: {line}")
             return found  # the later steps depend on this one
+        found.followed = number
     try:
         found.verdict = reader.end()
     except _Wrong as wrong:
@@ -59,14 +63,19 @@ def check_proof(question: str, thought: str, semantics: Semantics = PUBLISHED, *
 
 _BEFORE = {  # title -> the titles of which one must come directly before it
     "Claim": ("", "Graph"),
-    "Pairs": ("Claim",),
+    "Names": ("Claim",),
+    "Pairs": ("Claim", "Names"),
     "Links": ("Claim",),
     "Neighbours": ("Pairs",),
     "Between": ("Neighbours",),
-    "Arrows": ("Between",),
+    "At": ("Pairs", "At"),
+    "Arrows": ("Between", "At"),
     "Forced": ("Arrows", "Forced"),
-    "Graph": ("Forced", "Links"),
+    "Graph": ("Arrows", "Forced", "Links"),
 }
+
+
+_MARKS = ("->", "<-", "--", "|")
 
 
 class _Reader:
@@ -77,7 +86,8 @@ class _Reader:
         turned = {"child": "parent", "descendant": "ancestor"}
         i, j = (claim.j, claim.i) if claim.relation in turned else (claim.i, claim.j)
         self.relation, self.i, self.j = turned.get(claim.relation, claim.relation), i, j
-        self.node = {name: k for k, name in enumerate(premise.names)}
+        self.called = tuple(premise.names)  # what the proof calls the variables
+        self.node = {name: k for k, name in enumerate(self.called)}
         self.apart: dict[tuple[int, int], list[tuple[int, ...]]] = {}
         for a, b, given in premise.independences:
             self.apart.setdefault((a, b), []).append(given)
@@ -88,14 +98,18 @@ class _Reader:
         self.cases: list[Arrows] = []
         self.current: Arrows | None = None  # the arrows of the current case or member
         self.followed: list[int] = []
+        self.could: list[int] = []  # followed over open links too
+        self.visited: list[int] = []  # the variables of the At lines
         self.holding = False  # a member with the claim has been shown
         self.verdict: str | None = None
         self.steps: dict[str, Callable[[str], None]] = {
             "Claim": self._claim,
+            "Names": self._names,
             "Pairs": self._pairs,
             "Links": self._links,
             "Neighbours": self._neighbours,
             "Between": self._between,
+            "At": self._at,
             "Arrows": self._arrows,
             "Forced": self._forced,
             "Graph": self._graph,
@@ -144,22 +158,34 @@ class _Reader:
     # ---- the steps, in their order
 
     def _claim(self, rest: str) -> None:
-        a, b = self.premise.names[self.i], self.premise.names[self.j]
+        a, b = self._name(self.i), self._name(self.j)
         shape = {"parent": f"{a} direct {b}", "ancestor": f"{a} indirect {b}"}
         shape |= {"collider": f"effect {a} {b}", "confounder": f"cause {a} {b}"}
         self._need(rest == f"{shape[self.relation]}.", "this is not the hypothesis")
 
+    def _names(self, rest: str) -> None:
+        called = [item.split(" ") for item in _items(rest)]
+        letters = [letter for _, letter in called]
+        self._need([name for name, _ in called] == list(self.premise.names), "not the variables, in their order")
+        self._need(letters == list(ascii_uppercase[: len(letters)]), "not the first letters of the alphabet")
+        self.called, self.node = tuple(letters), {letter: k for k, letter in enumerate(letters)}
+
     def _pairs(self, rest: str) -> None:
         named = []
         for item in _items(rest):
+            if self.called != self.premise.names:
+                letter = dict(zip(self.premise.names, self.called, strict=True))
+                read, _, item = item.partition(", ")
+                self._need(item == " ".join(letter.get(word, word) for word in read.split(" ")), f"{read}: not {item}")
             words = item.split(" ")
             pair = self._pair(words[0], words[1])
             named.append(pair)
-            if words[2:] == ["linked"]:
+            if words[2:] in (["linked"], ["--"]):
                 self._need(pair in self.links, f"{item}: in the premise they are independent")
                 continue
-            self._need(words[2:4] == ["apart", "given"], f"{item}: neither linked nor apart")
-            given = tuple(sorted(self._node(name) for name in words[4:])) if words[4:] != ["nothing"] else ()
+            self._need(words[2] == "|" or words[2:4] == ["apart", "given"], f"{item}: neither linked nor apart")
+            listed = words[3:] if words[2] == "|" else words[4:]
+            given = tuple(sorted(self._node(name) for name in listed)) if listed != ["nothing"] else ()
             self._need(given in self.apart.get(pair, []), f"{item}: the premise does not state this")
             self.cited[pair] = given
         self._need(sorted(named) == list(combinations(range(self.premise.n), 2)), "not every pair once")
@@ -200,14 +226,50 @@ class _Reader:
         self._need(sorted(named) == sorted(self.apart), "not every pair that is apart once")
         self.arrows = frozenset(shown)
 
+    def _at(self, rest: str) -> None:
+        name, _, listed = rest.partition(": ")
+        node = self._node(name)
+        self._need(node == len(self.visited), "not the next variable")
+        self.visited.append(node)
+        near, *items = listed.removesuffix(".").split(". ")
+        around = sorted(k for k in self.node.values() if self._linked(node, k))
+        self._need(near == (" ".join(map(self._name, around)) or "none"), f"neighbours of {name}")
+        named = []
+        for item in items:
+            a, b, mark, *words = item.split(" ")
+            pair = self._pair(a, b)
+            named.append(pair)
+            if mark == "--":
+                self._need(not words and pair in self.links, f"{item}: not linked")
+                continue
+            self._need(mark == "|" and pair in self.cited, f"{item}: not apart")
+            given = self.cited[pair]
+            end = next(k for k, word in enumerate(words) if word in ("passes", "collides"))
+            self._need(words[:end] == [self._name(k) for k in given], f"{item}: another set was cited")
+            if words[end] == "passes":
+                self._need(node in given, f"{item}: {name} is not in the set")
+                continue
+            marks = re.findall(r"(\S+) (\S+) (->|<-)", " ".join(words[end + 1 :]))
+            arrows = {self._arrow(*mark) for mark in marks}
+            follows = node not in given and arrows == {(pair[0], node), (pair[1], node)}
+            self._need(follows, f"{item}: does not follow")
+            self.arrows |= arrows
+        self._need(named == list(combinations(around, 2)), f"not every pair of neighbours of {name} once")
+
     def _arrows(self, rest: str) -> None:
+        if self.visited:
+            self._need(len(self.visited) == self.premise.n, "not every variable was looked at")
         self._need(self._marks(rest) == self.arrows, "not the orientations shown so far")
 
     def _forced(self, rest: str) -> None:
         for item in _items(rest):
-            head, listed, mark = item.split(": ")
+            head, *texts = item.split(": ")
             pair = self._pair(*head.split(" "))
             self._need(pair in self._left(), f"{item}: the link is not open")
+            if len(texts) == 1:
+                self._forced_by_roles(pair, texts[0])
+                continue
+            listed, mark = texts
             others = {}
             for entry in listed.split(", ") if listed != "none" else []:
                 k, *ends = entry.split(" ")
@@ -224,7 +286,40 @@ class _Reader:
                 self._need(arrow in forced, f"{item}: no rule forces it")
                 self.arrows |= {arrow}
 
+    def _forced_by_roles(self, pair: tuple[int, int], text: str) -> None:
+        """Check one link: what other variables are to its ends, facts about two of them, and what follows for it."""
+        *words, a, b, mark = text.replace(";", "").split(" ")
+        shown: set[tuple[int, int]] = set()
+        while words:
+            if words[2] in _MARKS:
+                one, other, found = words[:3]
+                shown.add(self._pair(one, other))
+                self._need(found == self._mark(*self._pair(one, other)), f"{one} {other} {found}: not what was shown")
+                words = words[3:]
+                continue
+            k = self._node(words[0])
+            for name, role in (words[1:3], words[3:5]):
+                end = self._node(name)
+                self._need(self._seen(k, end) == role, f"{' '.join(words[:5])}: not what was shown")
+                shown.add((min(k, end), max(k, end)))
+            words = words[5:]
+        self._need(self._pair(a, b) == pair, f"{text}: not the link")
+        if mark == "--":
+            ends = {(min(k, end), max(k, end)) for end in pair for k in self.node.values() if k not in pair}
+            self._need(ends <= shown, f"{text}: what a variable is to its ends is missing")
+            self._need(not any(self._rule(arrow) for arrow in (pair, pair[::-1])), f"{text}: a rule forces it")
+        else:
+            arrow = self._arrow(a, b, mark)
+            self._need(any(rests <= shown for rests in self._rules(arrow)), f"{text}: no rule forces it")
+            self.arrows |= {arrow}
+
+    def _mark(self, a: int, b: int) -> str:
+        """Return what was shown of a pair: `->`, `<-`, `--` (linked) or `|` (apart)."""
+        return {"into": "->", "from": "<-", "open": "--", "apart": "|"}[self._seen(a, b)]
+
     def _graph(self, rest: str) -> None:
+        in_full = self.seen[-1] == "Arrows" and not self.visited
+        self._need(not in_full, "Graph cannot come after Arrows")  # in steps it can, where nothing could be forced
         if self.seen[-1] == "Links":  # a short proof leaves the look-ups out
             self.arrows = frozenset(
                 arrow
@@ -242,28 +337,38 @@ class _Reader:
 
     def _link(self, rest: str) -> None:
         start, seen, end = rest.rstrip(".").split(" ")
+        if end in _MARKS:
+            pair = self._pair(start, seen)
+            self._need(set(pair) == {self.i, self.j}, "not the pair of the claim")
+            self._need(end == self._mark(*pair), "not the link's orientation in the graph")
+            return
         a, b = self._node(start), self._node(end)
         self._need({a, b} == {self.i, self.j}, "not the pair of the claim")
         self._need(self._seen(a, b) == seen and seen != "from", "not the link's orientation in the graph")
 
     def _from(self, rest: str) -> None:
-        self._follow(rest, self.current if self.current is not None else self.arrows)
+        self._follow(rest, self._forwards("From", self.arrows if self.current is None else self.current), self.followed)
 
     def _to(self, rest: str) -> None:
-        arrows = self.current if self.current is not None else self.arrows
-        self._need(self.relation == "confounder", "only a common cause is searched among ancestors")
-        self._follow(rest, frozenset((b, a) for a, b in arrows))
+        self._follow(rest, self._forwards("To", self.arrows if self.current is None else self.current), self.followed)
 
-    def _follow(self, rest: str, arrows: Arrows) -> None:
+    def _forwards(self, kind: str, arrows: Arrows) -> Arrows:
+        """Return the arrows to follow: turned round for `To`."""
+        if kind == "From":
+            return arrows
+        self._need(self.relation == "confounder", "only a common cause is searched among ancestors")
+        return frozenset((b, a) for a, b in arrows)
+
+    def _follow(self, rest: str, arrows: Arrows, followed: list[int]) -> None:
         found = self._lists(rest)
         start = next(iter(found))
         starts = (self.i,) if self.relation == "ancestor" else (self.i, self.j)
-        self._need(start == starts[len(self.followed) % len(starts)], "not the variable of the claim that is next")
+        self._need(start == starts[len(followed) % len(starts)], "not the variable of the claim that is next")
         for node, ahead in found.items():
             self._need(ahead == {b for a, b in arrows if a == node}, f"not the nodes that follow {self._name(node)}")
         reached = {start}.union(*found.values())
         self._need(reached == set(found), "not followed to the end")
-        self.followed.append(start)
+        followed.append(start)
 
     def _case(self, rest: str) -> None:
         self._need(not self.cases or self.seen[-1] in ("Holds", "Never"), "the last case was not decided")
@@ -307,6 +412,12 @@ class _Reader:
         self.verdict = "No"
 
     def _open(self, rest: str) -> None:
+        if rest.startswith(("From ", "To ")):
+            turned = set(self._left())
+            open_arrows = self.arrows | turned | {arrow[::-1] for arrow in turned}
+            kind, _, listed = rest.partition(" ")
+            self._follow(listed, self._forwards(kind, open_arrows), self.could)
+            return
         if rest == "it can turn.":
             self._need(self.relation == "parent", "only a claim about a direct cause is decided by a link")
             self._need((min(self.i, self.j), max(self.i, self.j)) in self._left(), "the link cannot turn")
@@ -319,7 +430,8 @@ class _Reader:
 
     def _edges(self, line: str) -> None:
         edges = re.findall(r"(\S+) has a direct causal effect on (\S+)\.", line)
-        self._need({(self._node(a), self._node(b)) for a, b in edges} == self.arrows, "not the edges that are shared")
+        node = {name: k for k, name in enumerate(self.premise.names)}  # sentences keep the premise's names
+        self._need({(node.get(a), node.get(b)) for a, b in edges} == self.arrows, "not the edges that are shared")
 
     # ---- helpers of the steps
 
@@ -384,14 +496,20 @@ class _Reader:
 
     def _rule(self, arrow: Arrow) -> bool:
         """Return whether Meek's R1, R2 or R3 forces this arrow."""
+        return any(True for _ in self._rules(arrow))
+
+    def _rules(self, arrow: Arrow) -> Iterator[set[tuple[int, int]]]:
+        """Yield the pairs on which each use of Meek's R1, R2 and R3 rests that forces this arrow."""
         a, b = arrow
         others = [k for k in self.node.values() if k not in arrow]
-        if any((k, a) in self.arrows and not self._linked(k, b) for k in others):
-            return True
-        if any((a, k) in self.arrows and (k, b) in self.arrows for k in others):
-            return True
+        for k in others:
+            first, second = (k, a) in self.arrows and not self._linked(k, b), {(a, k), (k, b)} <= self.arrows
+            if first or second:
+                yield {(min(a, k), max(a, k)), (min(b, k), max(b, k))}
         between = [k for k in others if (k, b) in self.arrows and (min(a, k), max(a, k)) in self._left()]
-        return any(not self._linked(k, m) for k, m in combinations(between, 2))
+        for k, m in combinations(between, 2):
+            if not self._linked(k, m):
+                yield {(min(x, y), max(x, y)) for x, y in ((a, k), (a, m), (b, k), (b, m), (k, m))}
 
     def _left(self) -> list[tuple[int, int]]:
         """Return the links without an arrow."""
@@ -446,7 +564,7 @@ class _Reader:
         return self.node[name]
 
     def _name(self, node: int) -> str:
-        return self.premise.names[node]
+        return self.called[node]
 
     def _need(self, true: bool, problem: str) -> None:
         if not true:
