@@ -91,7 +91,7 @@ def outcome_of(prediction: Prediction, positive: str | None) -> Outcome:
         tokens=prediction.tokens,
         proxy=None if prediction.proxy is None else prediction.proxy and answered,
         thought=prediction.thought,
-        proved=None if prediction.proof is None else prediction.proof == 1,
+        proved=None if prediction.proof is None else prediction.proof == 1 and answered,
         preferred=prediction.preferred,
         sample=prediction.sample,
         answer=prediction.answer,

@@ -47,6 +47,15 @@ def told(mec: EquivalenceClass, *asked: object, form: Form = "full", three: bool
     return write_proof(mec, "ABCDEFGHIJ"[: mec.n], claim, None, semantics, form=form, three=three)
 
 
+def check_refusal(asked: str, lines: str, old: str, new: str, problem: str) -> None:
+    """The proof is valid as it is; with one change it has the problem, and no other."""
+    assert check_proof(asked, lines).valid
+    assert old in lines
+    problems = check_proof(asked, lines.replace(old, new, 1)).problems
+    assert len(problems) == 1
+    assert problem in problems[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("three", [False, True])
 @pytest.mark.parametrize("n", [2, 3, 4])
@@ -152,11 +161,7 @@ def test_each_kind_of_wrong_step_is_named(old: str, new: str, told_: str) -> Non
     chain = next(mec for mec in classes(3) if len(mec.pattern.lines) == 2).renamed((1, 0, 2))
     chain = next(chain.renamed(o) for o in permutations(range(3)) if chain.renamed(o).independences == ((0, 2, (1,)),))
     lines = told(chain, "parent", 0, 1, Semantics())
-    assert check_proof(question(chain, "parent", 0, 1), lines).valid
-    assert old in lines
-    problems = check_proof(question(chain, "parent", 0, 1), lines.replace(old, new)).problems
-    assert len(problems) == 1
-    assert told_ in problems[0]
+    check_refusal(question(chain, "parent", 0, 1), lines, old, new, told_)
 
 
 FORK = "Pairs: A B --. A C --. A D |. B C --. B D |. C D --."  # D and A meet at C, B is forced
@@ -188,11 +193,7 @@ def fork() -> EquivalenceClass:
 )
 def test_each_kind_of_wrong_step_of_a_proof_in_steps_is_named(old: str, new: str, told_: str) -> None:
     lines = told(fork(), "parent", 0, 1, Semantics(), form="steps")
-    assert check_proof(question(fork(), "parent", 0, 1), lines).valid
-    assert old in lines
-    problems = check_proof(question(fork(), "parent", 0, 1), lines.replace(old, new, 1)).problems
-    assert len(problems) == 1
-    assert told_ in problems[0]
+    check_refusal(question(fork(), "parent", 0, 1), lines, old, new, told_)
 
 
 @pytest.mark.parametrize(
@@ -211,14 +212,10 @@ def test_variables_with_other_names_are_called_by_letters(old: str, new: str, to
     premise = wording.premise(names, *wording.relations(mec))
     asked = f"Premise: {premise}\nHypothesis: {wording.hypothesis('parent', 'X', 'M')}"
     lines = write_proof(mec, names, Claim("parent", 0, 1), None, Semantics(), form="steps")
-    assert check_proof(asked, lines).valid
     assert agreement(read_structure(lines, names, premise), true_structure(mec)) == dict.fromkeys(
         ("skeleton", "separating_sets", "v_structures", "cpdag", "compelled"), 1.0
     )
-    assert old in lines
-    problems = check_proof(asked, lines.replace(old, new)).problems
-    assert len(problems) == 1
-    assert told_ in problems[0]
+    check_refusal(asked, lines, old, new, told_)
 
 
 @pytest.mark.parametrize(
@@ -233,10 +230,7 @@ def test_what_could_follow_is_checked_too(old: str, new: str, told_: str) -> Non
     chain = next(mec for mec in classes(3) if len(mec.pattern.lines) == 2).renamed((1, 0, 2))
     chain = next(chain.renamed(o) for o in permutations(range(3)) if chain.renamed(o).independences == ((0, 2, (1,)),))
     lines = told(chain, "ancestor", 0, 2, Semantics(), form="steps")
-    assert check_proof(question(chain, "ancestor", 0, 2), lines).valid
-    assert old in lines
-    problems = check_proof(question(chain, "ancestor", 0, 2), lines.replace(old, new)).problems
-    assert told_ in problems[0]
+    check_refusal(question(chain, "ancestor", 0, 2), lines, old, new, told_)
 
 
 @pytest.mark.parametrize("form", ["full", "steps"])

@@ -188,6 +188,8 @@ def test_a_preference_is_counted_of_the_rows_that_have_a_rejected_answer() -> No
 def test_valid_proofs_are_a_share_of_the_thoughts_that_were_checked() -> None:
     line = Prediction(split="test", id="1", group="g", gold="Yes", correct=True, answered=True, tokens=3)
     assert [outcome_of(replace(line, proof=proof), "Yes").proved for proof in (None, 0.9, 1.0)] == [None, False, True]
+    cut = replace(line, answered=False, proof=1.0)
+    assert outcome_of(cut, "Yes").proved is False  # a proof that was cut off may have gone on
     rows = [Outcome(str(k), str(k), True, True, True, 5, proved=k < 1 if k < 4 else None) for k in range(6)]
     assert summarize(rows, 50, 0.95, 0)["valid_proofs"].value == 0.25
     assert "valid_proofs" not in summarize([Outcome("1", "g", True, True, True, 5)], 50, 0.95, 0)

@@ -203,26 +203,18 @@ def _forced_by_roles(current: CPDAG, names: Sequence[str]) -> list[str]:
     while changed and current.lines:
         changed, items = False, []
         for a, b in sorted(current.lines):
-            facts: list[str] = []
-            into: dict[int, list[int]] = {a: [], b: []}
-            arrow: tuple[int, int] | None = None
+            arrow, rule, by = meek(current, (a, b)) or (None, "", -1)
+            facts = []
             for k in (k for k in range(current.n) if k not in (a, b)):
-                roles = {end: _seen(current, k, end) for end in (a, b)}
-                facts.append(f"{names[k]} {names[a]} {roles[a]} {names[b]} {roles[b]}")
-                for tail, head in ((a, b), (b, a)):
-                    seen = roles[tail], roles[head]
-                    if seen in (("into", "apart"), ("from", "into")):  # R1, R2
-                        arrow = tail, head
-                    elif seen == ("open", "into"):
-                        into[head].append(k)
-                if arrow:
+                facts.append(f"{names[k]} {names[a]} {_seen(current, k, a)} {names[b]} {_seen(current, k, b)}")
+                if k == by and rule != "R3":
                     break
                 facts[-1] += ";"
-            for tail, head in ((a, b), (b, a)):
-                for k, m in combinations(into[head], 2) if not arrow else ():  # R3
+            else:  # R3 rests on two variables
+                middles = ([k for k in range(current.n) if _middle(current, k, *ends)] for ends in ((a, b), (b, a)))
+                for k, m in (pair for middle in middles for pair in combinations(middle, 2)):
                     facts.append(_fact(current, names, k, m))
                     if not current.adjacent(k, m):
-                        arrow = tail, head
                         break
                     facts[-1] += ";"
             if arrow:
@@ -230,6 +222,10 @@ def _forced_by_roles(current: CPDAG, names: Sequence[str]) -> list[str]:
             items.append(f"{names[a]} {names[b]}: {' '.join(facts)} {_fact(current, names, a, b)}")
         rounds.append(_line("Forced:", items))
     return rounds
+
+
+def _middle(graph: CPDAG, k: int, tail: int, head: int) -> bool:
+    return k not in (tail, head) and (_seen(graph, k, tail), _seen(graph, k, head)) == ("open", "into")
 
 
 def _fact(graph: CPDAG, names: Sequence[str], a: int, b: int) -> str:
@@ -306,8 +302,8 @@ class _Decision:
             turned = (j, i) in graph.arrows
             start, end = (j, i) if turned else (i, j)
             link = _seen(graph, start, end)
-            said = f"{names[start]} {link} {names[end]}"
-            lines.append(f"Link: {_fact(graph, names, i, j) if self.form == 'steps' else said}.")
+            role = f"{names[start]} {link} {names[end]}"
+            lines.append(_line("Link:", [_fact(graph, names, i, j) if self.form == "steps" else role]))
             if self.relation == "parent":
                 if (i, j) in graph.arrows:
                     return [*lines, "Holds: shared."]
